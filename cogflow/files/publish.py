@@ -72,7 +72,8 @@ def write_text(path: Path, text: str) -> None:
             os.replace(partial, path)
             sync(path.parent)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 

@@ -1,0 +1,224 @@
+"""The one place that calls Weights & Biases. Whatever it raises becomes one warning; the work goes on without it."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from cogflow.tracking.console import say
+
+INIT_SECONDS = 30.0
+"""How long an online run may take to be accepted before it goes on offline."""
+
+FINISH_SECONDS = 300.0
+"""How long the last uploads may take. What is not sent by then stays on disk for ``wandb sync``."""
+
+MOST_FAILURES = 3
+"""After this many failed calls W&B is left alone."""
+
+T = TypeVar("T")
+
+
+def choose_mode(wanted: str) -> str:
+    """offline, online or disabled: ``WANDB_MODE`` (or ``WANDB_DISABLED``) wins over ``wanted``; online without a key is offline."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
+        return "disabled"
+    mode = (os.environ.get("WANDB_MODE") or wanted).strip().lower()
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+    if mode not in ("offline", "online", "disabled"):
+        say(f"warning: W&B mode {mode!r} is none of online, offline, disabled; going on offline")
+        return "offline"
+    if mode == "online" and not has_key():
+        say("warning: W&B is to be online, but no key is set (WANDB_API_KEY or `wandb login`); going on offline")
+        return "offline"
+    return mode
+
+
+def has_key() -> bool:
+    """Whether W&B will find credentials without asking for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if host and netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+class WandbRun:
+    """One W&B run that may be absent: ``run`` is ``None`` when W&B is disabled or has failed."""
+
+    def __init__(
+        self,
+        *,
+        mode: str,
+        folder: Path,
+        run_id: str,
+        project: str,
+        entity: str | None,
+        group: str,
+        job_type: str,
+        config: dict[str, Any],
+    ) -> None:
+        self.run: Any = None
+        self.online = False
+        self._failures = 0
+        self.last_step = 0
+        self._axes: set[str] = set()
+        if mode == "disabled":
+            return
+
+        def start(online: bool) -> Any:
+            import wandb
+
+            return wandb.init(
+                mode="online" if online else "offline",
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+                reinit="create_new",  # flow's stages share a process: never be handed another stage's open run
+                project=project,
+                entity=entity,
+                group=group,
+                job_type=job_type,
+                name=f"{group} {job_type}",
+                config=config,
+                # Neither output nor code nor git remotes are taken: the records say what is needed, without secrets.
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    disable_code=True,
+                    disable_git=True,
+                    x_disable_meta=True,
+                    x_disable_machine_info=True,
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=FINISH_SECONDS,
+                ),
+            )
+
+        if mode == "online":
+            self.run = self._try("could not be reached; going on offline", lambda: start(True))
+            self.online = self.run is not None
+        if self.run is None:
+            self.run = self._try("could not start; going on without it", lambda: start(False))
+        if self.run is not None:
+            self.last_step = self._try("did not tell its step", lambda: int(self.run.step)) or 0
+            self.define("train", "heldout", "sharpness", "samples")
+
+    @property
+    def place(self) -> str:
+        """The run's page when online, else the folder of its files; empty without a run."""
+        if self.run is None:
+            return ""
+        url = self._try("did not tell its address", lambda: self.run.url) if self.online else None
+        return str(url or Path(self.run.settings.sync_dir))
+
+    def define(self, *prefixes: str) -> None:
+        """Draw what is named ``prefix/...`` over our ``step``, not over W&B's own count of calls."""
+        fresh = [prefix for prefix in prefixes if prefix not in self._axes]
+        if not fresh:
+            return
+
+        def declare() -> None:
+            if not self._axes:
+                self.run.define_metric("step", hidden=True)
+            for prefix in fresh:
+                self._axes.add(prefix)
+                self.run.define_metric(f"{prefix}/*", step_metric="step")
+
+        self.call("did not take the step axis", declare)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Record ``values`` (scalars or W&B media) at ``step``."""
+        if self.run is None:
+            return
+        self.define(*{name.partition("/")[0] for name in values if "/" in name})
+        # W&B drops rows that go back. After a rewind our steps do, so its count runs on by one while "step" tells the truth.
+        self.last_step = step if step >= self.last_step else self.last_step + 1
+        self.call("did not take a row", lambda: self.run.log({"step": step} | values, step=self.last_step))
+
+    def media(self, kind: str, path: Path, caption: str = "") -> Any:
+        """``path`` as W&B's Video or Image, or ``None``."""
+
+        def wrap() -> Any:
+            import wandb
+
+            if kind == "video":
+                return wandb.Video(str(path), caption=caption or None, format=path.suffix.lstrip(".") or "mp4")
+            return wandb.Image(str(path), caption=caption or None)
+
+        return self.call(f"did not take {path.name}", wrap)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+        """A W&B table; cells that are paths of videos or pictures become playable."""
+
+        def cell(value: Any) -> Any:
+            if isinstance(value, Path):
+                kind = {".mp4": "video", ".webm": "video", ".png": "image", ".jpg": "image"}.get(value.suffix.lower())
+                return self.media(kind, value) if kind and value.is_file() else str(value)
+            return value
+
+        def build() -> Any:
+            import wandb
+
+            return wandb.Table(columns=list(columns), data=[[cell(value) for value in row] for row in rows], allow_mixed_types=True)
+
+        return self.call("did not take a table", build)
+
+    def artifact(self, name: str, kind: str, files: dict[str, Path], metadata: dict[str, Any], *, upload: bool, uses: Sequence[str]) -> None:
+        """Record ``files`` (name inside the artifact -> path) as a version of ``name``; by reference when not to be uploaded."""
+
+        def build() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(name, kind, metadata=metadata)
+            for inside, path in files.items():
+                if upload:
+                    artifact.add_file(str(path), name=inside, policy="immutable", skip_cache=True)
+                else:
+                    artifact.add_reference(path.resolve().as_uri(), name=inside, checksum=False)
+            if self.online:  # offline, W&B refuses to take an input: the lineage stands in the metadata
+                for used in uses:
+                    self._try(f"did not find the input {used}", lambda used=used: self.run.use_artifact(f"{used}:latest"))
+            self.run.log_artifact(artifact)
+
+        self.call(f"did not take the artifact {name}", build)
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.call("did not take an alert", lambda: self.run.alert(title=title, text=text, level=level))
+
+    def finish(self, exit_code: int) -> None:
+        run, place = self.run, self.place
+        if run is None:
+            return
+        self.call("did not finish", lambda: run.finish(exit_code=exit_code))
+        self.run = None
+        if not self.online and place:
+            say(f"W&B offline: {place} (to upload it: wandb sync {place})")
+
+    def call(self, failure: str, action: Callable[[], T]) -> T | None:
+        """``action()``, or ``None`` and a warning. Once too much has failed, nothing is called any more."""
+        if self.run is None:
+            return None
+        result = self._try(failure, action)
+        if self._failures >= MOST_FAILURES:
+            say("warning: W&B failed too often and is left alone; metrics.jsonl and report.html hold everything")
+            self.run = None
+        return result
+
+    def _try(self, failure: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 - a service beside the work must never end the work, whatever it raises
+            self._failures += 1
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            say(f"warning: W&B {failure} ({type(error).__name__}: {first})")
+            return None

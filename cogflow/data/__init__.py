@@ -1,0 +1,1 @@
+"""Clips and captions: drawing, reading, caching and ordering them."""

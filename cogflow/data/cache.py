@@ -1,0 +1,124 @@
+"""Prepared clips as training reads them: VAE moments and caption embeddings, looked up lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogflow.config.schema import DataConfig
+from cogflow.data.clips import SETTINGS
+from cogflow.data.shards import ShardReader
+from cogflow.errors import DataError
+
+INDEX = "index.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CachedClip:
+    """``mean`` and ``logvar`` are fp32 ``[16, t, h, w]``, unscaled; ``embeds`` is ``[L, D]`` in the text encoder's dtype."""
+
+    key: str
+    name: str
+    text: str
+    mean: torch.Tensor
+    logvar: torch.Tensor
+    embeds: torch.Tensor
+
+
+class LatentCache:
+    """The clips of one prepared folder, in the order of the data's index without the unreadable ones.
+
+    ``train`` and ``holdout`` are positions for :meth:`entry`; no clip's content is in both. ``empty_embeds`` ``[L, D]``
+    embeds the empty caption. ``fingerprint`` names the content: equal fingerprints mean equal tensors in equal order.
+    Raises :class:`DataError` when the folder is not (or not completely) prepared.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            if self._index["version"] != VERSION:
+                raise ValueError(f"version {self._index['version']}")
+            self._entries: list[dict[str, Any]] = self._index["entries"]
+            self.train: list[int] = self._index["train"]
+            self.holdout: list[int] = self._index["holdout"]
+            self.fingerprint: str = self._index["fingerprint"]
+        except FileNotFoundError:
+            raise DataError(f"no prepared clips in {folder}", "run stage=prepare first, with the same settings") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / INDEX} cannot be used: {error}", "run stage=prepare again, it writes a new one") from error
+        shards = {entry[kind] for entry in self._entries for kind in ("clip_shard", "text_shard")}
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise DataError(
+                f"{len(missing)} files of {folder} are gone, first {missing[0]}", "run stage=prepare again, it makes what is missing"
+            )
+        self.folder = folder
+        self._reader = ShardReader(folder)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of :class:`DataConfig` that shaped these clips (``clips.SETTINGS``) and ``max_length``, as prepared."""
+        return self._index["settings"]
+
+    @property
+    def model_hashes(self) -> dict[str, str]:
+        """What encoded these clips, as given to ``prepare``."""
+        return self._index["models"]
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption of each entry, without reading a tensor."""
+        return [entry["text"] for entry in self._entries]
+
+    def mismatches(self, data: DataConfig) -> list[str]:
+        """Settings of ``data`` that differ from those the clips were prepared with, one line each."""
+        return [f"data.{k}={getattr(data, k)}, prepared with {self.settings[k]}" for k in SETTINGS if getattr(data, k) != self.settings[k]]
+
+    def entry(self, position: int) -> CachedClip:
+        """The clip at ``position`` (0 to len - 1), its tensors mapped from the file on the CPU."""
+        entry = self._entries[position]
+        clip, shard = entry["clip"], entry["clip_shard"]
+        return CachedClip(
+            key=entry["key"],
+            name=entry["name"],
+            text=entry["text"],
+            mean=self._reader.read(shard, f"{clip}.mean"),
+            logvar=self._reader.read(shard, f"{clip}.logvar"),
+            embeds=self._reader.read(entry["text_shard"], f"{entry['caption']}.embeds"),
+        )
+
+    @property
+    def empty_embeds(self) -> torch.Tensor:
+        empty = self._index["empty"]
+        return self._reader.read(empty["text_shard"], f"{empty['caption']}.embeds")
+
+
+def split(sources: Sequence[str], holdout: int) -> tuple[list[int], list[int]]:
+    """Positions to train on and to hold out, given each clip's content hash.
+
+    The clips with the smallest hashes are held out, so that the choice does not depend on names, order or what else was
+    added. Equal content stays on one side, and at least half remains for training.
+    """
+    limit = min(holdout, len(sources) // 2)
+    groups: dict[str, list[int]] = {}
+    for position, source in enumerate(sources):
+        groups.setdefault(source, []).append(position)
+    held: list[int] = []
+    for source in sorted(groups):
+        if len(held) + len(groups[source]) <= limit:
+            held += groups[source]
+    return sorted(set(range(len(sources))) - set(held)), sorted(held)
+
+
+def fingerprint(keys: Sequence[str], holdout: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([list(keys), list(holdout)]).encode()).hexdigest()

@@ -1,0 +1,234 @@
+"""From a video file to the frames a model trains on: checked, resampled in time, resized, cropped. Deterministic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cogflow.config.schema import DataConfig
+from cogflow.data.video import to_rgb
+from cogflow.files.manifest import hash_file
+
+VERSION = 1
+"""Raised when the same file and settings would give other frames; part of each cached clip's key."""
+
+SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "seed")
+"""The fields of :class:`DataConfig` that decide what :func:`read_clip` returns."""
+
+_TOLERANCE = 1e-3  # seconds; webm and mkv round times to milliseconds
+_MAX_PIXELS = 8192 * 8192
+_SEEK_FROM = 4.0  # seconds; below, decoding from the start is as quick
+
+
+class ClipError(Exception):
+    """This clip cannot be used; ``reason`` says why in a few words. The caller decides whether that ends the run."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``frames`` is uint8 ``[T, H, W, 3]`` sRGB. ``source_size`` is (height, width) as displayed, ``source_fps`` the mean rate."""
+
+    frames: torch.Tensor
+    source_size: tuple[int, int]
+    source_fps: float
+    source_frames: int
+    upscaled: bool
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What the packets of a file say, whatever its header claims. Times in seconds; ``end`` is where the last frame ends."""
+
+    times: np.ndarray
+    end: float
+
+    @property
+    def fps(self) -> float:
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
+    """``data.frames`` frames of the video at ``data.fps``, each ``data.height`` x ``data.width``.
+
+    For each wanted time the newest frame at or before it is taken, by the frames' own time stamps (so a variable rate
+    is no special case). Sizes change by antialiased bicubic interpolation. ``content`` is the SHA-256 of the file
+    where it is already known; random windows and crops follow from it. Raises :class:`ClipError`.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ClipError("the file is missing") from None
+    except OSError as error:
+        raise ClipError(f"cannot be opened: {error.strerror}") from None
+    if size == 0:
+        raise ClipError("0 bytes")
+    if content is None and "random" in (data.crop, data.window):
+        content = hash_file(path)
+    try:
+        scan = _scan(path, size)
+        start = _window_start(scan, data, content or "")
+        wanted = start + np.arange(data.frames) / data.fps
+        frames, source_size, upscaled = _pick(path, scan, wanted, data, content or "")
+    except av.error.FFmpegError as error:
+        raise ClipError(f"not a readable video (truncated, damaged or of another kind): {error.strerror}") from None
+    except OSError as error:
+        raise ClipError(f"cannot be read: {error.strerror or error}") from None
+    return Clip(frames, source_size, scan.fps, len(scan.times), upscaled)
+
+
+def _scan(path: Path, size: int) -> _Scan:
+    """Walk through the packets without decoding them."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ClipError("holds no video stream (or its header is damaged)")
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise ClipError("truncated, or of a codec that is not known here")
+        if codec.width * codec.height > _MAX_PIXELS:
+            raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
+        index = stream.index_entries
+        if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
+            raise ClipError("truncated: the header lists frames beyond the end of the file")
+        claimed = _claimed_seconds(stream)
+        base = float(stream.time_base or 0)
+        times, ends = [], []
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise ClipError("truncated or damaged: a frame is incomplete")
+            if packet.pts is None or packet.is_discard:
+                continue
+            times.append(packet.pts * base)
+            ends.append((packet.pts + (packet.duration or 0)) * base)
+    if not times:
+        raise ClipError("holds no frame")
+    stamps = np.unique(np.array(times))
+    if len(stamps) == 1:
+        raise ClipError("one frame only")
+    typical = float(np.median(np.diff(stamps)))
+    end = max(max(ends), float(stamps[-1]) + typical)
+    if claimed is not None and end - stamps[0] < 0.95 * claimed - 2 * typical:
+        raise ClipError(f"truncated or lying header: claims {claimed:.2f} s, holds {end - stamps[0]:.2f} s")
+    return _Scan(stamps, end)
+
+
+def _claimed_seconds(stream: av.VideoStream) -> float | None:
+    """The length Matroska and WebM write beside each stream. MP4 is checked by its own table, frame by frame."""
+    text = stream.metadata.get("DURATION", "")
+    try:
+        hours, minutes, seconds = text.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return None
+
+
+def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{purpose}/{data.seed}/{content}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def _window_start(scan: _Scan, data: DataConfig, content: str) -> float:
+    """When the first wanted frame is shown; always the time of a real frame."""
+    span = (data.frames - 1) / data.fps
+    first, last = float(scan.times[0]), float(scan.times[-1])
+    if first + span >= scan.end - _TOLERANCE and first + span > last + _TOLERANCE:
+        needs = data.frames / data.fps
+        raise ClipError(f"too short: has {scan.end - first:.2f} s, needs {needs:.2f} s ({data.frames} frames at {data.fps:g} a second)")
+    slack = max(0.0, last - first - span)
+    share = {"start": 0.0, "center": 0.5}.get(data.window)
+    if share is None:
+        share = _rng(data, content, "window").random()
+    at = first + share * slack
+    return float(scan.times[np.searchsorted(scan.times, at + _TOLERANCE, side="right") - 1])
+
+
+def _pick(path: Path, scan: _Scan, wanted: np.ndarray, data: DataConfig, content: str) -> tuple[torch.Tensor, tuple[int, int], bool]:
+    """Decode once and keep only what is wanted, each frame shrunk at once: a long 4K clip never lies in memory."""
+    frames: list[torch.Tensor] = []
+    size: tuple[int, int] | None = None
+    upscaled = False
+    for frame, count in _select(path, scan, wanted):
+        if frame.is_corrupt:
+            raise ClipError("damaged: a frame does not decode")
+        image = to_rgb(frame)
+        if size is None:
+            size = (image.shape[0], image.shape[1])
+            upscaled = any(after > before for after, before in zip(_scaled_size(size, data), size, strict=True))
+        elif size != image.shape[:2]:
+            raise ClipError(f"frames change their size from {size[1]}x{size[0]} to {image.shape[1]}x{image.shape[0]}")
+        frames.extend([_fit(image, data, content)] * count)
+    if size is None or len(frames) < len(wanted):
+        raise ClipError(f"damaged or lying header: {len(frames)} of {len(wanted)} frames decode")
+    return torch.stack(frames), size, upscaled
+
+
+def _select(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[tuple[av.VideoFrame, int]]:
+    """The frames shown at the ``wanted`` times, each with the number of times it is wanted."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        base = float(stream.time_base or 0)
+        frames = container.decode(stream)
+        if wanted[0] - scan.times[0] > _SEEK_FROM:
+            container.seek(int(wanted[0] / base), stream=stream)
+            frames = container.decode(stream)
+        shown: av.VideoFrame | None = None
+        done = 0
+        for frame in frames:
+            if frame.pts is None:
+                raise ClipError("frames carry no time stamps")
+            upcoming = frame.pts * base
+            if shown is None and upcoming > wanted[0] + _TOLERANCE:
+                raise ClipError("damaged: the first wanted frame does not decode")
+            # `shown` stays on screen until `upcoming`: it serves all wanted times before that.
+            until = int(np.searchsorted(wanted, upcoming - _TOLERANCE, side="left"))
+            if shown is not None and until > done:
+                yield shown, until - done
+                done = until
+            if done == len(wanted):
+                return
+            shown = frame
+        if shown is not None:
+            # Short of the packets' last frame the decoder gave up early, and the rest must not be filled with a still.
+            if float(shown.pts or 0) * base < min(float(wanted[-1]), float(scan.times[-1])) - 1.5 / scan.fps:
+                return
+            yield shown, len(wanted) - done
+
+
+def _scaled_size(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
+    """Height and width after resizing and before cropping."""
+    height, width = size
+    if data.resize == "stretch":
+        return data.height, data.width
+    if data.resize == "none":
+        if height < data.height or width < data.width:
+            raise ClipError(f"too small: {width}x{height}, and data.resize=none needs {data.width}x{data.height}")
+        return size
+    scale = max(data.height / height, data.width / width)
+    return max(data.height, round(height * scale)), max(data.width, round(width * scale))
+
+
+def _fit(image: np.ndarray, data: DataConfig, content: str) -> torch.Tensor:
+    """Resize and crop one uint8 ``[h, w, 3]`` image to uint8 ``[data.height, data.width, 3]``."""
+    picture = torch.from_numpy(image)
+    height, width = _scaled_size((image.shape[0], image.shape[1]), data)
+    if (height, width) != image.shape[:2]:
+        planes = picture.permute(2, 0, 1)[None].float()
+        planes = functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+        picture = planes[0].permute(1, 2, 0).round_().clamp_(0, 255).to(torch.uint8)
+    down, right = (height - data.height) // 2, (width - data.width) // 2
+    if data.crop == "random":
+        rng = _rng(data, content, "crop")
+        down, right = int(rng.integers(0, height - data.height + 1)), int(rng.integers(0, width - data.width + 1))
+    return picture[down : down + data.height, right : right + data.width].contiguous()

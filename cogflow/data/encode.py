@@ -1,0 +1,232 @@
+"""The work of preparing: content hashes, captions through the text encoder, clips through the VAE, and what was unreadable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cogflow.config.schema import DataConfig
+from cogflow.data import clips
+from cogflow.data.index import ClipEntry
+from cogflow.data.shards import ShardWriter
+from cogflow.errors import DataError, QualityGateError
+from cogflow.files.manifest import hash_file
+from cogflow.files.publish import write_text
+
+QUARANTINE = "quarantine.jsonl"
+CLIPS, TEXTS = "clips", "texts"
+"""Kinds of shards: ``<clip key>.mean`` and ``.logvar``; ``<caption key>.embeds``."""
+
+TEXT_VERSION = 1
+_AHEAD = 3  # clips decoded before the VAE asks for them
+_SHOWN = 5
+
+
+class Bar(Protocol):
+    def advance(self, n: int = 1, note: str = "") -> None: ...
+
+
+Report = Callable[[int, str], AbstractContextManager[Bar]]
+"""Opens a progress bar: (total, description)."""
+
+Embed = Callable[[Sequence[str]], torch.Tensor]
+"""Captions to embeddings ``[N, L, D]``."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip of the index with the hash of its bytes, or the reason why it has none."""
+
+    entry: ClipEntry
+    content: str | None
+    stamp: tuple[int, int] | None
+    reason: str | None
+
+
+def read_item(entry: ClipEntry) -> Item:
+    try:
+        stamp = _stamp(entry.path)
+        return Item(entry, hash_file(entry.path), stamp, None)
+    except FileNotFoundError:
+        return Item(entry, None, None, "the file is missing")
+    except OSError as error:
+        return Item(entry, None, None, f"cannot be read: {error.strerror}")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def clip_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that shape a clip's frames; the seed only where something is random."""
+    settings = {name: getattr(data, name) for name in clips.SETTINGS}
+    if "random" not in (data.crop, data.window):
+        del settings["seed"]
+    return settings
+
+
+def clip_key(content: str, data: DataConfig, vae_hash: str) -> str:
+    return digest("clip", clips.VERSION, content, clip_settings(data), vae_hash)
+
+
+def text_key(text: str, text_hashes: Mapping[str, str], max_length: int) -> str:
+    return digest("text", TEXT_VERSION, text, dict(text_hashes), max_length)
+
+
+class Quarantine:
+    """Unreadable clips by name, with the reason, and the bound on how many there may be."""
+
+    def __init__(self, data: DataConfig, total: int, file: Path) -> None:
+        self.rows: dict[str, str] = {}
+        self._total, self._file = total, file
+        self._share = data.max_bad_share
+        self._allowed = int(data.max_bad_share * total + 1e-9)
+
+    def add(self, name: str, reason: str) -> None:
+        """Note a clip. Raises :class:`DataError` when there are more than ``data.max_bad_share`` allows."""
+        self.rows[name] = reason
+        if len(self.rows) > self._allowed:
+            limit = f"data.max_bad_share={self._share:g} allows {self._allowed}"
+            raise self.stop(f"{len(self.rows)} of {self._total} clips are unreadable so far; {limit}")
+
+    def stop(self, message: str) -> DataError:
+        """The error that ends the run, with examples; the full list is written first."""
+        self.write()
+        examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_SHOWN])
+        return DataError(message + examples, f"mend or remove them (all are in {self._file}), or raise data.max_bad_share")
+
+    def write(self) -> None:
+        """One JSON object a line, name and reason; no file when there is nothing to list."""
+        if self.rows:
+            write_text(self._file, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in sorted(self.rows.items())))
+        else:
+            self._file.unlink(missing_ok=True)
+
+
+def probe(items: Sequence[Item], data: DataConfig, quarantine: Quarantine) -> None:
+    """Find one clip that can be read among the first ``data.max_bad_in_a_row``, before any model is loaded.
+
+    Raises :class:`DataError` when there is none: a wholly bad set ends in seconds.
+    """
+    first = items[: max(1, data.max_bad_in_a_row)]
+    for item in first:
+        reason = item.reason
+        if reason is None:
+            try:
+                clips.read_clip(item.entry.path, data, item.content)
+                return
+            except clips.ClipError as error:
+                reason = error.reason
+        quarantine.rows[item.entry.name] = reason
+    raise quarantine.stop(f"none of the first {len(first)} clips can be read")
+
+
+def encode_captions(texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, *, batch: int, shard: int, report: Report) -> None:
+    """Embed ``texts`` (caption by key) into shards of ``folder``. The encoder is loaded only when there is work, and freed after."""
+    if not texts:
+        return
+    embed = load()
+    keys = list(texts)
+    with report(len(keys), "captions") as bar, ShardWriter(folder, TEXTS, shard) as writer:
+        for start in range(0, len(keys), batch):
+            some = keys[start : start + batch]
+            for key, embeds in zip(some, embed([texts[key] for key in some]), strict=True):
+                _check_finite(embeds, "text encoder", f"caption {texts[key]!r}")
+                # A clone, since a view would keep and write the whole batch.
+                writer.add(key, {"embeds": embeds.clone()})
+            bar.advance(len(some))
+    del embed
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def encode_clips(
+    items: Mapping[str, Item],
+    names: Mapping[str, Sequence[str]],
+    load: Callable[[], Any],
+    folder: Path,
+    data: DataConfig,
+    quarantine: Quarantine,
+    *,
+    shard: int,
+    report: Report,
+) -> None:
+    """Encode ``items`` (by clip key) one by one into shards of ``folder``; unreadable ones go to ``quarantine``.
+
+    ``names`` are the index's names of each key: several files may have one content. The VAE is loaded only when there
+    is work. Clips are decoded a little ahead, in threads.
+    """
+    if not items:
+        return
+    vae = load()
+    with report(len(items), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
+        for key, item, clip in _decoded(items, data):
+            if item.stamp != _stamp_or_none(item.entry.path):
+                raise DataError(f"{item.entry.path} changed while it was prepared", "run the command again when the clips are at rest")
+            if isinstance(clip, clips.ClipError):
+                for name in names[key]:
+                    quarantine.add(name, clip.reason)
+                bar.advance(1, "skipped")
+                continue
+            mean, logvar = encode_frames(vae, clip.frames)
+            _check_finite(mean, "VAE", item.entry.name)
+            facts = {"upscaled": clip.upscaled, "size": clip.source_size, "fps": clip.source_fps, "frames": clip.source_frames}
+            writer.add(key, {"mean": mean, "logvar": logvar}, facts)
+            bar.advance(1)
+
+
+@torch.no_grad()
+def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance from an ``AutoencoderKLCogVideoX`` for uint8 frames ``[T, H, W, 3]``: fp32 ``[16, t, h, w]`` each, not scaled."""
+    pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1.0
+    posterior = vae.encode(pixels).latent_dist
+    return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
+
+
+def _decoded(items: Mapping[str, Item], data: DataConfig) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError]]:
+    def read(item: Item) -> clips.Clip | clips.ClipError:
+        try:
+            return clips.read_clip(item.entry.path, data, item.content)
+        except clips.ClipError as error:
+            return error
+
+    ahead: deque[tuple[str, Item, Future[clips.Clip | clips.ClipError]]] = deque()
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        try:
+            for key, item in items.items():
+                ahead.append((key, item, pool.submit(read, item)))
+                if len(ahead) >= _AHEAD:
+                    first_key, first, result = ahead.popleft()
+                    yield first_key, first, result.result()
+            while ahead:
+                first_key, first, result = ahead.popleft()
+                yield first_key, first, result.result()
+        finally:
+            for _, _, waiting in ahead:
+                waiting.cancel()
+
+
+def _stamp_or_none(path: Path) -> tuple[int, int] | None:
+    try:
+        return _stamp(path)
+    except OSError:
+        return None
+
+
+def _check_finite(values: torch.Tensor, model: str, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise QualityGateError(f"the {model} gives values that are not finite for {what}", f"check the {model}'s weights and dtype")

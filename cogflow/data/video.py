@@ -1,0 +1,67 @@
+"""Writing and reading video files through PyAV, with the same exact colour conversion on both ways."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+# swscale's default path rounds down: it darkens each clip by one to two levels of 255. These flags do not.
+EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
+
+_BT709 = 1  # the same number names the matrix, the primaries and the transfer curve
+_LIMITED_RANGE = 1
+
+
+def write_video(path: Path, frames: torch.Tensor | np.ndarray, fps: float, crf: int = 16, *, threads: int = 0) -> None:
+    """Write ``frames``, uint8 ``[T, H, W, 3]`` sRGB with even H and W, as H.264 (yuv420p, BT.709, playable in a browser).
+
+    The file appears under its name only when it is complete. ``threads`` is x264's (0: its choice); the bytes depend on it.
+    """
+    array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
+        raise ValueError(f"frames must be uint8 [T, H, W, 3], not {array.dtype} {list(array.shape)}")
+    _, height, width, _ = array.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 in yuv420p needs an even height and width, not {height}x{width}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with av.open(str(beside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.options = {"crf": str(crf), "threads": str(threads)}
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+            codec.color_range = _LIMITED_RANGE
+            for index, image in enumerate(array):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=EXACT
+                )
+                frame.pts = index
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """A decoded frame as uint8 ``[H, W, 3]`` sRGB, turned upright when the file says that it is turned."""
+    image = frame.reformat(format="rgb24", interpolation=EXACT).to_ndarray()
+    quarter_turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+def read_video(path: Path) -> tuple[torch.Tensor, float]:
+    """All frames of a video, uint8 ``[T, H, W, 3]``, and its mean frame rate (per second). For short videos: all is held in memory."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 0)
+        frames = [to_rgb(frame) for frame in container.decode(stream)]
+    return torch.from_numpy(np.stack(frames)), rate

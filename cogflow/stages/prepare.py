@@ -1,0 +1,123 @@
+"""stage=prepare: clips and captions become latents and embeddings under <run>/cache, so that training never decodes or encodes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cogflow import ranks
+from cogflow.config.schema import Config
+from cogflow.data.encode import QUARANTINE, Embed
+from cogflow.data.index import LAYOUTS
+from cogflow.data.prepare import PrepareResult, prepare
+from cogflow.data.shapes_folder import draw_folder
+from cogflow.errors import ConfigError, DataError
+from cogflow.files.manifest import hash_file
+from cogflow.files.paths import run_folder
+from cogflow.models import components
+from cogflow.tracking.console import say
+from cogflow.tracking.progress import progress
+from cogflow.tracking.record import write_record
+from cogflow.tracking.tracker import open_tracker
+
+CACHE = "cache"
+
+
+def run(config: Config) -> None:
+    """Prepare ``config.data`` into ``<run>/cache`` and write ``<run>/prepare.json``. Works alone and under torchrun."""
+    started = time.time()
+    ranks.setup()
+    folder = run_folder(config.run)
+    model = components.model_folder(config.model)
+    clips_folder = find_clips(config, folder)
+    device = ranks.device()
+    dtype = components.resolve_dtype(config.model, device)
+    hashes = ranks.broadcast(model_hashes(model, dtype) if ranks.is_main() else None)
+    max_length = caption_length(model)
+
+    def load_text() -> Embed:
+        tokenizer = components.load_tokenizer(model)
+        encoder = components.load_text_encoder(model, dtype, device)
+
+        def embed(texts: Sequence[str]) -> torch.Tensor:
+            return components.encode_prompts(tokenizer, encoder, list(texts), max_length)
+
+        return embed
+
+    result = prepare(
+        config,
+        load_vae=lambda: components.load_vae(model, torch.float32, device),
+        load_text=load_text,
+        folder=folder / CACHE,
+        clips_folder=clips_folder,
+        model_hashes=hashes,
+        max_length=max_length,
+        report=progress,
+    )
+    if ranks.is_main():
+        _tell(config, folder, clips_folder, hashes, result, started)
+    ranks.barrier()
+
+
+def find_clips(config: Config, folder: Path) -> Path:
+    """The folder of clips. Drawn clips are drawn first, by rank 0. Raises :class:`DataError`."""
+    data = config.data
+    if data.path is not None:
+        clips_folder = Path(data.path).expanduser()
+    elif data.name == "shapes":
+        clips_folder = folder / "data"
+    else:
+        raise DataError("data=folder needs data.path", LAYOUTS)
+    if data.name == "shapes":
+        if ranks.is_main():
+            draw_folder(clips_folder, data)
+        ranks.barrier()
+    return clips_folder
+
+
+def model_hashes(model: Path, text_dtype: torch.dtype) -> dict[str, str]:
+    """What determines the latents ("vae") and the embeddings (the rest): hashes over the components' files, and the dtype."""
+    hashes = {name: _hash_folder(model / name) for name in ("vae", "text_encoder", "tokenizer")}
+    return {**hashes, "text_dtype": components.dtype_name(text_dtype)}
+
+
+def caption_length(model: Path) -> int:
+    """Tokens that captions are padded to, as the transformer's own config says."""
+    config_file = model / "transformer" / "config.json"
+    try:
+        return int(json.loads(config_file.read_text(encoding="utf-8"))["max_text_seq_length"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{config_file} does not say max_text_seq_length", "it should be a CogVideoX transformer's config.json"
+        ) from error
+
+
+def _hash_folder(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise ConfigError(f"{folder} is missing or empty", "preparing needs the vae, text_encoder and tokenizer of a pipeline folder")
+    listing = [[path.relative_to(folder).as_posix(), hash_file(path)] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _tell(config: Config, folder: Path, clips_folder: Path, hashes: dict[str, str], result: PrepareResult, started: float) -> None:
+    reused = result.clips - result.encoded_clips
+    summary = (
+        f"{result.clips} clips ({result.train} to train on, {result.holdout} held out): {result.encoded_clips} encoded, {reused} reused; "
+        f"{result.encoded_captions} captions encoded"
+    )
+    for warning in result.warnings:
+        say(f"warning: {warning}")
+    with open_tracker(config, "prepare", folder) as tracker:
+        tracker.log(0, {f"prepare/{name}": float(getattr(result, name)) for name in ("clips", "unreadable", "upscaled", "seconds")})
+        listed = [path for path in (result.folder / "index.json", result.folder / QUARANTINE) if path.is_file()]
+        tracker.artifact(f"{config.run.name}-clips", "dataset", listed)
+    results = {"summary": summary, "where": str(result.folder), **asdict(result)}
+    write_record(folder, "prepare", config, {"clips": str(clips_folder), "models": hashes}, results, started=started)
+    say(f"{summary}\nprepared clips: {result.folder}")

@@ -1,0 +1,111 @@
+"""A tiny random autoencoder and text encoder (the genuine classes), and one call that prepares with them and counts the work.
+
+Also a program: ``python preparing.py CLIPS CACHE SHARD_CLIPS SECONDS_PER_CLIP`` prepares as a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from cogflow import ranks
+from cogflow.config.schema import Config, DataConfig, PrepareStage
+from cogflow.data.prepare import PrepareResult, prepare
+from cogflow.models.components import encode_prompts
+
+DATA = DataConfig(name="folder", frames=5, height=32, width=32, fps=8, holdout=2, max_bad_share=0.5, max_bad_in_a_row=4)
+HASHES = {"vae": "vae-1", "text_encoder": "text-1", "tokenizer": "tokens-1"}
+MAX_LENGTH = 40
+
+
+@cache
+def small_vae() -> AutoencoderKLCogVideoX:
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16)
+    return vae.eval().requires_grad_(False)
+
+
+@cache
+def small_text() -> tuple[Any, T5EncoderModel]:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return ByT5Tokenizer(), T5EncoderModel(T5Config(vocab_size=400, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)).eval()
+
+
+class Bar:
+    def advance(self, n: int = 1, note: str = "") -> None:
+        pass
+
+
+@dataclass
+class Work:
+    """What was really encoded, as seen from outside."""
+
+    clips: int = 0
+    captions: list[str] = field(default_factory=list)
+    vae_loads: int = 0
+    text_loads: int = 0
+    stop_after: int | None = None  # clips, then an interrupt
+    seconds_per_clip: float = 0.0
+    poison: bool = False
+
+    def load_vae(self) -> Any:
+        self.vae_loads += 1
+        return _Counted(small_vae(), self)
+
+    def load_text(self) -> Any:
+        self.text_loads += 1
+        tokenizer, encoder = small_text()
+
+        def embed(texts: Sequence[str]) -> torch.Tensor:
+            self.captions += texts
+            return encode_prompts(tokenizer, encoder, texts, MAX_LENGTH)
+
+        return embed
+
+
+class _Counted:
+    def __init__(self, vae: AutoencoderKLCogVideoX, work: Work) -> None:
+        self._vae, self._work = vae, work
+        self.device, self.dtype = vae.device, vae.dtype
+
+    def encode(self, pixels: torch.Tensor) -> Any:
+        assert len(pixels) == 1
+        if self._work.stop_after is not None and self._work.clips >= self._work.stop_after:
+            raise KeyboardInterrupt
+        time.sleep(self._work.seconds_per_clip)
+        self._work.clips += 1
+        return self._vae.encode(pixels * float("nan") if self._work.poison else pixels)
+
+
+def run(clips: Path, folder: Path, work: Work, hashes: dict[str, str] | None = None, shard_clips: int = 64, **data: Any) -> PrepareResult:
+    return prepare(
+        Config(stage=PrepareStage(batch_size=3, shard_clips=shard_clips), data=replace(DATA, **data)),
+        load_vae=work.load_vae,
+        load_text=work.load_text,
+        folder=folder,
+        clips_folder=clips,
+        model_hashes=hashes or HASHES,
+        max_length=MAX_LENGTH,
+        report=lambda total, description: nullcontext(Bar()),
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ranks.setup()
+    work = Work(seconds_per_clip=float(sys.argv[4]))
+    result = run(Path(sys.argv[1]), Path(sys.argv[2]), work, shard_clips=int(sys.argv[3]))
+    print(json.dumps({"clips": work.clips, "captions": work.captions, "result": asdict(result)}, default=str), flush=True)
+    ranks.close()

@@ -1,0 +1,54 @@
+"""The order of clips as a function: nothing lost, nothing twice, the same again."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cogflow.data.order import indices
+
+TRAIN = [3, 4, 8, 9, 11, 12, 20]
+
+
+def walk(steps: range, world: int, accumulation: int, batch_size: int, seed: int = 0, train: list[int] | None = None) -> list[int]:
+    """All clips in the order in which all ranks together take them."""
+    taken = []
+    for step, micro, rank in itertools.product(steps, range(accumulation), range(world)):
+        taken += indices(
+            step, micro, train=train or TRAIN, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, seed=seed
+        )
+    return taken
+
+
+@pytest.mark.parametrize(("world", "accumulation", "batch_size"), [(1, 1, 1), (1, 1, 3), (2, 1, 2), (3, 2, 1), (2, 2, 5), (1, 1, 16)])
+def test_each_clip_comes_once_an_epoch_over_all_ranks(world: int, accumulation: int, batch_size: int) -> None:
+    taken = walk(range(14), world, accumulation, batch_size)
+    epochs = [taken[i : i + len(TRAIN)] for i in range(0, len(taken) - len(TRAIN) + 1, len(TRAIN))]
+    assert len(epochs) >= 2 and all(sorted(epoch) == TRAIN for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > len(epochs) * 0.8
+
+
+def test_resuming_goes_on_in_the_same_order() -> None:
+    assert walk(range(10), 2, 2, 3) == walk(range(6), 2, 2, 3) + walk(range(6, 10), 2, 2, 3)
+
+
+def test_a_step_takes_the_same_clips_on_another_number_of_ranks() -> None:
+    for step in range(8):
+        sets = [sorted(walk(range(step, step + 1), w, a, 2)) for w, a in ((4, 1), (2, 2), (1, 4))]
+        assert sets[0] == sets[1] == sets[2]
+
+
+def test_the_seed_alone_changes_the_order() -> None:
+    assert walk(range(4), 1, 1, 7, seed=1) == walk(range(4), 1, 1, 7, seed=1) != walk(range(4), 1, 1, 7, seed=2)
+
+
+def test_a_set_smaller_than_the_batch() -> None:
+    assert walk(range(3), 1, 1, 4, train=[5]) == [5] * 12
+
+
+def test_what_is_out_of_range_is_refused() -> None:
+    good = {"train": TRAIN, "batch_size": 2, "accumulation": 2, "rank": 0, "world": 1, "seed": 0}
+    for step, micro, change in ((-1, 0, {}), (0, 2, {}), (0, 0, {"rank": 1}), (0, 0, {"train": []}), (0, 0, {"batch_size": 0})):
+        with pytest.raises(ValueError):
+            indices(step, micro, **{**good, **change})

@@ -1,0 +1,1 @@
+"""How sharp a clip is, measured on raw frames."""

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, written as :func:`write_text` does. NaN and infinity become null: JSON has neither."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append(path: Path, text: str) -> None:
+    """Add ``text`` to a log. Never raises: a log that cannot be written must not hide what it was about to say."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

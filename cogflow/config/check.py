@@ -1,0 +1,186 @@
+"""Whether a config can work, as far as that shows without touching data or weights: ranges, choices, and keys that depend on
+each other. All problems are reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cogflow.config.build import show
+from cogflow.config.problems import Problem, did_you_mean, fail, nearest
+from cogflow.config.schema import Config, FlowStage, PrepareStage, TrainStage
+
+MODELS = ("tiny", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b", "cogvideox1.5-5b-i2v", "auto")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "hexagon")
+MOTIONS = ("left", "right", "up", "down")
+
+Rule = Callable[[Any], str | None]
+
+
+def check(config: Config) -> None:
+    """Raise one :class:`ConfigError` that lists everything wrong with ``config``; return when nothing is."""
+    fail(find_problems(config))
+
+
+def find_problems(config: Config) -> list[Problem]:
+    problems = [problem for field in dataclasses.fields(config) for problem in _ranges(getattr(config, field.name), field.name)]
+    bad = {key for problem in problems for key in problem.keys}
+    return problems + [problem for problem in _between(config) if not bad & set(problem.keys)]
+
+
+def at_least(low: float) -> Rule:
+    return lambda value: None if value >= low else f"it should be {low} or more."
+
+
+def above(low: float) -> Rule:
+    return lambda value: None if value > low else f"it should be more than {low}."
+
+
+def within(low: float, high: float) -> Rule:
+    return lambda value: None if low <= value <= high else f"it should lie between {low} and {high}."
+
+
+def below_one(value: float) -> str | None:
+    return None if 0 <= value < 1 else "it should be 0 or more, and less than 1."
+
+
+def one_of(*choices: str) -> Rule:
+    return lambda value: None if value in choices else f"it should be one of {', '.join(choices)}.{did_you_mean(nearest(value, choices))}"
+
+
+def each(rule: Rule) -> Rule:
+    return lambda values: next((problem for value in values if (problem := rule(value))), None)
+
+
+def multiple_of(step: int) -> Rule:
+    def rule(value: int) -> str | None:
+        nearest_good = max(step, round(value / step) * step)
+        return None if value > 0 and value % step == 0 else f"it should be a multiple of {step}, such as {nearest_good}."
+
+    return rule
+
+
+def frames(value: int) -> str | None:
+    return None if value > 0 and value % 4 == 1 else f"it should be 4k+1, such as {max(1, round((value - 1) / 4) * 4 + 1)}."
+
+
+def folder_name(value: str) -> str | None:
+    return None if re.fullmatch(r"[^./\s\x00][^/\x00]*", value) else "it should be a plain folder name without slashes or a leading dot."
+
+
+def filled(value: Any) -> str | None:
+    return None if value else "it should not be empty."
+
+
+def shard_size(value: str) -> str | None:
+    return None if re.fullmatch(r"[1-9]\d*(\.\d+)?\s?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value) else "it should be a size, such as 5GB."
+
+
+def two_betas(value: list[float]) -> str | None:
+    return None if len(value) == 2 and all(0 <= beta < 1 for beta in value) else "it should be two numbers below 1, such as [0.9,0.95]."
+
+
+def distinct(value: list[int]) -> str | None:
+    return (
+        None
+        if value and len(set(value)) == len(value) and min(value) >= 0
+        else "it should be different whole numbers from 0 up, such as [0]."
+    )
+
+
+RULES: dict[str, dict[str, Rule]] = {
+    "RunConfig": {"root": filled, "name": folder_name},
+    "ModelConfig": {"name": one_of(*MODELS), "dtype": one_of(*DTYPES)},
+    "DataConfig": {
+        "name": one_of("shapes", "folder"), "frames": frames, "height": multiple_of(16), "width": multiple_of(16), "fps": above(0),
+        "resize": one_of("cover", "stretch", "none"), "crop": one_of("center", "random"),
+        "window": one_of("start", "center", "random"), "holdout": at_least(0), "max_bad_share": within(0, 1),
+        "max_bad_in_a_row": at_least(1), "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
+        "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
+    },
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
+    "SamplingConfig": {"steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct},
+    "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1)},
+    "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1)},
+    "TrainStage": {
+        "steps": at_least(1), "batch_size": at_least(1), "gradient_accumulation": at_least(1), "learning_rate": at_least(0),
+        "betas": two_betas, "eps": above(0), "weight_decay": at_least(0), "gradient_clipping": at_least(0),
+        "warmup_steps": at_least(0), "schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": within(0, 1),
+        "text_dropout": within(0, 1), "ema_decay": below_one, "seed": at_least(0), "resume": filled, "save_every": at_least(0),
+        "sample_every": at_least(0), "evaluate_every": at_least(0), "keep_last": at_least(1),
+    },
+    "ExportStage": {
+        "weights": one_of("auto", "model", "ema"), "dtype": one_of(*DTYPES), "to": one_of("diffusers", "sat"),
+        "max_shard_size": shard_size,
+    },
+    "PretrainStage": {
+        "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
+        "clips": at_least(1),
+    },
+}  # fmt: skip
+"""What each key must satisfy by itself, by the name of its dataclass."""
+
+
+def _ranges(section: Any, path: str) -> Iterator[Problem]:
+    rules = RULES.get(type(section).__name__, {})
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _ranges(value, key)
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            yield Problem(f"{key}={show(value)}: it should be finite.", (key,))
+        elif field.name in rules and (wrong := rules[field.name](value)):
+            yield Problem(f"{key}={show(value)}: {wrong}", (key,))
+
+
+def _between(config: Config) -> Iterator[Problem]:
+    """Keys that contradict each other."""
+    model, data, stage, deepspeed = config.model, config.data, config.stage, config.deepspeed
+    trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)
+    if model.name == "auto" and (trains or stage.name == "pretrain"):
+        yield Problem(f"model=auto: stage={stage.name} must know its model: {', '.join(MODELS[:-1])}.", ("model.name",))
+    if trains and model.name not in ("tiny", "auto") and model.path is None:
+        yield Problem(
+            f"model.path is missing: model={model.name} has no weights here; give the diffusers pipeline folder to start from.",
+            ("model.name", "model.path"),
+        )
+    if stage.name == "pretrain" and model.name not in ("tiny", "auto"):
+        yield Problem(f"model={model.name}: stage=pretrain makes the tiny model only.", ("model.name",))
+    if trains and data.name == "folder" and data.path is None:
+        yield Problem("data.path is missing: data=folder needs the folder of your clips.", ("data.name", "data.path"))
+    if data.name == "shapes" and data.holdout >= data.clips:
+        yield Problem(
+            f"data.holdout={data.holdout}: no clip is left to train on; it should be less than data.clips={data.clips}.",
+            ("data.holdout", "data.clips"),
+        )
+    step = 16 if model.name.startswith("cogvideox1.5") else 8
+    if model.name.startswith("cogvideox") and data.frames % step != 1:
+        good = max(1, round((data.frames - 1) / step)) * step + 1
+        yield Problem(f"data.frames={data.frames}: {model.name} takes {step}k+1 frames, such as {good}.", ("data.frames", "model.name"))
+    yield from _deepspeed(deepspeed)
+    train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
+    if isinstance(train, TrainStage) and train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
+        guess = did_you_mean(nearest(train.resume, ("auto", "never")))
+        yield Problem(f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}", (f"{path}.resume",))
+
+
+def _deepspeed(deepspeed: Any) -> Iterator[Problem]:
+    stage = deepspeed.zero_stage
+    if deepspeed.offload_optimizer and stage == 0:
+        yield Problem(
+            "deepspeed.offload_optimizer=true: it needs deepspeed.zero_stage 1 to 3, such as deepspeed=zero2_offload.",
+            ("deepspeed.offload_optimizer", "deepspeed.zero_stage"),
+        )
+    if deepspeed.offload_parameters and stage != 3:
+        yield Problem(
+            f"deepspeed.offload_parameters=true: it needs deepspeed.zero_stage=3, not {stage}.",
+            ("deepspeed.offload_parameters", "deepspeed.zero_stage"),
+        )

@@ -1,0 +1,201 @@
+"""From the command line to a checked config.
+
+Hydra composes the groups of ``configs/``; values are laid over them here, so that every key is looked up in the schema and a
+mistake can be answered with the name that was meant. All problems of a command line are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cogflow
+from cogflow.config import build
+from cogflow.config.check import find_problems
+from cogflow.config.problems import Problem, did_you_mean, fail, nearest
+from cogflow.config.schema import STAGES, Config, FlowStage
+from cogflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+OPTIONAL_GROUPS = ("local", "experiment", "debug")
+HELP = "python -m cogflow stage=NAME --help prints every key with its default and meaning."
+
+
+def configs_folder() -> Path:
+    """``configs/`` inside the installed package, else beside it in a checkout."""
+    package = Path(cogflow.__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"configs/config.yaml is missing in {package} and in {package.parent}.", "Install cogflow again.")
+
+
+def groups() -> dict[str, list[str]]:
+    """Group name to its choices, sorted."""
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in sorted(configs_folder().iterdir()) if folder.is_dir()
+    }
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The checked config of a command line's ``group=choice`` and ``key=value`` words.
+
+    Raises one :class:`ConfigError` that lists everything wrong with it.
+    """
+    problems: list[Problem] = []
+    choices, values = _split(overrides, problems)
+    raw = _compose_groups(choices, problems)
+    raw = _place_stages(raw, problems)
+    known = build.known_keys(build.stage_class(raw.get("stage")))
+    for key, value in values:
+        if key in known:
+            _put(raw, key, value)
+        elif key == "stage.name" or key.startswith("stage.") and "stage" not in raw:
+            pass  # the missing stage is reported by itself
+        else:
+            problems.append(_unknown(key, value, known))
+    config, more = build.construct(_resolve(raw, problems))
+    reported = {key for problem in problems for key in problem.keys}
+    problems += [problem for problem in more if problem.keys != ("stage",) or "stage" not in reported]
+    if config is not None:
+        bad = {key for problem in problems for key in problem.keys}
+        problems += [problem for problem in find_problems(config) if not bad & set(problem.keys)]
+    fail(problems, HELP)
+    assert config is not None  # a missing stage is among the problems
+    return config
+
+
+def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """The command line's choices of groups and values of keys; what is neither becomes a problem."""
+    choices: dict[str, str] = {}
+    values: list[tuple[str, Any]] = []
+    available = groups()
+    for word in words:
+        override = _parse(word, problems)
+        if override is None:
+            continue
+        key = override.key_or_group
+        if key in available:
+            _choose(key, override, available[key], choices, problems)
+        elif "." not in key and key in build.section_names():
+            keys = ", ".join(build.keys_of(build.section_names()[key], key))
+            problems.append(Problem(f"{word}: {key} is a section, set its keys: {keys}.", (key,)))
+        elif "." not in key and (near := nearest(key, available, cutoff=0.7)):
+            problems.append(Problem(f"{word}: no such group.{did_you_mean(near)}", (key, near)))
+        else:
+            values.append((key, override.value()))
+    return choices, values
+
+
+def _parse(word: str, problems: list[Problem]) -> Override | None:
+    """Hydra's reading of one word; ``None`` and a problem when it is not one choice or one value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if "/" in override.key_or_group or override.package is not None:
+            raise ValueError("groups stand at the top; write group=choice.")
+        if override.is_delete():
+            raise ValueError("nothing can be deleted; set another value, or group=null.")
+        if override.is_sweep_override():
+            raise ValueError("one value, please; a list is written as [1,2], a comma inside a text needs 'quotes'.")
+        return override
+    except ValueError as error:
+        problems.append(Problem(f"{word}: {error}"))
+    except HydraException as error:
+        near = nearest(word, STAGES) if "=" not in word else None
+        meant = f" Did you mean stage={near}?" if near else " It should be key=value or group=choice; quote odd characters: key='a,b'."
+        reason = "" if near else f" ({_first(error).split(' expecting')[0]})"
+        problems.append(Problem(f"{word}: not understood{reason}.{meant}"))
+    return None
+
+
+def _choose(group: str, override: Override, known: list[str], choices: dict[str, str], problems: list[Problem]) -> None:
+    choice = build.show(override.value())
+    if choice == "null" and group in OPTIONAL_GROUPS or choice in known:
+        if choices.get(group, choice) != choice:
+            problems.append(Problem(f"{group}={choice}: it is also chosen as {group}={choices[group]}; give one.", (group,)))
+        choices[group] = choice
+    else:
+        near = did_you_mean(nearest(choice, known))
+        problems.append(Problem(f"{group}={choice}: no such choice; one of {', '.join(known) or 'none yet'}.{near}", (group,)))
+
+
+def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs_folder()), version_base=None):
+            config = hydra_compose("config", [f"{group}={choice}" for group, choice in choices.items()])
+        container = OmegaConf.to_container(config)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        fail([*problems, Problem(f"{configs_folder()} cannot be composed: {error}")], HELP)
+        raise
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _place_stages(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Lay ``stages.<name>`` of experiment, debug and model files under the stage that runs, alone or inside flow."""
+    placed = {**raw}
+    by_name = placed.pop("stages", None) or {}
+    stage = build.stage_class(raw.get("stage"))
+    for name, settings in by_name.items():
+        if name not in STAGES or name == "flow":
+            problems.append(Problem(f"stages.{name}: no such stage.{did_you_mean(nearest(name, STAGES))}"))
+            continue
+        known = build.keys_of(STAGES[name], "stage")
+        wrong = [key for key in settings if f"stage.{key}" not in known]
+        problems += [build.unknown(f"stages.{name}.{key}", settings[key], known) for key in wrong]
+        for key in settings.keys() - set(wrong):
+            if stage is STAGES[name]:
+                _put(placed, f"stage.{key}", settings[key])
+            elif stage is FlowStage and name in build.section_names(FlowStage):
+                _put(placed, f"stage.{name}.{key}", settings[key])
+    return placed
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, making the sections on its way."""
+    *path, last = key.split(".")
+    for part in path:
+        if not isinstance(raw.get(part), dict):
+            raw[part] = {}
+        raw = raw[part]
+    raw[last] = value
+
+
+def _unknown(key: str, value: Any, known: list[str]) -> Problem:
+    if key.split(".")[0] in OPTIONAL_GROUPS:
+        return Problem(f"{key}={build.show(value)}: {key.split('.')[0]} is a group without keys; set the key it would set.", (key,))
+    return build.unknown(key, value, known)
+
+
+def _resolve(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """``${...}`` filled in; a value that cannot be is dropped and reported."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        container = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        fail([*problems, Problem(f"{getattr(error, 'full_key', '') or 'a value'}: {_first(error)}")], HELP)
+        raise
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,182 @@
+"""Every setting there is: one dataclass per Hydra group, one field per key, with its default and its meaning.
+
+The yaml files under ``configs/`` choose values; this file decides which keys exist and what kind each is. Building and
+checking live in :mod:`cogflow.config.build` and :mod:`cogflow.config.check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    root: str = "runs"  # folder of all runs
+    name: str = "tiny-shapes"  # stable: the same command goes on in the same folder
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "tiny"  # key of cogflow.models.family.FAMILY, or auto (export and assemble)
+    path: str | None = None  # diffusers pipeline folder to start from; tiny brings its own
+    dtype: str = "auto"  # auto | fp32 | bf16 | fp16; auto: the family's on a GPU, fp32 on a CPU
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "shapes"  # shapes (drawn) | folder (your own)
+    path: str | None = None  # folder of clips; shapes: where to draw them, default <run>/data
+    frames: int = 9  # 4k+1
+    height: int = 64  # multiple of 16
+    width: int = 96  # multiple of 16
+    fps: float = 8.0  # clips are resampled to this rate
+    resize: str = "cover"  # cover (fill, then crop) | stretch | none (crop only)
+    crop: str = "center"  # center | random (seeded by the clip's content)
+    window: str = "start"  # which frames of a longer clip: start | center | random (seeded by the clip's content)
+    holdout: int = 8  # clips kept away from training, for the held-out loss
+    max_bad_share: float = 0.1  # more unreadable clips than this stop the run
+    max_bad_in_a_row: int = 16  # so does this many, one after another, at the start
+    seed: int = 0  # of the drawn clips, the held-out choice and the seeded crops and windows
+    clips: int = 96  # shapes: how many to draw
+    colours: list[str] = field(default_factory=list)  # shapes: colours to draw
+    shapes: list[str] = field(default_factory=list)  # shapes: outlines to draw
+    motions: list[str] = field(default_factory=list)  # shapes: directions of travel; the three lists have defaults of their own
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    zero_stage: int = 2  # 0..3
+    offload_optimizer: bool = False  # optimizer states in host memory
+    offload_parameters: bool = False  # parameters in host memory (stage 3)
+    reduce_bucket_size: int = 200_000  # elements; large models want 5e8
+    allgather_bucket_size: int = 200_000  # elements; large models want 5e8
+    overlap_comm: bool = False  # reduce gradients while the backward pass goes on
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    steps: int = 20  # denoising steps
+    guidance_scale: float = 6.0  # of classifier-free guidance; 1: off
+    use_dynamic_cfg: bool = True  # let the guidance grow over the steps, as CogVideoX does
+    seeds: list[int] = field(default_factory=lambda: [0])  # each prompt is sampled once per seed
+    prompts: str | None = None  # .txt (one a line) or .jsonl (id, text); default: the data's own prompts
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    project: str = "cogflow"  # Weights & Biases project
+    wandb: str = "offline"  # offline | online | disabled; the variable WANDB_MODE wins
+    entity: str | None = None  # Weights & Biases team or user; default: the account's own
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    videos: bool = True  # log sample videos, not only scalars
+    upload_mb: float = 512.0  # a larger artifact is recorded in W&B by its paths, not copied there
+
+
+@dataclass(frozen=True)
+class PrepareStage:
+    name: str = "prepare"  # chosen by stage=prepare
+    batch_size: int = 4  # captions encoded at once; clips are encoded one by one
+    shard_clips: int = 64  # clips per safetensors shard
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    name: str = "train"  # chosen by stage=train
+    steps: int = 150  # optimizer steps
+    batch_size: int = 8  # clips per rank and micro step
+    gradient_accumulation: int = 1  # micro steps per optimizer step
+    learning_rate: float = 4e-4  # after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 1e-4  # of AdamW
+    gradient_clipping: float = 1.0  # largest norm of the gradient; 0: off
+    warmup_steps: int = 10  # steps over which the learning rate rises from zero
+    schedule: str = "cosine"  # constant | linear | cosine
+    min_lr_ratio: float = 0.1  # where linear and cosine end, as a share of learning_rate
+    text_dropout: float = 0.1  # share of samples trained without their caption
+    ema_decay: float = 0.0  # 0: off
+    seed: int = 0  # of sample order, noise, timesteps and dropped captions
+    resume: str = "auto"  # auto | never | PATH of a checkpoint folder
+    save_every: int = 75  # 0: only at the end
+    sample_every: int = 75  # 0: never
+    evaluate_every: int = 25  # held-out loss; 0: never
+    keep_last: int = 2  # checkpoints kept
+
+
+@dataclass(frozen=True)
+class SampleStage:
+    name: str = "sample"  # chosen by stage=sample
+    source: str | None = None  # run, checkpoint, pipeline folder, video or folder of frames; default: this run
+    reference: str | None = None  # videos or frames to compare the sharpness with
+    prompts: str | None = None  # wins over sampling.prompts
+    output: str | None = None  # default <run>/sampled
+
+
+@dataclass(frozen=True)
+class ExportStage:
+    name: str = "export"  # chosen by stage=export
+    source: str | None = None  # checkpoint or run; default: this run's newest checkpoint
+    output: str | None = None  # default <run>/export
+    weights: str = "auto"  # auto (EMA where there is one) | model | ema
+    dtype: str = "auto"  # auto (the family's; fp32 when trained on a CPU) | fp32 | bf16 | fp16
+    to: str = "diffusers"  # layout to write
+    max_shard_size: str = "5GB"  # of one safetensors file
+
+
+@dataclass(frozen=True)
+class AssembleStage:
+    name: str = "assemble"  # chosen by stage=assemble
+    output: str | None = None  # default <run>/pipeline
+    base: str | None = None  # pipeline folder for every component that is not named; default: the model's own
+    transformer: str | None = None  # default <run>/export
+    vae: str | None = None  # folder of the component; default: that of base, as for the next three
+    text_encoder: str | None = None  # folder of the component
+    tokenizer: str | None = None  # folder of the component
+    scheduler: str | None = None  # folder of the component
+    verify: bool = True  # load the folder in a fresh process and compare its samples with the run's
+
+
+@dataclass(frozen=True)
+class FlowStage:
+    name: str = "flow"  # chosen by stage=flow
+    prepare: PrepareStage = field(default_factory=PrepareStage)  # as stage=prepare
+    train: TrainStage = field(default_factory=TrainStage)  # as stage=train
+    export: ExportStage = field(default_factory=ExportStage)  # as stage=export
+    assemble: AssembleStage = field(default_factory=AssembleStage)  # as stage=assemble
+
+
+@dataclass(frozen=True)
+class PretrainStage:
+    name: str = "pretrain"  # chosen by stage=pretrain
+    output: str | None = None  # default <run>/model
+    seed: int = 0  # of everything random in it
+    text_steps: int = 500  # steps of the text encoder
+    vae_steps: int = 3700  # steps of the autoencoder
+    transformer_steps: int = 5000  # steps of the transformer
+    check_repeats: int = 4  # samples checked at the end, times 24
+    clips: int = 3072  # drawn for the transformer
+
+
+StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage
+
+STAGES: dict[str, type] = {
+    "prepare": PrepareStage,
+    "train": TrainStage,
+    "sample": SampleStage,
+    "export": ExportStage,
+    "assemble": AssembleStage,
+    "flow": FlowStage,
+    "pretrain": PretrainStage,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: StageConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

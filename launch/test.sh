@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install what is missing, then check format, style, types and behaviour. Further words go to pytest: bash launch/test.sh -m 'not slow'
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/install.sh
+"$venv/bin/ruff" format --check .
+"$venv/bin/ruff" check .
+"$venv/bin/mypy"
+exec "$venv/bin/python" -m pytest "$@"

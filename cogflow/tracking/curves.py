@@ -37,19 +37,30 @@ class Chart:
     note: str = ""
 
 
-def chart(title: str, lines: Sequence[Line], *, width: int = 560, height: int = 220, note: str = "", reference: bool = False) -> Chart | None:
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    width: int = 560,
+    height: int = 220,
+    note: str = "",
+    reference: bool = False,
+    until: int | None = None,
+) -> Chart | None:
     """Draw ``lines`` over the step; ``None`` when none holds a finite value.
 
     The range leaves out the outermost percent of dense curves, so that one spike does not flatten the rest. Values that are
-    not finite are marked at the bottom. ``reference``: a dashed line at each curve's first value.
+    not finite are marked at the bottom. ``reference``: a dashed line at each curve's first value. ``until``: the
+    step to which the axis runs at least, so that charts of one run can be compared.
     """
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     x_low = min(line.points.steps[0] for line in lines)
-    x_high = max(max(line.points.steps[-1] for line in lines), x_low + 1)
+    x_low = 0 if 0 < x_low <= 0.1 * max(line.points.steps[-1] for line in lines) else x_low
+    x_high = max(*(line.points.steps[-1] for line in lines), until or 0, x_low + 1)
     y_low, y_high = _range(lines)
-    x_ticks, y_ticks = _ticks(x_low, x_high, 5, whole=True), _ticks(y_low, y_high, max(2, height // 55))
+    x_ticks, y_ticks = _ticks(x_low, x_high, 5, whole=True), _ticks(y_low, y_high, min(6, max(4, height // 50)))
     if y_ticks:
         spacing = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else 0.0
         y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1] + 0.02 * spacing)
@@ -61,7 +72,8 @@ def chart(title: str, lines: Sequence[Line], *, width: int = 560, height: int = 
 
     parts, hover = _axes(x_ticks, y_ticks, at, width, height), []
     clip = f"clip-{zlib.crc32(title.encode()):08x}"
-    parts.append(f'<clipPath id="{clip}"><rect x="{LEFT - 4}" y="{TOP - 4}" width="{width - LEFT - RIGHT + 8}" height="{height - TOP - BOTTOM + 8}"/></clipPath>')
+    frame = f'x="{LEFT - 4}" y="{TOP - 4}" width="{width - LEFT - RIGHT + 8}" height="{height - TOP - BOTTOM + 8}"'
+    parts.append(f'<clipPath id="{clip}"><rect {frame}/></clipPath>')
     parts.append(f'<g clip-path="url(#{clip})">')
     for line in lines:
         drawn, shown = _draw(line, at, height)
@@ -166,7 +178,9 @@ def _draw(line: Line, at: Place, height: int) -> tuple[list[str], list[tuple[int
     for step, value in zip(line.points.steps, line.points.values, strict=True):
         if value is None:
             x, _ = at(step, 0)
-            parts.append(f'<path class="broken" d="M{x - 3} {height - BOTTOM - 6}l6 6m0 -6l-6 6"><title>not finite at step {step}</title></path>')
+            parts.append(
+                f'<path class="broken" d="M{x - 3} {height - BOTTOM - 6}l6 6m0 -6l-6 6"><title>not finite at step {step}</title></path>'
+            )
     return parts, shown
 
 

@@ -90,5 +90,3 @@ def _drop_torn_tail(path: Path) -> None:
         text = file.read()
         if text and not text.endswith(b"\n"):
             file.truncate(text.rfind(b"\n") + 1)
-
-

@@ -13,15 +13,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cogflow.files.publish import write_text
-from cogflow.tracking.curves import Chart, Line, chart, running_mean, short
+from cogflow.tracking import words
+from cogflow.tracking.curves import Chart, running_mean, short
 from cogflow.tracking.progress import clock
+from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts
 from cogflow.tracking.run_data import RunData, Validation, read_run
 from cogflow.tracking.secrets import scrub
+from cogflow.tracking.sheet import pick
 
 COLUMNS = 6  # validations side by side; of more, the first, the last and some between are shown
 ROWS = 24
 CELLS = ("wavelet_ratio", "blur_effect", "contrast")
-QUARTERS = ("1st quarter (little noise)", "2nd", "3rd", "4th (mostly noise)")
 
 
 def write_report(folder: Path) -> Path:
@@ -49,9 +51,9 @@ def render(run: RunData) -> str:
         facts=_facts(run),
         alerts=[_alert(alert) for alert in run.alerts],
         stages=[_stage(run, record) for record in run.records],
-        loss=[_svg(one) for one in _loss(run)],
-        sharpness=[_svg(one) for one in _sharpness(run)],
-        others=[_svg(one) for one in _others(run)],
+        loss=[_svg(one) for one in loss_charts(run)],
+        sharpness=[_svg(one) for one in sharpness_charts(run)],
+        others=[_svg(one) for one in other_charts(run)],
         samples=_samples(run),
         sheets=[{"step": one.step, "src": _link(run.folder, one.sheet)} for one in run.validations if one.sheet],
         tables=[_table(run, table) for table in run.tables.values()],
@@ -65,19 +67,21 @@ def _head(run: RunData) -> dict[str, Any]:
     main = run.record("flow") or run.record("train") or (run.records[-1] if run.records else {})
     settings = main.get("settings", {}) if isinstance(main.get("settings"), dict) else {}
     trained = run.record("train")
-    wanted = _dig(settings, "stage", "train", "steps") or _dig(settings, "stage", "steps")
+    wanted = words.dig(settings, "stage", "train", "steps") or words.dig(settings, "stage", "steps")
     status = str(main.get("status", "done")) if main else "running"
     if not trained and run.last_step is not None:
         status = "running"
     return {
-        "name": str(_dig(settings, "run", "name") or run.folder.resolve().name),
-        "model": str(_dig(settings, "model", "name") or ""),
-        "data": str(_dig(settings, "data", "name") or ""),
+        "name": str(words.dig(settings, "run", "name") or run.folder.resolve().name),
+        "model": str(words.dig(settings, "model", "name") or ""),
+        "data": str(words.dig(settings, "data", "name") or ""),
         "status": {"done": "done", "stopped": "stopped", "failed": "failed", "running": "in progress"}.get(status, status),
         "tone": {"done": "good", "failed": "bad", "stopped": "warn"}.get(status, "plain"),
         "step": f"step {run.last_step}" + (f" of {wanted}" if wanted else "") if run.last_step is not None else "",
         "command": scrub(str(main.get("command", ""))),
-        "started": str(min((str(record["started"]) for record in run.records if record.get("started")), default="")).replace("T", " ").rstrip("Z"),
+        "started": str(min((str(record["started"]) for record in run.records if record.get("started")), default=""))
+        .replace("T", " ")
+        .rstrip("Z"),
         "written": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     }
 
@@ -97,7 +101,7 @@ def _facts(run: RunData) -> list[dict[str, str]]:
         points = run.curve(name).finite
         if points:
             first, last = points[0][1], points[-1][1]
-            change = f"{_change(first, last)} since step {points[0][0]}" if len(points) > 1 else f"at step {points[0][0]}"
+            change = f"{words.change(first, last)} since step {points[0][0]}" if len(points) > 1 else f"at step {points[0][0]}"
             add(label, short(last), change)
     seconds = [value for _, value in run.curve("train/step_time").finite]
     if seconds:
@@ -106,53 +110,17 @@ def _facts(run: RunData) -> list[dict[str, str]]:
     if memory:
         add("memory", f"{short(max(memory))} GB", "peak")
     flow = run.record("flow")
-    spent = flow["seconds"] if flow and _is_number(flow.get("seconds")) else sum(_seconds(record) for record in run.records)
+    spent = flow["seconds"] if flow and words.is_number(flow.get("seconds")) else sum(words.seconds(record) for record in run.records)
     if spent:
         add("all stages", clock(float(spent)), "wall clock")
     return facts
-
-
-def _loss(run: RunData) -> list[Chart]:
-    lines = [Line("training", run.curve("train/loss"), 1, smooth=True), Line("held out", run.curve("heldout/loss"), 2, dots=True)]
-    return _present(chart("Loss", lines, width=620, height=330))
-
-
-def _sharpness(run: RunData) -> list[Chart]:
-    rows = (
-        ("Sharpness", "wavelet_ratio", "wavelet ratio, higher is sharper", 3),
-        ("Blur", "blur_effect", "blur effect, lower is sharper", 4),
-        ("Contrast", "contrast", "of the luma", 1),
-    )
-    return _present(
-        *(
-            chart(title, [Line("validation samples", run.curve(f"sharpness/{name}"), colour, dots=True)], height=150, note=note, reference=True)
-            for title, name, note, colour in rows
-        )
-    )
-
-
-def _others(run: RunData) -> list[Chart]:
-    def quarters(prefix: str, **style: bool) -> list[Line]:
-        return [Line(label, run.curve(f"{prefix}/loss_q{number}"), number, **style) for number, label in enumerate(QUARTERS, 1)]
-
-    def one(title: str, name: str, note: str = "", *, smooth: bool = False) -> Chart | None:
-        return chart(title, [Line(name.partition("/")[2].replace("_", " "), run.curve(name), smooth=smooth)], note=note, height=180)
-
-    return _present(
-        chart("Training loss by timestep", quarters("train", smooth=True), note="quarters of the noise schedule", height=240),
-        chart("Held-out loss by timestep", quarters("heldout", dots=True), note="quarters of the noise schedule", height=240),
-        one("Gradient norm", "train/grad_norm", "before clipping", smooth=True),
-        one("Learning rate", "train/lr"),
-        one("Step time", "train/step_time", "seconds", smooth=True),
-        one("Memory", "train/memory_gb", "peak, GB"),
-    )
 
 
 def _samples(run: RunData) -> dict[str, Any] | None:
     """The grid: a row per prompt and seed, a column per validation."""
     if not run.validations:
         return None
-    shown = [run.validations[index] for index in _spread(len(run.validations), COLUMNS)]
+    shown = [run.validations[index] for index in pick(len(run.validations), COLUMNS)]
     keys = list(dict.fromkeys(key for validation in reversed(shown) for key in validation.samples))
     several = len({seed for _, seed in keys}) > 1
     rows = []
@@ -167,10 +135,10 @@ def _samples(run: RunData) -> dict[str, Any] | None:
             }
         )
     facts = shown[-1].facts
-    sampling = facts.get("sampling") if isinstance(facts.get("sampling"), dict) else {}
+    sampling: dict[str, Any] = facts["sampling"] if isinstance(facts.get("sampling"), dict) else {}
     how = [f"{facts['frames']} frames of {facts['height']}x{facts['width']}"] if {"frames", "height", "width"} <= set(facts) else []
     how += [f"{sampling['steps']} denoising steps"] if "steps" in sampling else []
-    how += [f"guidance {short(float(sampling['guidance_scale']))}"] if _is_number(sampling.get("guidance_scale")) else []
+    how += [f"guidance {short(float(sampling['guidance_scale']))}"] if words.is_number(sampling.get("guidance_scale")) else []
     small = max(validation.width for validation in shown) < 320
     return {
         "steps": [validation.step for validation in shown],
@@ -192,9 +160,16 @@ def _cell(run: RunData, validation: Validation, key: tuple[str, int], first: Map
         "src": _link(run.folder, sample.video) if sample.video else None,
         "step": validation.step,
         "value": short(value) if value is not None else "",
-        "change": _change(first[CELLS[0]], value) if value is not None and first.get(CELLS[0]) and first is not sample.sharpness else "",
+        "change": words.change(first[CELLS[0]], value)
+        if value is not None and first.get(CELLS[0]) and first is not sample.sharpness
+        else "",
         "title": ", ".join(f"{name.replace('_', ' ')} {short(sample.sharpness[name])}" for name in CELLS if name in sample.sharpness),
     }
+
+
+def _svg(one: Chart) -> dict[str, Any]:
+    # The charts escape what they hold themselves; nothing else on the page is marked as safe.
+    return {"title": one.title, "svg": Markup(one.svg), "legend": one.legend, "note": one.note}
 
 
 def _stage(run: RunData, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +178,7 @@ def _stage(run: RunData, record: Mapping[str, Any]) -> dict[str, Any]:
     summary = results.get("summary")
     if not summary:
         simple = [(name, value) for name, value in results.items() if name != "where" and isinstance(value, str | int | float)]
-        summary = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in simple[:4])
+        summary = ", ".join(f"{name.replace('_', ' ')} {words.text(value)}" for name, value in simple[:4])
     status = str(record.get("status", "done"))
     place = _inside(run, str(where)) if where else None
     return {
@@ -211,7 +186,7 @@ def _stage(run: RunData, record: Mapping[str, Any]) -> dict[str, Any]:
         "status": status,
         "tone": {"done": "good", "failed": "bad"}.get(status, "warn"),
         "summary": str(summary or "-"),
-        "time": clock(_seconds(record)) if _seconds(record) else "",
+        "time": clock(words.seconds(record)) if words.seconds(record) else "",
         "where": place.relative_to(run.folder.resolve()).as_posix() or "." if place else str(where),
         "href": _link(run.folder, place) if place and place.exists() else "",
     }
@@ -223,27 +198,35 @@ def _table(run: RunData, table: Mapping[str, Any]) -> dict[str, Any]:
     def cell(value: Any) -> dict[str, Any]:
         path = _inside(run, value) if isinstance(value, str) and value.lower().endswith((".mp4", ".png", ".jpg", ".webm")) else None
         kind = "" if path is None or not path.is_file() else "video" if path.suffix.lower() in (".mp4", ".webm") else "image"
-        return {"text": _text(value), "number": _is_number(value), "kind": kind, "src": _link(run.folder, path) if path and kind else ""}
+        return {
+            "text": words.text(value),
+            "number": words.is_number(value),
+            "kind": kind,
+            "src": _link(run.folder, path) if path and kind else "",
+        }
 
-    columns = [str(name) for name in table["columns"]]
-    return {"key": str(table.get("key")), "stage": str(table.get("stage", "")), "columns": columns, "rows": [[cell(value) for value in row] for row in rows]}
+    columns = []
+    for index, name in enumerate(table["columns"]):
+        values = [row[index] for row in rows if index < len(row) and row[index] is not None]
+        columns.append({"name": str(name), "number": bool(values) and all(map(words.is_number, values))})
+    title = str(table.get("key")).replace("_", " ")
+    return {"title": title[:1].upper() + title[1:], "columns": columns, "rows": [[cell(value) for value in row] for row in rows]}
 
 
 def _artifact(run: RunData, artifact: Mapping[str, Any]) -> dict[str, str]:
     uses = artifact.get("uses")
-    size = artifact.get("bytes")
     return {
         "name": str(artifact["name"]),
         "type": str(artifact.get("type", "")),
         "stage": str(artifact.get("stage", "")),
         "uses": ", ".join(map(str, uses)) if isinstance(uses, list) else "",
-        "size": _bytes(float(size)) if _is_number(size) else "",
+        "size": words.size(artifact.get("bytes")),
         "hash": str(artifact.get("manifest_sha256", ""))[:12],
     }
 
 
 def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
-    groups = [(name, _flat(record.get(name))) for name in ("results", "inputs", "versions", "machine", "settings")]
+    groups = [(name, words.flat(scrub(record.get(name)))) for name in ("results", "inputs", "versions", "machine", "settings")]
     return {
         "stage": record["stage"],
         "command": scrub(str(record.get("command", ""))),
@@ -262,29 +245,6 @@ def _alert(alert: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        return [row for name, inner in value.items() for row in _flat(inner, f"{prefix}.{name}" if prefix else str(name))]
-    if isinstance(value, list) and any(isinstance(inner, Mapping | list) for inner in value):
-        return [row for index, inner in enumerate(value[:50]) for row in _flat(inner, f"{prefix}.{index}")]
-    return [(prefix, _text(scrub(value)))] if prefix else []
-
-
-def _svg(one: Chart) -> dict[str, Any]:
-    # The charts escape what they hold themselves; nothing else on the page is marked as safe.
-    return {"title": one.title, "svg": Markup(one.svg), "legend": one.legend, "note": one.note}
-
-
-def _present(*charts: Chart | None) -> list[Chart]:
-    return [one for one in charts if one is not None]
-
-
-def _spread(total: int, count: int) -> list[int]:
-    if total <= count:
-        return list(range(total))
-    return sorted({round(index * (total - 1) / (count - 1)) for index in range(count)})
-
-
 def _inside(run: RunData, where: str) -> Path | None:
     """``where`` as a path when it lies in the run folder (written absolutely, from the working folder, or from the run)."""
     folder = run.folder.resolve()
@@ -296,44 +256,3 @@ def _inside(run: RunData, where: str) -> Path | None:
 
 def _link(folder: Path, path: Path) -> str:
     return quote(path.resolve().relative_to(folder.resolve()).as_posix() or ".")
-
-
-def _change(first: float, last: float) -> str:
-    if not first:
-        return ""
-    percent = round(100 * (last / first - 1))
-    return "±0 %" if percent == 0 else f"{'+' if percent > 0 else '−'}{abs(percent)} %"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return short(value)
-    if isinstance(value, list):
-        return ", ".join(_text(inner) for inner in value)
-    return "" if value is None else str(value)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{short(size)} {unit}"
-        size /= 1000
-    return f"{short(size)} GB"
-
-
-def _dig(value: Any, *names: str) -> Any:
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _seconds(record: Mapping[str, Any]) -> float:
-    return float(record["seconds"]) if _is_number(record.get("seconds")) else 0.0
-
-

@@ -10,7 +10,9 @@ from typing import Any
 HIDDEN = "***"
 
 # "token" counts only as the last word: max_tokens and tokenizer are settings, HF_TOKEN and access-token are not.
-_NAME = re.compile(r"(^|[_.\-])(api_?key|apikey|token|secret|secret_key|access_key|private_key|password|passwd|credentials?)$", re.IGNORECASE)
+_NAME = re.compile(
+    r"(^|[_.\-])(api_?key|apikey|token|secret|secret_key|access_key|private_key|password|passwd|credentials?)$", re.IGNORECASE
+)
 _ASSIGNED = re.compile(
     r"(?P<name>[\w.\-]*?(?:api_?key|apikey|token|secret|secret_key|access_key|private_key|password|passwd|credentials?))(?P<sign>=|:\s*|\s+)(?P<value>[^\s,;\"']+)",
     re.IGNORECASE,
@@ -39,7 +41,10 @@ def _known() -> list[str]:
 
 def _scrub(value: Any, known: list[str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: HIDDEN if is_secret_name(str(key)) and isinstance(inner, str) and inner else _scrub(inner, known) for key, inner in value.items()}
+        return {
+            key: HIDDEN if is_secret_name(str(key)) and isinstance(inner, str) and inner else _scrub(inner, known)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_scrub(inner, known) for inner in value]
     if isinstance(value, str):

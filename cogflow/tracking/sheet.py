@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 SMALLEST = 144  # pixels; narrower frames are enlarged by a whole factor, each pixel staying a sharp square
 WIDEST = 384  # pixels; wider frames are reduced
 GAP = 6
-LABEL = 20
+LABEL = 24
 INK, PAPER = (235, 235, 238), (22, 23, 26)
 
 
@@ -48,7 +48,7 @@ def contact_sheet(clips: Mapping[str, Any], columns: int) -> Image.Image:
     cell_w, cell_h = round(width * factor * scale), round(height * factor * scale)
     count = min(columns, max(len(array) for array in arrays.values()))
     sheet = Image.new("RGB", (GAP + count * (cell_w + GAP), GAP + len(arrays) * (LABEL + cell_h + GAP)), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     for row, (label, array) in enumerate(arrays.items()):
         top = GAP + row * (LABEL + cell_h + GAP)
         pen.text((GAP, top + 1), _fit(pen, font, label, sheet.width - 2 * GAP), fill=INK, font=font)

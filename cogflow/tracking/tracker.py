@@ -21,6 +21,7 @@ from cogflow.tracking.record import command_line, plain, versions
 from cogflow.tracking.secrets import scrub
 from cogflow.tracking.wandb_run import WandbRun, choose_mode
 
+
 def open_tracker(config: Config, stage: str, folder: Path) -> Tracker:
     """The tracker of ``stage`` for the run in ``folder``; use it as a context manager. Off rank 0 it does nothing.
 
@@ -28,15 +29,17 @@ def open_tracker(config: Config, stage: str, folder: Path) -> Tracker:
     second process goes on with the same id), files below ``folder/wandb``. ``WANDB_MODE`` wins over ``tracking.wandb``.
     No trouble with W&B is ever raised.
     """
-    return Tracker(config, stage, Path(folder)) if ranks.is_main() else Silent()
+    return MainTracker(config, stage, Path(folder)) if ranks.is_main() else Tracker()
 
 
-class Silent:
-    """A tracker that takes everything and does nothing."""
+class Tracker:
+    """What every stage talks to. This one takes everything and does nothing: the tracker of ranks other than 0."""
 
-    url_or_dir = ""
+    @property
+    def url_or_dir(self) -> str:
+        return ""
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -64,7 +67,9 @@ class Silent:
         pass
 
 
-class Tracker(Silent):
+class MainTracker(Tracker):
+    """The tracker of rank 0."""
+
     def __init__(self, config: Config, stage: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.folder = stage, folder
@@ -86,7 +91,7 @@ class Tracker(Silent):
         self.close(int(kind is not None))
 
     @property
-    def url_or_dir(self) -> str:  # type: ignore[override]
+    def url_or_dir(self) -> str:
         """W&B's page of this run when online, else the folder of its files; empty when W&B is off."""
         return self._run.place
 
@@ -95,7 +100,7 @@ class Tracker(Silent):
         self._run.finish(exit_code)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars at ``step`` under flat names such as ``train/loss``; Python, numpy or torch. Not-finite ones are null in metrics.jsonl."""
+        """Scalars at ``step`` under flat names such as ``train/loss``; Python, numpy or torch; NaN is null in metrics.jsonl."""
         self._metrics.log(step, values)
         self._run.log(step, {name: scalar for name, value in values.items() if (scalar := _scalar(value)) is not None})
 

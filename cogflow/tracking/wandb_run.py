@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import netrc
 import os
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -17,8 +19,25 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 300.0
 """How long the last uploads may take. What is not sent by then stays on disk for ``wandb sync``."""
 
+USE_SECONDS = 60.0
+"""How long W&B may look for an input artifact on its server."""
+
 MOST_FAILURES = 3
 """After this many failed calls W&B is left alone."""
+
+SETTINGS = {
+    "silent": True,
+    "console": "off",
+    # Neither code nor git remotes nor the command's raw words are taken: our records say what is needed, without secrets.
+    "disable_code": True,
+    "disable_git": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "init_timeout": INIT_SECONDS,
+    "login_timeout": 5.0,
+    "finish_timeout": FINISH_SECONDS,
+}
+"""Those that the installed W&B knows are set."""
 
 T = TypeVar("T")
 
@@ -42,19 +61,52 @@ def has_key() -> bool:
     """Whether W&B will find credentials without asking for them."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    hosts = _hosts()
     named = os.environ.get("NETRC")
     for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         try:
-            if host and netrc.netrc(str(path)).authenticators(host):
+            known = netrc.netrc(str(path))
+            if any(known.authenticators(host) for host in hosts):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
     return False
 
 
+def _hosts() -> list[str]:
+    """The hosts whose keys W&B takes. Its own server goes by two names, and older keys stand under the older one."""
+    named = os.environ.get("WANDB_BASE_URL")
+    if named:
+        return [urlsplit(named).netloc]
+    import wandb
+
+    return [urlsplit(wandb.Settings().base_url).netloc, "api.wandb.ai"]
+
+
+def _within(seconds: float, action: Callable[[str], object], name: str) -> None:
+    """``action(name)``, waited for no longer than ``seconds``: W&B repeats requests for hours when the network is gone."""
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            action(name)
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    if errors:
+        raise errors[0]
+
+
 class WandbRun:
     """One W&B run that may be absent: ``run`` is ``None`` when W&B is disabled or has failed."""
+
+    alive = 0
+    """Runs of this process that have begun and not ended."""
 
     def __init__(
         self,
@@ -76,9 +128,12 @@ class WandbRun:
         if mode == "disabled":
             return
 
-        def start(online: bool) -> Any:
+        def start(online: bool, run_id: str = run_id) -> Any:
             import wandb
 
+            # Read anew: W&B remembers the address that held when it was first asked for anything.
+            address = {"base_url": os.environ["WANDB_BASE_URL"]} if os.environ.get("WANDB_BASE_URL") else {}
+            known = {name: value for name, value in (SETTINGS | address).items() if name in wandb.Settings.model_fields}
             return wandb.init(
                 mode="online" if online else "offline",
                 dir=str(folder),
@@ -91,35 +146,40 @@ class WandbRun:
                 job_type=job_type,
                 name=f"{group} {job_type}",
                 config=config,
-                # Neither output nor code nor git remotes are taken: the records say what is needed, without secrets.
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    disable_code=True,
-                    disable_git=True,
-                    x_disable_meta=True,
-                    x_disable_machine_info=True,
-                    init_timeout=INIT_SECONDS,
-                    finish_timeout=FINISH_SECONDS,
-                ),
+                settings=wandb.Settings(**known),
             )
 
         if mode == "online":
             self.run = self._try("could not be reached; going on offline", lambda: start(True))
             self.online = self.run is not None
         if self.run is None:
-            self.run = self._try("could not start; going on without it", lambda: start(False))
+            again = self._free(run_id) if mode == "online" else run_id
+            self.run = self._try("could not start; going on without it", lambda: start(False, again))
         if self.run is not None:
+            WandbRun.alive += 1
             self.last_step = self._try("did not tell its step", lambda: int(self.run.step)) or 0
             self.define("train", "heldout", "sharpness", "samples")
+
+    def _free(self, run_id: str) -> str:
+        """An id to go on with offline: W&B's service holds on to the one that could not go online until it is ended."""
+        if WandbRun.alive:  # ending it would end other stages' runs, too
+            return f"{run_id}-offline"
+
+        def end() -> None:
+            import wandb
+
+            wandb.teardown()
+
+        self._try("did not end", end)
+        return run_id
 
     @property
     def place(self) -> str:
         """The run's page when online, else the folder of its files; empty without a run."""
         if self.run is None:
             return ""
-        url = self._try("did not tell its address", lambda: self.run.url) if self.online else None
-        return str(url or Path(self.run.settings.sync_dir))
+        run = self.run
+        return self._try("did not tell its place", lambda: str((self.online and run.url) or run.settings.sync_dir)) or ""
 
     def define(self, *prefixes: str) -> None:
         """Draw what is named ``prefix/...`` over our ``step``, not over W&B's own count of calls."""
@@ -173,7 +233,9 @@ class WandbRun:
 
         return self.call("did not take a table", build)
 
-    def artifact(self, name: str, kind: str, files: dict[str, Path], metadata: dict[str, Any], *, upload: bool, uses: Sequence[str]) -> None:
+    def artifact(
+        self, name: str, kind: str, files: dict[str, Path], metadata: dict[str, Any], *, upload: bool, uses: Sequence[str]
+    ) -> None:
         """Record ``files`` (name inside the artifact -> path) as a version of ``name``; by reference when not to be uploaded."""
 
         def build() -> None:
@@ -187,7 +249,7 @@ class WandbRun:
                     artifact.add_reference(path.resolve().as_uri(), name=inside, checksum=False)
             if self.online:  # offline, W&B refuses to take an input: the lineage stands in the metadata
                 for used in uses:
-                    self._try(f"did not find the input {used}", lambda used=used: self.run.use_artifact(f"{used}:latest"))
+                    self._try(f"did not find the input {used}", partial(_within, USE_SECONDS, self.run.use_artifact, f"{used}:latest"))
             self.run.log_artifact(artifact)
 
         self.call(f"did not take the artifact {name}", build)
@@ -200,7 +262,7 @@ class WandbRun:
         if run is None:
             return
         self.call("did not finish", lambda: run.finish(exit_code=exit_code))
-        self.run = None
+        self._let_go()
         if not self.online and place:
             say(f"W&B offline: {place} (to upload it: wandb sync {place})")
 
@@ -211,8 +273,12 @@ class WandbRun:
         result = self._try(failure, action)
         if self._failures >= MOST_FAILURES:
             say("warning: W&B failed too often and is left alone; metrics.jsonl and report.html hold everything")
-            self.run = None
+            self._let_go()
         return result
+
+    def _let_go(self) -> None:
+        WandbRun.alive -= self.run is not None
+        self.run = None
 
     def _try(self, failure: str, action: Callable[[], T]) -> T | None:
         try:

@@ -1,0 +1,73 @@
+"""Which curves the report shows, in which order and under which names."""
+
+from __future__ import annotations
+
+from cogflow.tracking.curves import Chart, Line, chart
+from cogflow.tracking.run_data import RunData
+
+QUARTERS = ("1st (least noise)", "2nd", "3rd", "4th (most)")
+
+
+def loss_charts(run: RunData) -> list[Chart]:
+    lines = [Line("training", run.curve("train/loss"), 1, smooth=True), Line("held out", run.curve("heldout/loss"), 2, dots=True)]
+    return _present(chart("Loss", lines, width=660, height=520, until=run.last_step))
+
+
+def sharpness_charts(run: RunData) -> list[Chart]:
+    rows = (
+        ("Sharpness", "wavelet_ratio", "wavelet ratio, higher is sharper", 3),
+        ("Blur", "blur_effect", "blur effect, lower is sharper", 4),
+        ("Contrast", "contrast", "of the luma", 1),
+    )
+    return _present(
+        *(
+            chart(
+                title,
+                [Line("validation samples", run.curve(f"sharpness/{name}"), colour, dots=True)],
+                width=480,
+                height=145,
+                note=note,
+                reference=True,
+            )
+            for title, name, note, colour in rows
+        )
+    )
+
+
+def other_charts(run: RunData) -> list[Chart]:
+    def quarters(prefix: str, **style: bool) -> list[Line]:
+        return [Line(label, run.curve(f"{prefix}/loss_q{number}"), number, **style) for number, label in enumerate(QUARTERS, 1)]
+
+    def one(title: str, name: str, note: str = "", *, smooth: bool = False) -> Chart | None:
+        return chart(
+            title,
+            [Line(name.partition("/")[2].replace("_", " "), run.curve(name), smooth=smooth)],
+            note=note,
+            height=180,
+            until=run.last_step,
+        )
+
+    return _present(
+        chart(
+            "Training loss by timestep",
+            quarters("train", smooth=True),
+            note="quarters of the noise schedule",
+            height=240,
+            until=run.last_step,
+        ),
+        chart(
+            "Held-out loss by timestep",
+            quarters("heldout", dots=True),
+            note="quarters of the noise schedule",
+            height=240,
+            until=run.last_step,
+        ),
+        one("Gradient norm", "train/grad_norm", "before clipping", smooth=True),
+        one("Learning rate", "train/lr"),
+        one("Step time", "train/step_time", "seconds", smooth=True),
+        one("Memory", "train/memory_gb", "peak, GB"),
+    )
+
+
+def _present(*charts: Chart | None) -> list[Chart]:
+    return [one for one in charts if one is not None]

@@ -1,0 +1,121 @@
+"""Read a W&B run back from its .wandb file: a 7-byte header, then LevelDB-framed protobuf records."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cogflow.config.schema import Config, RunConfig, TrainStage
+from cogflow.data.shapes import Scene, draw
+
+BLOCK = 32768
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def payloads(path: Path) -> Iterator[bytes]:
+    """The framed payloads. A checksum that does not hold raises ``ValueError``."""
+    data = path.read_bytes()
+    if data[:4] != b":W&B":
+        raise ValueError(f"{path} is no W&B file")
+    at, parts = 7, []
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:
+            at += left
+            continue
+        checksum, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        body = data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind == 0 and length == 0:
+            continue
+        if zlib.crc32(body, zlib.crc32(bytes([kind]))) != checksum:
+            raise ValueError(f"{path}: a record near byte {at} is damaged")
+        parts.append(body)
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
+            parts = []
+
+
+class Recorded:
+    """What one .wandb file holds."""
+
+    def __init__(self, path: Path) -> None:
+        from wandb.proto import wandb_internal_pb2 as pb
+
+        self.group = self.job_type = self.run_id = ""
+        self.config: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.artifacts: list[Any] = []
+        self.files: list[str] = []
+        self.alerts: list[str] = []
+        self.axes: dict[str, str] = {}
+        self.exit_code: int | None = None
+        for payload in payloads(path):
+            record = pb.Record()
+            record.ParseFromString(payload)
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                self.group, self.job_type, self.run_id = record.run.run_group, record.run.job_type, record.run.run_id
+                self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                self.history.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item})
+            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+                self.artifacts.append(record.request.log_artifact.artifact)
+            elif kind == "artifact":
+                self.artifacts.append(record.artifact)
+            elif kind == "files":
+                self.files += [item.path for item in record.files.files]
+            elif kind == "alert":
+                self.alerts.append(record.alert.title)
+            elif kind == "metric":
+                self.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+            elif kind == "exit":
+                self.exit_code = record.exit.exit_code
+
+
+@pytest.fixture
+def recorded() -> Callable[[Path, str], list[Recorded]]:
+    """Every W&B session of a stage in a run folder, oldest first."""
+
+    def read(folder: Path, stage: str) -> list[Recorded]:
+        deadline = time.monotonic() + 20
+        while True:
+            paths = sorted(folder.glob(f"wandb/offline-run-*-{stage}/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+            sessions = [Recorded(path) for path in paths]
+            # W&B's service writes the end of a run a moment after finish() has returned.
+            if all(session.exit_code is not None for session in sessions) or time.monotonic() > deadline:
+                return sessions
+            time.sleep(0.05)
+
+    return read
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No W&B settings, keys or caches of whoever runs the tests, and no network."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(stage=TrainStage(steps=4), run=RunConfig(root=str(tmp_path), name="demo"))
+
+
+@pytest.fixture
+def clip() -> np.ndarray:
+    """uint8 ``[9, 64, 96, 3]``."""
+    return draw(Scene("purple", "star", "left", "dark", seed=1), 9, 64, 96)

@@ -1,0 +1,185 @@
+"""The report: everything there, nothing injected, nothing absolute, and pages from runs that lack most of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogflow.config.schema import Config
+from cogflow.data.video import write_video
+from cogflow.errors import DataError
+from cogflow.tracking.curves import Line, chart, running_mean, short
+from cogflow.tracking.picture import main, write_picture
+from cogflow.tracking.record import write_record
+from cogflow.tracking.report import write_report
+from cogflow.tracking.run_data import Points
+from cogflow.tracking.sheet import contact_sheet
+from cogflow.tracking.tracker import open_tracker
+
+EVIL = """a "star" <script>alert('x')</script> & <b>more</b>"""
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, in order; complains about tags that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    folder = tmp_path / "demo run"
+    with open_tracker(config, "train", folder) as tracker:
+        for step in range(5):
+            tracker.log(step, {"train/loss": 1.0 / (step + 1), "train/loss_q1": 0.5, "train/lr": 4e-4, "train/step_time": 0.5})
+        for step in (0, 4):
+            tracker.log(step, {"sharpness/wavelet_ratio": 0.3 - 0.01 * step, "heldout/loss": 0.5})
+            samples = folder / f"samples/step-{step:06d}"
+            entries = []
+            for index in range(2):
+                name = f"p{index} #-seed0.mp4"
+                write_video(samples / name, clip if step else clip[:, ::-1], 8)
+                entries.append(
+                    {"id": f"p{index}", "text": EVIL, "seed": 0, "video": name, "sharpness": {"wavelet_ratio": 0.3 - 0.01 * step}}
+                )
+            contact_sheet({"p": clip}, 3).save(samples / "contact.png")
+            facts = {
+                "step": step,
+                "height": 64,
+                "width": 96,
+                "frames": 9,
+                "sampling": {"steps": 20, "guidance_scale": 6.0},
+                "samples": entries,
+            }
+            (samples / "samples.json").write_text(json.dumps(facts))
+        tracker.table("closing_table", ["prompt", "ratio"], [[EVIL, 0.5]])
+        tracker.alert("soft", EVIL)
+        tracker.artifact("latents", "dataset", folder / "metrics.jsonl", uses=["clips"])
+    write_record(folder, "train", config, {"cache": {"sha256": "abc123"}}, {"summary": "4 steps " + EVIL, "where": folder / "samples"})
+    return folder
+
+
+def test_the_page_shows_the_run(run: Path) -> None:
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert "demo" in text and "abc123" in text and "step 4 of 4" in text and "demo-latents" in text and "Closing table" in text
+    titles = {svg["aria-label"] for svg in page.all("svg")}
+    assert {"Loss", "Sharpness", "Training loss by timestep", "Held-out loss by timestep", "Learning rate", "Step time"} - titles == {
+        "Held-out loss by timestep"
+    }
+    videos = page.all("video")
+    assert len(videos) == 4 and all({"muted", "loop", "autoplay", "playsinline"} <= set(video) for video in videos)
+    assert "−13 %" in text  # 0.26 after 0.30
+
+
+def test_text_of_users_is_escaped(run: Path) -> None:
+    text = write_report(run).read_text()
+    assert "<script>alert" not in text and "<b>more" not in text
+    assert text.count("&lt;script&gt;alert") >= 5  # prompts, table, alert, summary, records
+    assert len(Page(text).all("script")) == 1
+
+
+def test_every_link_is_relative_and_leads_to_a_file(run: Path, tmp_path: Path) -> None:
+    write_report(run)
+    moved = tmp_path / "elsewhere"
+    shutil.move(run, moved)
+    text = (moved / "report.html").read_text()
+    page = Page(text)
+    from urllib.parse import unquote
+
+    links = [tag.get("src") or tag.get("href") or "" for name in ("video", "img", "a") for tag in page.all(name)]
+    assert len(links) == 4 + 2 + 2 + 1
+    for link in links:
+        assert not re.match(r"/|\w+:", link) and (moved / unquote(link)).exists(), link
+    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", text), "the page would load something from the network"
+
+
+@pytest.mark.parametrize(
+    "missing", ["samples", "metrics.jsonl", "events.jsonl", "train.json", "samples/step-000000", "samples/step-000004/p0 #-seed0.mp4"]
+)
+def test_missing_pieces_are_left_out(run: Path, missing: str) -> None:
+    path = run / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Page(write_report(run).read_text())
+
+
+def test_an_empty_folder_and_damaged_files_still_give_a_page(tmp_path: Path) -> None:
+    assert "Nothing has been recorded yet" in write_report(tmp_path).read_text()
+    (tmp_path / "train.json").write_text("{torn")
+    (tmp_path / "prepare.json").write_text('{"stage": "prepare", "results": {"clips": 96, "share": 0.25}}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": null}\n[1]\n{"step": "x"}\n{"step": 2, "train/lo')
+    bad = tmp_path / "samples" / "step-000001"
+    bad.mkdir(parents=True)
+    (bad / "samples.json").write_text('{"step": 1, "samples": [{"id": "a", "text": "b", "video": "../../../etc/passwd"}, 3]}')
+    text = write_report(tmp_path).read_text()
+    assert "clips 96, share 0.25" in text and "no video" in text and "passwd" not in text
+
+
+def test_curves_are_well_formed_and_inside_the_picture() -> None:
+    values: list[float | None] = [1.0 / (index + 1) for index in range(2000)]
+    values[7], values[1500] = 1e9, None
+    one = chart("Loss <&>", [Line("a <b>", Points("a", list(range(2000)), values), smooth=True)])
+    assert one is not None
+    root = ET.fromstring(one.svg)
+    drawn = [element for element in root.iter() if "line" in element.get("class", "").split()]
+    assert len(drawn) == 3  # two raw stretches around the gap, one running mean
+    assert len(one.svg) < 60_000 and len([e for e in root.iter() if e.get("class") == "broken"]) == 1
+    ticks = [
+        float(element.text or "nan") for element in root.iter() if element.get("class") == "tick" and element.get("text-anchor") == "end"
+    ]
+    assert max(ticks) < 10, "one spike must not flatten the curve"
+    assert json.loads(unescape(root.attrib["data-points"]))[0]["label"] == "a <b>"
+
+
+def test_constant_single_and_absent_curves() -> None:
+    assert chart("x", [Line("a", Points("a", [], []))]) is None and chart("x", [Line("a", Points("a", [1], [None]))]) is None
+    for points in (Points("a", [5], [0.0]), Points("a", [0, 1], [2.0, 2.0]), Points("a", [3, 9], [-1.0, 1e-7])):
+        one = chart("x", [Line("a", points)], reference=True)
+        assert one is not None and "nan" not in one.svg.lower().replace("none", "")
+        ET.fromstring(one.svg)
+
+
+def test_numbers_read_well() -> None:
+    numbers = (0, 0.1234, 12.34, 1234.5, 4e-4, 1.5e6, -0.5, 1.0)
+    assert [short(value) for value in numbers] == ["0", "0.123", "12.3", "1234", "4e-4", "1.5e6", "-0.5", "1"]
+    assert running_mean([2.0, 2.0, 2.0], 10) == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_the_picture_of_a_run(run: Path, tmp_path: Path) -> None:
+    picture = np.asarray(Image.open(write_picture(run, tmp_path / "out" / "run.png")).convert("RGB"))
+    assert picture.shape[1] == 1950 and (picture == 255).all(axis=-1).mean() < 0.95
+
+
+def test_a_run_without_samples_has_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError):
+        write_picture(tmp_path, tmp_path / "x.png")
+    assert main([str(tmp_path), str(tmp_path / "x.png")]) == 2 and "sample_every" in capsys.readouterr().err
+    assert main([]) == 2

@@ -1,0 +1,186 @@
+"""What reaches W&B's own file, and that W&B's trouble reaches nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wandb
+
+from cogflow.config.schema import Config, TrackingConfig
+from cogflow.data.video import write_video
+from cogflow.tracking import wandb_run
+from cogflow.tracking.metrics import read_lines
+from cogflow.tracking.tracker import Tracker, open_tracker
+from cogflow.tracking.wandb_run import choose_mode
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_lines(folder / "metrics.jsonl")]
+
+
+def test_an_offline_run_holds_everything(tmp_path: Path, config: Config, clip: np.ndarray, recorded, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr("sys.argv", ["cogflow", "stage=train", f"hf_token=hf_{'s' * 30}"])
+    folder = tmp_path / "demo"
+    video, product = folder / "samples" / "a.mp4", tmp_path / "product"
+    write_video(video, clip, 8)
+    product.mkdir()
+    (product / "weights.bin").write_bytes(b"w" * 100)
+    (product / ".weights.partial-1").write_bytes(b"half")
+    with open_tracker(config, "train", folder) as tracker:
+        assert Path(tracker.url_or_dir).parent == folder / "wandb"
+        tracker.log(1, {"train/loss": 0.5, "other/thing": 2})
+        tracker.log(2, {"train/loss": math.nan})
+        tracker.video(2, "samples/a", video, "a star")
+        tracker.table("closing", ["stage", "video"], [["train", video], ["none", None]])
+        tracker.artifact("pipe line", "model", product, uses=["latents"])
+        tracker.alert("blur", "samples are soft")
+    (session,) = recorded(folder, "train")
+    assert (session.group, session.job_type, session.exit_code) == ("demo", "train", 0)
+    assert session.config["stage"]["steps"] == 4 and "torch" in session.config["versions"]
+    assert session.history[0]["train/loss"] == 0.5 and session.history[0]["step"] == session.history[0]["_step"] == 1
+    assert session.history[1]["samples/a._type"] == "video-file" and session.history[1]["samples/a.caption"] == "a star"
+    assert session.history[1]["closing._type"] == "table-file"
+    assert any(path.endswith(".mp4") for path in session.files)
+    assert {session.axes[name] for name in ("train/*", "heldout/*", "sharpness/*", "samples/*", "other/*")} == {"step"}
+    assert session.alerts == ["blur"]
+    (artifact,) = [one for one in session.artifacts if one.type == "model"]
+    assert artifact.name == "demo-pipe-line" and json.loads(artifact.metadata)["uses"] == ["demo-latents"]
+    assert [entry.path for entry in artifact.manifest.contents] == ["weights.bin"]
+    assert {"video", "table", "artifact", "alert"} == {event["kind"] for event in read_lines(folder / "events.jsonl")}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert b"k" * 40 not in path.read_bytes() and b"s" * 30 not in path.read_bytes(), f"{path} holds a secret"
+
+
+def test_a_second_process_goes_on_with_the_same_id(tmp_path: Path, config: Config, recorded) -> None:
+    folder = tmp_path / "demo"
+    with open_tracker(config, "train", folder) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"train/loss": 1.0 / step})
+    time.sleep(1.1)  # W&B names its folders by the second
+    with open_tracker(config, "train", folder) as tracker:
+        tracker.rewind(2)
+        for step in (3, 4):
+            tracker.log(step, {"train/loss": 1.0 / step})
+    with open_tracker(config, "export", folder) as tracker:
+        assert tracker.url_or_dir.endswith("-export")
+    first, second = recorded(folder, "train")
+    assert first.run_id == second.run_id and recorded(folder, "export")[0].run_id != first.run_id
+    assert [row["_step"] for row in first.history] == [1, 2, 3] and [row["_step"] for row in second.history] == [3, 4]
+    assert steps(folder) == [1, 2, 3, 4]
+
+
+def test_going_back_within_a_process_loses_no_row(tmp_path: Path, config: Config, recorded) -> None:
+    with open_tracker(config, "train", tmp_path) as tracker:
+        for step in (1, 2, 3, 2, 3):
+            tracker.log(step, {"train/loss": float(step)})
+    (session,) = recorded(tmp_path, "train")
+    assert [row["step"] for row in session.history] == [1, 2, 3, 2, 3]
+
+
+def test_a_large_artifact_is_recorded_by_its_paths(tmp_path: Path, config: Config, recorded) -> None:
+    product = tmp_path / "weights.bin"
+    product.write_bytes(b"w" * 2000)
+    small = dataclasses.replace(config, tracking=TrackingConfig(upload_mb=0.001))
+    with open_tracker(small, "train", tmp_path / "demo") as tracker:
+        tracker.artifact("weights", "model", product)
+    (artifact,) = recorded(tmp_path / "demo", "train")[0].artifacts
+    (entry,) = artifact.manifest.contents
+    assert entry.ref == product.as_uri() and not entry.local_path
+
+
+def test_a_failing_stage_marks_its_run_and_its_error_goes_on(tmp_path: Path, config: Config, recorded) -> None:
+    with pytest.raises(ZeroDivisionError), open_tracker(config, "train", tmp_path):
+        raise ZeroDivisionError
+    assert recorded(tmp_path, "train")[0].exit_code == 1
+
+
+def test_w_and_b_that_cannot_start_stops_nothing(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with open_tracker(config, "train", tmp_path) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.artifact("a", "model", tmp_path / "metrics.jsonl")
+        assert tracker.url_or_dir == ""
+    assert steps(tmp_path) == [1]
+    assert capsys.readouterr().out.count("warning: W&B") == 1
+
+
+def test_w_and_b_that_fails_on_the_way_is_left_alone(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
+    class Broken:
+        step = 0
+
+        def __getattr__(self, name: str) -> object:
+            raise BrokenPipeError("the service is gone")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    with open_tracker(config, "train", tmp_path) as tracker:
+        for step in range(1, 20):
+            tracker.log(step, {"train/loss": 1.0})
+        tracker.alert("title", "text")
+    assert steps(tmp_path) == list(range(1, 20))
+    printed = capsys.readouterr().out
+    assert printed.count("warning: W&B") <= 5 and "left alone" in printed
+
+
+def test_an_unreachable_server_makes_the_run_offline_promptly(tmp_path: Path, config: Config, monkeypatch, capsys, recorded) -> None:
+    with socket.socket() as taken:  # bound but not listening: the port refuses
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setitem(wandb_run.SETTINGS, "init_timeout", 2.0)
+        began = time.monotonic()
+        with open_tracker(config, "train", tmp_path) as tracker:
+            tracker.log(1, {"train/loss": 1.0})
+        assert time.monotonic() - began < 30
+    assert "going on offline" in capsys.readouterr().out
+    assert steps(tmp_path) == [1] and recorded(tmp_path, "train")[-1].history[0]["train/loss"] == 1.0
+
+
+def test_online_without_a_key_warns_and_never_asks(monkeypatch, tmp_path: Path, capsys) -> None:
+    assert choose_mode("online") == "offline" and "no key" in capsys.readouterr().out
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "k" * 40)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert choose_mode("online") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.example")
+    assert choose_mode("online") == "offline"
+
+
+def test_the_variable_wins(monkeypatch, capsys) -> None:
+    assert choose_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode("offline") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode("online") == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    assert choose_mode("online") == "offline" and "sometimes" in capsys.readouterr().out
+
+
+def test_disabled_still_writes_our_own_files(tmp_path: Path, config: Config, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with open_tracker(config, "train", tmp_path) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.table("t", ["a"], [[math.nan]])
+    assert steps(tmp_path) == [1] and read_lines(tmp_path / "events.jsonl")[0]["rows"] == [[None]]
+    assert not list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, config: Config, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with open_tracker(config, "train", tmp_path / "demo") as tracker:
+        assert type(tracker) is Tracker
+        tracker.log(1, {"train/loss": 1.0})
+        tracker.alert("a", "b")
+    assert not (tmp_path / "demo").exists()

@@ -1,0 +1,76 @@
+"""The tiny member of the family: the genuine diffusers and transformers classes at small sizes, with CogVideoX-5B's traits.
+
+Rotary positions, v-prediction, zero terminal SNR, SNR shift 1.0, scaling factor 0.7. The weights are shipped inside the
+package (:func:`folder`) and made by ``experiment=tiny_pretrain``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from transformers import T5Config, T5EncoderModel
+
+from cogflow.models.family import FAMILY
+
+FACTS = FAMILY["tiny"]
+
+
+def folder() -> Path:
+    """The shipped pipeline folder."""
+    return Path(__file__).resolve().parent.parent / "assets" / "tiny"
+
+
+def new_vae() -> AutoencoderKLCogVideoX:
+    """1.9 million parameters, random."""
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(8, 16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=FACTS.latent_channels,
+        sample_height=FACTS.height,
+        sample_width=FACTS.width,
+        scaling_factor=FACTS.scaling_factor,
+    )
+
+
+def new_transformer() -> CogVideoXTransformer3DModel:
+    """3 million parameters, random."""
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=FACTS.heads,
+        attention_head_dim=FACTS.head_dim,
+        in_channels=FACTS.in_channels,
+        out_channels=FACTS.latent_channels,
+        time_embed_dim=64,
+        text_embed_dim=FACTS.text_width,
+        num_layers=FACTS.layers,
+        sample_width=FACTS.width // 8,
+        sample_height=FACTS.height // 8,
+        sample_frames=FACTS.frames,
+        patch_size=FACTS.patch_size,
+        max_text_seq_length=FACTS.text_tokens,
+        use_rotary_positional_embeddings=True,
+    )
+
+
+def new_text_encoder(vocab_size: int) -> T5EncoderModel:
+    """A T5 v1.1 encoder of two layers, random."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocab_size,
+            d_model=FACTS.text_width,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            tie_word_embeddings=False,
+            use_cache=False,
+            is_encoder_decoder=False,
+        )
+    )
+
+
+def new_scheduler() -> CogVideoXDDIMScheduler:
+    return CogVideoXDDIMScheduler(**FACTS.scheduler_config())

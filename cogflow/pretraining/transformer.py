@@ -1,0 +1,128 @@
+"""The tiny transformer, trained from nothing on the latents of drawn clips.
+
+The same objective as ``stage=train``, in a plain loop: no cache, no ranks, no validation in between. Captions are padded to the
+model's own length, and every eighth step to the 226 tokens that ``CogVideoXPipeline`` pads to when it is not told
+otherwise, so that the shipped folder samples well either way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cogflow.data.shapes import draw, scenes
+from cogflow.models.rotary import rotary_tables
+from cogflow.models.tiny import FACTS, new_scheduler
+from cogflow.tracking.progress import progress
+from cogflow.training.objective import noised, velocity_loss
+
+PIPELINE_TOKENS = 226
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    steps: int = 4000
+    batch: int = 32
+    clips: int = 2048
+    learning_rate: float = 1.2e-3
+    warmup: int = 100
+    text_dropout: float = 0.1
+    ema_decay: float = 0.998
+    long_every: int = 8
+    save_every: int = 250
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLCogVideoX, count: int, seed: int, state_file: Path) -> tuple[torch.Tensor, list[str]]:
+    """Scaled latents ``[count, frames, channels, h, w]`` of drawn clips of the base concepts, and their captions.
+
+    Kept in ``state_file``, which belongs to one autoencoder: a changed one needs another file.
+    """
+    drawn = scenes(count, seed)
+    if not state_file.is_file():
+        latents = []
+        with progress(count, "clips") as bar:
+            for scene in drawn:
+                clip = torch.from_numpy(draw(scene, FACTS.frames, FACTS.height, FACTS.width)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+                latents.append(vae.encode(clip[None]).latent_dist.mode()[0].transpose(0, 1) * FACTS.scaling_factor)
+                bar.advance()
+        beside = state_file.with_suffix(".tmp")
+        save_file({"latents": torch.stack(latents)}, beside)
+        beside.replace(state_file)
+    return load_file(state_file)["latents"], [scene.caption for scene in drawn]
+
+
+def train_transformer(
+    transformer: CogVideoXTransformer3DModel,
+    latents: torch.Tensor,
+    captions: list[str],
+    embed: Callable[[list[str], int], torch.Tensor],
+    settings: TransformerSettings,
+    seed: int,
+    state_file: Path,
+    log: Callable[[dict], None],
+) -> None:
+    """Train in place and leave the averaged weights in ``transformer``; resumes from ``state_file``.
+
+    ``embed(texts, tokens)`` gives embeddings ``[len(texts), tokens, width]``.
+    """
+    distinct = sorted({*captions, ""})
+    place = {text: index for index, text in enumerate(distinct)}
+    which = torch.tensor([place[text] for text in captions])
+    tables = {length: embed(distinct, length) for length in (FACTS.text_tokens, PIPELINE_TOKENS)}
+    alphas = new_scheduler().alphas_cumprod
+    rotary = rotary_tables(transformer, *(latents.shape[i] for i in (1, 3, 4)), device=latents.device)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-2)
+    averaged = {name: p.detach().clone() for name, p in transformer.named_parameters()}
+    first = 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        transformer.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        averaged, first = state["ema"], state["step"]
+    else:
+        nn.init.zeros_(transformer.proj_out.weight)
+    transformer.train()
+    started, smooth = time.monotonic(), None
+    for step in range(first, settings.steps):
+        lr = settings.learning_rate * min(1.0, (step + 1) / settings.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = max(lr, settings.learning_rate * 0.01)
+        rng = np.random.default_rng([seed, step])
+        chosen = torch.from_numpy(rng.integers(0, len(latents), settings.batch))
+        texts = which[chosen].masked_fill(torch.from_numpy(rng.random(settings.batch) < settings.text_dropout), place[""])
+        length = PIPELINE_TOKENS if step % settings.long_every == settings.long_every - 1 else FACTS.text_tokens
+        timesteps = torch.from_numpy(rng.integers(0, 1000, settings.batch))
+        x0 = latents[chosen]
+        noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+        x_t = noised(x0, noise, alphas, timesteps)
+        v = transformer(x_t, tables[length][texts], timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        loss = velocity_loss(v, x0, x_t, alphas, timesteps).mean
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            # Early on the average would be all initialisation: let it follow closely at first.
+            decay = min(settings.ema_decay, (1 + step) / (10 + step))
+            for name, p in transformer.named_parameters():
+                averaged[name].lerp_(p, 1.0 - decay)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        if step % 20 == 0 or step + 1 == settings.steps:
+            seconds = time.monotonic() - started
+            log({"part": "transformer", "step": step, "loss": smooth, "grad_norm": norm.item(), "seconds": seconds})
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            beside = state_file.with_suffix(".tmp")
+            torch.save({"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "ema": averaged, "step": step + 1}, beside)
+            beside.replace(state_file)
+    transformer.load_state_dict(averaged, strict=True)
+    transformer.eval()

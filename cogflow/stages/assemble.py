@@ -1,0 +1,116 @@
+"""stage=assemble: components from different places become one checked pipeline folder, which gives the run's own videos."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from cogflow import ranks
+from cogflow.config.schema import AssembleStage, Config
+from cogflow.errors import PipelineError
+from cogflow.files.paths import run_folder
+from cogflow.models.components import model_folder
+from cogflow.pipeline.assemble import assemble, pipeline_class
+from cogflow.pipeline.consistency import check_parts
+from cogflow.pipeline.parts import CONFIGS, Part, read_part
+from cogflow.pipeline.verify import Reference, find_reference, verify
+from cogflow.tracking.console import say, table
+from cogflow.tracking.record import write_record
+from cogflow.tracking.tracker import open_tracker
+
+
+def run(config: Config) -> None:
+    """Assemble ``stage.output`` and write ``<run>/assemble.json``. Rank 0 works, the others wait."""
+    if ranks.is_main():
+        _assemble(config)
+    ranks.barrier()
+
+
+def _assemble(config: Config) -> None:
+    started = time.time()
+    stage = config.stage
+    if not isinstance(stage, AssembleStage):
+        raise TypeError(f"the assemble stage was started with the settings of {stage.name}")
+    folder = run_folder(config.run)
+    output = Path(stage.output).expanduser() if stage.output else folder / "pipeline"
+    parts, problems = read_parts(config, stage, folder)
+    expected = check_parts(parts, problems)
+    reference, reason = find_reference(_runs(folder, parts["transformer"]), parts["transformer"])
+
+    def check(partial: Path) -> dict[str, Any]:
+        if not stage.verify:
+            return {"status": "skipped", "reason": "stage.verify=false"}
+        if pipeline_class(parts) != "CogVideoXPipeline":
+            return {"status": "skipped", "reason": "image-to-video pipelines are not sampled yet"}
+        if reference is None:
+            return {"status": "skipped", "reason": reason}
+        say(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was")
+        return verify(partial, reference, parts["transformer"].made.get("dtype"))
+
+    assembly = assemble(output, parts, expected, sample_settings(config, reference), check)
+    _tell(config, folder, output, assembly, started)
+
+
+def read_parts(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict[str, Part], list[str]]:
+    """Each component from its own place, from the export, or from the base; and what is wrong with each by itself."""
+    base: Path | None = Path(stage.base).expanduser() if stage.base else None
+    parts: dict[str, Part] = {}
+    problems: list[str] = []
+    for name in CONFIGS:
+        named = getattr(stage, name)
+        if named is not None:
+            place = Path(named)
+        elif name == "transformer":
+            place = folder / "export"
+            if not place.is_dir():
+                raise PipelineError(f"{place} does not exist.", "Run stage=export first, or name stage.transformer=FOLDER.")
+        else:
+            base = base or model_folder(config.model)
+            place = base
+        try:
+            parts[name], found = read_part(name, place)
+        except PipelineError as error:
+            found = [error.message]
+            parts[name] = Part(name, place, "", {})
+        problems += found
+    return parts, problems
+
+
+def sample_settings(config: Config, reference: Reference | None) -> dict[str, Any]:
+    """How the model card says to sample: as the run's samples were, or as this config says."""
+    if reference is not None:
+        record = reference.record
+        facts = {key: record[key] for key in ("height", "width", "frames", "fps", "dtype")}
+        return {**facts, **record["sampling"], "text": record["samples"][0]["text"]}
+    data, sampling = config.data, config.sampling
+    how = {"steps": sampling.steps, "guidance_scale": sampling.guidance_scale, "use_dynamic_cfg": sampling.use_dynamic_cfg}
+    return {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps, "dtype": config.model.dtype, **how}
+
+
+def _runs(folder: Path, transformer: Part) -> list[Path]:
+    """Runs whose samples may be of this transformer: the one its checkpoint lies in, and this one."""
+    source = Path(str(transformer.made.get("source", "")))
+    trained = [source.parent.parent] if source.parent.name == "checkpoints" else []
+    return list(dict.fromkeys([*trained, folder.absolute()]))
+
+
+def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], started: float) -> None:
+    verified = assembly["verify"]
+    rows = [[name, part["class"], part["from"]] for name, part in assembly["components"].items()]
+    table(rows, ["component", "class", "from"])
+    if verified["status"] == "passed":
+        lowest = min(sample["psnr"] for sample in verified["samples"])
+        line = f"{len(verified['samples'])} samples of a fresh process equal the run's (lowest PSNR {lowest:.1f} dB)"
+    else:
+        line = f"assembled; not compared with samples: {verified['reason']}"
+        say(f"warning: {line}")
+    with open_tracker(config, "assemble", folder) as tracker:
+        if verified["status"] == "passed":
+            tracker.log(verified["step"] or 0, {"assemble/psnr": lowest})
+        tracker.table("assemble/components", ["component", "class", "from"], rows)
+        tracker.artifact("pipeline", "pipeline", output, uses=["export"])
+    inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}
+    results = {"summary": line, "where": str(output), "verify": verified, "checked_against": assembly["checked_against"]}
+    write_record(folder, "assemble", config, inputs, results, started=started)
+    say(f"{line}\npipeline: {output}")

@@ -1,0 +1,67 @@
+"""stage=flow: prepare, train, export and assemble on one config, and a closing table that says where everything is."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cogflow import ranks
+from cogflow.config.schema import Config, FlowStage
+from cogflow.files.paths import run_folder
+from cogflow.sampling import gallery
+from cogflow.stages import assemble, export, prepare, train
+from cogflow.tracking.console import say, table
+from cogflow.tracking.record import write_record
+from cogflow.tracking.report import write_report
+from cogflow.tracking.tracker import open_tracker
+
+
+def run(config: Config) -> None:
+    """Each stage goes on from what it left before, so the same command finishes a flow that was stopped."""
+    stage = config.stage
+    if not isinstance(stage, FlowStage):
+        raise TypeError("stages.flow needs the settings of stage=flow")
+    started = time.time()
+    folder = run_folder(config.run)
+    steps = ((prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble))
+    for number, (module, settings) in enumerate(steps, start=1):
+        say(f"\n[{number}/{len(steps)}] {settings.name}")
+        module.run(replace(config, stage=settings))
+    if ranks.is_main():
+        close(config, folder, started)
+    ranks.barrier()
+    ranks.close()
+
+
+def close(config: Config, folder: Path, started: float) -> None:
+    """Write ``flow.json`` and the report, print the closing table and the places."""
+    rows = closing_rows(folder)
+    pipeline, samples = folder / "pipeline", gallery.newest(folder / "samples")
+    results: dict[str, Any] = {"summary": f"{len(rows)} stages", "where": str(pipeline), "table": rows}
+    with open_tracker(config, "flow", folder) as tracker:
+        tracker.table("flow/stages", ["stage", "result", "seconds", "where"], rows)
+        tracker.artifact("pipeline", "pipeline", pipeline, uses=["transformer"])
+        place = tracker.url_or_dir
+    write_record(folder, "flow", config, {}, results, started=started)
+    report = write_report(folder)
+    say("")
+    table(rows, ["stage", "result", "seconds", "where"])
+    say(
+        f"videos:   {samples or 'none'}\npipeline: {pipeline}\nreport:   {report}\nW&B run:  {place}\n"
+        f"finished in {time.time() - started:.0f} s"
+    )
+
+
+def closing_rows(folder: Path) -> list[list[str]]:
+    """One row per stage, from the records that the stages wrote."""
+    rows = []
+    for name in ("prepare", "train", "export", "assemble"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            record = json.loads(path.read_text())
+            results = record["results"]
+            rows.append([name, str(results.get("summary", "")), f"{record['seconds']:.0f}", str(results.get("where", ""))])
+    return rows

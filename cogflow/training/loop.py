@@ -1,0 +1,154 @@
+"""The training loop: what happens at each step, in the order in which it happens."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogflow import ranks
+from cogflow.config.schema import Config, TrainStage
+from cogflow.data.cache import LatentCache
+from cogflow.data.order import indices
+from cogflow.errors import QualityGateError
+from cogflow.models.rotary import rotary_tables
+from cogflow.training.batch import Batch, training_batch
+from cogflow.training.ema import EMA
+from cogflow.training.engine import Engine
+from cogflow.training.heldout import by_quarter, heldout_loss, quarters
+from cogflow.training.objective import Losses, noised, velocity_loss
+from cogflow.training.schedule import learning_rate
+
+
+@dataclass
+class Hooks:
+    """What the stage does beside training. Each is called on every rank with the number of finished steps."""
+
+    log: Callable[[int, dict[str, float]], None]
+    validate: Callable[[int], None]
+    save: Callable[[int], None]
+    advance: Callable[[str], None]
+
+
+class Trainer:
+    """Everything one step needs. ``alphas_cumprod``: fp32 ``[1000]`` of the scheduler the model is trained for."""
+
+    def __init__(
+        self, config: Config, engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
+        scaling_factor: float, device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        if not isinstance(config.stage, TrainStage):
+            raise TypeError("training needs the settings of stage=train")
+        self.stage: TrainStage = config.stage
+        self.engine, self.ema, self.cache = engine, ema, cache
+        self.alphas_cumprod = alphas_cumprod.to(device)
+        self.scaling_factor, self.device, self.dtype = scaling_factor, device, dtype
+        self.log_every = config.tracking.log_every
+        self._rotary: dict[tuple[int, ...], Any] = {}
+
+    def run(self, start: int, hooks: Hooks) -> None:
+        """Train from step ``start`` to ``stage.steps``."""
+        stage = self.stage
+        if start == 0:
+            self._between(0, hooks)
+        for step in range(start, stage.steps):
+            began = time.perf_counter()
+            values = self.train_step(step)
+            done = step + 1
+            if done % self.log_every == 0 or done == stage.steps:
+                hooks.log(done, {**values, **self._speed(time.perf_counter() - began)})
+            hooks.advance(f"loss {values['train/loss']:.4f}")
+            self._between(done, hooks)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One update; the loss is checked on all ranks before anything is changed by it."""
+        table = torch.zeros(2, 4, dtype=torch.float64)
+        for micro in range(self.stage.gradient_accumulation):
+            batch = self._batch(step, micro)
+            losses = self.losses(batch)
+            mine = by_quarter(losses.per_sample, batch.timesteps)
+            # One collective serves the log and the check.
+            reduced = ranks.total(mine.float().to(self.device)).double().cpu()
+            if not torch.isfinite(reduced).all():
+                raise QualityGateError(
+                    f"The loss of step {step + 1} is not finite; the weights are still those of step {step}.",
+                    "Lower stage.learning_rate or look at the data; the last checkpoint is whole.",
+                )
+            table += reduced
+            self.engine.backward(losses.mean)
+            rate = learning_rate(step, self.stage)
+            self.engine.step(rate)
+        norm = self.engine.gradient_norm()
+        if not math.isfinite(norm) and self.dtype != torch.float16:
+            raise QualityGateError(
+                f"The gradient of step {step + 1} is not finite.", "Lower stage.learning_rate, then resume from the last checkpoint."
+            )
+        if self.ema is not None:
+            self.ema.update(self.engine)
+        return {**quarters(table, "train"), "train/grad_norm": norm, "train/lr": rate}
+
+    def losses(self, batch: Batch) -> Losses:
+        """Forward pass and objective of ``batch``, which lies on the device."""
+        x_t = noised(batch.latents, batch.noise, self.alphas_cumprod, batch.timesteps)
+        v = self.engine.forward(
+            hidden_states=x_t.to(self.dtype),
+            encoder_hidden_states=batch.embeds.to(self.dtype),
+            timestep=batch.timesteps,
+            image_rotary_emb=self._tables(batch.latents.shape),
+            return_dict=False,
+        )[0]
+        return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
+
+    def evaluate(self) -> dict[str, float]:
+        self.engine.module.eval()
+        values = heldout_loss(self.cache, self.losses, self.stage.batch_size, self.scaling_factor, self.device)
+        self.engine.module.train()
+        return values
+
+    def _between(self, done: int, hooks: Hooks) -> None:
+        """What is due after ``done`` steps. A validation comes before the save: its result is known when the checkpoint is kept."""
+        stage = self.stage
+        if due(done, stage.evaluate_every, stage.steps) and (values := self.evaluate()):
+            hooks.log(done, values)
+        if due(done, stage.sample_every, stage.steps):
+            hooks.validate(done)
+        if done > 0 and (done == stage.steps or (stage.save_every and done % stage.save_every == 0)):
+            hooks.save(done)
+
+    def _batch(self, step: int, micro: int) -> Batch:
+        stage, rank, world = self.stage, ranks.rank(), ranks.world_size()
+        chosen = indices(
+            step, micro, train=self.cache.train, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation,
+            rank=rank, world=world, seed=stage.seed,
+        )  # fmt: skip
+        # The slot is counted over accumulation and ranks, so that 2 ranks draw what 1 rank with 2 micro steps draws.
+        first = (micro * world + rank) * stage.batch_size
+        batch = training_batch(
+            self.cache, chosen, (stage.seed, step), first, text_dropout=stage.text_dropout, scaling_factor=self.scaling_factor
+        )
+        return batch.to(self.device)
+
+    def _tables(self, shape: Sequence[int]) -> Any:
+        key = (shape[1], shape[3], shape[4])
+        if key not in self._rotary:
+            self._rotary[key] = rotary_tables(self.engine.module, *key, device=self.device)
+        return self._rotary[key]
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        stage = self.stage
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device) / 1e9
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        samples = stage.batch_size * stage.gradient_accumulation * ranks.world_size()
+        return {"train/step_time": seconds, "train/samples_per_second": samples / seconds, "train/memory_gb": memory}
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every ``every`` steps (0: never), before step 1 and after the last, happens after ``done``."""
+    return every > 0 and (done % every == 0 or done == steps)

@@ -120,5 +120,5 @@ def split(sources: Sequence[str], holdout: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(len(sources))) - set(held)), sorted(held)
 
 
-def fingerprint(keys: Sequence[str], holdout: Sequence[int]) -> str:
+def fingerprint(keys: Sequence[str], holdout: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([list(keys), list(holdout)]).encode()).hexdigest()

@@ -98,7 +98,7 @@ def _scan(path: Path, size: int) -> _Scan:
             raise ClipError("truncated, or of a codec that is not known here")
         if codec.width * codec.height > _MAX_PIXELS:
             raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
-        index = stream.index_entries
+        index = getattr(stream, "index_entries", ())  # older PyAV: incomplete packets still tell most truncations
         if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
             raise ClipError("truncated: the header lists frames beyond the end of the file")
         claimed = _claimed_seconds(stream)

@@ -191,7 +191,7 @@ def encode_clips(
 
 @torch.no_grad()
 def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log variance from an ``AutoencoderKLCogVideoX`` for uint8 frames ``[T, H, W, 3]``: fp32 ``[16, t, h, w]`` each, not scaled."""
+    """Mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t, h, w]``, not scaled."""
     pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1.0
     posterior = vae.encode(pixels).latent_dist
     return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()

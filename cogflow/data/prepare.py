@@ -124,9 +124,10 @@ def prepare(
     for name, reason in list(quarantine.rows.items()):
         quarantine.add(name, reason)
 
-    new_texts = [key for key in plan.texts if key not in known_texts]
+    texts = plan.texts
+    new_texts = [key for key in texts if key not in known_texts]
     new_clips = [key for key in first if key not in known_clips]
-    my_texts = {key: plan.texts[key] for key in new_texts[ranks.rank() :: ranks.world_size()]}
+    my_texts = {key: texts[key] for key in new_texts[ranks.rank() :: ranks.world_size()]}
     my_clips = {key: first[key] for key in new_clips[ranks.rank() :: ranks.world_size()]}
     encode_captions(my_texts, load_text, folder, batch=options.batch_size, shard=options.shard_clips, report=report)
     encode_clips(my_clips, names, load_vae, folder, data, quarantine, shard=options.shard_clips, report=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+# Tests are imported by path; this makes their helper (preparing.py) importable, too.
+sys.path.insert(0, str(Path(__file__).parent))
 
 WriteClip = Callable[..., Path]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_a_set_smaller_than_the_batch() -> None:
 
 
 def test_what_is_out_of_range_is_refused() -> None:
-    good = {"train": TRAIN, "batch_size": 2, "accumulation": 2, "rank": 0, "world": 1, "seed": 0}
+    good: dict[str, Any] = {"train": TRAIN, "batch_size": 2, "accumulation": 2, "rank": 0, "world": 1, "seed": 0}
     for step, micro, change in ((-1, 0, {}), (0, 2, {}), (0, 0, {"rank": 1}), (0, 0, {"train": []}), (0, 0, {"batch_size": 0})):
         with pytest.raises(ValueError):
             indices(step, micro, **{**good, **change})

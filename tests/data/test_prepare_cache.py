@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_exactly_what_changed_is_encoded_again(tmp_path: Path, clips: Path, writ
     prints = [run(clips, folder, Work()).fingerprint]
     texts = read_texts(clips)
 
-    def expect(clip_count: int, captions: list[str], hashes: dict[str, str] | None = None, **data: object) -> LatentCache:
+    def expect(clip_count: int, captions: list[str], hashes: dict[str, str] | None = None, **data: Any) -> LatentCache:
         work = Work()
         result = run(clips, folder, work, hashes, **data)
         assert (work.clips, work.captions) == (clip_count, captions)
@@ -159,6 +160,7 @@ def start(clips: Path, folder: Path, shard: int, seconds: float, **environment: 
     )
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_where_it_stopped(tmp_path: Path, clips: Path) -> None:
     folder = tmp_path / "cache"
     process = start(clips, folder, shard=2, seconds=0.4)
@@ -181,6 +183,7 @@ def test_a_killed_process_goes_on_where_it_stopped(tmp_path: Path, clips: Path) 
     assert all(torch.equal(one.entry(i).mean, other.entry(i).mean) for i in range(COUNT))
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work(tmp_path: Path, clips: Path) -> None:
     (clips / "bad.mp4").touch()
     write_metadata(clips, {"bad.mp4": "bad"} | read_texts(clips))

@@ -55,7 +55,7 @@ def render(run: RunData) -> str:
         sharpness=[_svg(one) for one in sharpness_charts(run)],
         others=[_svg(one) for one in other_charts(run)],
         samples=_samples(run),
-        sheets=[{"step": one.step, "src": _link(run.folder, one.sheet)} for one in run.validations if one.sheet],
+        sheets=[{"step": one.step, "src": _link(run.folder, one.sheet)} for one in _shown(run) if one.sheet],
         tables=[_table(run, table) for table in run.tables.values()],
         artifacts=[_artifact(run, artifact) for artifact in run.artifacts],
         provenance=[_provenance(record) for record in run.records],
@@ -116,11 +116,15 @@ def _facts(run: RunData) -> list[dict[str, str]]:
     return facts
 
 
+def _shown(run: RunData) -> list[Validation]:
+    return [run.validations[index] for index in pick(len(run.validations), COLUMNS)]
+
+
 def _samples(run: RunData) -> dict[str, Any] | None:
     """The grid: a row per prompt and seed, a column per validation."""
     if not run.validations:
         return None
-    shown = [run.validations[index] for index in pick(len(run.validations), COLUMNS)]
+    shown = _shown(run)
     keys = list(dict.fromkeys(key for validation in reversed(shown) for key in validation.samples))
     several = len({seed for _, seed in keys}) > 1
     rows = []

@@ -56,7 +56,7 @@ def render(run: RunData) -> str:
         others=[_svg(one) for one in other_charts(run)],
         samples=_samples(run),
         sheets=[{"step": one.step, "src": _link(run.folder, one.sheet)} for one in _shown(run) if one.sheet],
-        tables=[_table(run, table) for table in run.tables.values()],
+        tables=[_table(run, table) for table in run.tables.values() if not (run.records and table["columns"][:2] == ["stage", "result"])],
         artifacts=[_artifact(run, artifact) for artifact in run.artifacts],
         provenance=[_provenance(record) for record in run.records],
     )
@@ -212,8 +212,8 @@ def _table(run: RunData, table: Mapping[str, Any]) -> dict[str, Any]:
     columns = []
     for index, name in enumerate(table["columns"]):
         values = [row[index] for row in rows if index < len(row) and row[index] is not None]
-        columns.append({"name": str(name), "number": bool(values) and all(map(words.is_number, values))})
-    title = str(table.get("key")).replace("_", " ")
+        columns.append({"name": str(name), "number": bool(values) and all(map(words.looks_like_number, values))})
+    title = str(table.get("key")).replace("/", ": ").replace("_", " ")
     return {"title": title[:1].upper() + title[1:], "columns": columns, "rows": [[cell(value) for value in row] for row in rows]}
 
 

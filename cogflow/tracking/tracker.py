@@ -161,7 +161,9 @@ class MainTracker(Tracker):
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
     def _artifact_name(self, name: str) -> str:
-        return re.sub(r"[^\w.\-]", "-", f"{self._config.run.name}-{name}", flags=re.ASCII)[:128]
+        prefix = f"{self._config.run.name}-"
+        whole = name if name.startswith(prefix) else prefix + name
+        return re.sub(r"[^\w.\-]", "-", whole, flags=re.ASCII)[:128]
 
 
 def _run_token(folder: Path) -> str:

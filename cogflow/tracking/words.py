@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,13 @@ def dig(value: Any, *names: str) -> Any:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def looks_like_number(value: Any) -> bool:
+    """Whether a cell should stand to the right, with its digits below those of its column."""
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?( ?[%sB]| ?[kMG]B)?", value))
+    return is_number(value)
 
 
 def seconds(record: Mapping[str, Any]) -> float:

@@ -80,7 +80,7 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
                 "samples": entries,
             }
             (samples / "samples.json").write_text(json.dumps(facts))
-        tracker.table("closing_table", ["prompt", "ratio"], [[EVIL, 0.5]])
+        tracker.table("train/closing_table", ["prompt", "ratio"], [[EVIL, 0.5]])
         tracker.alert("soft", EVIL)
         tracker.artifact("latents", "dataset", folder / "metrics.jsonl", uses=["clips"])
     write_record(folder, "train", config, {"cache": {"sha256": "abc123"}}, {"summary": "4 steps " + EVIL, "where": folder / "samples"})
@@ -90,7 +90,7 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
 def test_the_page_shows_the_run(run: Path) -> None:
     text = write_report(run).read_text()
     page = Page(text)
-    assert "demo" in text and "abc123" in text and "step 4 of 4" in text and "demo-latents" in text and "Closing table" in text
+    assert "demo" in text and "abc123" in text and "step 4 of 4" in text and "demo-latents" in text and "Train: closing table" in text
     titles = {svg["aria-label"] for svg in page.all("svg")}
     assert {"Loss", "Sharpness", "Training loss by timestep", "Held-out loss by timestep", "Learning rate", "Step time"} - titles == {
         "Held-out loss by timestep"

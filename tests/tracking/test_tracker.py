@@ -40,7 +40,7 @@ def test_an_offline_run_holds_everything(tmp_path: Path, config: Config, clip: n
         tracker.log(2, {"train/loss": math.nan})
         tracker.video(2, "samples/a", video, "a star")
         tracker.table("closing", ["stage", "video"], [["train", video], ["none", None]])
-        tracker.artifact("pipe line", "model", product, uses=["latents"])
+        tracker.artifact("pipe line", "model", product, uses=["latents", "demo-clips"])
         tracker.alert("blur", "samples are soft")
     (session,) = recorded(folder, "train")
     assert (session.group, session.job_type, session.exit_code) == ("demo", "train", 0)
@@ -52,7 +52,7 @@ def test_an_offline_run_holds_everything(tmp_path: Path, config: Config, clip: n
     assert {session.axes[name] for name in ("train/*", "heldout/*", "sharpness/*", "samples/*", "other/*")} == {"step"}
     assert session.alerts == ["blur"]
     (artifact,) = [one for one in session.artifacts if one.type == "model"]
-    assert artifact.name == "demo-pipe-line" and json.loads(artifact.metadata)["uses"] == ["demo-latents"]
+    assert artifact.name == "demo-pipe-line" and json.loads(artifact.metadata)["uses"] == ["demo-latents", "demo-clips"]
     assert [entry.path for entry in artifact.manifest.contents] == ["weights.bin"]
     assert {"video", "table", "artifact", "alert"} == {event["kind"] for event in read_lines(folder / "events.jsonl")}
     for path in folder.rglob("*"):

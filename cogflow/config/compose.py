@@ -51,11 +51,11 @@ def compose(overrides: Sequence[str]) -> Config:
     raw = _place_stages(raw, problems)
     known = build.known_keys(build.stage_class(raw.get("stage")))
     for key, value in values:
-        if key in known:
+        if key == "stage.name":
+            problems.append(Problem(f"stage.name={build.show(value)}: choose a stage with stage={build.show(value)}.", (key,)))
+        elif key in known:
             _put(raw, key, value)
-        elif key == "stage.name" or key.startswith("stage.") and "stage" not in raw:
-            pass  # the missing stage is reported by itself
-        else:
+        elif "stage" in raw or not key.startswith("stage."):  # without a stage its keys cannot be judged
             problems.append(_unknown(key, value, known))
     config, more = build.construct(_resolve(raw, problems))
     reported = {key for problem in problems for key in problem.keys}
@@ -119,7 +119,7 @@ def _choose(group: str, override: Override, known: list[str], choices: dict[str,
     if choice == "null" and group in OPTIONAL_GROUPS or choice in known:
         if choices.get(group, choice) != choice:
             problems.append(Problem(f"{group}={choice}: it is also chosen as {group}={choices[group]}; give one.", (group,)))
-        choices[group] = choice
+        choices.setdefault(group, choice)
     else:
         near = did_you_mean(nearest(choice, known))
         problems.append(Problem(f"{group}={choice}: no such choice; one of {', '.join(known) or 'none yet'}.{near}", (group,)))
@@ -190,7 +190,8 @@ def _resolve(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
     try:
         container = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        fail([*problems, Problem(f"{getattr(error, 'full_key', '') or 'a value'}: {_first(error)}")], HELP)
+        key = getattr(error, "full_key", "") or "a value"
+        fail([*problems, Problem(f"{key}: {_first(error)}. Give it a value.", (key,))], HELP)
         raise
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

@@ -153,9 +153,9 @@ class PretrainStage:
     seed: int = 0  # of everything random in it
     text_steps: int = 500  # steps of the text encoder
     vae_steps: int = 3700  # steps of the autoencoder
-    transformer_steps: int = 5000  # steps of the transformer
+    transformer_steps: int = 4000  # steps of the transformer
     check_repeats: int = 4  # samples checked at the end, times 24
-    clips: int = 3072  # drawn for the transformer
+    clips: int = 2048  # drawn for the transformer
 
 
 StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage

@@ -1,0 +1,140 @@
+"""Every yaml file is composed, built and checked; a file that no case covers fails the test."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cogflow.config import check
+from cogflow.config.build import as_yaml, keys_of, section_names
+from cogflow.config.compose import compose, configs_folder, groups
+from cogflow.config.help import comments
+from cogflow.config.schema import STAGES, AssembleStage, Config, ExportStage, FlowStage, PretrainStage, TrainStage
+from cogflow.data import shapes
+from cogflow.models.family import FAMILY
+
+PLACES = ["model.path=/model", "data.path=/clips"]
+"""What the real models and your own clips need beside the yaml files."""
+
+CASES = {f"{group}/{choice}": [f"{group}={choice}"] for group, choices in groups().items() if group != "local" for choice in choices}
+
+
+def words(case: str) -> list[str]:
+    group = case.split("/")[0]
+    stage = [] if group in ("stage", "experiment") else ["stage=assemble" if case == "model/auto" else "stage=flow"]
+    return [*CASES[case], *stage, *PLACES]
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_each_choice_works(case: str) -> None:
+    config = compose(words(case))
+    section, choice = case.split("/")
+    if section in ("stage", "model", "data"):
+        assert getattr(config, section).name == choice
+    assert as_yaml(config)
+
+
+def test_no_file_is_left_out() -> None:
+    files = {path.relative_to(configs_folder()).as_posix() for path in configs_folder().rglob("*.y*ml") if path.parent.name != "local"}
+    assert files == {f"{case}.yaml" for case in CASES} | {"config.yaml"}
+    assert len(files) > 30
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+@pytest.mark.parametrize("debug", groups()["debug"])
+def test_each_debug_setting_works_with_each_stage(stage: str, debug: str) -> None:
+    assert compose([f"stage={stage}", f"debug={debug}"]).run.name == f"debug-{debug}"
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+@pytest.mark.parametrize("stage", ["flow", "prepare", "train", "export", "assemble", "sample"])
+def test_each_experiment_works_with_each_stage(stage: str, experiment: str) -> None:
+    assert compose([f"experiment={experiment}", f"stage={stage}", *PLACES]).stage.name == stage
+
+
+def test_the_lists_agree() -> None:
+    """What the check knows, the tables it must not import, and the yaml files."""
+    assert set(check.MODELS) == {*FAMILY, "auto"} == set(groups()["model"])
+    assert set(check.COLOURS) == set(shapes.COLOURS)
+    assert set(check.SHAPES) == set(shapes.SHAPES)
+    assert set(check.MOTIONS) == set(shapes.MOTIONS)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILY) - {"tiny"}))
+def test_a_model_brings_its_native_size(name: str) -> None:
+    data, facts = compose([f"model={name}", "stage=train", *PLACES]).data, FAMILY[name]
+    assert (data.frames, data.height, data.width, data.fps) == (facts.frames, facts.height, facts.width, facts.fps)
+
+
+def test_every_key_is_documented() -> None:
+    kinds = [*section_names().values(), *STAGES.values()]
+    bare = [
+        f"{kind.__name__}.{field.name}"
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if not comments()[kind.__name__].get(field.name)
+    ]
+    assert bare == []
+    assert len(kinds) == 13
+
+
+def test_every_rule_belongs_to_a_key() -> None:
+    kinds = {kind.__name__: kind for kind in [*section_names().values(), *STAGES.values()]}
+    stray = [f"{kind}.{key}" for kind, rules in check.RULES.items() for key in rules if f"x.{key}" not in keys_of(kinds[kind], "x")]
+    assert stray == []
+
+
+def test_the_defaults_are_sound() -> None:
+    for kind in STAGES.values():
+        check.check(Config(stage=kind()))
+
+
+def test_the_5b_recipe_is_that_of_sat() -> None:
+    config = compose(["experiment=cogvideox_5b_sft", *PLACES])
+    stage = config.stage
+    assert isinstance(stage, TrainStage)
+    assert (stage.learning_rate, stage.betas, stage.eps, stage.weight_decay) == (1e-5, [0.9, 0.95], 1e-8, 1e-4)
+    assert stage.gradient_clipping == 0.1 and stage.text_dropout == 0.1 and stage.schedule == "constant"
+    assert (config.data.frames, config.data.height, config.data.width, config.data.fps) == (49, 480, 720, 8)
+    assert config.deepspeed.zero_stage == 2 and config.deepspeed.activation_checkpointing
+    assert config.deepspeed.reduce_bucket_size == config.deepspeed.allgather_bucket_size == 500_000_000
+    assert config.model.dtype == "bf16" and config.sampling.steps == 50
+
+
+def test_a_recipe_reaches_the_training_inside_flow() -> None:
+    stage = compose(["experiment=cogvideox_5b_sft", "stage=flow", "stage.train.steps=7", *PLACES]).stage
+    assert isinstance(stage, FlowStage)
+    assert stage.train.learning_rate == 1e-5 and stage.train.steps == 7
+
+
+def test_an_experiment_selects_its_stage() -> None:
+    assert isinstance(compose(["experiment=tiny_pretrain"]).stage, PretrainStage)
+
+
+def test_export_and_assemble_look_at_the_files() -> None:
+    for name, kind in (("export", ExportStage), ("assemble", AssembleStage)):
+        config = compose([f"stage={name}"])
+        assert isinstance(config.stage, kind) and config.model.name == "auto"
+        assert compose([f"stage={name}", "model=tiny"]).model.name == "tiny"
+    assert compose(["stage=flow"]).model.name == "tiny"
+
+
+def test_settings_of_this_machine_are_laid_over_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from cogflow.config import compose as module
+
+    copy = shutil.copytree(configs_folder(), tmp_path / "configs")
+    (copy / "local" / "default.yaml").write_text("# @package _global_\nrun:\n  root: /big/disk\nstages:\n  train:\n    keep_last: 9\n")
+    monkeypatch.setattr(module, "configs_folder", lambda: copy)
+    config = module.compose(["stage=train"])
+    assert config.run.root == "/big/disk" and isinstance(config.stage, TrainStage) and config.stage.keep_last == 9
+    (copy / "local" / "default.yaml").write_text("# @package _global_\nstages:\n  train:\n    keep_lst: 9\n  trian: {}\n")
+    with pytest.raises(module.ConfigError) as caught:
+        module.compose(["stage=prepare"])
+    assert "stages.train.keep_lst=9" in str(caught.value) and "keep_last" in str(caught.value) and "stages.trian" in str(caught.value)
+    (copy / "local" / "default.yaml").write_text("run: [\n")
+    with pytest.raises(module.ConfigError, match="local"):
+        module.compose(["stage=prepare"])

@@ -1,0 +1,36 @@
+"""One thread, no network, nothing shared with the user's own caches: set before anything imports torch, inherited by subprocesses."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+_extensions = tempfile.mkdtemp(prefix="cogflow-extensions-")
+# A process killed while it builds an extension leaves a lock that would hang every later start: not in the user's cache.
+atexit.register(shutil.rmtree, _extensions, ignore_errors=True)
+
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TORCH_EXTENSIONS_DIR=_extensions,
+    PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+)
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY

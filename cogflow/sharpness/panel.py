@@ -27,7 +27,7 @@ NULL_DEVIATION = {"wavelet_ratio": 0.053, "blur_effect": 0.022}
 Gaussian of sigma 1 moves them by -0.55 and -0.17."""
 ALARM = -4.0
 """A log ratio below this many null deviations (-0.21 and -0.088) makes a clip blurrier. On drawn clips at 64x96, whose fine
-texture is faint, a Gaussian of sigma 1 moves the wavelet ratio by -0.22 to -0.46."""
+texture is faint, a Gaussian of sigma 1 moves the wavelet ratio by -0.16 to -0.51."""
 
 
 def measure(frames: torch.Tensor | np.ndarray) -> dict[str, float]:

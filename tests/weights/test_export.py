@@ -12,13 +12,13 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
+from saving import TRAINED_WITH, small_transformer
 
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
 from cogflow.files.manifest import MANIFEST, check_manifest, hash_file, write_manifest
 from cogflow.weights.export import export_transformer
 from cogflow.weights.reader import STEM, WeightsFolder
 from cogflow.weights.source import find_source
-from tests.weights.conftest import TRAINED_WITH, small_transformer
 
 WEIGHTS = f"{STEM}.safetensors"
 Save = Callable[..., Path]
@@ -138,7 +138,9 @@ def test_an_export_of_an_export_passes_on_what_it_was_trained_with(
     assert report["trained_with"] == TRAINED_WITH and report["step"] == 7
 
 
-def test_a_tampered_shard_is_found_before_it_is_read(tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel) -> None:
+def test_a_tampered_shard_is_found_before_it_is_read(
+    tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
+) -> None:
     checkpoint = save_checkpoint(1, transformer)
     file = checkpoint / "transformer" / WEIGHTS
     data = bytearray(file.read_bytes())

@@ -1,0 +1,163 @@
+"""The five components of a CogVideoX pipeline: where each lies, what it is, and which of its files belong to it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from cogflow.errors import CogflowError, PipelineError
+from cogflow.files.manifest import MANIFEST, check_manifest
+from cogflow.weights.reader import STEM, WeightsFolder, contained_file, read_json
+
+CONFIGS = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+"""Component -> the file that says what it is."""
+
+CLASSES = {
+    "transformer": ("CogVideoXTransformer3DModel",),
+    "vae": ("AutoencoderKLCogVideoX",),
+    "text_encoder": ("T5EncoderModel",),
+    "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+    "scheduler": ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+}
+WEIGHTS = ".safetensors"
+KEPT = (".json", ".txt", ".model", WEIGHTS)
+STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
+"""Component with weights -> how its safetensors are called, in diffusers and in transformers."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component. ``settings``: its config with diffusers' defaults for what it leaves out, which are named in ``unset``.
+
+    ``files``: relative name -> path. ``made``: what export.json or assembly.json says of how a transformer was trained.
+    """
+
+    name: str
+    folder: Path
+    class_name: str
+    settings: dict[str, Any]
+    unset: frozenset[str] = frozenset()
+    files: dict[str, Path] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def shown(self, key: str) -> str:
+        """``key`` and its value, for messages."""
+        default = ", the class's default, which the file leaves unset" if key in self.unset else ""
+        return f"{self.name}'s {key} is {self.settings.get(key)}{default}"
+
+
+def locate(name: str, place: Path) -> Path:
+    """The folder of component ``name`` in ``place``: a pipeline or export folder, or the component's own folder."""
+    place = Path(place).expanduser()
+    for folder in (place / name, place):
+        if (folder / CONFIGS[name]).is_file():
+            return folder
+    raise PipelineError(
+        f"stage.{name}: {place} holds no {name}: neither {name}/{CONFIGS[name]} nor {CONFIGS[name]} is there.",
+        "Name a component folder, or a pipeline folder that has it.",
+    )
+
+
+def read_part(name: str, place: Path) -> tuple[Part, list[str]]:
+    """The component and what is wrong with it by itself: code, another class, pickled weights, files that lead outside."""
+    folder = locate(name, place)
+    try:
+        config = read_json(folder / CONFIGS[name])
+    except CogflowError as error:
+        return Part(name, folder, "", {}), [f"{name}: {error.message}"]
+    problems = [f"{name}: {problem}" for problem in _code(folder, config)]
+    class_name = _class_name(name, config)
+    if class_name not in CLASSES[name]:
+        problems.append(f"{name}: {folder} is of class {class_name!r}, not {' or '.join(CLASSES[name])}")
+        return Part(name, folder, str(class_name), config), problems
+    files, refused = _files(name, folder)
+    refused += _altered(name, folder)
+    settings, unset = _settings(class_name, config)
+    return Part(name, folder, str(class_name), settings, unset, files, _made(name, folder)), problems + refused
+
+
+def _class_name(name: str, config: dict[str, Any]) -> Any:
+    if name == "text_encoder":
+        # Official folders name T5EncoderModel; a whole T5 loads its encoder from the same file.
+        architectures = config.get("architectures") or [None]
+        return "T5EncoderModel" if config.get("model_type") == "t5" and len(architectures) == 1 else architectures
+    return config.get("tokenizer_class" if name == "tokenizer" else "_class_name")
+
+
+def _code(folder: Path, config: dict[str, Any]) -> list[str]:
+    found = [f"{path.relative_to(folder)} in {folder} is code" for path in sorted(folder.rglob("*.py*"))]
+    found += [
+        f"{folder} asks for code of its own ({key})" for key in ("auto_map", "custom_pipeline", "trust_remote_code") if config.get(key)
+    ]
+    if isinstance(config.get("_class_name"), list):
+        found.append(f"{folder} names a class in a code file: {config['_class_name']}")
+    return found
+
+
+def _files(name: str, folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """What is taken along: configs, vocabularies and safetensors that lie in the folder itself."""
+    files, problems = {}, []
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in KEPT or path.name == MANIFEST or path.name.startswith("."):
+            continue
+        try:
+            files[path.name] = contained_file(folder, path.name).resolve(strict=True)
+        except (CogflowError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    if name in STEMS and not problems:
+        problems += _weights(name, folder)
+    return files, problems
+
+
+def _weights(name: str, folder: Path) -> list[str]:
+    """Weights must be there as whole safetensors in the folder itself; only their headers are read."""
+    try:
+        WeightsFolder(folder, STEMS[name])
+    except CogflowError as error:
+        return [f"{name}: {error.message} {error.hint}".rstrip()]
+    return []
+
+
+def _settings(class_name: str, config: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """What diffusers will use: a value that the file leaves out is the class's default, which is another model's at times."""
+    cls = getattr(diffusers, class_name, None)
+    if cls is None:
+        return config, frozenset()
+    defaults = {
+        key: parameter.default
+        for key, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | config, frozenset(defaults.keys() - config.keys())
+
+
+def _altered(name: str, folder: Path) -> list[str]:
+    """An export must be as it was published, or what it says of its weights proves nothing."""
+    export = folder.parent
+    if name != "transformer" or not ((export / "export.json").is_file() and (export / MANIFEST).is_file()):
+        return []
+    return [f"transformer: {export} is not as it was exported: {problem}" for problem in check_manifest(export)]
+
+
+def _made(name: str, folder: Path) -> dict[str, Any]:
+    """What is known of the training of a transformer: export.json beside it, or the assembly.json of an earlier pipeline."""
+    if name != "transformer":
+        return {}
+    if (folder.parent / "export.json").is_file():
+        report = read_json(folder.parent / "export.json")
+    elif (folder.parent / "assembly.json").is_file():
+        report = read_json(folder.parent / "assembly.json").get("made") or {}
+    else:
+        return {}
+    keys = ("source", "step", "weights", "family", "trained_with", "dtype", "source_weights_sha256", "weights_sha256")
+    return {key: report[key] for key in keys if report.get(key) is not None}

@@ -1,0 +1,140 @@
+"""Assembled pipelines: right files and index, loadable by diffusers alone, equal to the run's own videos, or kept apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from assembling import TRAINED_WITH, Work
+from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file, save_file
+
+from cogflow.errors import QualityGateError
+from cogflow.files.manifest import check_manifest, hash_file
+from cogflow.pipeline import verify
+from cogflow.pipeline.verify import difference
+from cogflow.stages import assemble
+
+
+def test_the_folder_is_checked_against_the_run_in_a_fresh_process_and_published(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
+    assemble.run(work.config(verify=True))
+    pipeline = work.run / "pipeline"
+    assembly = json.loads((pipeline / "assembly.json").read_text())
+    assert "fresh process: 1/1 circle-seed0" in capfd.readouterr().out
+    assert assembly["verify"]["status"] == "passed" and assembly["verify"]["samples"][0]["psnr"] >= 50
+    assert assembly["made"]["trained_with"] == TRAINED_WITH
+    assert check_manifest(pipeline) == []
+    for name, component in assembly["components"].items():
+        assert component["files"].keys() == {path.name for path in (pipeline / name).iterdir()}
+        assert all(file["sha256"] == hash_file(pipeline / name / path) for path, file in component["files"].items())
+    record = json.loads((work.run / "assemble.json").read_text())
+    assert record["results"]["where"] == str(pipeline)
+
+
+def test_a_pipeline_that_gives_other_videos_is_kept_apart(work: Work) -> None:
+    """A VAE with other weights: every config agrees, only the frames tell."""
+    file = work.base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.conv.weight"] *= 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(QualityGateError, match="circle-seed0: PSNR") as caught:
+        assemble.run(work.config(verify=True))
+    assert caught.value.exit_code == 3 and "pipeline.rejected" in str(caught.value)
+    rejected = work.run / "pipeline.rejected"
+    assert not (work.run / "pipeline").exists() and not list(work.run.glob(".pipeline*"))
+    assert json.loads((rejected / "assembly.json").read_text())["verify"]["status"] == "failed"
+    assert (rejected / "model_index.json").is_file() and (rejected / "verify-frames.safetensors").is_file()
+
+
+def test_a_folder_that_diffusers_cannot_run_is_kept_apart(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "fresh.py"
+    script.write_text("import os, sys\nsys.exit('cannot be loaded ' + str('PYTHONPATH' in os.environ and '' in sys.path))")
+    monkeypatch.setattr(verify, "SCRIPT", script)
+    with pytest.raises(QualityGateError, match=r"(?s)does not load or run.*cannot be loaded False"):
+        assemble.run(work.config(verify=True))
+    assert not (work.run / "pipeline").exists() and (work.run / "pipeline.rejected").is_dir()
+
+
+def test_from_pretrained_gives_every_component(work: Work) -> None:
+    assemble.run(work.config())
+    pipeline = work.run / "pipeline"
+    index = json.loads((pipeline / "model_index.json").read_text())
+    assert index == {
+        "_class_name": "CogVideoXPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+    }
+    pipe = CogVideoXPipeline.from_pretrained(pipeline)
+    expected = load_file(work.run / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert pipe.vae.config.scaling_factor == 0.7 and pipe.scheduler.config.snr_shift_scale == 1.0
+    card = (pipeline / "README.md").read_text()
+    assert "max_sequence_length=16" in card and "use_dynamic_cfg=True" in card and "num_frames=5" in card
+    assert str(work.folder) not in card
+
+
+def test_weights_are_linked_and_configs_copied(work: Work) -> None:
+    assemble.run(work.config())
+    for name, file in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        assert os.path.samefile(work.run / "pipeline" / name / file, work.base / name / file)
+    assert not os.path.samefile(work.run / "pipeline" / "vae" / "config.json", work.base / "vae" / "config.json")
+
+
+def test_without_hard_links_weights_are_copied(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assemble.run(work.config())
+    file = work.run / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert hash_file(file) == hash_file(work.base / "vae" / file.name) and file.stat().st_nlink == 1
+
+
+def test_components_from_different_places_and_a_rerun(work: Work) -> None:
+    assemble.run(work.config())
+    first = json.loads((work.run / "pipeline" / "assembly.json").read_text())
+    own = work.folder / "own"
+    (work.base / "vae").rename(own)
+    for place in (str(own), str(work.run / "pipeline")):
+        assemble.run(work.config(output=str(work.folder / "second"), vae=place, transformer=str(work.run / "pipeline")))
+        second = json.loads((work.folder / "second" / "assembly.json").read_text())
+        assert second["components"]["vae"]["files"] == first["components"]["vae"]["files"]
+        assert second["made"] == first["made"]
+
+
+@pytest.mark.parametrize("reason", ["samples", "weights"])
+def test_a_check_that_cannot_be_made_is_said_and_recorded(work: Work, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+    if reason == "samples":
+        (work.run / "samples" / "step-000004" / "frames.safetensors").unlink()
+        expected = "holds no samples with raw frames"
+    else:
+        work.edit("run/samples/step-000004/samples.json", lambda record: record.update(weights="ema", weights_sha256="0" * 64))
+        expected = "was sampled with other weights (ema of step 4)"
+    # The export names the run it came from; both it and this run are looked at.
+    exported = json.loads((work.run / "export" / "export.json").read_text())["source"]
+    assert not Path(exported).is_relative_to(work.folder)
+    (Path(exported).parent.parent / "samples").rename(Path(exported).parent.parent / "hidden")
+    try:
+        assemble.run(work.config(verify=True))
+    finally:
+        (Path(exported).parent.parent / "hidden").rename(Path(exported).parent.parent / "samples")
+    verified = json.loads((work.run / "pipeline" / "assembly.json").read_text())["verify"]
+    assert verified["status"] == "skipped" and expected in verified["reason"]
+    assert expected in capfd.readouterr().out
+    assert "not compared" in (work.run / "pipeline" / "README.md").read_text()
+
+
+def test_difference() -> None:
+    clip = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    assert difference(clip, clip) == {"psnr": 100.0, "max_difference": 0}
+    assert difference(clip + 5, clip) == {"psnr": pytest.approx(34.151, abs=1e-3), "max_difference": 5}
+    assert difference(clip - 5, clip)["max_difference"] == 5
+    assert difference(None, clip)["psnr"] == 0 and difference(clip[:1], clip)["psnr"] == 0

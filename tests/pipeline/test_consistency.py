@@ -1,0 +1,164 @@
+"""What loads without a word and gives blurry videos is refused before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from assembling import Work
+
+from cogflow.errors import PipelineError
+from cogflow.files.publish import publish_folder
+from cogflow.models.family import FAMILY
+from cogflow.pipeline.consistency import ARCHITECTURE, check_parts, expectations, family_of
+from cogflow.pipeline.parts import Part
+from cogflow.stages import assemble
+
+
+def refused(work: Work, **stage: Any) -> str:
+    with pytest.raises(PipelineError) as caught:
+        assemble.run(work.config(**stage))
+    assert caught.value.exit_code == 2
+    assert not (work.run / "pipeline").exists() and not list(work.run.glob(".pipeline*"))
+    return caught.value.message
+
+
+def test_the_incident_every_wrong_value_is_named_at_once(work: Work) -> None:
+    """The converter of CogVideo issue 236 wrote 2B's values beside 5B's weights."""
+    work.edit("base/vae/config.json", lambda config: config.update(scaling_factor=1.15258426, invert_scale_latents=True))
+    work.edit("base/scheduler/scheduler_config.json", lambda c: c.update(snr_shift_scale=3.0, timestep_spacing="linspace"))
+    message = refused(work)
+    for line in (
+        "vae's scaling_factor is 1.15258426; the transformer was trained with 0.7",
+        "vae's invert_scale_latents is True; the transformer was trained with False",
+        "scheduler's snr_shift_scale is 3.0; the transformer was trained with 1.0",
+        "scheduler's timestep_spacing is linspace; the transformer was trained with trailing",
+    ):
+        assert line in message
+
+
+def test_a_value_left_out_counts_as_the_default_that_diffusers_takes(work: Work) -> None:
+    work.edit("base/vae/config.json", lambda config: config.pop("scaling_factor"))
+    work.edit(
+        "base/scheduler/scheduler_config.json", lambda config: [config.pop(key) for key in ("prediction_type", "rescale_betas_zero_snr")]
+    )
+    message = refused(work)
+    assert (
+        "vae's scaling_factor is 1.15258426, the class's default, which the file leaves unset; the transformer was trained with 0.7"
+        in message
+    )
+    assert "scheduler's prediction_type is epsilon, the class's default" in message
+    assert "scheduler's rescale_betas_zero_snr is False, the class's default" in message
+
+
+def test_widths_and_channels(work: Work) -> None:
+    work.edit("base/vae/config.json", lambda config: config.update(latent_channels=4))
+    work.edit("base/text_encoder/config.json", lambda config: config.update(d_model=4096, vocab_size=10))
+    message = refused(work)
+    assert "transformer's in_channels is 16; vae's latent_channels is 4" in message
+    assert "transformer's out_channels is 16; vae's latent_channels is 4" in message
+    assert "transformer's text_embed_dim is 8; text_encoder's d_model is 4096" in message
+    assert "text_encoder's vocab_size is 10" in message
+
+
+def test_text_length_of_training(work: Work) -> None:
+    export = work.run / "export"
+    with publish_folder(export, replace=True) as partial:
+        for path in (work.base / "transformer").iterdir():
+            (partial / "transformer").mkdir(exist_ok=True)
+            (partial / "transformer" / path.name).write_bytes(path.read_bytes())
+        (partial / "export.json").write_text(
+            (export / "export.json").read_text().replace('"max_sequence_length": 16', '"max_sequence_length": 226')
+        )
+    assert "max_text_seq_length is 16; it was trained on 226 text tokens" in refused(work)
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "scheduler", "tokenizer"])
+def test_code_is_refused(work: Work, component: str) -> None:
+    (work.base / component / "modeling.py").write_text("raise SystemExit('it ran')")
+    assert f"{component}: modeling.py" in refused(work)
+
+
+def test_classes_that_ask_for_code_are_refused(work: Work) -> None:
+    work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(_class_name=["my_scheduler", "Mine"]))
+    work.edit("base/text_encoder/config.json", lambda config: config.update(auto_map={"AutoModel": "x.Y"}))
+    message = refused(work)
+    assert "my_scheduler" in message and "auto_map" in message
+
+
+def test_another_class_is_refused(work: Work) -> None:
+    work.edit("base/vae/config.json", lambda config: config.update(_class_name="AutoencoderKL"))
+    assert "is of class 'AutoencoderKL', not AutoencoderKLCogVideoX" in refused(work)
+
+
+def test_pickled_weights_and_links_that_lead_outside_are_refused(work: Work, tmp_path: Path) -> None:
+    weights = work.base / "text_encoder" / "model.safetensors"
+    weights.rename(work.base / "text_encoder" / "pytorch_model.bin")
+    vae = work.base / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(tmp_path / "elsewhere.safetensors")
+    vae.symlink_to(tmp_path / "elsewhere.safetensors")
+    message = refused(work)
+    assert "text_encoder: " in message and "never pickled weights" in message
+    assert "vae: " in message and "is a link to" in message
+
+
+def test_broken_weights_and_an_index_that_leads_outside_are_refused(work: Work) -> None:
+    file = work.base / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    vae = work.base / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.unlink()
+    vae.with_suffix(".safetensors.index.json").write_text('{"weight_map": {"a": "../text_encoder/model.safetensors"}}')
+    message = refused(work)
+    assert "text_encoder/model.safetensors is no whole safetensors file" in message
+    assert "../text_encoder/model.safetensors leads out of its folder" in message
+
+
+def test_an_export_that_was_changed_is_refused(work: Work) -> None:
+    file = work.run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert "transformer/diffusion_pytorch_model.safetensors: content changed" in refused(work)
+
+
+def test_missing_places_are_all_named(work: Work) -> None:
+    message = refused(work, vae=str(work.folder / "nowhere"), scheduler=str(work.base / "vae"))
+    assert "stage.vae" in message and "stage.scheduler" in message
+    assert "stage=export" in _error(work, transformer=None, export=False)
+
+
+def _error(work: Work, export: bool, **stage: Any) -> str:
+    if not export:
+        (work.run / "export").rename(work.run / "gone")
+    with pytest.raises(PipelineError) as caught:
+        assemble.run(work.config(**stage))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(FAMILY))
+def test_a_foreign_transformer_is_held_to_the_facts_of_its_family(name: str) -> None:
+    member = FAMILY[name]
+    settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()}
+    transformer = Part("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)
+    assert family_of(transformer) == member
+    expected = expectations(transformer, member)
+    assert (expected["scaling_factor"], expected["snr_shift_scale"]) == (member.scaling_factor, member.snr_shift_scale)
+
+
+def test_an_export_that_names_a_family_must_have_its_positions() -> None:
+    member = FAMILY["cogvideox-5b"]
+    settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
+        "use_rotary_positional_embeddings": False, "out_channels": 16, "text_embed_dim": 4096, "temporal_compression_ratio": 4,
+        "max_text_seq_length": 226,
+    }  # fmt: skip
+    parts = {
+        "transformer": Part("transformer", Path("t"), "CogVideoXTransformer3DModel", settings, made={"family": "cogvideox-5b"}),
+        "vae": Part(
+            "vae", Path("v"), "AutoencoderKLCogVideoX", {"latent_channels": 16, "scaling_factor": 0.7, "temporal_compression_ratio": 4}
+        ),
+        "scheduler": Part("scheduler", Path("s"), "CogVideoXDDIMScheduler", member.scheduler_config()),
+        "text_encoder": Part("text_encoder", Path("e"), "T5EncoderModel", {"d_model": 4096}),
+    }
+    with pytest.raises(PipelineError, match="use_rotary_positional_embeddings is False; cogvideox-5b has True"):
+        check_parts(parts, ["a problem found before"])

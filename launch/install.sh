@@ -27,7 +27,12 @@ fi
 
 echo "install: making $venv (a few minutes the first time)"
 rm -f "$venv/.installed"
-"$python" -m venv "$venv"
+here='import sys, pip; print(sys.version_info[:2])'
+clear=()
+if [ -d "$venv" ] && [ "$("$venv/bin/python" -c "$here" 2>/dev/null)" != "$("$python" -c "${here/, pip/}")" ]; then
+  clear=(--clear) # of another Python, or broken off half-way
+fi
+"$python" -m venv "${clear[@]}" "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
 # torch first: DeepSpeed is built from source and asks torch what this machine has.
 "${pip[@]}" torch packaging numpy

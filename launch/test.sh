@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
-"$venv/bin/ruff" format --check .
-"$venv/bin/ruff" check .
-"$venv/bin/mypy"
+"$venv/bin/python" -m ruff format --check .
+"$venv/bin/python" -m ruff check .
+"$venv/bin/python" -m mypy
 exec "$venv/bin/python" -m pytest "$@"

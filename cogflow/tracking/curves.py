@@ -46,12 +46,14 @@ def chart(
     note: str = "",
     reference: bool = False,
     until: int | None = None,
+    least: float = 0.0,
 ) -> Chart | None:
     """Draw ``lines`` over the step; ``None`` when none holds a finite value.
 
     The range leaves out the outermost percent of dense curves, so that one spike does not flatten the rest. Values that are
     not finite are marked at the bottom. ``reference``: a dashed line at each curve's first value. ``until``: the
-    step to which the axis runs at least, so that charts of one run can be compared.
+    step to which the axis runs at least, so that charts of one run can be compared. ``least``: the range of
+    values is at least this wide, so that noise does not look like a fall.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -59,7 +61,7 @@ def chart(
     x_low = min(line.points.steps[0] for line in lines)
     x_low = 0 if 0 < x_low <= 0.1 * max(line.points.steps[-1] for line in lines) else x_low
     x_high = max(*(line.points.steps[-1] for line in lines), until or 0, x_low + 1)
-    y_low, y_high = _range(lines)
+    y_low, y_high = _range(lines, least)
     x_ticks, y_ticks = _ticks(x_low, x_high, 5, whole=True), _ticks(y_low, y_high, min(6, max(4, height // 50)))
     if y_ticks:
         spacing = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else 0.0
@@ -120,7 +122,7 @@ def _span(values: Sequence[float]) -> float:
     return max(5.0, len(values) / 30)
 
 
-def _range(lines: Sequence[Line]) -> tuple[float, float]:
+def _range(lines: Sequence[Line], least: float) -> tuple[float, float]:
     low, high = math.inf, -math.inf
     for line in lines:
         values = sorted(value for _, value in line.points.finite)
@@ -128,6 +130,9 @@ def _range(lines: Sequence[Line]) -> tuple[float, float]:
         if len(values) >= 50:
             cut = max(1, cut)
         low, high = min(low, values[cut]), max(high, values[-1 - cut])
+    if high - low < least:
+        middle = (high + low) / 2
+        return middle - least / 2, middle + least / 2
     if high - low < 1e-12:
         pad = abs(high) * 0.1 or 1.0
         return low - pad, high + pad
@@ -153,11 +158,20 @@ def _axes(x_ticks: list[float], y_ticks: list[float], at: Place, width: int, hei
     for tick in y_ticks:
         _, y = at(0, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">{short(round(tick, 12))}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">{_tick(tick, y_ticks)}</text>')
     for tick in x_ticks:
         x, _ = at(tick, 0)
         parts.append(f'<text class="tick" x="{x}" y="{height - 6}" text-anchor="middle">{int(tick)}</text>')
     return parts
+
+
+def _tick(value: float, ticks: list[float]) -> str:
+    """``value`` with as many digits as tell the ticks apart."""
+    spacing = ticks[1] - ticks[0] if len(ticks) > 1 else 0.0
+    if not 1e-5 < spacing < 1e4 or max(map(abs, ticks)) < 0.005:
+        return short(round(value, 12))
+    decimals = next(count for count in range(6) if abs(round(spacing, count) - spacing) < 1e-3 * spacing)
+    return f"{value:.{decimals}f}".replace("-", "−") if round(value, 9) else "0"
 
 
 def _draw(line: Line, at: Place, height: int) -> tuple[list[str], list[tuple[int, float]]]:

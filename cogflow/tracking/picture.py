@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from cogflow.errors import DataError, UserError
 from cogflow.tracking.curves import SMOOTH_FROM, running_mean
@@ -21,6 +23,8 @@ PROMPTS = 4
 FRAMES = 3
 INK, SOFT, LINE = "#1d1e20", "#66686d", "#e4e4df"
 BLUE, ORANGE, GREEN, PURPLE = "#2a63d4", "#d0661b", "#14857a", "#9a3fb3"
+
+DOTTED: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3}
 
 
 def write_picture(folder: Path, output: Path) -> Path:
@@ -97,7 +101,7 @@ def _read(sample: Sample) -> list[np.ndarray]:
 
 def _curves(area: SubFigure, run: RunData) -> None:
     above, below = area.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.28})
-    area.subplots_adjust(left=0.165, right=0.87, top=1 - 0.42 / area.bbox.height * 150, bottom=0.52 / area.bbox.height * 150)
+    area.subplots_adjust(left=0.165, right=0.97, top=1 - 0.42 / area.bbox.height * 150, bottom=0.52 / area.bbox.height * 150)
     loss, heldout = run.curve("train/loss").finite, run.curve("heldout/loss").finite
     if loss:
         steps, values = [step for step, _ in loss], [value for _, value in loss]
@@ -109,23 +113,26 @@ def _curves(area: SubFigure, run: RunData) -> None:
         )
         above.set_ylim(0, 1.08 * float(np.quantile(values + [value for _, value in heldout], 0.995)))
     if heldout:
-        above.plot(*zip(*heldout, strict=True), color=ORANGE, linewidth=1.6, marker="o", markersize=3, label="held out")
+        above.plot(*zip(*heldout, strict=True), color=ORANGE, label="held out", **DOTTED)
     _dress(above, "Loss")
     if above.lines:
         above.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=INK)
-    sharp, blur = run.curve("sharpness/wavelet_ratio").finite, run.curve("sharpness/blur_effect").finite
-    _dress(below, "Sharpness of the validation samples")
-    if sharp:
-        below.plot(*zip(*sharp, strict=True), color=GREEN, linewidth=1.6, marker="o", markersize=3)
-        below.set_ylabel("wavelet ratio", color=GREEN, fontsize=8.5)
-    if blur:
-        other = below.twinx()
-        other.plot(*zip(*blur, strict=True), color=PURPLE, linewidth=1.6, marker="o", markersize=3)
-        other.set_ylabel("blur effect", color=PURPLE, fontsize=8.5)
-        other.spines[:].set_visible(False)
-        other.tick_params(labelsize=8, colors=SOFT, length=0)
-        other.margins(y=0.25)
-    below.margins(y=0.25)
+    _dress(below, "Sharpness of the samples against the first")
+    # Both as natural logarithms of a ratio: the wavelet ratio is one already.
+    wavelet, blur = run.curve("sharpness/wavelet_ratio").finite, run.curve("sharpness/blur_effect").finite
+    if wavelet:
+        below.plot(
+            [step for step, _ in wavelet], [value - wavelet[0][1] for _, value in wavelet], color=GREEN, label="wavelet ratio", **DOTTED
+        )
+    if blur and min(value for _, value in blur) > 0:
+        changes = [math.log(value / blur[0][1]) for _, value in blur]
+        below.plot([step for step, _ in blur], changes, color=PURPLE, label="blur effect", **DOTTED)
+    if below.lines:
+        low, high = below.get_ylim()
+        below.set_ylim(min(low, -0.3), max(high, 0.3))
+        below.axhline(0, color=SOFT, linewidth=0.8, linestyle=(0, (4, 4)))
+        below.legend(frameon=False, fontsize=8.5, loc="best", labelcolor=INK)
+    below.set_ylabel("log ratio, lower is softer", color=SOFT, fontsize=8.5)
     below.set_xlabel("training step", fontsize=8.5, color=SOFT)
 
 
@@ -135,6 +142,7 @@ def _dress(axis: Axes, title: str) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(LINE)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.tick_params(labelsize=8, colors=SOFT, length=0)
 
 

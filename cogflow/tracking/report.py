@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from cogflow.files.publish import write_text
 from cogflow.tracking import words
-from cogflow.tracking.curves import Chart, running_mean, short
+from cogflow.tracking.curves import SMOOTH_FROM, Chart, running_mean, short
 from cogflow.tracking.progress import clock
 from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts
 from cogflow.tracking.run_data import RunData, Validation, read_run
@@ -95,13 +95,17 @@ def _facts(run: RunData) -> list[dict[str, str]]:
 
     loss = [value for _, value in run.curve("train/loss").finite]
     if loss:
-        means = running_mean(loss, max(5.0, len(loss) / 30))
-        add("training loss", short(means[-1]), f"from {short(means[min(4, len(means) - 1)])}")
-    for label, name in (("held-out loss", "heldout/loss"), ("sharpness", "sharpness/wavelet_ratio")):
+        dense = len(loss) >= SMOOTH_FROM
+        means = running_mean(loss, max(5.0, len(loss) / 30)) if dense else loss
+        add("training loss", short(means[-1]), f"from {short(means[4 if dense else 0])}")
+    for label, name, compare in (
+        ("held-out loss", "heldout/loss", words.change),
+        ("wavelet ratio", "sharpness/wavelet_ratio", words.difference),
+    ):
         points = run.curve(name).finite
         if points:
             first, last = points[0][1], points[-1][1]
-            change = f"{words.change(first, last)} since step {points[0][0]}" if len(points) > 1 else f"at step {points[0][0]}"
+            change = f"{compare(first, last)} since step {points[0][0]}" if len(points) > 1 else f"at step {points[0][0]}"
             add(label, short(last), change)
     seconds = [value for _, value in run.curve("train/step_time").finite]
     if seconds:
@@ -164,8 +168,8 @@ def _cell(run: RunData, validation: Validation, key: tuple[str, int], first: Map
         "src": _link(run.folder, sample.video) if sample.video else None,
         "step": validation.step,
         "value": short(value) if value is not None else "",
-        "change": words.change(first[CELLS[0]], value)
-        if value is not None and first.get(CELLS[0]) and first is not sample.sharpness
+        "change": words.difference(first[CELLS[0]], value)
+        if value is not None and CELLS[0] in first and first is not sample.sharpness
         else "",
         "title": ", ".join(f"{name.replace('_', ' ')} {short(sample.sharpness[name])}" for name in CELLS if name in sample.sharpness),
     }

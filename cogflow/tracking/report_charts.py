@@ -14,22 +14,25 @@ def loss_charts(run: RunData) -> list[Chart]:
 
 
 def sharpness_charts(run: RunData) -> list[Chart]:
+    # The least range of each is about what its metric falls by when a Gaussian of one pixel blurs the samples.
     rows = (
-        ("Sharpness", "wavelet_ratio", "wavelet ratio, higher is sharper", 3),
-        ("Blur", "blur_effect", "blur effect, lower is sharper", 4),
-        ("Contrast", "contrast", "of the luma", 1),
+        ("Wavelet ratio", "wavelet_ratio", "log, higher is sharper", 3, 0.4),
+        ("Blur effect", "blur_effect", "1 − blur, higher is sharper", 4, 0.1),
+        ("Contrast", "contrast", "of the luma", 1, 0.05),
     )
+    shape = {"width": 480, "height": 145}
     return _present(
         *(
             chart(
                 title,
                 [Line("validation samples", run.curve(f"sharpness/{name}"), colour, dots=True)],
-                width=480,
-                height=145,
+                **shape,
                 note=note,
                 reference=True,
+                until=run.last_step,
+                least=least,
             )
-            for title, name, note, colour in rows
+            for title, name, note, colour, least in rows
         )
     )
 

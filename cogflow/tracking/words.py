@@ -17,6 +17,12 @@ def change(first: float, last: float) -> str:
     return "±0 %" if percent == 0 else f"{'+' if percent > 0 else '−'}{abs(percent)} %"
 
 
+def difference(first: float, last: float) -> str:
+    """``last`` - ``first`` with its sign: +0.12, −0.08, ±0. For values that are logarithms already."""
+    step = round(last - first, 2)
+    return f"{'+' if step > 0 else '−'}{short(abs(step))}" if step else "±0"
+
+
 def text(value: Any) -> str:
     """A cell of a table: numbers to three digits, lists with commas, yes and no."""
     if isinstance(value, bool):

@@ -78,3 +78,8 @@ def test_pins_cover_what_is_asked_for(repository: Path) -> None:
     for name in asked:
         found = pins.get(name.lower(), [])
         assert found == [""] or len(found) == 2, name
+
+
+def test_the_wheel_takes_every_group_but_the_local_one(repository: Path) -> None:
+    taken = re.findall(r'^"configs/(\S+)" = "cogflow/configs/\1"$', (repository / "pyproject.toml").read_text("utf-8"), re.M)
+    assert sorted(taken) == sorted({path.name for path in (repository / "configs").iterdir()} - {"local"})

@@ -78,12 +78,15 @@ def _step(made: Mapping[str, Any]) -> str:
     return f" for {made['step']} steps" + (" (moving average of the weights)" if made.get("weights") == "ema" else "")
 
 
+FACTS = {
+    "vae": ("scaling_factor", "invert_scale_latents", "latent_channels"),
+    "scheduler": ("prediction_type", "snr_shift_scale", "timestep_spacing", "rescale_betas_zero_snr"),
+    "transformer": ("num_layers", "num_attention_heads", "attention_head_dim", "use_rotary_positional_embeddings", "max_text_seq_length"),
+}
+
+
 def _facts(parts: Mapping[str, Part]) -> str:
-    rows = [(f"vae.{key}", parts["vae"].settings.get(key)) for key in ("scaling_factor", "invert_scale_latents", "latent_channels")]
-    names = ("prediction_type", "snr_shift_scale", "timestep_spacing", "rescale_betas_zero_snr")
-    rows += [(f"scheduler.{key}", parts["scheduler"].settings.get(key)) for key in names]
-    names = ("num_layers", "num_attention_heads", "attention_head_dim", "use_rotary_positional_embeddings", "max_text_seq_length")
-    rows += [(f"transformer.{key}", parts["transformer"].settings.get(key)) for key in names]
+    rows = [(f"{name}.{key}", parts[name].settings.get(key)) for name, keys in FACTS.items() for key in keys]
     trained = parts["transformer"].made.get("trained_with") or {}
     rows += [("trained in", trained["dtype"])] if trained.get("dtype") else []
     return "\n".join(f"| {name} | {value} |" for name, value in rows)

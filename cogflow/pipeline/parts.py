@@ -159,5 +159,5 @@ def _made(name: str, folder: Path) -> dict[str, Any]:
         report = read_json(folder.parent / "assembly.json").get("made") or {}
     else:
         return {}
-    keys = ("source", "step", "weights", "family", "trained_with", "dtype", "source_weights_sha256", "weights_sha256")
+    keys = ("source", "step", "weights", "family", "model", "trained_with", "dtype", "source_weights_sha256", "weights_sha256")
     return {key: report[key] for key in keys if report.get(key) is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cogflow import ranks
-from cogflow.config.schema import AssembleStage, Config
+from cogflow.config.schema import AssembleStage, Config, ModelConfig
 from cogflow.errors import PipelineError
 from cogflow.files.paths import run_folder
 from cogflow.models.components import model_folder
@@ -66,8 +66,7 @@ def read_parts(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict
             if not place.is_dir():
                 raise PipelineError(f"{place} does not exist.", "Run stage=export first, or name stage.transformer=FOLDER.")
         else:
-            base = base or model_folder(config.model)
-            place = base
+            base = place = base or model_base(config.model, parts["transformer"])
         try:
             parts[name], found = read_part(name, place)
         except PipelineError as error:
@@ -75,6 +74,20 @@ def read_parts(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict
             parts[name] = Part(name, place, "", {})
         problems += found
     return parts, problems
+
+
+def model_base(model: ModelConfig, transformer: Part) -> Path:
+    """The pipeline folder of the model: as the config names it, or for model=auto the one that the transformer was trained from."""
+    if model.name == "auto" and model.path is None:
+        trained = transformer.made.get("model")
+        if not isinstance(trained, dict) or not trained.get("name"):
+            raise PipelineError(
+                f"{transformer.folder} does not say which model it was trained from.",
+                "Give stage.base=FOLDER, a pipeline folder, or model=NAME.",
+            )
+        path = trained.get("path")
+        model = ModelConfig(name=str(trained["name"]), path=str(path) if path else None)
+    return model_folder(model)
 
 
 def sample_settings(config: Config, reference: Reference | None) -> dict[str, Any]:

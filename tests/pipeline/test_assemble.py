@@ -13,8 +13,8 @@ from assembling import TRAINED_WITH, Work
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
-from cogflow.errors import QualityGateError
-from cogflow.files.manifest import check_manifest, hash_file
+from cogflow.errors import PipelineError, QualityGateError
+from cogflow.files.manifest import check_manifest, hash_file, write_manifest
 from cogflow.pipeline import verify
 from cogflow.pipeline.verify import difference
 from cogflow.stages import assemble
@@ -108,6 +108,16 @@ def test_components_from_different_places_and_a_rerun(work: Work) -> None:
         second = json.loads((work.folder / "second" / "assembly.json").read_text())
         assert second["components"]["vae"]["files"] == first["components"]["vae"]["files"]
         assert second["made"] == first["made"]
+
+
+def test_the_base_is_the_model_that_was_trained(work: Work) -> None:
+    with pytest.raises(PipelineError, match="does not say which model"):
+        assemble.run(work.config(base=None))
+    work.edit("run/export/export.json", lambda report: report.update(model={"name": "small", "path": str(work.base), "dtype": "auto"}))
+    write_manifest(work.run / "export")
+    assemble.run(work.config(base=None))
+    assembly = json.loads((work.run / "pipeline" / "assembly.json").read_text())
+    assert assembly["components"]["vae"]["from"] == str(work.base / "vae")
 
 
 @pytest.mark.parametrize("reason", ["samples", "weights"])

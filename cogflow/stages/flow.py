@@ -43,7 +43,6 @@ def close(config: Config, folder: Path, started: float) -> None:
     results: dict[str, Any] = {"summary": f"{len(rows)} stages", "where": str(pipeline), "table": rows}
     with open_tracker(config, "flow", folder) as tracker:
         tracker.table("flow/stages", ["stage", "result", "seconds", "where"], rows)
-        tracker.artifact("pipeline", "pipeline", pipeline, uses=["transformer"])
         place = tracker.url_or_dir
     write_record(folder, "flow", config, {}, results, started=started)
     report = write_report(folder)

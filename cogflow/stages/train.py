@@ -53,13 +53,13 @@ def run(config: Config) -> None:
     if before is not None:
         check_same(before, config, cache)
         if before["step"] >= stage.steps:
-            say(f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; more steps need another run.name")
+            say(f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; give more stage.steps to go on")
             return
     prepared = Prepared(config, cache)
     with open_tracker(config, "train", folder) as tracker:
         step = prepared.resume(found)
+        tracker.rewind(step)
         if step:
-            tracker.rewind(step)
             say(f"resuming {folder} after step {step}")
         with progress(stage.steps, "training") as bar:
             bar.advance(step)

@@ -54,6 +54,7 @@ class EMA:
         """Have the averages in the module inside the block, and the trained weights back afterwards, bit for bit."""
         kept: dict[str, torch.Tensor] = {}
         parameters = dict(engine.module.named_parameters())
+        engine.settle()
         for name, value in self.weights(engine):
             if name not in parameters:
                 continue
@@ -63,6 +64,7 @@ class EMA:
         try:
             yield
         finally:
+            engine.settle()
             for name, value in kept.items():
                 with engine.whole([parameters[name]], modifier_rank=0), torch.no_grad():
                     parameters[name].copy_(value)

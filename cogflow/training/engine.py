@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,18 @@ class Engine:
 
         Under ZeRO-3 one weight is gathered at a time. The tensor is only valid until the next one; every rank must go through all.
         """
+        self.settle()
         for name, parameter in self.module.named_parameters():
             with self.whole([parameter]):
                 yield name, parameter.detach()
         # I2V keeps its learned positions in a buffer.
         saved = self.module.state_dict().keys()
         yield from ((name, buffer) for name, buffer in self.module.named_buffers() if name in saved)
+
+    def settle(self) -> None:
+        """Have no weight on its way: a forward pass without a backward leaves ZeRO-3's prefetches in flight."""
+        if self.zero_stage == 3:
+            self.engine.empty_partition_cache()
 
     @contextlib.contextmanager
     def whole(self, parameters: list[Any], modifier_rank: int | None = None) -> Iterator[None]:
@@ -112,6 +119,7 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's states of all ranks below ``folder``. Collective."""
+        self.settle()
         # Its warning about a missing "latest" pointer does not concern us: the folder is published whole by our own.
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
@@ -134,6 +142,8 @@ def _deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is renaming: a line for each of them in every log.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     from deepspeed.utils import logger
 

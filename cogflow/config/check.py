@@ -106,7 +106,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
     "SamplingConfig": {"steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct},
-    "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1)},
+    "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1)},
     "TrainStage": {
         "steps": at_least(1), "batch_size": at_least(1), "gradient_accumulation": at_least(1), "learning_rate": at_least(0),
@@ -121,7 +121,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "PretrainStage": {
         "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
-        "clips": at_least(1),
+        "check_repeats": at_least(0), "clips": at_least(1),
     },
 }  # fmt: skip
 """What each key must satisfy by itself, by the name of its dataclass."""

@@ -1,7 +1,7 @@
 """The tiny transformer, trained from nothing on the latents of drawn clips.
 
 The same objective as ``stage=train``, in a plain loop: no cache, no ranks, no validation in between. Captions are padded to the
-model's own length, and every eighth step to the 226 tokens that ``CogVideoXPipeline`` pads to when it is not told
+model's own length, and every twentieth step to the 226 tokens that ``CogVideoXPipeline`` pads to when it is not told
 otherwise, so that the shipped folder samples well either way.
 """
 
@@ -30,15 +30,15 @@ PIPELINE_TOKENS = 226
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    steps: int = 4000
-    batch: int = 32
+    steps: int = 3400
+    batch: int = 16
     clips: int = 2048
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 1.5e-3
     warmup: int = 100
     text_dropout: float = 0.1
-    ema_decay: float = 0.998
-    long_every: int = 8
-    save_every: int = 250
+    ema_decay: float = 0.995
+    long_every: int = 20
+    save_every: int = 100
 
 
 @torch.no_grad()
@@ -80,7 +80,8 @@ def train_transformer(
     which = torch.tensor([place[text] for text in captions])
     tables = {length: embed(distinct, length) for length in (FACTS.text_tokens, PIPELINE_TOKENS)}
     alphas = new_scheduler().alphas_cumprod
-    rotary = rotary_tables(transformer, *(latents.shape[i] for i in (1, 3, 4)), device=latents.device)
+    _, frames, _, height, width = latents.shape
+    rotary = rotary_tables(transformer, frames, height, width, latents.device)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-2)
     averaged = {name: p.detach().clone() for name, p in transformer.named_parameters()}
     first = 0

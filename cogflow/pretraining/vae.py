@@ -145,7 +145,6 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 def train_vae(vae: AutoencoderKLCogVideoX, settings: VAESettings, seed: int, state_file: Path, log: Callable[[dict], None]) -> None:
     """Train ``vae`` in place, resuming from ``state_file`` when it is there."""
-    pool = clip_pool(settings.pool, seed, settings.frames, settings.height, settings.width)
     optimizer = _optimizer(vae, settings)
     first = 0
     if state_file.is_file():
@@ -156,6 +155,10 @@ def train_vae(vae: AutoencoderKLCogVideoX, settings: VAESettings, seed: int, sta
     else:
         torch.manual_seed(seed)
         initialise(vae)
+    if first >= settings.steps:
+        vae.eval()
+        return
+    pool = clip_pool(settings.pool, seed, settings.frames, settings.height, settings.width)
     vae.train()
     started = time.monotonic()
     for step in range(first, settings.steps):

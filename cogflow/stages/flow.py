@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogflow import ranks
-from cogflow.config.schema import Config, FlowStage
+from cogflow.config.schema import Config, FlowStage, StageConfig
 from cogflow.files.paths import run_folder
 from cogflow.sampling import gallery
 from cogflow.stages import assemble, export, prepare, train
@@ -26,7 +26,9 @@ def run(config: Config) -> None:
         raise TypeError("stages.flow needs the settings of stage=flow")
     started = time.time()
     folder = run_folder(config.run)
-    steps = ((prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble))
+    steps: list[tuple[Any, StageConfig]] = [
+        (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
+    ]  # fmt: skip
     for number, (module, settings) in enumerate(steps, start=1):
         say(f"\n[{number}/{len(steps)}] {settings.name}")
         module.run(replace(config, stage=settings))

@@ -26,7 +26,7 @@ from cogflow.tracking.record import write_record
 
 def run(config: Config) -> None:
     stage = config.stage
-    assert isinstance(stage, PretrainStage)  # noqa: S101 - chosen by the stage's name
+    assert isinstance(stage, PretrainStage)
     started = time.time()
     folder = run_folder(config.run)
     state = folder / "state"

@@ -28,6 +28,7 @@ from cogflow.training import checkpoint
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.loop import Hooks, Trainer
+from cogflow.training.signals import StopRequest
 from cogflow.weights.fingerprint import fingerprint
 
 FIXED = ("batch_size", "gradient_accumulation", "seed")
@@ -61,12 +62,13 @@ def run(config: Config) -> None:
         tracker.rewind(step)
         if step:
             say(f"resuming {folder} after step {step}")
-        with progress(stage.steps, "training") as bar:
+        with StopRequest() as request, progress(stage.steps, "training") as bar:
             bar.advance(step)
             hooks = Hooks(
                 log=tracker.log,
                 validate=lambda done: prepared.validate(done, folder, tracker),
                 save=lambda done: prepared.save(done, folder),
+                stop=lambda: request.anywhere(prepared.device),
                 advance=lambda note: bar.advance(1, note),
             )
             prepared.trainer.run(step, hooks)
@@ -117,7 +119,7 @@ class Prepared:
     """The model, its engine and what samples it: all that is built once, before the first step."""
 
     def __init__(self, config: Config, cache: LatentCache) -> None:
-        assert isinstance(config.stage, TrainStage)  # noqa: S101 - run() checked it
+        assert isinstance(config.stage, TrainStage)
         self.config, self.stage, self.cache = config, config.stage, cache
         self.device = ranks.device()
         self.dtype = components.resolve_dtype(config.model, self.device)

@@ -53,7 +53,7 @@ def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that its manifest proves whole, and a line for each newer one that was passed over."""
-    passed = []
+    passed: list[str] = []
     for path in sorted((p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True):
         problems = check_manifest(path)
         if not problems:

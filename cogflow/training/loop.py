@@ -15,7 +15,7 @@ from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
-from cogflow.errors import QualityGateError
+from cogflow.errors import QualityGateError, Stopped
 from cogflow.models.rotary import rotary_tables
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.ema import EMA
@@ -32,6 +32,7 @@ class Hooks:
     log: Callable[[int, dict[str, float]], None]
     validate: Callable[[int], None]
     save: Callable[[int], None]
+    stop: Callable[[], bool]
     advance: Callable[[str], None]
 
 
@@ -63,6 +64,10 @@ class Trainer:
             if done % self.log_every == 0 or done == stage.steps:
                 hooks.log(done, {**values, **self._speed(time.perf_counter() - began)})
             hooks.advance(f"loss {values['train/loss']:.4f}")
+            if done < stage.steps and hooks.stop():
+                # Nothing else that is due: the grace time may be short, and a resumed run does it.
+                hooks.save(done)
+                raise Stopped(f"Stopped after step {done} of {stage.steps}; a checkpoint is saved.", "Run the same command again to go on.")
             self._between(done, hooks)
 
     def train_step(self, step: int) -> dict[str, float]:

@@ -1,0 +1,80 @@
+"""The main job end to end: what it leaves, that it belongs together, and that a second run does nothing over again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from cogflow.files.manifest import check_manifest
+from cogflow.weights.fingerprint import fingerprint
+from tests.stages.conftest import Command, lines, losses
+
+PLAIN = """
+import sys, torch
+from diffusers import CogVideoXPipeline
+pipe = CogVideoXPipeline.from_pretrained(sys.argv[1])
+assert not any(name.split(".")[0] == "cogflow" for name in sys.modules)
+video = pipe("a red circle moves left over a light background", num_inference_steps=2, output_type="np").frames
+print(video.shape, bool((video == video).all()))
+"""
+
+
+def test_every_stage_leaves_its_record_and_its_result(flow: Path) -> None:
+    for stage in ("prepare", "train", "export", "assemble", "flow"):
+        assert json.loads((flow / f"{stage}.json").read_text())["status"] == "done"
+    for name in ("pipeline/model_index.json", "pipeline/assembly.json", "export/transformer/config.json", "report.html", "wandb"):
+        assert (flow / name).exists(), name
+    table = json.loads((flow / "flow.json").read_text())["results"]["table"]
+    assert [row[0] for row in table] == ["prepare", "train", "export", "assemble"]
+    assert all(check_manifest(path) == [] for path in (flow / "checkpoints").glob("step-*"))
+
+
+def test_metrics_have_the_names_that_others_rely_on(flow: Path) -> None:
+    assert [step for step, _, _ in losses(flow)] == [1, 2, 3, 4]
+    last = lines(flow)[-1]
+    for name in ("train/lr", "train/step_time", "train/samples_per_second", "train/memory_gb", "time"):
+        assert last[name] > 0, name
+    assert any(f"train/loss_q{quarter}" in line for line in lines(flow) for quarter in (1, 2, 3, 4))
+    assert [line["step"] for line in lines(flow, "heldout/loss")] == [0, 2, 4]
+    assert [line["step"] for line in lines(flow, "sharpness/wavelet_ratio")] == [0, 4]
+
+
+def test_samples_prove_which_weights_made_them(flow: Path) -> None:
+    first, last = (json.loads((flow / f"samples/step-00000{step}/samples.json").read_text()) for step in (0, 4))
+    weights = load_file(flow / "checkpoints/step-000004/transformer/diffusion_pytorch_model.safetensors")
+    assert last["weights_sha256"] == fingerprint(weights.items()) != first["weights_sha256"]
+    for record in (first, last):
+        for sample in record["samples"]:
+            assert (flow / f"samples/step-{record['step']:06d}" / sample["video"]).stat().st_size > 500
+    # Raw frames are kept for the newest validation alone.
+    assert not (flow / "samples/step-000000/frames.safetensors").exists()
+    frames = load_file(flow / "samples/step-000004/frames.safetensors")
+    assert {tuple(clip.shape) for clip in frames.values()} == {(9, 64, 96, 3)}
+
+
+def test_training_changes_the_samples_and_the_noise_stays(flow: Path) -> None:
+    one, other = (load_file(flow / f"samples/step-00000{step}/latents.safetensors") for step in (0, 4))
+    assert one.keys() == other.keys()
+    assert all(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_assembled_pipeline_gave_the_runs_videos(flow: Path) -> None:
+    assembly = json.loads((flow / "pipeline/assembly.json").read_text())
+    assert assembly["verify"]["status"] == "passed"
+
+
+def test_the_pipeline_works_without_cogflow(flow: Path) -> None:
+    done = subprocess.run([sys.executable, "-I", "-c", PLAIN, str(flow / "pipeline")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "(1, 9, 64, 96, 3) True" in done.stdout
+
+
+def test_the_same_command_again_trains_nothing(flow: Path, cogflow: Command) -> None:
+    before = losses(flow)
+    done = cogflow("stage=train", "debug=quick", f"run.root={flow.parent}", "run.name=flow")
+    assert "finished" in done.stdout and losses(flow) == before

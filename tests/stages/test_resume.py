@@ -1,0 +1,91 @@
+"""Stopping and going on, against a run that was never stopped: equal to the bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.stages.conftest import Command, losses
+
+
+def beside(flow: Path, name: str) -> list[str]:
+    """Words that train on the prepared clips of ``flow`` in a run of their own."""
+    folder = flow.parent / name
+    folder.mkdir()
+    shutil.copytree(flow / "cache", folder / "cache")
+    return [
+        "stage=train",
+        "debug=quick",
+        f"run.root={flow.parent}",
+        f"run.name={name}",
+        f"data.path={flow / 'data'}",
+        "stage.sample_every=0",
+    ]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "checkpoints/step-000004/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(flow: Path, cogflow: Command) -> None:
+    words = [*beside(flow, "signalled"), "stage.save_every=0"]
+    folder = flow.parent / "signalled"
+    process = subprocess.Popen([sys.executable, "-m", "cogflow", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not ((folder / "metrics.jsonl").exists() and losses(folder)):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGUSR1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 75, out + err
+    stopped = len(losses(folder))
+    assert 1 <= stopped < 4 and (folder / f"checkpoints/step-00000{stopped}").is_dir()
+    cogflow(*words)
+    # Validation in the one, none in the other; stopped in one, not in the other.
+    assert losses(folder) == losses(flow) and weights(folder) == weights(flow)
+
+
+def test_a_broken_checkpoint_is_passed_over(flow: Path, cogflow: Command) -> None:
+    words = beside(flow, "broken")
+    folder = flow.parent / "broken"
+    shutil.copytree(flow / "checkpoints", folder / "checkpoints")
+    states = next((folder / "checkpoints/step-000004/deepspeed/state").glob("*optim_states.pt"))
+    with open(states, "r+b") as file:
+        file.seek(1000)
+        file.write(b"\x00\xff\x00\xff")
+    done = cogflow(*words)
+    assert "passed over: step-000004" in done.stdout and "after step 2" in done.stdout
+    assert weights(folder) == weights(flow)
+
+
+def test_another_batch_size_is_refused_with_both_values(flow: Path, cogflow: Command) -> None:
+    done = cogflow("stage=train", "debug=quick", f"run.root={flow.parent}", "run.name=flow", "stage.batch_size=4", code=2)
+    assert "stage.batch_size: 2 then, 4 now" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_two_ranks_train_what_one_rank_trains(flow: Path, cogflow: Command, zero: str) -> None:
+    one, two = f"one-{zero}", f"two-{zero}"
+    common = ["stage.steps=3", "stage.save_every=0", f"deepspeed={zero}"]
+    cogflow(*beside(flow, one), *common, "stage.gradient_accumulation=2")
+    extra = ["stage.sample_every=3", "stage.ema_decay=0.9", "sampling.seeds=[0]", f"sampling.prompts={prompts(flow)}"]
+    words = [word for word in beside(flow, two) if word != "stage.sample_every=0"]
+    cogflow(*words, *common, *extra, ranks=2)
+    for (_, loss, norm), (_, other, other_norm) in zip(losses(flow.parent / one), losses(flow.parent / two), strict=True):
+        assert other == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-4)
+    # Three prompts on two ranks: none is missing.
+    assert len(list((flow.parent / two / "samples/step-000003").glob("*.mp4"))) == 3
+    assert (flow.parent / two / "checkpoints/step-000003/ema/config.json").is_file()
+
+
+def prompts(flow: Path) -> Path:
+    path = flow.parent / "prompts.txt"
+    path.write_text("a red circle moves left over a light background\na purple star moves up over a dark background\nempty\n")
+    return path

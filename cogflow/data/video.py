@@ -9,10 +9,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 
 # swscale's default path rounds down: it darkens each clip by one to two levels of 255. These flags do not.
-EXACT = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
+# SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT of libswscale; older PyAV has no names for the last two.
+EXACT = 0x4 | 0x40000 | 0x2000
 
 _BT709 = 1  # the same number names the matrix, the primaries and the transfer curve
 _LIMITED_RANGE = 1

@@ -30,7 +30,7 @@ PIPELINE_TOKENS = 226
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    steps: int = 3400
+    steps: int = 2800
     batch: int = 16
     clips: int = 2048
     learning_rate: float = 1.5e-3

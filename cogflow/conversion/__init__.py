@@ -1,0 +1,1 @@
+"""Between the SAT and the diffusers layout: facts, tables, plans and proofs."""

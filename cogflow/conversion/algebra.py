@@ -103,7 +103,8 @@ class Deal:
                 raise ConversionError(f"{source} of shape {list(shape)} cannot be cut into {chunks} equal parts of its rows.")
             rows.add((shape[0] // chunks, *shape[1:]))
         if len(rows) > 1:
-            raise ConversionError("; ".join(f"{source} is {list(shapes[source])}" for source in self.sources) + ": they do not fit together.")
+            each = ", ".join(f"{source} {list(shapes[source])}" for source in self.sources)
+            raise ConversionError(f"These do not fit together: {each}.")
         height, *rest = rows.pop()
         return {target: (height * len(pieces), *rest) for target, pieces in zip(self.targets, self.dealt, strict=True)}
 
@@ -143,8 +144,8 @@ def split(source: str, *targets: str) -> Deal:
     return Deal((source,), targets, tuple(((0, part),) for part in range(len(targets))))
 
 
-def regroup(source: str, **targets: tuple[int, ...]) -> Deal:
-    """Chunks of the rows by number. Give targets whose names are no Python words through ``**{...}``."""
+def regroup(source: str, targets: Mapping[str, tuple[int, ...]]) -> Deal:
+    """Chunks of the rows by number: target to the chunks it is made of."""
     return Deal((source,), tuple(targets), tuple(tuple((0, chunk) for chunk in chunks) for chunks in targets.values()))
 
 

@@ -10,8 +10,10 @@ TRANSFORMER = "model.diffusion_model."
 VAE = "first_stage_model."
 _ENGINE = {"transformer": TRANSFORMER, "vae": VAE}
 _BARE = {
-    "transformer": ("mixins.", "transformer.layers.", "transformer.final_layernorm.", "transformer.position_embeddings.", "time_embed.", "ofs_embed."),
-    "vae": ("encoder.", "decoder.", "loss.", "quant_conv.", "post_quant_conv."),
+    "transformer": (
+        "mixins.", "transformer.layers.", "transformer.final_layernorm.", "transformer.position_embeddings.", "time_embed.", "ofs_embed."
+    ),
+    "vae": ("encoder.", "decoder.", "loss."),
 }  # fmt: skip
 
 

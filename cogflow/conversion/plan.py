@@ -68,7 +68,8 @@ def make_plan(table: Iterable[Operation], tensors: Mapping[str, TensorInfo], exp
             continue
         missing = [name for name in operation.sources if name not in tensors]
         if missing:
-            problems += [f"{name}: missing; {' and '.join(operation.targets)} need{'s'[len(operation.targets) > 1 :]} it" for name in missing]
+            need = " and ".join(operation.targets) + (" need it" if len(operation.targets) > 1 else " needs it")
+            problems += [f"{name}: missing; {need}" for name in missing]
             continue
         try:
             steps.append(_step(operation, tensors, usual))
@@ -77,7 +78,7 @@ def make_plan(table: Iterable[Operation], tensors: Mapping[str, TensorInfo], exp
     problems += [f"{name} {_shape(tensors[name].shape)}: no rule says what becomes of it" for name in tensors if not taken[name]]
     problems += [f"{name}: {count} rules claim it" for name, count in taken.items() if count > 1]
     if expected is not None or not problems:
-        problems += _against(expected, [step for step in steps], bool(problems))
+        problems += _against(expected, steps, bool(problems))
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
         raise ConversionError(f"These tensors cannot be converted; {count}:\n{listed(problems, most=60)}", _HINT)

@@ -13,9 +13,9 @@ BASE = 10000.0
 
 
 def sincos(frames: int, rows: int, columns: int, width: int, text_tokens: int, spatial: float, temporal: float) -> torch.Tensor:
-    """fp32 ``[1, text_tokens + frames * rows * columns, width]``: zeros for the text, then a quarter of the width for time, three for space.
+    """fp32 ``[1, text_tokens + frames * rows * columns, width]``: zeros for the text, then the patches.
 
-    Positions are divided by the interpolation factors ``spatial`` and ``temporal``.
+    A quarter of the width is for time, three for space. Positions are divided by the interpolation factors ``spatial`` and ``temporal``.
     """
     time = _waves(np.arange(frames, dtype=np.float32) / temporal, width // 4)
     half = width // 4 * 3 // 2

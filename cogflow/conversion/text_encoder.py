@@ -31,7 +31,8 @@ def table(config: Mapping[str, Any], names: Collection[str] = (SHARED, EMBEDDED)
         raise ConversionError(f"The text encoder's config has no {error.args[0]}.", "Give the config.json of T5EncoderModel.") from error
     present = tuple(name for name in (SHARED, EMBEDDED) if name in names)
     embedding: Operation = Tie((SHARED, EMBEDDED), SHARED) if len(present) == 2 else Rename(present[0] if present else SHARED, SHARED)
-    kept = tuple(Rename(name, name) for name in (f"encoder.block.{{layer}}.{part}.weight" for part in _BLOCK + (_GATED if gated else _PLAIN)))
+    names_in_block = (f"encoder.block.{{layer}}.{part}.weight" for part in _BLOCK + (_GATED if gated else _PLAIN))
+    kept = tuple(Rename(name, name) for name in names_in_block)
     around = tuple(
         Rename(name, name)
         for name in ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "encoder.final_layer_norm.weight")

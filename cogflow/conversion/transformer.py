@@ -41,7 +41,7 @@ _BLOCK = tuple(
         ),
         regroup(
             f"mixins.adaln_layer.adaLN_modulations.{{layer}}.1.{kind}",
-            **{
+            {
                 f"transformer_blocks.{{layer}}.norm1.linear.{kind}": (0, 1, 2, 6, 7, 8),
                 f"transformer_blocks.{{layer}}.norm2.linear.{kind}": (3, 4, 5, 9, 10, 11),
             },

@@ -16,6 +16,7 @@ from cogflow.config.schema import Config, FlowStage, PrepareStage, TrainStage
 
 MODELS = ("tiny", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b", "cogvideox1.5-5b-i2v", "auto")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+SAMPLERS = ("default", "dpm", "ddim", "sat_dpm", "sat_ddim")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "hexagon")
 MOTIONS = ("left", "right", "up", "down")
@@ -82,6 +83,17 @@ def shard_size(value: str) -> str | None:
     return None if re.fullmatch(r"[1-9]\d*(\.\d+)?\s?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value) else "it should be a size, such as 5GB."
 
 
+def components(value: list[str]) -> str | None:
+    known = ("transformer", "vae", "text_encoder")
+    if not value or len(set(value)) < len(value):
+        return f"it should be a list of {', '.join(known)}."
+    return each(one_of(*known))(value)
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda value: None if value is None else rule(value)
+
+
 def two_betas(value: list[float]) -> str | None:
     return None if len(value) == 2 and all(0 <= beta < 1 for beta in value) else "it should be two numbers below 1, such as [0.9,0.95]."
 
@@ -105,7 +117,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
-    "SamplingConfig": {"steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct},
+    "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct},
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1)},
     "TrainStage": {
@@ -117,8 +129,17 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "ExportStage": {
         "weights": one_of("auto", "model", "ema"), "dtype": one_of(*DTYPES), "to": one_of("diffusers", "sat"),
-        "max_shard_size": shard_size,
+        "max_shard_size": shard_size, "components": components, "masters": one_of("auto", "fp32", "bf16"),
+        "lora": one_of("merge", "separate"), "verify": one_of("auto", "whole", "ends", "off"),
     },
+    "FactsConfig": {
+        name: optional(above(0))
+        for name in (
+            "heads", "head_dim", "patch_size_t", "latent_frames", "latent_height", "latent_width", "temporal_compression", "text_tokens",
+            "scaling_factor", "snr_shift_scale", "spatial_interpolation", "temporal_interpolation", "lora_alpha",
+        )
+    }
+    | {"dtype": optional(one_of(*DTYPES[1:]))},
     "PretrainStage": {
         "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
         "check_repeats": at_least(0), "clips": at_least(1),
@@ -165,6 +186,12 @@ def _between(config: Config) -> Iterator[Problem]:
     if model.name.startswith("cogvideox") and data.frames % step != 1:
         good = max(1, round((data.frames - 1) / step)) * step + 1
         yield Problem(f"data.frames={data.frames}: {model.name} takes {step}k+1 frames, such as {good}.", ("data.frames", "model.name"))
+    sampling = config.sampling
+    if sampling.sampler.startswith("sat_") and not 2 <= sampling.steps <= 999:
+        yield Problem(
+            f"sampling.steps={sampling.steps}: sampling.sampler={sampling.sampler} takes 2 to 999 steps, as SAT does.",
+            ("sampling.steps", "sampling.sampler"),
+        )
     yield from _deepspeed(deepspeed)
     train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
     if isinstance(train, TrainStage) and train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():

@@ -56,6 +56,7 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    sampler: str = "default"  # default (the pipeline's own scheduler) | dpm | ddim | sat_dpm | sat_ddim (as CogVideo's own code)
     steps: int = 20  # denoising steps
     guidance_scale: float = 6.0  # of classifier-free guidance; 1: off
     use_dynamic_cfg: bool = True  # let the guidance grow over the steps, as CogVideoX does
@@ -114,14 +115,42 @@ class SampleStage:
 
 
 @dataclass(frozen=True)
+class FactsConfig:
+    """What no file tells of a SAT checkpoint; null: the files tell. A fact that contradicts them stops the export."""
+
+    heads: int | None = None  # attention heads
+    head_dim: int | None = None  # width of one head
+    patch_size_t: int | None = None  # latent frames per token: 2 for 1.5, none for 1.0
+    latent_frames: int | None = None  # latent frames the positions were made for
+    latent_height: int | None = None  # latent rows the positions were made for
+    latent_width: int | None = None  # latent columns the positions were made for
+    temporal_compression: int | None = None  # frames per latent frame
+    text_tokens: int | None = None  # length captions are padded to
+    scaling_factor: float | None = None  # of the latents: 0.7 for 5B, 1.15258426 for 2B
+    snr_shift_scale: float | None = None  # of the noise schedule: 1.0 for 5B, 3.0 for 2B
+    spatial_interpolation: float | None = None  # of 2B's position table
+    temporal_interpolation: float | None = None  # of 2B's position table
+    invert_scale_latents: bool | None = None  # whether image latents are divided by the scaling factor
+    dtype: str | None = None  # what it was trained in: fp32 | bf16 | fp16
+    lora_alpha: float | None = None  # SAT scales a LoRA by alpha / rank; its own default is 1
+
+
+@dataclass(frozen=True)
 class ExportStage:
     name: str = "export"  # chosen by stage=export
-    source: str | None = None  # checkpoint or run; default: this run's newest checkpoint
+    source: str | None = None  # run, checkpoint, SAT folder, .pt file, DeepSpeed or diffusers folder; default: this run
     output: str | None = None  # default <run>/export
+    components: list[str] = field(default_factory=lambda: ["transformer"])  # of the source: transformer, vae, text_encoder
     weights: str = "auto"  # auto (EMA where there is one) | model | ema
-    dtype: str = "auto"  # auto (the family's; fp32 when trained on a CPU) | fp32 | bf16 | fp16
-    to: str = "diffusers"  # layout to write
+    masters: str = "auto"  # of a DeepSpeed folder: auto (fp32 where there are) | fp32 | bf16
+    lora: str = "merge"  # of a SAT LoRA: merge (into the weights) | separate (a diffusers LoRA file)
+    config: list[str] = field(default_factory=list)  # SAT yaml files, or a diffusers config.json, beside those that are found
+    facts: FactsConfig = field(default_factory=FactsConfig)  # what no file tells
+    dtype: str = "auto"  # of the transformer: auto (that of training; fp32 when trained on a CPU) | fp32 | bf16 | fp16
+    to: str = "diffusers"  # layout to write: diffusers | sat
     max_shard_size: str = "5GB"  # of one safetensors file
+    verify: str = "auto"  # auto (whole when small, else first and last block) | whole | ends | off
+    dry_run: bool = False  # print the plan and what was inferred from where, write nothing
 
 
 @dataclass(frozen=True)
@@ -153,7 +182,7 @@ class PretrainStage:
     seed: int = 0  # of everything random in it
     text_steps: int = 500  # steps of the text encoder
     vae_steps: int = 3700  # steps of the autoencoder
-    transformer_steps: int = 2800  # steps of the transformer
+    transformer_steps: int = 10000  # steps of the transformer
     check_repeats: int = 2  # samples checked at the end, times 24
     clips: int = 2048  # drawn for the transformer
 

@@ -40,11 +40,7 @@ def sample_into(
         gathered = {entry["name"]: entry for share in ranks.gather(entries) for entry in share}
         record = {
             **facts,
-            "sampling": {
-                "steps": sampler.settings.steps,
-                "guidance_scale": sampler.settings.guidance_scale,
-                "use_dynamic_cfg": sampler.settings.use_dynamic_cfg,
-            },
+            "sampling": sampler.about(),
             "height": sampler.height, "width": sampler.width, "frames": sampler.frames, "fps": fps,
             "max_sequence_length": int(sampler.empty_embeds.shape[0]), "dtype": dtype_name(sampler.dtype), "device": sampler.device.type,
             "samples": [gathered[request.name] for request in wanted],

@@ -14,6 +14,24 @@ import torch
 
 def noise_for(seed: int, prompt_id: str, shape: Sequence[int]) -> torch.Tensor:
     """Standard normal fp32 tensor of ``shape`` on the CPU."""
-    digest = hashlib.sha256(f"cogflow:{seed}:{prompt_id}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    return torch.randn(tuple(shape), generator=_generator(f"cogflow:{seed}:{prompt_id}"), dtype=torch.float32)
+
+
+def step_generator(seed: int, prompt_id: str) -> torch.Generator:
+    """A fresh generator on the CPU for what a stochastic sampler draws between steps: a function of the same two things."""
+    return _generator(f"cogflow:steps:{seed}:{prompt_id}")
+
+
+def latent_frames(frames: int, compression: int, patch_size_t: int | None) -> tuple[int, int]:
+    """(latent frames of a clip of ``frames``, how many padded ones of them come first and are dropped in the end).
+
+    A transformer that patches over time (1.5) takes whole patches only; SAT and diffusers both pad in front.
+    """
+    needed = (frames - 1) // compression + 1
+    padded = -needed % patch_size_t if patch_size_t else 0
+    return needed + padded, padded
+
+
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,4 +1,5 @@
-"""Samples from fixed noise, made by diffusers' own pipeline, so that they are what users of the export will see."""
+"""Samples from fixed noise, made by diffusers' own pipeline, so that they are what users of the export will see; or, when asked
+for, by SAT's samplers, so that they can be compared with CogVideo's own code (docs/samplers.md)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from cogflow.config.schema import SamplingConfig
-from cogflow.sampling.noise import noise_for
+from cogflow.errors import PipelineError
+from cogflow.sampling import sat
+from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sat_schedule import schedule_of
+
+SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
+"""What ``sampling.sampler`` puts in the place of the pipeline's own scheduler, with its settings."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class Request:
 class Sampler:
     """Denoises and decodes one request at a time.
 
-    ``transformer`` may be a module that DeepSpeed holds. Text embeddings are given, so no text encoder is in memory; the VAE
-    is moved to the device to decode and back to the CPU afterwards.
+    ``transformer`` may be a module that DeepSpeed holds; ``scheduler`` is the pipeline's own. Text embeddings are given, so no text
+    encoder is in memory; the VAE is moved to the device to decode and back to the CPU afterwards. Raises :class:`PipelineError` for an
+    image-to-video transformer, and for a scheduler that SAT's samplers cannot follow.
     """
 
     def __init__(
@@ -40,17 +48,37 @@ class Sampler:
         *, frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         diffusers_logging.disable_progress_bar()
+        if transformer.config.in_channels != vae.config.latent_channels:
+            raise PipelineError(
+                f"The transformer takes {transformer.config.in_channels} channels: it makes videos from an image, and there is none here.",
+                "cogflow samples text-to-video models; sample this one with diffusers' CogVideoXImageToVideoPipeline.",
+            )
+        if settings.sampler in SCHEDULERS:
+            scheduler = SCHEDULERS[settings.sampler].from_config(scheduler.config)
+        self.schedule = schedule_of(scheduler.config, settings.steps) if settings.sampler in sat.SOLVERS else None
         self.pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae, self.empty_embeds, self.settings = transformer, vae, empty_embeds, settings
         self.frames, self.height, self.width, self.device, self.dtype = frames, height, width, device, dtype
 
+    def about(self) -> dict[str, Any]:
+        """How samples are made, for records."""
+        settings = self.settings
+        by_sat = settings.sampler in sat.SOLVERS
+        return {
+            "sampler": settings.sampler,
+            "scheduler": f"SAT {sat.SOLVERS[settings.sampler]}" if by_sat else type(self.pipeline.scheduler).__name__,
+            "unconditional": "zeros" if by_sat else "empty caption",
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "use_dynamic_cfg": settings.use_dynamic_cfg,
+        }
+
     def noise(self, request: Request) -> torch.Tensor:
-        """fp32 ``[1, latent frames, channels, height / 8, width / 8]``."""
+        """fp32 ``[1, latent frames, channels, height / 8, width / 8]``, with the padded frames that a 1.5 transformer needs."""
         vae = self.vae.config
-        channels = vae.latent_channels
-        steps = (self.frames - 1) // int(vae.temporal_compression_ratio) + 1
-        return noise_for(request.seed, request.prompt.id, (1, steps, channels, self.height // 8, self.width // 8))
+        frames, _ = latent_frames(self.frames, int(vae.temporal_compression_ratio), self.transformer.config.patch_size_t)
+        return noise_for(request.seed, request.prompt.id, (1, frames, vae.latent_channels, self.height // 8, self.width // 8))
 
     @torch.no_grad()
     def latents(self, request: Request) -> torch.Tensor:
@@ -59,16 +87,36 @@ class Sampler:
         self.transformer.eval()
         self.vae.to(self.device)
         try:
-            result = self.pipeline(
-                prompt_embeds=request.embeds[None].to(self.device, self.dtype),
-                negative_prompt_embeds=self.empty_embeds[None].to(self.device, self.dtype),
-                latents=self.noise(request).to(self.device, self.dtype),
-                num_frames=self.frames, height=self.height, width=self.width, num_inference_steps=self.settings.steps,
-                guidance_scale=self.settings.guidance_scale, use_dynamic_cfg=self.settings.use_dynamic_cfg, output_type="latent",
-            )  # fmt: skip
+            result = self._by_pipeline(request) if self.schedule is None else self._by_sat(request)
         finally:
             self.transformer.train(was_training)
-        return result.frames[0].float().cpu()
+        _, padded = latent_frames(self.frames, int(self.vae.config.temporal_compression_ratio), self.transformer.config.patch_size_t)
+        return result[0, padded:].float().cpu()
+
+    def _by_pipeline(self, request: Request) -> torch.Tensor:
+        """``[1, latent frames, channels, h, w]``, the padded ones included: as latents, the pipeline does not drop them."""
+        result: torch.Tensor = self.pipeline(
+            prompt_embeds=request.embeds[None].to(self.device, self.dtype),
+            negative_prompt_embeds=self.empty_embeds[None].to(self.device, self.dtype),
+            latents=self.noise(request).to(self.device, self.dtype), generator=step_generator(request.seed, request.prompt.id),
+            num_frames=self.frames, height=self.height, width=self.width, num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance_scale, use_dynamic_cfg=self.settings.use_dynamic_cfg, output_type="latent",
+        ).frames  # fmt: skip
+        return result
+
+    def _by_sat(self, request: Request) -> torch.Tensor:
+        """As :meth:`_by_pipeline`, with SAT's sampler and its zeros for the unconditional text."""
+        assert self.schedule is not None
+        settings = self.settings
+        embeds = request.embeds[None].to(self.device)
+        # As in diffusers' pipeline, a scale of 1 or less means no guidance at all.
+        uncond = sat.zeros_for_uncond(embeds) if settings.guidance_scale > 1 else None
+        trajectory = sat.steps(
+            sat.Velocity(self.transformer, embeds, uncond, dtype=self.dtype), self.noise(request).to(self.device), self.schedule,
+            settings.sampler, scale=settings.guidance_scale, dynamic=settings.use_dynamic_cfg,
+            noises=step_generator(request.seed, request.prompt.id),
+        )  # fmt: skip
+        return sat.final(trajectory)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

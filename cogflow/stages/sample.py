@@ -40,18 +40,19 @@ def run(config: Config) -> None:
             raise DataError(f"{place} does not exist.", "Give a run, a checkpoint, a pipeline folder, a video or a folder of frames.")
     if reference is not None and not is_frames(reference):
         raise DataError(f"stage.reference={reference} holds no videos or frames.", "Sample it first, then give its folder of videos.")
+    how: dict[str, Any] | None = None
     if is_frames(source):
         where, panels = source, measured(source)
     else:
         where = Path(stage.output).expanduser() if stage.output else folder / "sampled"
-        panels = sample(config, stage, source, where)
+        panels, how = sample(config, stage, source, where)
     if ranks.is_main():
-        conclude(config, folder, source, reference, where, panels, started)
+        conclude(config, folder, source, reference, where, panels, how, started)
     ranks.barrier()
 
 
-def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> Panels:
-    """Sample every prompt from its fixed noise into ``where``; the panel of each sample by its name."""
+def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> tuple[Panels, dict[str, Any]]:
+    """Sample every prompt from its fixed noise into ``where``; the panel of each sample by its name, and how they were made."""
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     if (source / "model_index.json").is_file():
@@ -76,7 +77,7 @@ def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> Pan
     record = gallery.sample_into(
         where, sampler, requests(prompts, embeds, config.sampling.seeds), fps=data.fps, facts=facts, title="samples"
     )
-    return {entry["name"]: entry["sharpness"] for entry in record["samples"]}
+    return {entry["name"]: entry["sharpness"] for entry in record["samples"]}, record["sampling"]
 
 
 def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
@@ -103,11 +104,17 @@ def measured(place: Path) -> Panels:
     return {name: measure(frames) for name, frames in read_clips(place)}
 
 
-def conclude(config: Config, folder: Path, source: Path, reference: Path | None, where: Path, panels: Panels, started: float) -> None:
+def conclude(
+    config: Config, folder: Path, source: Path, reference: Path | None, where: Path, panels: Panels, how: dict[str, Any] | None,
+    started: float,
+) -> None:  # fmt: skip
     """Show the panels, write ``sample.json``, and raise :class:`QualityGateError` when the reference is sharper."""
     names = list(next(iter(panels.values())))
     table([[name, *(f"{panel[key]:.3f}" for key in names)] for name, panel in panels.items()], ["clip", *names])
     results: dict[str, Any] = {"summary": f"{len(panels)} clips measured", "where": str(where), "sharpness": panels}
+    if how is not None:
+        results["sampling"] = how
+        results["summary"] += f", sampled by {how['scheduler']}"
     verdict: dict[str, Any] | None = None
     if reference is not None:
         verdict = against(panels, measured(reference))

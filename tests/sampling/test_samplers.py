@@ -1,0 +1,174 @@
+"""sampling.sampler: what each choice runs, that the record says so, and that padding and noise do not depend on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+from cogflow.config.check import SAMPLERS
+from cogflow.config.compose import compose
+from cogflow.config.schema import SamplingConfig
+from cogflow.errors import ConfigError, PipelineError
+from cogflow.models.family import FAMILY
+from cogflow.sampling import gallery, sat
+from cogflow.sampling.noise import latent_frames, noise_for, step_generator
+from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sampler import Request, Sampler
+from cogflow.sampling.sat_schedule import make_schedule
+
+RAN = {
+    "default": "CogVideoXDDIMScheduler", "ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler",
+    "sat_ddim": "SAT VideoDDIMSampler", "sat_dpm": "SAT VPSDEDPMPP2MSampler",
+}  # fmt: skip
+REQUEST = Request(Prompt("a", "a red circle"), 3, torch.randn(4, 8, generator=torch.Generator().manual_seed(1)))
+
+
+def transformer(patch_size_t: int | None = None, channels: int = 16) -> CogVideoXTransformer3DModel:
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=16, time_embed_dim=8, text_embed_dim=8,
+        num_layers=1, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=4, use_rotary_positional_embeddings=True,
+        patch_size_t=patch_size_t,
+    )  # fmt: skip
+    torch.nn.init.normal_(model.proj_out.weight, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLCogVideoX:
+    torch.manual_seed(0)
+    return AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7).eval()
+
+
+def sampler(vae: AutoencoderKLCogVideoX, choice: str, model: CogVideoXTransformer3DModel | None = None, **settings: object) -> Sampler:
+    scheduler = CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config())
+    how = SamplingConfig(**{"sampler": choice, "steps": 4, **settings})  # type: ignore[arg-type]
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    return Sampler(model or transformer(), vae, scheduler, torch.ones(4, 8), how, frames=9, height=32, width=32, device=cpu, dtype=fp32)
+
+
+def test_every_choice_is_known() -> None:
+    assert set(RAN) == set(SAMPLERS) and set(sat.SOLVERS) < set(SAMPLERS)
+    assert SamplingConfig().sampler == "default"
+
+
+@pytest.mark.parametrize("choice", SAMPLERS)
+def test_each_runs_what_it_names_and_gives_the_same_twice(vae: AutoencoderKLCogVideoX, choice: str) -> None:
+    one = sampler(vae, choice)
+    assert one.about()["scheduler"] == RAN[choice] and one.about()["sampler"] == choice
+    assert one.about()["unconditional"] == ("zeros" if choice.startswith("sat_") else "empty caption")
+    latents = one.latents(REQUEST)
+    torch.randn(3)
+    assert latents.shape == (3, 16, 4, 4) and torch.isfinite(latents).all()
+    assert torch.equal(latents, sampler(vae, choice).latents(REQUEST))
+
+
+def test_they_differ_and_default_is_the_pipelines_own(vae: AutoencoderKLCogVideoX) -> None:
+    made = {choice: sampler(vae, choice).latents(REQUEST) for choice in SAMPLERS}
+    assert torch.equal(made["default"], made["ddim"])
+    others = ["dpm", "ddim", "sat_dpm", "sat_ddim"]
+    assert all((made[a] - made[b]).abs().max() > 1e-3 for a in others for b in others if a < b)
+
+
+def test_default_calls_the_pipeline_as_anybody_would(vae: AutoencoderKLCogVideoX) -> None:
+    model, scheduler = transformer().eval(), CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config())
+    plain = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=model, scheduler=scheduler)
+    plain.set_progress_bar_config(disable=True)
+    found = plain(
+        prompt_embeds=REQUEST.embeds[None], negative_prompt_embeds=torch.ones(1, 4, 8), latents=noise_for(3, "a", (1, 3, 16, 4, 4)),
+        num_frames=9, height=32, width=32, num_inference_steps=4, guidance_scale=6.0, use_dynamic_cfg=True, output_type="latent",
+    ).frames[0]  # fmt: skip
+    assert torch.equal(sampler(vae, "default", model).latents(REQUEST), found)
+
+
+@torch.no_grad()
+def test_sat_samplers_are_those_of_the_module(vae: AutoencoderKLCogVideoX) -> None:
+    model = transformer().eval()
+    embeds = REQUEST.embeds[None]
+    run = sat.Velocity(model, embeds, sat.zeros_for_uncond(embeds))
+    noises = step_generator(3, "a")
+    noise = noise_for(3, "a", (1, 3, 16, 4, 4))
+    wanted = sat.final(sat.steps(run, noise, make_schedule(4, 1.0), "sat_dpm", scale=6.0, dynamic=True, noises=noises))
+    assert torch.equal(sampler(vae, "sat_dpm", model).latents(REQUEST), wanted[0])
+
+
+@pytest.mark.parametrize("choice", ["ddim", "sat_ddim"])
+def test_scale_1_is_no_guidance(vae: AutoencoderKLCogVideoX, choice: str) -> None:
+    """Half the work, and the unconditional text has no part in it."""
+    model, batches = transformer(), []
+    model.register_forward_pre_hook(lambda _, __, given: batches.append(len(given["hidden_states"])), with_kwargs=True)
+    sampler(vae, choice, model, guidance_scale=1.0, use_dynamic_cfg=False).latents(REQUEST)
+    assert batches == [1] * 4
+    sampler(vae, choice, model).latents(REQUEST)
+    assert batches[4:] == [2] * 4
+
+
+@pytest.mark.parametrize("choice", ["default", "dpm", "sat_dpm", "sat_ddim"])
+def test_1_5_gets_whole_patches_of_frames_and_gives_the_clips(vae: AutoencoderKLCogVideoX, choice: str) -> None:
+    one = sampler(vae, choice, transformer(patch_size_t=2))
+    assert one.noise(REQUEST).shape == (1, 4, 16, 4, 4)
+    latents = one.latents(REQUEST)
+    assert latents.shape == (3, 16, 4, 4) and one.decode(latents).shape == (9, 32, 32, 3)
+
+
+def test_frames_are_padded_in_front_to_whole_patches() -> None:
+    assert [latent_frames(frames, 4, 2) for frames in (1, 9, 13, 49, 81, 85)] == [(2, 1), (4, 1), (4, 0), (14, 1), (22, 1), (22, 0)]
+    assert [latent_frames(frames, 4, None) for frames in (9, 13, 49)] == [(3, 0), (4, 0), (13, 0)]
+
+
+def test_the_padded_frames_are_those_that_the_pipeline_drops(vae: AutoencoderKLCogVideoX) -> None:
+    """As frames the pipeline drops the padding itself: the decoded clips agree."""
+    model = transformer(patch_size_t=2).eval()
+    one = sampler(vae, "default", model)
+    pipeline = one.pipeline
+    found = pipeline(
+        prompt_embeds=REQUEST.embeds[None], negative_prompt_embeds=torch.ones(1, 4, 8), latents=one.noise(REQUEST), num_frames=9, height=32,
+        width=32, num_inference_steps=4, guidance_scale=6.0, use_dynamic_cfg=True, output_type="pt",
+    ).frames[0]  # fmt: skip
+    torch.testing.assert_close(one.decode(one.latents(REQUEST)).permute(0, 3, 1, 2), found, rtol=0, atol=1e-5)
+
+
+def test_image_to_video_is_refused(vae: AutoencoderKLCogVideoX) -> None:
+    with pytest.raises(PipelineError, match="takes 32 channels") as caught:
+        sampler(vae, "default", transformer(channels=32))
+    assert "CogVideoXImageToVideoPipeline" in caught.value.hint
+
+
+def test_noise_between_steps_is_a_function_of_seed_and_prompt() -> None:
+    def draw(seed: int, prompt: str) -> torch.Tensor:
+        return torch.randn(8, generator=step_generator(seed, prompt))
+
+    assert torch.equal(draw(0, "a"), draw(0, "a"))
+    assert not torch.equal(draw(0, "a"), draw(1, "a")) and not torch.equal(draw(0, "a"), draw(0, "b"))
+    assert not torch.equal(draw(0, "a"), noise_for(0, "a", (8,)))
+
+
+def test_the_record_says_which_one_ran(vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
+    one = sampler(vae, "sat_ddim", steps=2)
+    record = gallery.sample_into(tmp_path / "samples", one, [REQUEST], fps=8.0, facts={}, title="samples")
+    assert record["sampling"] == gallery.read_record(tmp_path / "samples")["sampling"]
+    assert record["sampling"] == {
+        "sampler": "sat_ddim", "scheduler": "SAT VideoDDIMSampler", "unconditional": "zeros", "steps": 2, "guidance_scale": 6.0,
+        "use_dynamic_cfg": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("sampling.sampler=sat_dmp", ["sampling.sampler=sat_dmp", "Did you mean sat_dpm?"]),
+        ("sampling.sampler=sat_dpm sampling.steps=1", ["sampling.steps=1", "sampling.sampler=sat_dpm", "2 to 999"]),
+        ("sampling.sampler=sat_ddim sampling.steps=1000", ["sampling.steps=1000", "2 to 999"]),
+    ],
+)
+def test_mistakes_are_answered(words: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["stage=sample", *words.split()])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_one_step_is_fine_for_diffusers() -> None:
+    compose(["stage=sample", "sampling.sampler=ddim", "sampling.steps=1"])

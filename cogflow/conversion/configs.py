@@ -27,7 +27,11 @@ VAE_GROUPS = 32
 
 
 def transformer_config(facts: Facts) -> dict[str, Any]:
-    """config.json of ``CogVideoXTransformer3DModel``, every key spelled out: a class default is another model's at times."""
+    """config.json of ``CogVideoXTransformer3DModel``, every key spelled out: a class default is another model's at times.
+
+    ``sample_height`` and ``sample_width`` are SAT's ``latent_height`` and ``latent_width``. 1.5's yaml has 300 x 300 there, the
+    bounds of its rotary table and no picture's size: give the pipeline a height and a width when sampling.
+    """
     kind, over_time = facts["position"], facts["patch_size_t"] is not None
     return {
         "_class_name": "CogVideoXTransformer3DModel",
@@ -120,19 +124,20 @@ def vae_config(facts: Facts) -> dict[str, Any]:
 def t5_config(infos: Infos, dtype: str = "fp32") -> dict[str, Any]:
     """config.json of ``T5EncoderModel`` from the shapes of SAT's ``conditioner.embedders.0.transformer.*`` (prefix stripped).
 
-    SAT holds a T5 v1.1: gated gelu, an untied head, and the constants of that release. Raises :class:`ConversionError` naming
-    the tensors that are missing or do not fit together.
+    SAT holds a T5 v1.1 (gated gelu, two inner matrices); a T5 of the first release (relu, one matrix) is told by its tensors.
+    Raises :class:`ConversionError` naming the tensors that are missing or do not fit together.
     """
     block = "encoder.block.0.layer"
+    gated = f"{block}.1.DenseReluDense.wi.weight" not in infos
     wanted = {
         "shared": "shared.weight",
         "query": f"{block}.0.SelfAttention.q.weight",
         "bias": f"{block}.0.SelfAttention.relative_attention_bias.weight",
-        "gate": f"{block}.1.DenseReluDense.wi_0.weight",
+        "inner": f"{block}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight",
     }
     missing = [name for name in wanted.values() if name not in infos or len(infos[name].shape) != 2]
     if missing:
-        raise ConversionError(f"This is no T5 v1.1 encoder: {', '.join(missing)} missing.", "CogVideoX's text encoder is t5-v1_1-xxl.")
+        raise ConversionError(f"This is no T5 encoder: {', '.join(missing)} missing.", "CogVideoX's text encoder is t5-v1_1-xxl.")
     (vocabulary, width), (inner, _), (buckets, heads), (feed, _) = (infos[name].shape for name in wanted.values())
     if inner % heads:
         raise ConversionError(f"{wanted['query']} has {inner} rows, which {heads} heads ({wanted['bias']}) do not divide.")
@@ -143,14 +148,14 @@ def t5_config(infos: Infos, dtype: str = "fp32") -> dict[str, Any]:
         "d_kv": inner // heads,
         "d_model": width,
         "decoder_start_token_id": 0,
-        "dense_act_fn": "gelu_new",
+        "dense_act_fn": "gelu_new" if gated else "relu",
         "dropout_rate": 0.1,
         "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype],
         "eos_token_id": 1,
-        "feed_forward_proj": "gated-gelu",
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
         "initializer_factor": 1.0,
         "is_encoder_decoder": False,
-        "is_gated_act": True,
+        "is_gated_act": gated,
         "layer_norm_epsilon": 1e-6,
         "model_type": "t5",
         "num_decoder_layers": len(indices(infos, "encoder.block")),

@@ -5,10 +5,12 @@ Nothing is guessed. Shapes, yaml, ``given`` and ``model=`` must agree; what none
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cogflow.conversion import shape_evidence, yaml_evidence
 from cogflow.conversion.evidence import Claim, Fact, same, settle, shown
@@ -65,6 +67,20 @@ class Facts:
         """``trained_with`` of export.json, with the keys that training writes."""
         keys = ("scaling_factor", "invert_scale_latents", "snr_shift_scale", "dtype")
         return {key: self[key] for key in keys} | SCHEDULER | {"max_sequence_length": self["text_tokens"]}
+
+
+def read_yamls(paths: Iterable[Path]) -> list[tuple[Path, Mapping[str, Any]]]:
+    """(path, content) of yaml files, for :func:`gather`. Raises :class:`ConfigError` for one that is no mapping or cannot be read."""
+    found: list[tuple[Path, Mapping[str, Any]]] = []
+    for path in paths:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read as yaml: {error}", "Mend it, or move it away.") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds no mapping.", "SAT's yaml files have model:, args:, data: or deepspeed: at their top.")
+        found.append((Path(path), content))
+    return found
 
 
 def gather(infos: Infos, yamls: Yamls, family: str = "auto", given: Mapping[str, Any] | None = None) -> Facts:
@@ -228,8 +244,8 @@ def _refuse(problems: list[str], missing: list[str], family: str) -> None:
         )
     if missing:
         whole = "" if family != "auto" else f", or model= one of {', '.join(name for name in FAMILY if name != 'tiny')}"
-        keys = " ".join(f"stage.facts.{key}=..." if key in KINDS else key for key in missing)
+        names = [f"stage.facts.{key}" if key in KINDS else key for key in missing]
         raise ConfigError(
             f"Neither the checkpoint's shapes nor a yaml of SAT settles: {', '.join(missing)}.",
-            f"Give the yaml it was trained with{whole}, or {keys}",
+            f"Put the yaml it was trained with beside it{whole}, or give {' '.join(f'{name}=...' for name in names)}",
         )

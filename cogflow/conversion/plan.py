@@ -116,10 +116,14 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 class Converted:
-    """The targets of a plan, each read from ``source`` when it is asked for. Nothing is kept between two reads."""
+    """The targets of a plan, each read from ``source`` when it is asked for. Nothing is kept between two reads.
 
-    def __init__(self, plan: Plan, source: Tensors) -> None:
-        self.plan, self.source = plan, source
+    ``kept``: what was dropped on the way here (:func:`unrestored`), by name. With it the way back gives every tensor to the bit;
+    without it, or for other shapes, recipes stand in.
+    """
+
+    def __init__(self, plan: Plan, source: Tensors, kept: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.plan, self.source, self.kept = plan, source, kept or {}
         self._steps = {name: step for step in plan.steps for name in step.targets}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, step.out_shapes[name], step.dtype, _file(step, source)) for name, step in self._steps.items()
@@ -128,11 +132,18 @@ class Converted:
     def read(self, name: str) -> torch.Tensor:
         """One target in the dtype of its sources; a view of them where the operation permits it."""
         step = self._steps[name]
+        if not step.sources and name in self.kept and tuple(self.kept[name].shape) == step.out_shapes[name]:
+            return self.kept[name].to(step.dtype)
         return step.operation.make(name, {source: self.source.read(source) for source in step.sources}).to(step.dtype)
 
 
 def _file(step: Step, source: Tensors) -> Path:
     return source.tensors[step.sources[0]].file if step.sources else Path()
+
+
+def unrestored(plan: Plan) -> list[str]:
+    """Dropped sources that no recipe gives back as they were: worth keeping beside a conversion that is to be undone to the bit."""
+    return [drop.source for drop in plan.drops if drop.recipe is None or not drop.recipe.exact]
 
 
 def differences(plan: Plan, source: Tensors) -> dict[str, float]:

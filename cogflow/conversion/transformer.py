@@ -17,7 +17,6 @@ from cogflow.conversion.algebra import Operation, Rename, Shape, bound, regroup,
 from cogflow.conversion.drop import Drop, Recipe
 from cogflow.errors import ConversionError
 
-PREFIX = "model.diffusion_model."
 MAX_SEQUENCE_LENGTH = 64
 """Rows of SAT's unused position embedding: ``transformer_args.max_sequence_length`` in every yaml that CogVideo ships."""
 

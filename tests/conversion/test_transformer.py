@@ -12,7 +12,7 @@ from golden_sets import GoldenSet, kept, set_name, sets
 
 from cogflow.conversion import positions, transformer
 from cogflow.conversion.algebra import invert
-from cogflow.conversion.plan import Converted, differences, make_plan
+from cogflow.conversion.plan import Converted, differences, make_plan, unrestored
 from cogflow.errors import ConversionError
 from cogflow.models.rotary import rotary_tables
 from cogflow.weights.tensors import Tensors
@@ -64,12 +64,16 @@ def test_forward_is_what_sat_computed(golden: GoldenSet) -> None:
 def test_there_and_back_to_the_bit(golden: GoldenSet) -> None:
     source, weights, config = converted(golden)
     names = {name: info.shape for name, info in source.tensors.items()}
-    back = Converted(make_plan(invert(transformer.table(config)), weights.tensors, names), weights)
+    plan = make_plan(invert(transformer.table(config)), weights.tensors, names)
+    unused = unrestored(weights.plan)
+    assert unused == [name for name in source.tensors if name == UNUSED]
+    back = Converted(plan, weights, {name: source.read(name) for name in unused})
     assert back.tensors.keys() == source.tensors.keys()
     for name in source.tensors:
-        if name != UNUSED:  # SAT loads it and reads it nowhere: zeros take its place
-            assert back.read(name).dtype == source.read(name).dtype
-            assert torch.equal(back.read(name), source.read(name)), name
+        assert back.read(name).dtype == source.read(name).dtype
+        assert torch.equal(back.read(name), source.read(name)), name
+    for name in unused:  # nothing kept it, and SAT reads it nowhere
+        assert Converted(plan, weights).read(name).count_nonzero() == 0
 
 
 @every_set

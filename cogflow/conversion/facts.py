@@ -105,7 +105,7 @@ def gather(infos: Infos, yamls: Yamls, family: str = "auto", given: Mapping[str,
     shapes = shape_evidence.transformer_claims(infos, hints, problems)
     values, contradictions = settle([*shapes, *others])
     _convention(values)
-    problems += contradictions + _grid(infos, values)
+    problems += contradictions + _grid(infos, values) + _halves(shapes, values)
     needed = list(TRANSFORMER)
     if values.get("position") and values["position"].value == "sincos":
         needed += ["spatial_interpolation", "temporal_interpolation"]
@@ -232,6 +232,14 @@ def _grid(infos: Infos, values: Mapping[str, Fact]) -> list[str]:
     keys = ("latent_frames", "latent_height", "latent_width")
     sizes = ", ".join(f"{key} {values[key].value} ({values[key].origin})" for key in keys)
     return [f"latent grid: {expected} patches by {sizes} against {rows} rows of {shape_evidence.ROTARY} (checkpoint)"]
+
+
+def _halves(shapes: Sequence[Claim], values: Mapping[str, Fact]) -> list[str]:
+    """A checkpoint may be stored wider than it was trained, but bf16 training never writes fp16, nor the other way round."""
+    stored = next((claim for claim in shapes if claim.key == "dtype"), None)
+    if stored is None or {stored.value, values["dtype"].value} != {"bf16", "fp16"} or values["dtype"].origin.startswith("model="):
+        return []
+    return [f"dtype: {stored.value} ({stored.origin}) against {values['dtype'].value} ({values['dtype'].origin})"]
 
 
 def _refuse(problems: list[str], missing: list[str], family: str) -> None:

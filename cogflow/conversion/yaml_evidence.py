@@ -92,9 +92,12 @@ def transformer_claims(path: Path, data: Mapping[str, Any], problems: list[str])
         claims.append(Claim("head_dim", each, network.origin("hidden_size / num_attention_heads")))
     if network.data and network.data.get("ofs_embed_dim") is None:
         claims.append(Claim("ofs_embed_dim", None, network.origin("ofs_embed_dim") + " left out"))
-    for name in ("use_SwiGLU", "use_RMSNorm"):
-        if network.data.get(name):
-            problems.append(f"{network.origin(name)}: diffusers has no CogVideoX like that")
+    adaln = network.below("modules.adaln_layer_config.params", ["qk_ln"])
+    for section, name, usual in (
+        (network, "use_SwiGLU", False), (network, "use_RMSNorm", False), (network, "elementwise_affine", True), (adaln, "qk_ln", True),
+    ):  # fmt: skip
+        if bool(section.data.get(name, usual)) != usual:
+            problems.append(f"{section.origin(name)} is {section.data[name]}: diffusers has no CogVideoX like that")
     if network.data:
         image = model.data.get("noised_image_input")
         origin = model.origin("noised_image_input") + ("" if image is not None else " left out, false in SAT's code")
@@ -237,16 +240,11 @@ def _schedule(model: Section) -> list[Claim]:
 
 
 def _dtype(path: Path, data: Mapping[str, Any], problems: list[str]) -> list[Claim]:
-    """Training's precision: the deepspeed section; where there is none, ``args`` of an inference yaml."""
-    file = "/".join(path.parts[-2:])
-    speed, args = data.get("deepspeed"), data.get("args")
-    if isinstance(speed, Mapping):
-        enabled = [name for name in ("bf16", "fp16") if isinstance(speed.get(name), Mapping) and speed[name].get("enabled")]
-        where = f"{file}: deepspeed"
-    elif isinstance(args, Mapping) and ("bf16" in args or "fp16" in args):
-        enabled, where = [name for name in ("bf16", "fp16") if args.get(name)], f"{file}: args"
-    else:
+    """Training's precision, from the deepspeed section. ``args.bf16`` of an inference yaml tells nothing of training."""
+    speed, where = data.get("deepspeed"), "/".join(path.parts[-2:]) + ": deepspeed"
+    if not isinstance(speed, Mapping):
         return []
+    enabled = [name for name in ("bf16", "fp16") if isinstance(speed.get(name), Mapping) and speed[name].get("enabled")]
     if len(enabled) > 1:
         problems.append(f"dtype: {where} enables bf16 and fp16")
         return []

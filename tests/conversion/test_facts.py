@@ -152,7 +152,8 @@ def test_without_a_yaml_nothing_is_guessed(name: str) -> None:
         (lambda data: network(data).update(num_layers="two"), "num_layers is 'two', not a whole number"),
         (lambda data: data["model"].update(scale_factor="0.7"), "scale_factor is '0.7', not a number"),
         (lambda data: network(data).update(patch_size=[2, 2]), r"patch_size is \[2, 2\]"),
-        (lambda data: network(data).update(use_RMSNorm=True), "use_RMSNorm: diffusers has no CogVideoX like that"),
+        (lambda data: network(data).update(use_RMSNorm=True), "use_RMSNorm is True: diffusers has no CogVideoX like that"),
+        (lambda data: network(data)["modules"]["adaln_layer_config"]["params"].update(qk_ln=False), "qk_ln is False: diffusers has no"),
         (lambda data: schedules(data)[1]["params"].update(post_shift=True), "post_shift is True"),
         (lambda data: schedules(data)[0].update(target="x.EDMDiscretization"), "EDMDiscretization"),
         (lambda data: network(data)["modules"]["lora_config"]["params"].update(r=16), r"lora_rank: 8 \(checkpoint.*16 \("),
@@ -239,8 +240,13 @@ def test_yaml_files_are_read_or_named(tmp_path: Path) -> None:
             read_yamls([tmp_path / "a.yaml"])
 
 
-def test_stored_dtype_only_fills_a_gap() -> None:
+def test_a_stored_dtype_fills_a_gap_and_halves_do_not_mix() -> None:
     wider = {name: type(info)(name, info.shape, torch.float32, info.file) for name, info in infos("5b-i2v").items()}
     assert gather(wider, yamls("5b-i2v"))["dtype"] == "bf16"
+    half = {name: type(info)(name, info.shape, torch.float16, info.file) for name, info in infos("5b-i2v").items()}
+    with pytest.raises(ConversionError, match=r"dtype: fp16 \(checkpoint: dtype of its layers\) against bf16 \(configs/sft.yaml"):
+        gather(half, yamls("5b-i2v"))
+    inference = (Path("inference.yaml"), {"args": {"mode": "inference", "fp16": True}})
+    assert gather(infos("5b-i2v"), [*yamls("5b-i2v"), inference])["dtype"] == "bf16"
     model_only = [(path, data) for path, data in yamls("5b-i2v", "model") if "model" in data]
     assert gather(wider, model_only)["dtype"] == "fp32"

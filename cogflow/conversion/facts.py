@@ -141,6 +141,18 @@ def gather_vae(infos: Infos, yamls: Yamls, family: str = "auto", given: Mapping[
     return Facts({key: values[key] for key in VAE}, member.name if member else None)
 
 
+def of_family(name: str) -> Facts:
+    """The facts of a member at its published size, from the family table alone: for weights whose names say nothing of SAT."""
+    member = _member(name)
+    if member is None:
+        raise ConfigError("model=auto is no member of the family.", f"Choose one of {', '.join(FAMILY)}.")
+    values, _ = settle(_family_claims(member))
+    origin = f"model={name}"
+    values["hidden"] = Fact(member.heads * member.head_dim, origin)
+    values["time_embed_dim"] = Fact(64 if name == "tiny" else 512, origin)  # 512 in every yaml of SAT; tiny's in models/tiny.py
+    return Facts({key: values[key] for key in KINDS if key in values}, name)
+
+
 def _member(family: str) -> Family | None:
     if family == "auto":
         return None

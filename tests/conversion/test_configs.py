@@ -16,9 +16,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.conversion import configs, sat_yaml, text_encoder, transformer, vae
-from cogflow.conversion.facts import Facts, gather, gather_vae, read_yamls
+from cogflow.conversion.facts import Facts, gather, gather_vae, of_family, read_yamls
 from cogflow.conversion.plan import make_plan
-from cogflow.errors import ConversionError, PipelineError
+from cogflow.errors import ConfigError, ConversionError, PipelineError
 from cogflow.models import tiny
 from cogflow.models.family import FAMILY
 from cogflow.pipeline.consistency import ARCHITECTURE, check_parts
@@ -118,6 +118,18 @@ def test_published_models_get_the_published_values(name: str) -> None:
     kind = "CogVideoXImageToVideoPipeline" if member.image_to_video else "CogVideoXPipeline"
     assert configs.model_index(known)["_class_name"] == kind
     assert configs.model_index(known)["scheduler"] == ["diffusers", scheduler["_class_name"]]
+
+
+def test_the_family_table_alone_gives_the_shipped_tiny_model() -> None:
+    """Every key but those that the class defaults say for the shipped one and no rotary model reads."""
+    written = configs.transformer_config(of_family("tiny"))
+    shipped = CogVideoXTransformer3DModel.load_config(tiny.folder() / "transformer")
+    assert configs.published(written) == configs.published(shipped)
+    for name in PUBLISHED:
+        known = gather(published(FAMILY[name]), [], family=name)
+        assert configs.transformer_config(of_family(name)) == configs.transformer_config(known)
+    with pytest.raises(ConfigError, match="auto"):
+        of_family("auto")
 
 
 @pytest.mark.parametrize("class_name", configs.SCHEDULERS)

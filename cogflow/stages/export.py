@@ -1,21 +1,24 @@
-"""stage=export: a checkpoint's transformer becomes a diffusers component, cast tensor by tensor, with the facts of each."""
+"""stage=export: weights in any layout become components in another, proven equal, with the facts of every tensor."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cogflow import ranks
 from cogflow.config.schema import Config, ExportStage
-from cogflow.errors import ConfigError
+from cogflow.conversion.component import Prepared, check_tables, prepare
+from cogflow.conversion.export import export_diffusers, written_bytes
+from cogflow.conversion.export_sat import export_sat
+from cogflow.conversion.origin import Origin, find_origin
 from cogflow.files.paths import run_folder
 from cogflow.tracking.console import say, table
 from cogflow.tracking.progress import progress
 from cogflow.tracking.record import write_record
 from cogflow.tracking.tracker import open_tracker
-from cogflow.weights.export import export_transformer
-from cogflow.weights.source import Source, find_source
 
 SHOWN = 5  # tensors in the console's table, those that the cast changed most
 
@@ -32,38 +35,93 @@ def _export(config: Config) -> None:
     stage = config.stage
     if not isinstance(stage, ExportStage):
         raise TypeError(f"the export stage was started with the settings of {stage.name}")
-    if stage.to != "diffusers":
-        raise ConfigError(f"stage.to={stage.to} is not yet possible.", "stage.to=diffusers is.")
     folder = run_folder(config.run)
     output = Path(stage.output).expanduser() if stage.output else folder / "export"
-    source = find_source(Path(stage.source) if stage.source else folder, stage.weights)
-    for problem in source.passed_over:
+    source = Path(stage.source) if stage.source else folder
+    origin = find_origin(source, stage.components, stage.weights, stage.masters, stage.config)
+    for problem in origin.passed_over:
         say(f"warning: passed over a broken checkpoint: {problem}")
-    say(f"exporting {source.folder} ({source.weights} weights{'' if source.step is None else f' of step {source.step}'})")
-    description = export_transformer(source, output, stage.dtype, stage.max_shard_size, progress)
-    _tell(config, folder, output, source, description, started)
+    for note in origin.notes:
+        say(f"note: {note}")
+    given = {key: value for key, value in asdict(stage.facts).items() if value is not None}
+    # In the main job the model is known by name, and the checkpoint says it, too; facts are for what comes from elsewhere.
+    family = config.model.name if origin.tensors is not None else "auto"
+    prepared = prepare(origin, stage.components, family, given, stage.dtype, stage.lora == "separate")
+    _announce(origin, prepared, stage)
+    if stage.dry_run:
+        for component in prepared.components:
+            check_tables(component)
+        say(f"dry run: nothing is written. {written_bytes(prepared) / 1e9:.2f} GB would go to {output}")
+        return
+    bar = partial(progress, unit="bytes")
+    if stage.to == "sat":
+        description = export_sat(prepared, origin, output, given, bar)
+    else:
+        description = export_diffusers(prepared, origin, output, stage.max_shard_size, stage.verify, bar)
+    _tell(config, folder, output, origin, description, started)
 
 
-def _tell(config: Config, folder: Path, output: Path, source: Source, description: dict[str, Any], started: float) -> None:
-    summary, step = description["summary"], source.step or 0
+def _announce(origin: Origin, prepared: Prepared, stage: ExportStage) -> None:
+    """What was found, what it was taken for, and what will be done."""
+    step = "" if origin.step is None else f" of step {origin.step}"
+    say(f"exporting {origin.place} ({origin.kind}, {origin.weights} weights{step})")
+    if prepared.facts is not None:
+        table(prepared.facts.table(), ["fact", "value", "from"])
+        say(f"model: {prepared.facts.family or 'no member of the family at its published size'}")
+    if prepared.adapted:
+        say(f"LoRA: {', '.join(f'{key} {value}' for key, value in prepared.adapted.items())}")
+    for name, count in prepared.ignored.items():
+        say(f"ignored: {count} tensors of {name} (stage.components names what is exported)")
+    rows = []
+    for component in prepared.components:
+        outputs = component.outputs()
+        kinds = sorted({output.operation for output in outputs})
+        operations = ", ".join(f"{sum(output.operation == kind for output in outputs)} {kind}" for kind in kinds)
+        size = sum(output.bytes(component.dtype) for output in outputs)
+        rows.append([component.name, str(len(outputs)), operations, str(len(component.dropped)), f"{size / 1e9:.3f} GB"])
+    table(rows, ["component", "tensors", "how", "dropped", "size"])
+    if stage.dry_run:
+        dropped = [[component.name, name, reason] for component in prepared.components for name, reason in component.dropped]
+        if dropped:
+            table(dropped, ["component", "dropped", "why"])
+
+
+def _tell(config: Config, folder: Path, output: Path, origin: Origin, description: dict[str, Any], started: float) -> None:
+    summary, step = description["summary"], origin.step or 0
     most = sorted(description["tensors"], key=lambda fact: fact["changed"], reverse=True)[:SHOWN]
-    columns = ["tensor", "shape", "from", "to", "largest change", "became zero"]
-    rows = [[fact[key] for key in ("name", "shape", "dtype_in", "dtype_out", "changed", "became_zero")] for fact in most]
+    columns = ["tensor", "shape", "from", "to", "largest change", "relative", "became zero", "subnormal"]
+    keys = ("name", "shape", "dtype_in", "dtype_out", "changed", "relative", "became_zero", "became_subnormal")
+    rows = [[fact[key] for key in keys] for fact in most]
     line = (
         f"{summary['parameters']:,} parameters in {description['dtype']}, largest change {summary['changed']:.3g}, "
         f"{summary['became_zero']} values became zero"
     )
     if summary["changed"] > 0:
         table(rows, columns)
+    for dtype, count in summary["holds_only"].items():
+        say(f"note: {count} tensors are stored wider, but hold only values of {dtype}: they were rounded before")
+    for name, proof in description["proof"].items():
+        say(f"proof: {name}: {_proof(proof)}")
     with open_tracker(config, "export", folder) as tracker:
-        tracker.log(step, {f"export/{name}": summary[name] for name in ("parameters", "changed", "became_zero")})
+        keys = ("parameters", "changed", "relative", "became_zero", "became_subnormal")
+        tracker.log(step, {f"export/{name}": summary[name] for name in keys})
         tracker.table("export/most_changed", columns, [[str(cell) for cell in row] for row in rows])
         tracker.artifact("export", "model", output, uses=["transformer"])
-    inputs = {"source": description["source"], "weights": source.weights, "step": source.step, "files": source.files}
+        tracker.artifact("export-report", "report", output / "export.json")
+    inputs = {"source": description["source"], "weights": origin.weights, "step": origin.step, "files": dict(origin.files)}
     results = {
         "summary": line,
         "where": str(output),
-        **{key: description[key] for key in ("dtype", "files", "weights_sha256", "trained_with")},
+        **{key: description[key] for key in ("dtype", "files", "weights_sha256", "trained_with", "family", "proof")},
     }
     write_record(folder, "export", config, inputs, results, started=started)
-    say(f"{line}\nexported: {output / 'transformer'}")
+    say(f"{line}\nexported: {output}\nreport:   {output / 'export.json'}")
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    if "runs" in proof:
+        worst = max(run["difference"] for run in proof["runs"])
+        return f"{proof['what']}; outputs differ by {worst:.2g} at most (up to {proof['tolerance']:g} counts as equal)"
+    if "psnr_db" in proof:
+        return f"{proof['what']}: {proof['psnr_db']:.1f} dB"
+    return str(proof["what"])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cogflow import ranks
 
@@ -42,8 +42,8 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, stream: TextIO, total: int, description: str) -> None:
-        self._stream, self._total, self._description = stream, total, description
+    def __init__(self, stream: TextIO, total: int, description: str, unit: str) -> None:
+        self._stream, self._total, self._description, self._unit = stream, total, description, unit
         self._done, self._note, self._shown = 0, "", -1
         self._started = self._spoke = time.monotonic()
 
@@ -65,13 +65,19 @@ class _Lines:
         if 0 < self._done < self._total:
             left = f", {clock(spent / self._done * (self._total - self._done))} left"
         note = f"  {self._note}" if self._note else ""
-        print(f"{self._description}: {self._done}/{self._total} in {clock(spent)}{left}{note}", file=self._stream, flush=True)
+        print(f"{self._description}: {self._amount()} in {clock(spent)}{left}{note}", file=self._stream, flush=True)
+
+    def _amount(self) -> str:
+        if self._unit == "bytes":
+            return f"{self._done / 1e9:.2f}/{self._total / 1e9:.2f} GB"
+        return f"{self._done}/{self._total}"
 
 
 @contextmanager
-def progress(total: int, description: str, *, stream: TextIO | None = None) -> Iterator[Advancing]:
+def progress(total: int, description: str, *, unit: str = "pieces", stream: TextIO | None = None) -> Iterator[Advancing]:
     """Show work of ``total`` pieces: ``with progress(10, "clips") as bar: bar.advance()``. Silent off rank 0.
 
+    ``unit``: pieces, or bytes, which are shown as such.
     Writes to ``stream`` (standard output): a live bar when that is a terminal, plain lines otherwise.
     """
     if not ranks.is_main():
@@ -82,7 +88,7 @@ def progress(total: int, description: str, *, stream: TextIO | None = None) -> I
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=32),
-            MofNCompleteColumn(),
+            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -91,7 +97,7 @@ def progress(total: int, description: str, *, stream: TextIO | None = None) -> I
         with Progress(*columns, console=Console(file=stream)) as bar:
             yield _Bar(bar, total, description)
         return
-    lines = _Lines(stream, total, description)
+    lines = _Lines(stream, total, description, unit)
     try:
         yield lines
     finally:

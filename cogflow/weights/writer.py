@@ -1,143 +1,88 @@
-"""Cast a component's tensors and write them in shards, one shard in memory at a time, with the facts of each tensor."""
+"""Write a component's tensors one by one: read, cast, counted, hashed and streamed into shards. Costs a few chunks of memory."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 
-from cogflow.errors import ConfigError
-from cogflow.weights.reader import STEM, TensorInfo, WeightsFolder
+from cogflow.weights.shards import Spec, Stream, header, raw, split
+from cogflow.weights.statistics import Passing, TensorFacts, short
 
-CHUNK = 1 << 22
+PIECE = 1 << 22
+"""Values handed on together."""
+
+
+class Sink(Protocol):
+    def write(self, piece: memoryview, /) -> Any: ...
 
 
 @dataclass(frozen=True)
-class TensorFacts:
-    """One tensor before and after the cast. ``changed`` is the largest absolute change of a value."""
+class Output:
+    """One tensor to write: what it is, what it is made of, and how to get it (in ``dtype``, before the cast)."""
 
     name: str
-    shape: list[int]
-    dtype_in: str
-    dtype_out: str
-    mean_in: float
-    std_in: float
-    absmax_in: float
-    mean_out: float
-    std_out: float
-    absmax_out: float
-    changed: float
-    became_inf: int
-    became_zero: int
-    nonfinite: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    produce: Callable[[], torch.Tensor]
+    sources: tuple[str, ...] = ()
+    operation: str = "copy"
 
+    def target(self, dtype: torch.dtype | None) -> torch.dtype:
+        """What it is cast to: ``dtype``, or what it is for None and for integers."""
+        return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
 
-def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, TensorFacts]:
-    """``tensor`` in ``dtype`` and its facts. ``nonfinite`` counts NaN and infinity of the source; statistics leave them out."""
-    result = tensor.to(dtype)
-    before, after = _Moments(), _Moments()
-    changed, became_inf, became_zero, nonfinite = 0.0, 0, 0, 0
-    old, new = tensor.reshape(-1), result.reshape(-1)
-    # Statistics are in double precision; by chunks, so that they cost no second copy of a large tensor.
-    for start in range(0, old.numel(), CHUNK):
-        a, b = old[start : start + CHUNK].double(), new[start : start + CHUNK].double()
-        a_finite, b_finite = a.isfinite(), b.isfinite()
-        both = a_finite & b_finite
-        nonfinite += int((~a_finite).sum())
-        became_inf += int((a_finite & ~b_finite).sum())
-        became_zero += int(((a != 0) & (b == 0)).sum())
-        before.add(a[a_finite])
-        after.add(b[b_finite])
-        changed = max(changed, _absmax((a - b)[both]))
-    facts = TensorFacts(
-        name,
-        list(tensor.shape),
-        _name(tensor.dtype),
-        _name(dtype),
-        *before.summary(),
-        *after.summary(),
-        changed,
-        became_inf,
-        became_zero,
-        nonfinite,
-    )
-    return result, facts
-
-
-def target_dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
-    """What a tensor is cast to: ``dtype``, or what it is for None and for integers."""
-    return dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+    def bytes(self, dtype: torch.dtype | None) -> int:
+        return math.prod(self.shape) * self.target(dtype).itemsize
 
 
 def write_weights(
-    source: WeightsFolder,
-    names: list[str],
-    dtype: torch.dtype | None,
-    folder: Path,
-    max_shard_size: str,
-    report: Callable[[TensorFacts], None],
-) -> list[Path]:
-    """Write the tensors ``names`` of ``source``, in that order, cast to ``dtype`` (None: as they are), into ``folder``.
+    outputs: list[Output], dtype: torch.dtype | None, folder: Path, stem: str, max_shard_size: str, report: Callable[[TensorFacts], None]
+) -> dict[str, str]:
+    """Write ``outputs``, cast to ``dtype`` (None: as they are; integers are never cast), into ``folder``.
 
-    One file ``diffusion_pytorch_model.safetensors``, or shards of at most ``max_shard_size`` (such as 5GB) and their index.
-    ``report`` is called once per tensor. Returns the files written. Integer tensors are never cast.
+    One file ``<stem>.safetensors``, or shards of at most ``max_shard_size`` (such as 5GB) and their index, as diffusers writes
+    them. ``report`` is called once per tensor. Returns sha256 by file name of the shards. The same input gives the same bytes.
     """
-    infos = {name: source.tensors[name] for name in names}
-    plan = {name: torch.empty(info.shape, dtype=target_dtype(info, dtype), device="meta") for name, info in infos.items()}
-    try:
-        split = split_torch_state_dict_into_shards(plan, filename_pattern=STEM + "{suffix}.safetensors", max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ConfigError(f"stage.max_shard_size={max_shard_size}: {error}", "Give a number and a unit, such as 5GB or 500MB.") from error
+    specs: Mapping[str, Spec] = {output.name: (output.target(dtype), output.shape) for output in outputs}
+    by_name = {output.name: output for output in outputs}
+    shards = split(specs, stem, max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for file, members in split.filename_to_tensors.items():
-        shard: dict[str, torch.Tensor] = {}
-        for name in members:
-            tensor, facts = cast(name, source.read(name), plan[name].dtype)
-            shard[name] = tensor.contiguous()
-            report(facts)
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        written.append(folder / file)
-    if split.is_sharded:
-        index = folder / f"{STEM}.safetensors.index.json"
-        index.write_text(_json({"metadata": split.metadata, "weight_map": split.tensor_to_filename}), encoding="utf-8")
-        written.append(index)
-    return written
+    hashes = {}
+    for file, names in shards.files.items():
+        stream = Stream(folder / file)
+        try:
+            stream.write(header(names, specs))
+            for name in names:
+                report(stream_tensor(by_name[name], specs[name][0], stream))
+        finally:
+            hashes[file] = stream.close()
+    if shards.index is not None:
+        text = json.dumps(shards.index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return hashes
 
 
-class _Moments:
-    """Mean, standard deviation and largest magnitude over chunks of doubles."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares, self.absmax = 0, 0.0, 0.0, 0.0
-
-    def add(self, values: torch.Tensor) -> None:
-        n = values.numel()
-        if n == 0:
-            return
-        mean, delta = float(values.mean()), float(values.mean()) - self.mean
-        self.squares += float((values - mean).square().sum()) + delta * delta * self.count * n / (self.count + n)
-        self.count += n
-        self.mean += delta * n / self.count
-        self.absmax = max(self.absmax, _absmax(values))
-
-    def summary(self) -> tuple[float, float, float]:
-        return self.mean, (self.squares / self.count) ** 0.5 if self.count else 0.0, self.absmax
-
-
-def _absmax(values: torch.Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+def stream_tensor(output: Output, dtype: torch.dtype, stream: Sink) -> TensorFacts:
+    """Produce one tensor, cast it to ``dtype`` and write its bytes to ``stream``, piece by piece; its facts."""
+    tensor = output.produce()
+    if tuple(tensor.shape) != output.shape or tensor.dtype != output.dtype:
+        raise RuntimeError(f"{output.name}: {short(tensor.dtype)} {list(tensor.shape)} was made, {list(output.shape)} was planned")
+    passing = Passing(output.dtype, dtype)
+    before, after = hashlib.sha256(), hashlib.sha256()
+    for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):
+        cast = passing.cast(piece)
+        data = raw(cast)
+        stream.write(data)
+        after.update(data)
+        if dtype != output.dtype:
+            before.update(raw(piece))
+    sha256 = after.hexdigest()
+    sha256_in = before.hexdigest() if dtype != output.dtype else sha256
+    return passing.facts(output.name, list(output.sources), output.operation, list(output.shape), sha256_in, sha256)

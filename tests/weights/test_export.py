@@ -14,9 +14,11 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from saving import TRAINED_WITH, small_transformer
 
+from cogflow.conversion.component import prepare
+from cogflow.conversion.export import export_diffusers
+from cogflow.conversion.origin import find_origin
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
 from cogflow.files.manifest import MANIFEST, check_manifest, hash_file, write_manifest
-from cogflow.weights.export import export_transformer
 from cogflow.weights.reader import STEM, WeightsFolder
 from cogflow.weights.source import find_source
 
@@ -35,7 +37,9 @@ def no_progress(total: int, description: str) -> Iterator[NoBar]:
 
 
 def export(source: Path, output: Path, weights: str = "auto", dtype: str = "auto", shard: str = "5GB") -> dict[str, Any]:
-    return export_transformer(find_source(source, weights), output, dtype, shard, no_progress)
+    origin = find_origin(source, ["transformer"], weights, "auto", [])
+    prepared = prepare(origin, ["transformer"], "auto", {}, dtype, separate_lora=False)
+    return export_diffusers(prepared, origin, output, shard, "auto", no_progress)
 
 
 def load(output: Path) -> CogVideoXTransformer3DModel:

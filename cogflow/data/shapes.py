@@ -68,7 +68,7 @@ SHAPES: dict[str, np.ndarray | None] = {
 """Corner points of each shape around its centre, in units of its radius; ``None`` is the unit circle."""
 
 BASE_COLOURS = ("red", "green", "blue", "yellow")
-BASE_SHAPES = ("circle", "square", "triangle")
+BASE_SHAPES = ("circle", "cross", "triangle")
 MOTION_NAMES = tuple(MOTIONS)
 GROUND_NAMES = tuple(GROUNDS)
 
@@ -132,11 +132,11 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
     """The clip of ``scene`` as uint8 ``[frames, height, width, 3]``, sRGB."""
     rng = np.random.default_rng([scene.seed, 0xD4A3])
     aspect = width / height
-    radius = rng.uniform(0.18, 0.22)
+    radius = rng.uniform(0.24, 0.28)
     margin = radius * 1.25
     dx, dy = MOTIONS[scene.motion]
     # The path runs through the frame's middle region; the shape stays whole in every frame.
-    travel = rng.uniform(0.28, 0.34) * (1.0 if dy else 1.25)
+    travel = rng.uniform(0.24, 0.30) * (1.0 if dy else 1.25)
     cx = aspect / 2 + rng.uniform(-1, 1) * max(0.0, aspect / 2 - margin - abs(dx) * travel / 2)
     cy = 0.5 + rng.uniform(-1, 1) * max(0.0, 0.5 - margin - abs(dy) * travel / 2)
     turn = rng.uniform(-0.15, 0.15)

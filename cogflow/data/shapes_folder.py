@@ -13,7 +13,7 @@ from cogflow.errors import DataError
 from cogflow.files.publish import publish_folder
 
 NEW_COLOURS = ("purple", "orange")
-NEW_SHAPES = ("star", "cross")
+NEW_SHAPES = ("star", "square")
 """Concepts the shipped model has not seen: what a finetune on the drawn clips has to learn."""
 
 _SETTINGS_FILE = "shapes.json"

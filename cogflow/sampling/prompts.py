@@ -25,7 +25,7 @@ class Prompt:
 
 SHAPES_PROMPTS = (
     Prompt("purple-star", Scene("purple", "star", "right", "light", 0).caption),
-    Prompt("orange-cross", Scene("orange", "cross", "down", "dark", 0).caption),
+    Prompt("orange-square", Scene("orange", "square", "down", "dark", 0).caption),
     Prompt("red-circle", Scene("red", "circle", "left", "light", 0).caption),
     Prompt("blue-triangle", Scene("blue", "triangle", "up", "dark", 0).caption),
 )

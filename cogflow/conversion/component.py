@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,7 +17,7 @@ from cogflow.conversion.plan import Converted, Plan, differences, make_plan
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.models.components import DTYPES
 from cogflow.models.family import FAMILY
-from cogflow.weights.reader import TensorInfo, WeightsFolder, read_json
+from cogflow.weights.reader import WeightsFolder, read_json
 from cogflow.weights.strict import STEMS, check_tensors, expected_shapes, skeleton
 from cogflow.weights.tensors import Renamed, Tensors
 from cogflow.weights.writer import Output
@@ -165,7 +164,9 @@ def _stored(name: str, origin: Origin, dtype: str) -> Component:
     config = {key: value for key, value in settings.items() if key != "_name_or_path"}
     if name != "text_encoder":
         config["_diffusers_version"] = diffusers.__version__
-    return Component(name, Renamed(weights, {tensor: tensor for tensor in order}), config, _dtype(dtype, origin) if name == "transformer" else None)
+    return Component(
+        name, Renamed(weights, {tensor: tensor for tensor in order}), config, _dtype(dtype, origin) if name == "transformer" else None
+    )
 
 
 def _foreign(origin: Origin, family: str, dtype: str) -> Component:

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from cogflow.conversion import sat_yaml
-from cogflow.conversion.configs import VAE_GROUPS
 from cogflow.conversion.component import Component, Prepared, prepare, to_sat
+from cogflow.conversion.configs import VAE_GROUPS
 from cogflow.conversion.export import Report, describe, refuse_nonfinite
 from cogflow.conversion.origin import Origin, find_origin
 from cogflow.errors import ConfigError, ConversionError, QualityGateError
@@ -78,7 +78,9 @@ def export_sat(prepared: Prepared, origin: Origin, output: Path, given: Mapping[
     return description
 
 
-def _write(path: Path, components: list[Component], key: str, beside: dict[str, Any], facts: dict[str, list[TensorFacts]], bar: Any) -> None:
+def _write(
+    path: Path, components: list[Component], key: str, beside: dict[str, Any], facts: dict[str, list[TensorFacts]], bar: Any
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     owners = {output.name: component for component in components for output in component.outputs()}
     outputs = [output for component in components for output in component.outputs()]

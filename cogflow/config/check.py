@@ -144,6 +144,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
         "check_repeats": at_least(0), "clips": at_least(1),
     },
+    "BenchmarkStage": {"what": one_of("export"), "layers": optional(at_least(1)), "repeats": at_least(1)},
 }  # fmt: skip
 """What each key must satisfy by itself, by the name of its dataclass."""
 
@@ -166,7 +167,7 @@ def _between(config: Config) -> Iterator[Problem]:
     """Keys that contradict each other."""
     model, data, stage, deepspeed = config.model, config.data, config.stage, config.deepspeed
     trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)
-    if model.name == "auto" and (trains or stage.name == "pretrain"):
+    if model.name == "auto" and (trains or stage.name in ("pretrain", "benchmark")):
         yield Problem(f"model=auto: stage={stage.name} must know its model: {', '.join(MODELS[:-1])}.", ("model.name",))
     if trains and model.name not in ("tiny", "auto") and model.path is None:
         yield Problem(

@@ -187,7 +187,18 @@ class PretrainStage:
     clips: int = 2048  # drawn for the transformer
 
 
-StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage
+@dataclass(frozen=True)
+class BenchmarkStage:
+    name: str = "benchmark"  # chosen by stage=benchmark
+    what: str = "export"  # what is measured
+    layers: int | None = None  # fewer layers than the model has, for small machines
+    repeats: int = 1  # of everything, pair by pair
+    vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file
+    folder: str | None = None  # for the files it makes, twice the checkpoint's size; default <run>/benchmark
+    keep: bool = False  # leave those files
+
+
+StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage | BenchmarkStage
 
 STAGES: dict[str, type] = {
     "prepare": PrepareStage,
@@ -197,6 +208,7 @@ STAGES: dict[str, type] = {
     "assemble": AssembleStage,
     "flow": FlowStage,
     "pretrain": PretrainStage,
+    "benchmark": BenchmarkStage,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,12 @@ import diffusers
 import torch
 
 from cogflow.conversion import configs, lora, parts, text_encoder, transformer, vae
-from cogflow.conversion.algebra import invert
-from cogflow.conversion.facts import Facts, gather, gather_vae
+from cogflow.conversion.algebra import Operation, invert
+from cogflow.conversion.facts import Facts, gather, gather_vae, of_family
 from cogflow.conversion.origin import Origin
 from cogflow.conversion.plan import Converted, Plan, differences, make_plan
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.models.components import DTYPES
-from cogflow.models.family import FAMILY
 from cogflow.weights.reader import WeightsFolder, read_json
 from cogflow.weights.strict import STEMS, check_tensors, expected_shapes, skeleton
 from cogflow.weights.tensors import Renamed, Tensors
@@ -86,7 +85,10 @@ def prepare(origin: Origin, wanted: list[str], family: str, given: Mapping[str, 
         )
     ignored = {name: len(part.tensors) for name, part in held.items() if name not in wanted}
     ignored |= {"other": len(found.other)} if found.other else {}
-    facts, adapters, adapted, made = None, None, {}, []
+    facts: Facts | None = None
+    adapters: tuple[dict[str, torch.Tensor], dict[str, str]] | None = None
+    adapted: dict[str, Any] = {}
+    made: list[Component] = []
     if "transformer" in wanted:
         facts = gather(held["transformer"].tensors, origin.yamls, family, given)
         component, adapters, adapted = _transformer(held["transformer"], facts, dtype, separate_lora)
@@ -182,7 +184,7 @@ def _foreign(origin: Origin, family: str, dtype: str) -> Component:
                 f"{origin.place} holds a transformer in diffusers' names, but neither heads nor positions show in its tensors.",
                 "Name its config: stage.config=[PATH of the transformer's config.json], or model=NAME.",
             )
-        config = family_config(family)
+        config = configs.transformer_config(of_family(family))
     expected = expected_shapes(skeleton(config, "the transformer's config"))
     problems = sorted(expected.keys() ^ view.tensors.keys())
     problems += [name for name, info in view.tensors.items() if expected.get(name, info.shape) != info.shape]
@@ -192,24 +194,6 @@ def _foreign(origin: Origin, family: str, dtype: str) -> Component:
             "Is it another member of the family?",
         )
     return Component("transformer", Renamed(view, {name: name for name in expected}), config, _dtype(dtype, origin))
-
-
-def family_config(name: str) -> dict[str, Any]:
-    """config.json of a member of the family at its published size."""
-    facts = gather_family(name)
-    return configs.transformer_config(facts)
-
-
-def gather_family(name: str) -> Facts:
-    """The facts of a member, from the family table alone."""
-    from cogflow.conversion.evidence import Fact
-    from cogflow.conversion.facts import _family_claims
-
-    member = FAMILY[name]
-    values = {claim.key: Fact(claim.value, claim.origin) for claim in _family_claims(member)}
-    values["hidden"] = Fact(member.heads * member.head_dim, f"model={name}")
-    values.setdefault("time_embed_dim", Fact(64 if name == "tiny" else 512, f"model={name}"))
-    return Facts(values, name)
 
 
 def _dtype(asked: str, origin: Origin) -> torch.dtype | None:
@@ -227,7 +211,9 @@ def _dtype(asked: str, origin: Origin) -> torch.dtype | None:
 
 def to_sat(component: Component) -> Component:
     """The same component under SAT's names, by the inverse of the same table."""
-    tables = {"transformer": transformer.table, "vae": vae.table, "text_encoder": text_encoder.table}
+    tables: dict[str, Callable[[Mapping[str, Any]], tuple[Operation, ...]]] = {
+        "transformer": transformer.table, "vae": vae.table, "text_encoder": text_encoder.table,
+    }  # fmt: skip
     prefixes = {"transformer": parts.TRANSFORMER, "vae": "", "text_encoder": parts.text_encoder_prefix()}
     back = make_plan(invert(tables[component.name](component.config)), component.tensors.tensors)
     view = Converted(back, component.tensors)

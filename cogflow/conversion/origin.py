@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from cogflow.conversion.facts import read_yamls
 from cogflow.errors import CheckpointError, ConfigError
 from cogflow.weights import locate
 from cogflow.weights.reader import read_json
@@ -72,7 +71,7 @@ def find_origin(place: Path, wanted: Sequence[str], weights: str, masters: str, 
             trainer, files, step, chosen = source.trainer, source.files, source.step, source.weights
         return Origin("diffusers", place.absolute(), chosen, step, folders, None, trainer, files, yamls, json)
     found = locate.find(place, weights, masters)
-    beside = [(path, read_yaml(path)) for path in found.yamls]
+    beside = read_yamls(found.yamls)
     files = {path.name: {"bytes": path.stat().st_size} for path in found.files}
     return Origin(
         found.kind, found.origin.absolute(), found.weights, found.step, {}, found.tensors, {}, files,
@@ -108,16 +107,5 @@ def _named(configs: Sequence[str]) -> tuple[list[tuple[Path, Mapping[str, Any]]]
         if path.suffix == ".json":
             json = read_json(path)
         else:
-            yamls.append((path, read_yaml(path)))
+            yamls += read_yamls([path])
     return yamls, json
-
-
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """A SAT yaml as plain values. Raises :class:`ConfigError` when it is none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as yaml: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} holds no settings.")
-    return content

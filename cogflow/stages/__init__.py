@@ -13,9 +13,10 @@ SUMMARIES: dict[str, str] = {
     "prepare": "clips and captions become cached latents and text embeddings",
     "train": "full finetuning on DeepSpeed, with checkpoints, samples and held-out losses",
     "sample": "videos of a run, a checkpoint or a pipeline folder, with their sharpness",
-    "export": "a checkpoint becomes diffusers components",
+    "export": "weights of SAT, DeepSpeed or cogflow become diffusers components, proven equal; and back to SAT",
     "assemble": "components from different places become one checked pipeline folder",
     "pretrain": "train the tiny model that comes with cogflow from nothing",
+    "benchmark": "speed and memory of cogflow beside what it competes with",
 }
 """Name of each stage and what it does, in the order in which they are shown."""
 

@@ -103,8 +103,8 @@ def _tell(config: Config, folder: Path, output: Path, origin: Origin, descriptio
     for name, proof in description["proof"].items():
         say(f"proof: {name}: {_proof(proof)}")
     with open_tracker(config, "export", folder) as tracker:
-        keys = ("parameters", "changed", "relative", "became_zero", "became_subnormal")
-        tracker.log(step, {f"export/{name}": summary[name] for name in keys})
+        counted = ("parameters", "changed", "relative", "became_zero", "became_subnormal")
+        tracker.log(step, {f"export/{name}": summary[name] for name in counted})
         tracker.table("export/most_changed", columns, [[str(cell) for cell in row] for row in rows])
         tracker.artifact("export", "model", output, uses=["transformer"])
         tracker.artifact("export-report", "report", output / "export.json")

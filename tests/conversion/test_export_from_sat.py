@@ -17,6 +17,7 @@ from golden_sets import GoldenSet, kept, set_name, sets
 from safetensors.torch import load_file
 
 from cogflow.conversion import component as components
+from cogflow.conversion.algebra import Rename
 from cogflow.conversion.component import check_tables, prepare
 from cogflow.conversion.export import export_diffusers
 from cogflow.conversion.export_sat import export_sat
@@ -116,7 +117,7 @@ def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeyp
     def swapped(config: Any, rows: int = 64) -> Any:
         names = {one: other, other: one}
         return tuple(
-            type(row)(row.source, names[row.target]) if getattr(row, "target", None) in names else row for row in table(config, rows)
+            Rename(row.source, names[row.target]) if isinstance(row, Rename) and row.target in names else row for row in table(config, rows)
         )
 
     monkeypatch.setattr(components.transformer, "table", swapped)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-MIDDLE = {"training", "sampling", "sharpness", "pipeline", "conversion", "weights", "data", "tracking", "pretraining"}
+MIDDLE = {"training", "sampling", "sharpness", "pipeline", "conversion", "weights", "data", "tracking", "pretraining", "benchmarking"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},

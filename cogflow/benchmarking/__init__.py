@@ -1,0 +1,1 @@
+"""Speed and memory, measured: two things beside each other in one run."""

@@ -1,0 +1,76 @@
+"""A SAT checkpoint of a member of the family at its real size, with random values: right names, shapes, dtype and files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+
+from cogflow.conversion import configs, parts, sat_yaml, transformer
+from cogflow.conversion.algebra import invert
+from cogflow.conversion.facts import of_family
+from cogflow.conversion.plan import make_plan
+from cogflow.files.publish import publish_folder, write_json, write_text
+from cogflow.models.components import DTYPES
+from cogflow.tracking.progress import progress
+from cogflow.weights.reader import TensorInfo
+from cogflow.weights.strict import expected_shapes, skeleton
+from cogflow.weights.torch_writer import write_torch
+from cogflow.weights.writer import Output
+
+POOL = 1 << 24
+"""Random values that all tensors are cut from: enough that nothing is compressed or found twice in a cache."""
+
+
+def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Path:
+    """Publish the checkpoint at ``folder`` and return its file. ``layers``: fewer than the member has, for small disks."""
+    facts = of_family(family)
+    if layers is not None:
+        facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=layers)})
+    config = configs.transformer_config(facts)
+    dtype = DTYPES[facts["dtype"]]
+    shapes = expected_shapes(skeleton(config, "the family's config"))
+    plan = make_plan(invert(transformer.table(config)), {name: TensorInfo(name, shape, dtype, Path()) for name, shape in shapes.items()})
+    exact = {step.targets[0]: step.operation for step in plan.steps if not step.sources}
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name in exact:  # tables of positions must be right, or the export refuses them
+            return exact[name].make(name, {}).to(dtype)
+        count = int(torch.Size(shape).numel())
+        start = hash_of(name) % (POOL // 2)
+        return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
+
+    outputs = [
+        Output(parts.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
+        for step in plan.steps
+        for name, shape in step.out_shapes.items()
+    ]
+    model = sat_yaml.model_yaml(config, configs.scheduler_config(facts), _vae(facts["scaling_factor"]))
+    with publish_folder(folder, replace=True) as partly:
+        (partly / "1").mkdir()
+        with progress(sum(one.bytes(dtype) for one in outputs), "checkpoint", unit="bytes") as bar:
+            sizes = {one.name: one.bytes(dtype) for one in outputs}
+            write_torch(
+                partly / "1" / "mp_rank_00_model_states.pt", outputs, "module", {"iteration": 1}, lambda one: dtype,
+                lambda fact: bar.advance(sizes[fact.name]),
+            )  # fmt: skip
+        write_text(partly / "latest", "1")
+        write_json(partly / "model_config.json", sat_yaml.model_config(config))
+        training = yaml.safe_dump(sat_yaml.training_config(model, str(facts["dtype"])), sort_keys=False)
+        write_text(partly / "training_config.yaml", training)
+    return folder / "1" / "mp_rank_00_model_states.pt"
+
+
+def hash_of(name: str) -> int:
+    """The same in every process, unlike Python's own."""
+    return sum((place + 1) * byte for place, byte in enumerate(name.encode())) * 7919
+
+
+def _vae(scaling_factor: float) -> dict[str, object]:
+    from cogflow.conversion.export_sat import PUBLISHED_VAE
+
+    return {**PUBLISHED_VAE, "scaling_factor": scaling_factor}

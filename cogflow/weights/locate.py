@@ -125,7 +125,8 @@ def _step_folder(folder: Path, weights: str, masters: str, notes: list[str]) -> 
     files: list[Path] = []
     metadata: dict[str, Any] = {}
     sources: list[Tensors] = []
-    for opened in zeros or [TorchFile(path) for path in parts]:
+    opened: ZeroFolder | TorchFile
+    for opened in zeros or map(TorchFile, parts):
         if isinstance(opened, ZeroFolder):
             files += opened.files
             notes += opened.notes

@@ -51,7 +51,7 @@ def load(path: Path, inert: Iterable[str] = RANDOM_STATES) -> Any:
     path = Path(path)
     mapped = _check(path)
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in inert]):  # type: ignore[list-item, unused-ignore]
+        with torch.serialization.safe_globals([(Inert, name) for name in inert]):
             return torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except UnpicklingError as error:
         raise _refused(path, str(error)) from error

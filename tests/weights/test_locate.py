@@ -76,6 +76,16 @@ def test_sat(sat: Path, given: str, weights: str, expected: float, chosen: str, 
         assert found.metadata["model_config"] == {"num_layers": 1}
 
 
+@pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b-i2v", "5b-lora"])
+def test_what_sat_wrote(name: str) -> None:
+    """The real files, with numpy's random state in them."""
+    found = find(Path(__file__).parent.parent / "golden" / "sat" / name)
+    assert (found.kind, found.step, found.weights, found.metadata["ds_version"]) == ("sat", 500, "model", "0.19.8")
+    assert found.yamls[0].name == "training_config.yaml" and {"sft.yaml"} < {path.name for path in found.yamls}
+    assert found.metadata["model_config"]["num_layers"] == 2
+    assert any(name.endswith("layers.1.mlp.dense_4h_to_h.weight") for name in found.tensors.tensors)
+
+
 def test_published_folders(sat: Path, tmp_path: Path) -> None:
     """CogVideoX-2b-sat: transformer/1000/..., vae/3d-vae.pt."""
     shutil.move(sat, tmp_path / "sat/transformer")
@@ -159,7 +169,10 @@ def test_model_parallel(tmp_path: Path) -> None:
 
 
 def broken_latest(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "latest").write_text(text, encoding="utf-8") and None
+    def change(folder: Path) -> None:
+        (folder / "latest").write_text(text, encoding="utf-8")
+
+    return change
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def by_hand(
     return values
 
 
-ODD = [{"a": (3, 3), "b": (1,), "c": (11,)}, {"d": (2, 1, 1)}]
+ODD: list[dict[str, tuple[int, ...]]] = [{"a": (3, 3), "b": (1,), "c": (11,)}, {"d": (2, 1, 1)}]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 12])  # of 12, most hold padding alone

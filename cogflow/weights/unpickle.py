@@ -8,6 +8,7 @@ refused, and not tried again in another way.
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,13 @@ LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """torch's magic number, pickled: how files from before torch 1.6 begin."""
 
 _AGAIN = "Copy or download it again, whole."
+
+
+_DAMAGE = (
+    OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, AssertionError, ArithmeticError,
+    struct.error,
+)  # fmt: skip
+"""What torch's reader raises for bytes that are not as they were written: changed files were tried by the hundred."""
 
 
 class Inert:
@@ -59,7 +67,7 @@ def load(path: Path, inert: Iterable[str] = RANDOM_STATES) -> Any:
         raise CheckpointError(
             f"{path} does not fit into memory.", "Save it again with torch 1.6 or newer: such files are mapped."
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError) as error:
+    except _DAMAGE as error:
         # torch says little, at length, of what is wrong with a file
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}", _AGAIN) from error
 

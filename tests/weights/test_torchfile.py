@@ -196,3 +196,21 @@ def test_no_file(tmp_path: Path) -> None:
         TorchFile(tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is a folder"):
         TorchFile(tmp_path)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
+def test_changed_bytes_never_surprise(tmp_path: Path, new: bool) -> None:
+    """Bytes of the pickle changed at random: read, or refused in the same words as ever."""
+    good = saved(tmp_path / "good.pt", {"module": WEIGHTS, "state": np.random.get_state()}, _use_new_zipfile_serialization=new)
+    chance, refused = random.Random(0), 0
+    for _ in range(60):
+        content = bytearray(good.read_bytes())
+        start = content.index(b"module") - 8
+        for _ in range(3):
+            content[start + chance.randrange(300)] = chance.randrange(256)
+        (tmp_path / "x.pt").write_bytes(content)
+        try:
+            TorchFile(tmp_path / "x.pt")
+        except CheckpointError:
+            refused += 1
+    assert refused > 20

@@ -182,7 +182,7 @@ class PretrainStage:
     seed: int = 0  # of everything random in it
     text_steps: int = 500  # steps of the text encoder
     vae_steps: int = 3700  # steps of the autoencoder
-    transformer_steps: int = 11000  # steps of the transformer
+    transformer_steps: int = 16000  # steps of the transformer
     check_repeats: int = 2  # samples checked at the end, times 24
     clips: int = 2048  # drawn for the transformer
 

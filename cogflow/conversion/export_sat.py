@@ -52,7 +52,8 @@ def export_sat(prepared: Prepared, origin: Origin, output: Path, given: Mapping[
     require_space(output, needed)
     iteration = origin.step if origin.step is not None else 1
     facts: dict[str, list[TensorFacts]] = {name: [] for name in back}
-    with publish_folder(output, replace=True) as partial:
+    files: dict[str, str] = {}
+    with publish_folder(output, replace=True, known=files) as partial:
         with report(needed, "export") as bar:
             engine = [name for name in back if name != "vae"]
             folder = partial / str(iteration)
@@ -72,7 +73,7 @@ def export_sat(prepared: Prepared, origin: Origin, output: Path, given: Mapping[
         training = sat_yaml.training_config(model, "fp32" if dtype is None else dtype_name(dtype))
         write_text(partial / "training_config.yaml", yaml.safe_dump(training, sort_keys=False))
         proof = _prove(components, partial)
-        files = {str(path.relative_to(partial)): hash_file(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+        files |= {str(path.relative_to(partial)): hash_file(path) for path in sorted(partial.rglob("*")) if path.is_file()}
         description = describe(Prepared(list(back.values()), prepared.facts, None, prepared.adapted), origin, facts, files, proof, {})
         write_json(partial / "export.json", description)
     return description

@@ -5,10 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from cogflow.files.passing import read_passing
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22
+
+
+def hash_passing(path: Path) -> str:
+    """sha256 of a file's bytes as the disk holds them, in hex, for a file that was flushed and let go: its pages are not kept."""
+    digest = hashlib.sha256()
+    for piece in read_passing(path):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -20,10 +31,13 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Hash every file below ``folder`` into ``folder/manifest.json``."""
+def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Hash every file below ``folder`` into ``folder/manifest.json``; ``known``: sha256 by relative path of those hashed already."""
+    known = known or {}
     entries = {
-        name: {"sha256": hash_file(folder / name), "bytes": (folder / name).stat().st_size} for name in _files(folder) if name != MANIFEST
+        name: {"sha256": known.get(name) or hash_file(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in _files(folder)
+        if name != MANIFEST
     }
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
 

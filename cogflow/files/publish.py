@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)$")
 
 
 @contextlib.contextmanager
-def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def publish_folder(target: Path, *, replace: bool = False, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yield a hidden folder beside ``target`` to write into; when the block ends well it becomes ``target``.
 
     The folder gets a ``manifest.json`` (see :mod:`cogflow.files.manifest`). When the block raises, nothing is visible and an
     existing ``target`` is untouched. With ``replace`` an existing ``target`` is moved aside only once the new folder is
     whole and synced, and removed after the new one is in place.
+
+    ``known``: sha256 by relative path of large files that the block hashed while it wrote them; it may fill it as it goes.
 
     One process publishes a target at a time; in a group of ranks that is the caller's business.
 
@@ -50,7 +52,7 @@ def publish_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         with storage_errors(target):
             yield partial
-            write_manifest(partial)
+            write_manifest(partial, known)
             sync_tree(partial)
             _swap(partial, target)
     except BaseException:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
@@ -74,8 +75,11 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
-def load_scheduler(folder: Path) -> CogVideoXDDIMScheduler:
-    return CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+def load_scheduler(folder: Path) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+    """The scheduler of the class that its config names, DDIM or DPM."""
+    named = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name")
+    cls = CogVideoXDPMScheduler if named == "CogVideoXDPMScheduler" else CogVideoXDDIMScheduler
+    return cls.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
 
 
 @torch.no_grad()

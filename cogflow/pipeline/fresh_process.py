@@ -1,8 +1,9 @@
 """Sample a pipeline folder with diffusers alone, in a process of its own: python -I fresh_process.py REQUEST.json
 
 This file is run by its path and imports nothing of cogflow: it sees the folder as somebody sees it who has only diffusers.
-The request: {"folder", "pipeline", "dtype", "device", "noise", "frames", "call": {...}, "samples": [{"name", "text"}]}. ``noise``
-names a safetensors file with the initial noise of each sample, ``frames`` the one to write: uint8 [T, H, W, 3] by name.
+The request: {"folder", "pipeline", "dtype", "device", "noise", "frames", "call": {...}, "samples": [{"name", "text", "seed"}]}. ``noise``
+names a safetensors file with the initial noise of each sample, ``frames`` the one to write: uint8 [T, H, W, 3] by name; ``seed`` is of
+what a stochastic scheduler draws between steps.
 """
 
 import json
@@ -28,8 +29,9 @@ def main(request_path: str) -> None:
     frames = {}
     for number, sample in enumerate(request["samples"], start=1):
         latents = noise[sample["name"]].to(request["device"], dtype)
+        generator = torch.Generator().manual_seed(sample["seed"])
         with torch.no_grad():
-            video = pipe(prompt=sample["text"], latents=latents, output_type="pt", **request["call"]).frames[0]
+            video = pipe(prompt=sample["text"], latents=latents, generator=generator, output_type="pt", **request["call"]).frames[0]
         frames[sample["name"]] = (video.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
         print(f"fresh process: {number}/{len(request['samples'])} {sample['name']}", flush=True)
     if any(name.split(".")[0] == "cogflow" for name in sys.modules):

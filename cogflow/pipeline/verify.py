@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cogflow.errors import QualityGateError
 from cogflow.pipeline.parts import Part
 from cogflow.sampling.gallery import FRAMES, newest, read_record
-from cogflow.sampling.noise import noise_for
+from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.weights.fingerprint import fingerprint
 from cogflow.weights.reader import WeightsFolder, listed
 
@@ -65,6 +65,10 @@ def find_reference(runs: Iterable[Path], transformer: Part) -> tuple[Reference |
             reasons.append(f"{run} holds no samples with raw frames")
             continue
         record = read_record(folder)
+        sampler = record["sampling"].get("sampler", "default")
+        if sampler != "default":
+            reasons.append(f"{folder} was sampled with sampling.sampler={sampler}, not by the pipeline's own scheduler")
+            continue
         if not hashes:
             known = {str(transformer.made[key]) for key in ("source_weights_sha256", "weights_sha256") if key in transformer.made}
             hashes = known or {fingerprint(WeightsFolder(transformer.folder).items())}
@@ -112,7 +116,9 @@ def sample_afresh(folder: Path, record: Mapping[str, Any]) -> dict[str, torch.Te
     """uint8 frames ``[T, H, W, 3]`` by name, from ``folder`` in a process that has diffusers alone."""
     vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     channels, ratio = int(vae.get("latent_channels", 16)), int(vae.get("temporal_compression_ratio", 4))
-    shape = (1, (record["frames"] - 1) // ratio + 1, channels, record["height"] // 8, record["width"] // 8)
+    transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    frames, _ = latent_frames(record["frames"], ratio, transformer.get("patch_size_t"))
+    shape = (1, frames, channels, record["height"] // 8, record["width"] // 8)
     samples = [{"name": f"{s['id']}-seed{s['seed']}", "text": s["text"], "id": s["id"], "seed": s["seed"]} for s in record["samples"]]
     with tempfile.TemporaryDirectory(prefix="cogflow-verify-") as temporary:
         place = Path(temporary)
@@ -125,7 +131,7 @@ def sample_afresh(folder: Path, record: Mapping[str, Any]) -> dict[str, torch.Te
             "device": record["device"],
             "noise": str(place / "noise.safetensors"),
             "frames": str(place / FRAMES),
-            "samples": [{"name": s["name"], "text": s["text"]} for s in samples],
+            "samples": [{"name": s["name"], "text": s["text"], "seed": step_generator(s["seed"], s["id"]).initial_seed()} for s in samples],
             "call": {
                 "num_inference_steps": record["sampling"]["steps"],
                 "guidance_scale": record["sampling"]["guidance_scale"],

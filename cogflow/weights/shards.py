@@ -15,12 +15,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from cogflow.errors import ConfigError
+from cogflow.files.passing import PassingWriter
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -88,7 +89,7 @@ class Stream:
         self.digest = hashlib.sha256()
         self._pieces: queue.Queue[memoryview | None] = queue.Queue(maxsize=self.PIECES)
         self._error: BaseException | None = None
-        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._file = PassingWriter(path)
         self._thread = threading.Thread(target=self._work, name=f"write {path.name}", daemon=True)
         self._thread.start()
 
@@ -102,7 +103,10 @@ class Stream:
         """Wait until all is written; the sha256 of the file."""
         self._pieces.put(None)
         self._thread.join()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._error = self._error or error
         if self._error is not None:
             raise self._error
         return self.digest.hexdigest()

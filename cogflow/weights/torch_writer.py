@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zipfile
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import IO, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cogflow.files.passing import PassingWriter
 from cogflow.weights.statistics import TensorFacts
 from cogflow.weights.writer import Output, stream_tensor
 
@@ -33,10 +35,12 @@ def write_torch(
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({key: fakes, **beside}, path)
     # Values that are not weights (beside) come after the weights, and torch numbers storages in the order it meets them.
-    with open(path, "r+b") as file:
-        for place, output in zip(_places(path, file, len(outputs)), outputs, strict=True):
-            file.seek(place)
-            report(stream_tensor(output, dtype(output), file))
+    with open(path, "rb") as file:
+        places = _places(path, file, len(outputs))
+    with contextlib.closing(PassingWriter(path, "r+b")) as values:
+        for place, output in zip(places, outputs, strict=True):
+            values.seek(place)
+            report(stream_tensor(output, dtype(output), values))
 
 
 def _places(path: Path, file: IO[bytes], count: int) -> list[int]:

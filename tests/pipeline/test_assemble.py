@@ -9,15 +9,22 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from assembling import TRAINED_WITH, Work
-from diffusers import CogVideoXPipeline
+from assembling import TOKENS, TRAINED_WITH, Work
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
+from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.manifest import check_manifest, hash_file, write_manifest
+from cogflow.models import components
 from cogflow.pipeline import verify
 from cogflow.pipeline.verify import difference
+from cogflow.sampling import gallery
+from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sampler import Sampler, requests
 from cogflow.stages import assemble
+
+CAPTION = "a red circle moves left over a light background"
 
 
 def test_the_folder_is_checked_against_the_run_in_a_fresh_process_and_published(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,11 +127,14 @@ def test_the_base_is_the_model_that_was_trained(work: Work) -> None:
     assert assembly["components"]["vae"]["from"] == str(work.base / "vae")
 
 
-@pytest.mark.parametrize("reason", ["samples", "weights"])
+@pytest.mark.parametrize("reason", ["samples", "weights", "sampler"])
 def test_a_check_that_cannot_be_made_is_said_and_recorded(work: Work, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
     if reason == "samples":
         (work.run / "samples" / "step-000004" / "frames.safetensors").unlink()
         expected = "holds no samples with raw frames"
+    elif reason == "sampler":
+        work.edit("run/samples/step-000004/samples.json", lambda record: record["sampling"].update(sampler="sat_dpm"))
+        expected = "was sampled with sampling.sampler=sat_dpm"
     else:
         work.edit("run/samples/step-000004/samples.json", lambda record: record.update(weights="ema", weights_sha256="0" * 64))
         expected = "was sampled with other weights (ema of step 4)"
@@ -140,6 +150,29 @@ def test_a_check_that_cannot_be_made_is_said_and_recorded(work: Work, reason: st
     assert verified["status"] == "skipped" and expected in verified["reason"]
     assert expected in capfd.readouterr().out
     assert "not compared" in (work.run / "pipeline" / "README.md").read_text()
+
+
+def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
+    """DPM draws noise between its steps: the run and the fresh process draw the same."""
+    source = str(work.run / "checkpoints" / "step-000004")
+    work.edit("run/export/export.json", lambda report: report.update(source=source))
+    write_manifest(work.run / "export")
+    work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(_class_name="CogVideoXDPMScheduler"))
+    scheduler = components.load_scheduler(work.base)
+    assert isinstance(scheduler, CogVideoXDPMScheduler)
+    samples = work.run / "samples" / "step-000004"
+    record = gallery.read_record(samples)
+    transformer = components.load_transformer(work.run / "export", torch.float32).eval()
+    embeds = components.encode_prompts(components.load_tokenizer(work.base), components.load_text_encoder(work.base), [CAPTION, ""], TOKENS)
+    sampler = Sampler(
+        transformer, components.load_vae(work.base), scheduler, embeds[-1], SamplingConfig(steps=3),
+        frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    facts = {key: record[key] for key in ("step", "weights", "weights_sha256")}
+    gallery.sample_into(samples, sampler, requests([Prompt("circle", CAPTION)], embeds, [0]), fps=8.0, facts=facts, title="samples")
+    assemble.run(work.config(verify=True))
+    verified = json.loads((work.run / "pipeline" / "assembly.json").read_text())["verify"]
+    assert verified["status"] == "passed" and verified["samples"][0]["psnr"] >= 50
 
 
 def test_difference() -> None:

@@ -1,0 +1,51 @@
+"""The benchmark measures what it says, at toy size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogflow.benchmarking.measure import measure
+from cogflow.benchmarking.sat_checkpoint import make_checkpoint
+from cogflow.config.compose import compose
+from cogflow.conversion.origin import find_origin
+from cogflow.errors import ConfigError
+from cogflow.stages import load
+
+HOLD = "import time; x = bytearray(300_000_000); x[::4096] = bytes([1]) * len(x[::4096]); time.sleep(0.5)"
+
+
+def test_memory_and_time_are_those_of_the_process(tmp_path: Path) -> None:
+    result = measure([sys.executable, "-c", HOLD], tmp_path / "log")
+    assert result.ok and result.seconds >= 0.5 and 300e6 < result.anonymous < 400e6 and result.resident >= result.anonymous
+
+
+def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
+    result = measure([sys.executable, "-c", "print('oh'); raise SystemExit(9)"], tmp_path / "log")
+    assert (result.ok, result.returncode, result.tail) == (False, 9, "oh")
+
+
+def test_a_made_checkpoint_is_one_that_sat_would_have_written(tmp_path: Path) -> None:
+    file = make_checkpoint(tmp_path / "sat", "tiny", 2)
+    origin = find_origin(tmp_path / "sat", ["transformer"], "auto", "auto", [])
+    assert origin.kind == "sat" and file.is_file() and origin.tensors is not None
+    assert len(origin.tensors.tensors) > 40
+
+
+@pytest.mark.slow
+def test_export_beside_cp(tmp_path: Path) -> None:
+    config = compose(["stage=benchmark", "model=tiny", "stage.layers=1", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled"])
+    load("benchmark").run(config)
+    results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
+    assert set(results["medians"]) == {"cp + sync", "cogflow, verified", "cogflow, stage.verify=off"}
+    assert all(figures["seconds"] > 0 and figures["peak_anonymous_gb"] >= 0 for figures in results["medians"].values())
+    assert not (tmp_path / "b" / "benchmark").exists()
+
+
+def test_a_clone_that_is_none(tmp_path: Path) -> None:
+    config = compose(["stage=benchmark", "model=tiny", f"stage.vs={tmp_path}", f"run.root={tmp_path}", "tracking.wandb=disabled"])
+    with pytest.raises(ConfigError, match="convert_weight_sat2hf"):
+        load("benchmark").run(config)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from golden_sets import kept
+from safetensors.torch import save_file
 
 from cogflow.conversion import lora, parts, transformer
 from cogflow.conversion.plan import Converted, make_plan
 from cogflow.errors import ConversionError
+from cogflow.models.rotary import rotary_tables
+from cogflow.models.tiny import new_vae
 from cogflow.weights.tensors import Renamed
 
 QKV = "transformer.layers.1.attention.query_key_value"
@@ -77,7 +83,6 @@ def test_the_file_for_diffusers_adds_what_merging_adds(source: Renamed) -> None:
 
 
 def test_diffusers_knows_the_files_names(source: Renamed) -> None:
-    from diffusers import CogVideoXTransformer3DModel
     from diffusers.loaders import CogVideoXLoraLoaderMixin
 
     config = kept("5b-lora").config()
@@ -87,6 +92,34 @@ def test_diffusers_knows_the_files_names(source: Renamed) -> None:
         model = CogVideoXTransformer3DModel.from_config(config)
     for name in made:
         assert isinstance(model.get_submodule(name.removeprefix("transformer.").split(".lora_")[0]), torch.nn.Linear)
+
+
+def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(source: Renamed, tmp_path: Path) -> None:
+    config = kept("5b-lora").config()
+    table = transformer.table(config)
+    made, header = lora.to_diffusers_lora(source, table, alpha=4.0)
+    save_file(made, tmp_path / "pytorch_lora_weights.safetensors", metadata=header)
+    models = []
+    for weights in (lora.base(source), lora.merged(source, alpha=4.0, dtype=torch.float32)):
+        converted = Converted(make_plan(table, weights.tensors), weights)
+        model = CogVideoXTransformer3DModel.from_config(config).eval()
+        model.load_state_dict({name: converted.read(name).float() for name in converted.tensors}, strict=True)
+        models.append(model)
+    adapted, merged = models
+    pipeline = CogVideoXPipeline(None, None, new_vae(), adapted, CogVideoXDDIMScheduler())
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 3, 16, 8, 12, generator=generator)
+    text = torch.randn(1, config["max_text_seq_length"], config["text_embed_dim"], generator=generator)
+    rotary = rotary_tables(merged, 3, 8, 12, torch.device("cpu"))
+
+    def forward(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(latents, text, torch.tensor([500]), image_rotary_emb=rotary, return_dict=False)[0]
+
+    expected, before = forward(merged), forward(adapted)
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(forward(pipeline.transformer), expected, atol=5e-6, rtol=0)
+    assert (before - expected).abs().max() > 1e-3
 
 
 def test_broken_adapters_are_all_listed(source: Renamed) -> None:

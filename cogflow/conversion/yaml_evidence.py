@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.conversion.evidence import Claim
+from cogflow.weights.locate import SIZES
 
 SCHEDULE = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000, "keep_start": False, "post_shift": False}
 """Parameters of SAT's noise schedule that diffusers' schedulers have no word for; other values are refused."""
@@ -24,6 +25,7 @@ _NETWORK = [
     "modules", "input_time", "adm_in_channels", "parallel_output", "height_interpolation", "width_interpolation", "time_interpolation",
     "use_SwiGLU", "use_RMSNorm", "zero_init_y_embed", "ofs_embed_dim", "dtype",
 ]  # fmt: skip
+_SIZES = (("num_layers", "layers"), ("num_attention_heads", "heads"), ("hidden_size", "hidden"))
 _POSITIONS = [
     "hidden_size_head", "text_length", "theta", "rot_v", "learnable_pos_embed", "height_interpolation", "width_interpolation",
     "time_interpolation",
@@ -75,12 +77,18 @@ class Section:
 
 
 def transformer_claims(path: Path, data: Mapping[str, Any], problems: list[str]) -> list[Claim]:
-    """Claims of one yaml about the transformer and what it was trained with. ``problems`` gains what cannot be read or converted."""
+    """Claims of one yaml about the transformer and what it was trained with. ``problems`` gains what cannot be read or converted.
+
+    SAT's own ``model_config.json`` is taken, too; it tells sizes alone.
+    """
+    if path.name == SIZES:
+        section = Section(path_end(path), "", data, list(data), problems)
+        return [claim for name, key in _SIZES for claim in section.number(name, key)]
     model = _model(path, data, problems)
     network = model.below("network_config.params", _NETWORK)
     claims: list[Claim] = []
     for name, key in (
-        ("num_layers", "layers"), ("num_attention_heads", "heads"), ("hidden_size", "hidden"), ("in_channels", "in_channels"),
+        *_SIZES, ("in_channels", "in_channels"),
         ("out_channels", "out_channels"), ("time_embed_dim", "time_embed_dim"), ("ofs_embed_dim", "ofs_embed_dim"),
         ("latent_height", "latent_height"), ("latent_width", "latent_width"), ("time_compressed_rate", "temporal_compression"),
     ):  # fmt: skip
@@ -130,8 +138,13 @@ def scaling(model: Section) -> list[Claim]:
     return list(model.number("scale_factor", "scaling_factor", whole=False))
 
 
+def path_end(path: Path) -> str:
+    """A file and its folder, for messages."""
+    return "/".join(path.parts[-2:])
+
+
 def _model(path: Path, data: Mapping[str, Any], problems: list[str]) -> Section:
-    file = "/".join(path.parts[-2:])
+    file = path_end(path)
     if "model" not in data and "network_config" in data:
         return Section(file, "", data, _ENGINE, problems)
     top = Section(file, "", data, ["model", "args", "data", "deepspeed"], problems)
@@ -241,7 +254,7 @@ def _schedule(model: Section) -> list[Claim]:
 
 def _dtype(path: Path, data: Mapping[str, Any], problems: list[str]) -> list[Claim]:
     """Training's precision, from the deepspeed section. ``args.bf16`` of an inference yaml tells nothing of training."""
-    speed, where = data.get("deepspeed"), "/".join(path.parts[-2:]) + ": deepspeed"
+    speed, where = data.get("deepspeed"), path_end(path) + ": deepspeed"
     if not isinstance(speed, Mapping):
         return []
     enabled = [name for name in ("bf16", "fp16") if isinstance(speed.get(name), Mapping) and speed[name].get("enabled")]

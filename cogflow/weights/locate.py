@@ -23,6 +23,7 @@ from cogflow.weights.zero_files import SHARDED_MODEL, has_masters, tagged
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 EMA = "-ema"
+SIZES = "model_config.json"
 SAT_HEADS = ("model.diffusion_model.", "conditioner.", "first_stage_model.", "mixins.", "transformer.layers.", "time_embed.")
 VAE_HEADS = ("encoder.down.", "encoder.mid.block_", "decoder.up.", "decoder.mid.block_")
 DIFFUSERS_WORDS = ("transformer_blocks.", "encoder.down_blocks.", "decoder.up_blocks.")
@@ -39,8 +40,8 @@ class Found:
 
     ``kind``: by the names of the tensors ``sat``, or ``vae`` (SAT's, without prefix); ``zero`` (a DeepSpeed checkpoint of diffusers'
     names); ``diffusers``. ``origin``: the folder or file read. ``files``: those holding tensors. ``weights``: model or ema. ``yamls``:
-    training_config.yaml and configs/*.yaml beside ``origin`` and one level up, the nearest first. ``metadata``: what the files say of
-    themselves; ``model_config`` and ``config`` are model_config.json and diffusers' config.json. ``notes``: choices made, for people.
+    training_config.yaml, model_config.json (json is yaml, too) and configs/*.yaml beside ``origin`` and one level up, the nearest
+    first. ``metadata``: what the files say of themselves; ``config`` is diffusers' config.json. ``notes``: choices made, for people.
     """
 
     kind: str
@@ -140,9 +141,6 @@ def _step_folder(folder: Path, weights: str, masters: str, notes: list[str]) -> 
         notes.append(f"{len(sources)} model-parallel parts are joined.")
     if masters == "fp32" and not zeros:
         _must_be_fp32(folder, tensors.tensors)
-    for config in (folder / "model_config.json", folder.parent / "model_config.json"):
-        if config.is_file() and "model_config" not in metadata:
-            metadata["model_config"] = read_json(config)
     kind = _kind(folder, tensors.tensors, or_diffusers=True)
     return Found(kind, tensors, folder, files, _step(metadata, folder.name), weights, _yamls(folder), metadata, notes)
 
@@ -236,7 +234,6 @@ def _yamls(folder: Path) -> list[Path]:
     """The training's own record of its settings, and the settings it was given."""
     found: list[Path] = []
     for place in (folder, folder.parent):
-        single = place / "training_config.yaml"
-        found += [single] if single.is_file() else []
+        found += [path for path in (place / "training_config.yaml", place / SIZES) if path.is_file()]
         found += sorted(path for path in (place / "configs").glob("*.y*ml") if path.is_file())
     return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogflow.conversion.facts import KINDS, gather, gather_vae, read_yamls
+from cogflow.conversion.yaml_evidence import transformer_claims
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.models.family import FAMILY
 from tests.conversion.evidence_cases import EVERY, KEPT, components, facts, infos, network, published, schedules, shaped, yamls
@@ -82,6 +83,15 @@ def test_a_yaml_against_the_shapes_shows_both(key: str, value: Any, fact: str, b
     line = next(line for line in refused.value.message.splitlines() if line.strip().startswith(fact + ":"))
     assert both[0] in line and both[1].replace("sat/5b", "5b-lora/training_config.yaml") in line
     assert refused.value.exit_code == 2
+
+
+def test_the_sizes_that_sat_writes_beside_the_weights_must_agree() -> None:
+    folder = KEPT / "2b"
+    told = read_yamls([folder / "model_config.json"])
+    assert {claim.key: claim.value for claim in transformer_claims(*told[0], [])} == {"layers": 2, "heads": 2, "hidden": 128}
+    assert gather(infos("2b"), [*yamls("2b"), *told])["layers"] == 2
+    with pytest.raises(ConversionError, match=r"layers: 2 \(checkpoint.*\) against 30 \(2b/model_config.json: num_layers\)"):
+        gather(infos("2b"), [*yamls("2b"), (told[0][0], {**told[0][1], "num_layers": 30})])
 
 
 def test_two_yamls_that_differ_are_a_contradiction() -> None:

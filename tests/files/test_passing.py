@@ -1,0 +1,68 @@
+"""Large files written and read past the page cache hold what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from cogflow.files import passing
+from cogflow.files.manifest import hash_file, hash_passing
+from cogflow.files.passing import PassingWriter, read_passing
+
+
+@pytest.fixture(autouse=True)
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passing, "STRETCH", 10_000)
+
+
+@pytest.mark.parametrize("size", [0, 1, 9_999, 10_000, 123_457, passing.PIECE, passing.PIECE + 3])
+def test_what_is_written_is_read(tmp_path: Path, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    with contextlib.closing(PassingWriter(tmp_path / "file")) as file:
+        for start in range(0, size, 7_001):
+            assert file.write(memoryview(data)[start : start + 7_001]) == len(data[start : start + 7_001])
+    assert (tmp_path / "file").read_bytes() == data
+    assert b"".join(bytes(piece) for piece in read_passing(tmp_path / "file")) == data
+    assert hash_passing(tmp_path / "file") == hash_file(tmp_path / "file")
+
+
+def test_places_are_filled_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(60_000))
+    with contextlib.closing(PassingWriter(tmp_path / "file", "r+b")) as file:
+        for place, value in ((30_000, b"b"), (100, b"a"), (100 + 12_000, b"c")):
+            file.seek(place)
+            file.write(value * 12_000)
+    data = (tmp_path / "file").read_bytes()
+    assert data == bytes(100) + b"a" * 12_000 + b"c" * 12_000 + bytes(5_900) + b"b" * 12_000 + bytes(18_000)
+
+
+def test_a_file_system_that_does_not_read_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    opened = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert b"".join(bytes(piece) for piece in read_passing(tmp_path / "file")) == b"content"
+
+
+def test_other_faults_are_the_callers(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(read_passing(tmp_path / "none"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_full_disk_is_told_by_the_write_and_the_file_is_closed() -> None:
+    file = PassingWriter(Path("/dev/full"))
+    with pytest.raises(OSError) as caught:
+        file.write(b"x" * 20_000)
+    assert caught.value.errno == errno.ENOSPC
+    file.close()

@@ -16,7 +16,7 @@ from cogflow.pipeline.consistency import check_parts
 from cogflow.pipeline.parts import CONFIGS, Part, read_part
 from cogflow.pipeline.verify import Reference, find_reference, verify
 from cogflow.tracking.console import say, table
-from cogflow.tracking.record import write_record
+from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 
@@ -125,5 +125,5 @@ def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], 
         tracker.artifact("pipeline", "pipeline", output, uses=["export"])
     inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}
     results = {"summary": line, "where": str(output), "verify": verified, "checked_against": assembly["checked_against"]}
-    write_record(folder, "assemble", config, inputs, results, started=started)
-    say(f"{line}\npipeline: {output}")
+    record_stage(folder, "assemble", config, inputs, results, started=started)
+    say(f"{line}\npipeline: {output}\nreport:   {folder / 'report.html'}")

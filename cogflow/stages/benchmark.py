@@ -12,7 +12,7 @@ from cogflow.benchmarking.export import compare_export
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.files.paths import run_folder
 from cogflow.tracking.console import say, table
-from cogflow.tracking.record import write_record
+from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 FIGURES = ("seconds", "ratio_to_cp", "gb_per_second", "peak_anonymous_gb", "peak_resident_gb")
@@ -36,7 +36,7 @@ def run(config: Config) -> None:
         tracker.table("benchmark/export", ["way", *FIGURES], [[way, *figures.values()] for way, figures in medians.items()])
     ours = medians["cogflow, verified"]
     line = f"export: {shown(ours['ratio_to_cp'])} x cp, {shown(ours['peak_anonymous_gb'])} GB anonymous"
-    record = write_record(
+    record = record_stage(
         folder, "benchmark", config, {"what": stage.what}, {"summary": line, "rows": rows, "medians": medians}, started=started
     )
     say(f"{line}\nrecord: {record}")

@@ -17,7 +17,7 @@ from cogflow.conversion.origin import Origin, find_origin
 from cogflow.files.paths import run_folder
 from cogflow.tracking.console import say, table
 from cogflow.tracking.progress import progress
-from cogflow.tracking.record import write_record
+from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 SHOWN = 5  # tensors in the console's table, those that the cast changed most
@@ -114,7 +114,7 @@ def _tell(config: Config, folder: Path, output: Path, origin: Origin, descriptio
         "where": str(output),
         **{key: description[key] for key in ("dtype", "files", "weights_sha256", "trained_with", "family", "proof")},
     }
-    write_record(folder, "export", config, inputs, results, started=started)
+    record_stage(folder, "export", config, inputs, results, started=started)
     say(f"{line}\nexported: {output}\nreport:   {output / 'export.json'}")
 
 

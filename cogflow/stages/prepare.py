@@ -23,7 +23,7 @@ from cogflow.files.paths import run_folder
 from cogflow.models import components
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
-from cogflow.tracking.record import write_record
+from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 CACHE = "cache"
@@ -119,5 +119,5 @@ def _tell(config: Config, folder: Path, clips_folder: Path, hashes: dict[str, st
         listed = [path for path in (result.folder / "index.json", result.folder / QUARANTINE) if path.is_file()]
         tracker.artifact(f"{config.run.name}-clips", "dataset", listed)
     results = {"summary": summary, "where": str(result.folder), **asdict(result)}
-    write_record(folder, "prepare", config, {"clips": str(clips_folder), "models": hashes}, results, started=started)
+    record_stage(folder, "prepare", config, {"clips": str(clips_folder), "models": hashes}, results, started=started)
     say(f"{summary}\nprepared clips: {result.folder}")

@@ -21,7 +21,7 @@ from cogflow.pretraining.text import make_tokenizer, train_text_encoder
 from cogflow.pretraining.transformer import TransformerSettings, encode_clips, train_transformer
 from cogflow.pretraining.vae import VAESettings, clip_pool, normalise_latents, train_vae
 from cogflow.tracking.console import say, table
-from cogflow.tracking.record import write_record
+from cogflow.tracking.report import record_stage
 
 
 def run(config: Config) -> None:
@@ -72,7 +72,7 @@ def run(config: Config) -> None:
         recipe = {"command": "python -m cogflow experiment=tiny_pretrain", "seed": stage.seed, "latent_factors": factors}
         write_json(partial / "recipe.json", {**recipe, "steps": log.summary(), "figures": measured})
     results = {"summary": f"{measured['roundtrip']['psnr_mean_db']:.1f} dB round trip", "where": str(output), **measured}
-    write_record(folder, "pretrain", config, {}, results, started=started)
+    record_stage(folder, "pretrain", config, {}, results, started=started)
     table(
         [[part, name, f"{value:.3f}"] for part, values in measured.items() for name, value in values.items()], ["part", "figure", "value"]
     )

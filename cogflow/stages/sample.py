@@ -17,7 +17,7 @@ from cogflow.sampling.sampler import Sampler, requests
 from cogflow.sampling.source import is_frames, read_clips
 from cogflow.sharpness.panel import compare, measure
 from cogflow.tracking.console import say, table
-from cogflow.tracking.record import write_record
+from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 from cogflow.weights.fingerprint import fingerprint
 from cogflow.weights.source import find_source
@@ -125,7 +125,7 @@ def conclude(
         tracker.log(0, {f"sample/{key}": sum(panel[key] for panel in panels.values()) / len(panels) for key in names})
         tracker.table("sample/sharpness", ["clip", *names], [[name, *panel.values()] for name, panel in panels.items()])
     folder.mkdir(parents=True, exist_ok=True)
-    record = write_record(folder, "sample", config, {"source": str(source)}, results, started=started)
+    record = record_stage(folder, "sample", config, {"source": str(source)}, results, started=started)
     say(f"{results['summary']}\nclips:  {where}\nrecord: {record}")
     if verdict is not None and verdict["blurrier"]:
         raise QualityGateError(

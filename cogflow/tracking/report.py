@@ -12,10 +12,12 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from cogflow.config.schema import Config
 from cogflow.files.publish import write_text
 from cogflow.tracking import words
 from cogflow.tracking.curves import SMOOTH_FROM, Chart, running_mean, short
 from cogflow.tracking.progress import clock
+from cogflow.tracking.record import write_record
 from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts
 from cogflow.tracking.run_data import RunData, Validation, read_run
 from cogflow.tracking.secrets import scrub
@@ -24,6 +26,15 @@ from cogflow.tracking.sheet import pick
 COLUMNS = 6  # validations side by side; of more, the first, the last and some between are shown
 ROWS = 24
 CELLS = ("wavelet_ratio", "blur_effect", "contrast")
+
+
+def record_stage(
+    folder: Path, stage: str, config: Config, inputs: Mapping[str, Any], results: Mapping[str, Any], *, started: float | None = None
+) -> Path:
+    """Write ``folder/<stage>.json`` (see :func:`cogflow.tracking.record.write_record`), bring the report up to date; the record's path."""
+    record = write_record(folder, stage, config, inputs, results, started=started)
+    write_report(folder)
+    return record
 
 
 def write_report(folder: Path) -> Path:

@@ -64,6 +64,12 @@ def test_a_broken_checkpoint_is_passed_over(flow: Path, cogflow: Command) -> Non
     assert weights(folder) == weights(flow)
 
 
+def test_recomputed_activations_train_the_same(flow: Path, cogflow: Command) -> None:
+    cogflow(*beside(flow, "recomputed"), "stage.save_every=0", "deepspeed.activation_checkpointing=true")
+    for (_, loss, norm), (_, other, other_norm) in zip(losses(flow), losses(flow.parent / "recomputed"), strict=True):
+        assert other == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-4)
+
+
 def test_another_batch_size_is_refused_with_both_values(flow: Path, cogflow: Command) -> None:
     done = cogflow("stage=train", "debug=quick", f"run.root={flow.parent}", "run.name=flow", "stage.batch_size=4", code=2)
     assert "stage.batch_size: 2 then, 4 now" in done.stderr

@@ -30,6 +30,7 @@ def test_blurred_videos_exit_3_and_sharp_ones_0(tmp_path: Path, cogflow: Command
     assert "blurrier" in done.stderr
     record = json.loads((tmp_path / "compared/sample.json").read_text())
     assert record["results"]["comparison"]["blurrier"] and len(record["results"]["sharpness"]) == 4
+    assert "blurrier than the reference" in (tmp_path / "compared/report.html").read_text()
     # Sharper than the reference is no fault.
     cogflow(*common, f"stage.source={sharp}", f"stage.reference={soft}")
 

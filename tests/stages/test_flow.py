@@ -78,3 +78,13 @@ def test_the_same_command_again_trains_nothing(flow: Path, cogflow: Command) -> 
     before = losses(flow)
     done = cogflow("stage=train", "debug=quick", f"run.root={flow.parent}", "run.name=flow")
     assert "finished" in done.stdout and losses(flow) == before
+
+
+def test_the_engines_own_folder_exports_the_same_weights(flow: Path, cogflow: Command, tmp_path: Path) -> None:
+    """As from another trainer on diffusers and DeepSpeed: master weights in diffusers' names, and nothing that tells the model."""
+    words = ["stage=export", f"stage.source={flow / 'checkpoints/step-000004/deepspeed'}", f"run.root={tmp_path}", "run.name=foreign"]
+    done = cogflow(*words, code=2)
+    assert "neither heads nor positions show" in done.stderr and not (tmp_path / "foreign").exists()
+    cogflow(*words, "model=tiny")
+    file = "export/transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "foreign" / file).read_bytes() == (flow / file).read_bytes()

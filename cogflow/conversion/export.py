@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +18,10 @@ from cogflow.conversion import configs
 from cogflow.conversion.component import Component, Prepared, check_tables
 from cogflow.conversion.origin import Origin
 from cogflow.conversion.proof import prove_transformer, prove_vae
-from cogflow.errors import QualityGateError, StorageError
-from cogflow.files.manifest import hash_file, hash_passing
+from cogflow.errors import QualityGateError
+from cogflow.files.manifest import hash_file
 from cogflow.files.publish import publish_folder, require_space, write_json
+from cogflow.files.readback import ReadBack
 from cogflow.models.components import dtype_name
 from cogflow.weights.reader import listed
 from cogflow.weights.statistics import TensorFacts
@@ -51,11 +51,13 @@ def export_diffusers(prepared: Prepared, origin: Origin, output: Path, max_shard
     require_space(output, needed)
     tables = {name: value for component in prepared.components for name, value in check_tables(component).items()}
     hashes: dict[str, str] = {}
-    with publish_folder(output, replace=True, known=hashes) as partial:
+    with publish_folder(output, replace=True, known=hashes) as partial, ReadBack() as reading:
+        # What the disk really holds is looked at while the next shard is written and while the proof runs.
+        closed = reading.add if verify != "off" else lambda path, sha256: None
         facts: dict[str, list[TensorFacts]] = {}
         with report(needed, "export") as bar:
             for component in prepared.components:
-                facts[component.name], written = write_component(component, partial / component.name, max_shard_size, bar)
+                facts[component.name], written = write_component(component, partial / component.name, max_shard_size, bar, closed)
                 hashes |= {f"{component.name}/{name}": sha256 for name, sha256 in written.items()}
         refuse_nonfinite([fact for each in facts.values() for fact in each], origin.place)
         if prepared.adapters is not None:
@@ -66,8 +68,11 @@ def export_diffusers(prepared: Prepared, origin: Origin, output: Path, max_shard
             (partial / "scheduler").mkdir()
             write_json(partial / "scheduler" / "scheduler_config.json", configs.scheduler_config(prepared.facts))
         proof = {component.name: _prove(component, partial / component.name, verify) for component in prepared.components}
-        if verify != "off":
-            read_back(partial, hashes, output, report)
+        if left := reading.waiting():
+            with report(left, "read back") as bar:
+                reading.finish(lambda size, name: bar.advance(size, note=name))
+        else:
+            reading.finish(lambda size, name: None)
         small = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
         files = {name: hashes.get(name) or hash_file(partial / name) for name in small}
         description = describe(prepared, origin, facts, files, proof, tables)
@@ -75,24 +80,10 @@ def export_diffusers(prepared: Prepared, origin: Origin, output: Path, max_shard
     return description
 
 
-def read_back(folder: Path, hashes: Mapping[str, str], output: Path, report: Report) -> None:
-    """Read every shard once more and hold it against what was hashed on its way to the disk.
-
-    Raises :class:`StorageError` for one that came back changed. Two shards at a time: hashing is slower than most disks.
-    """
-    sizes = {name: (folder / name).stat().st_size for name in hashes}
-    changed = []
-    with report(sum(sizes.values()), "read back") as bar, ThreadPoolExecutor(2) as pool:
-        for name, sha256 in zip(hashes, pool.map(lambda name: hash_passing(folder / name), hashes), strict=True):
-            bar.advance(sizes[name], note=name)
-            if hashes[name] != sha256:
-                changed.append(name)
-    if changed:
-        raise StorageError(f"{output}: {', '.join(changed)} came back from the disk changed.", "The disk or its memory is failing.")
-
-
-def write_component(component: Component, folder: Path, max_shard_size: str, bar: Bar) -> tuple[list[TensorFacts], dict[str, str]]:
-    """Config and weights of one component; facts of each tensor and sha256 of each shard."""
+def write_component(
+    component: Component, folder: Path, max_shard_size: str, bar: Bar, closed: Callable[[Path, str], None]
+) -> tuple[list[TensorFacts], dict[str, str]]:
+    """Config and weights of one component; facts of each tensor and sha256 of each shard, which ``closed`` is told, too."""
     facts: list[TensorFacts] = []
     outputs = component.outputs()
     sizes = {one.name: one.bytes(component.dtype) for one in outputs}
@@ -101,7 +92,7 @@ def write_component(component: Component, folder: Path, max_shard_size: str, bar
         facts.append(fact)
         bar.advance(sizes[fact.name], note=fact.name)
 
-    hashes = write_weights(outputs, component.dtype, folder, STEMS[component.name], max_shard_size, note)
+    hashes = write_weights(outputs, component.dtype, folder, STEMS[component.name], max_shard_size, note, closed)
     config = dict(component.config)
     if component.name == "text_encoder" and component.dtype is not None:
         config["dtype"] = str(component.dtype).removeprefix("torch.")

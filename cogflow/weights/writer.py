@@ -43,12 +43,19 @@ class Output:
 
 
 def write_weights(
-    outputs: list[Output], dtype: torch.dtype | None, folder: Path, stem: str, max_shard_size: str, report: Callable[[TensorFacts], None]
+    outputs: list[Output],
+    dtype: torch.dtype | None,
+    folder: Path,
+    stem: str,
+    max_shard_size: str,
+    report: Callable[[TensorFacts], None],
+    closed: Callable[[Path, str], None] = lambda path, sha256: None,
 ) -> dict[str, str]:
     """Write ``outputs``, cast to ``dtype`` (None: as they are; integers are never cast), into ``folder``.
 
     One file ``<stem>.safetensors``, or shards of at most ``max_shard_size`` (such as 5GB) and their index, as diffusers writes
-    them. ``report`` is called once per tensor. Returns sha256 by file name of the shards. The same input gives the same bytes.
+    them. ``report`` is called once per tensor, ``closed`` with path and sha256 once per shard. Returns sha256 by file name of the
+    shards. The same input gives the same bytes.
     """
     specs: Mapping[str, Spec] = {output.name: (output.target(dtype), output.shape) for output in outputs}
     by_name = {output.name: output for output in outputs}
@@ -63,6 +70,7 @@ def write_weights(
                 report(stream_tensor(by_name[name], specs[name][0], stream))
         finally:
             hashes[file] = stream.close()
+        closed(folder / file, hashes[file])
     if shards.index is not None:
         text = json.dumps(shards.index, indent=2, sort_keys=True) + "\n"
         (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save_file
 
 from cogflow.errors import CheckpointError
-from cogflow.weights.reader import STEM, WeightsFolder, contained_file
+from cogflow.weights.reader import DTYPES, STEM, WeightsFolder, contained_file
 
 INDEX = f"{STEM}.safetensors.index.json"
 
@@ -108,3 +108,23 @@ def test_single_file_beside_an_index(sharded: Path) -> None:
     save_file({"a": torch.zeros(1)}, sharded / f"{STEM}.safetensors")
     with pytest.raises(CheckpointError, match="unclear"):
         WeightsFolder(sharded)
+
+
+def test_values_are_those_that_safetensors_reads(tmp_path: Path) -> None:
+    """Of every dtype, empty ones and scalars, also where bytes before them leave the others unaligned."""
+    tensors = {
+        "bytes": torch.arange(5, dtype=torch.uint8), "flags": torch.tensor([True, False, True]), "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4, dtype=torch.bfloat16),
+        **{str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES.values()},
+    }  # fmt: skip
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, path)
+    folder = WeightsFolder(tmp_path)
+    assert folder.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        found = folder.read(name)
+        assert found.dtype == tensor.dtype == folder.tensors[name].dtype and torch.equal(found, tensor), name
+    data = b"\x07" + torch.tensor([1.0, 2.0]).numpy().tobytes()
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    assert torch.equal(WeightsFolder(tmp_path).read("b"), torch.tensor([1.0, 2.0]))

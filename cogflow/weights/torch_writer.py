@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cogflow.files.passing import PassingWriter
 from cogflow.weights.statistics import TensorFacts
-from cogflow.weights.writer import Output, stream_tensor
+from cogflow.weights.writer import Output, one_thread, stream_tensor
 
 
 def write_torch(
@@ -37,7 +37,7 @@ def write_torch(
     # Values that are not weights (beside) come after the weights, and torch numbers storages in the order it meets them.
     with open(path, "rb") as file:
         places = _places(path, file, len(outputs))
-    with contextlib.closing(PassingWriter(path, "r+b")) as values:
+    with contextlib.closing(PassingWriter(path, "r+b")) as values, one_thread():
         for place, output in zip(places, outputs, strict=True):
             values.seek(place)
             report(stream_tensor(output, dtype(output), values))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,8 +67,9 @@ def write_weights(
         stream = Stream(folder / file)
         try:
             stream.write(header(names, specs))
-            for name in names:
-                report(stream_tensor(by_name[name], specs[name][0], stream))
+            with one_thread():
+                for name in names:
+                    report(stream_tensor(by_name[name], specs[name][0], stream))
         finally:
             hashes[file] = stream.close()
         closed(folder / file, hashes[file])
@@ -75,6 +77,18 @@ def write_weights(
         text = json.dumps(shards.index, indent=2, sort_keys=True) + "\n"
         (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
     return hashes
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch from splitting work over cores. A chunk is too small for it to pay, and a waiting OpenMP thread keeps its core from
+    those that hash and write."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def stream_tensor(output: Output, dtype: torch.dtype, stream: Sink) -> TensorFacts:

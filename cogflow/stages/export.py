@@ -91,7 +91,7 @@ def _tell(config: Config, folder: Path, output: Path, origin: Origin, descriptio
     most = sorted(description["tensors"], key=lambda fact: fact["changed"], reverse=True)[:SHOWN]
     columns = ["tensor", "shape", "from", "to", "largest change", "relative", "became zero", "subnormal"]
     keys = ("name", "shape", "dtype_in", "dtype_out", "changed", "relative", "became_zero", "became_subnormal")
-    rows = [[fact[key] for key in keys] for fact in most]
+    rows = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in (fact[key] for key in keys)] for fact in most]
     line = (
         f"{summary['parameters']:,} parameters in {description['dtype']}, largest change {summary['changed']:.3g}, "
         f"{summary['became_zero']} values became zero"
@@ -105,7 +105,12 @@ def _tell(config: Config, folder: Path, output: Path, origin: Origin, descriptio
     with open_tracker(config, "export", folder) as tracker:
         counted = ("parameters", "changed", "relative", "became_zero", "became_subnormal")
         tracker.log(step, {f"export/{name}": summary[name] for name in counted})
-        tracker.table("export/most_changed", columns, [[str(cell) for cell in row] for row in rows])
+        if summary["changed"] > 0:
+            tracker.table("export/most_changed", columns, rows)
+        if description["facts"]:
+            tracker.table(
+                "export/facts", ["fact", "value", "from"], [[fact["fact"], fact["value"], fact["from"]] for fact in description["facts"]]
+            )
         tracker.artifact("export", "model", output, uses=["transformer"])
         tracker.artifact("export-report", "report", output / "export.json")
     inputs = {"source": description["source"], "weights": origin.weights, "step": origin.step, "files": dict(origin.files)}

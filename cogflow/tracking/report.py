@@ -158,6 +158,7 @@ def _samples(run: RunData) -> dict[str, Any] | None:
     how = [f"{facts['frames']} frames of {facts['height']}x{facts['width']}"] if {"frames", "height", "width"} <= set(facts) else []
     how += [f"{sampling['steps']} denoising steps"] if "steps" in sampling else []
     how += [f"guidance {short(float(sampling['guidance_scale']))}"] if words.is_number(sampling.get("guidance_scale")) else []
+    how += [f"sampler {sampling['sampler']}"] if sampling.get("sampler", "default") != "default" else []
     small = max(validation.width for validation in shown) < 320
     return {
         "steps": [validation.step for validation in shown],
@@ -214,12 +215,12 @@ def _stage(run: RunData, record: Mapping[str, Any]) -> dict[str, Any]:
 def _table(run: RunData, table: Mapping[str, Any]) -> dict[str, Any]:
     rows = [row for row in table["rows"] if isinstance(row, list)]
 
-    def cell(value: Any) -> dict[str, Any]:
+    def cell(value: Any, index: int) -> dict[str, Any]:
         path = _inside(run, value) if isinstance(value, str) and value.lower().endswith((".mp4", ".png", ".jpg", ".webm")) else None
         kind = "" if path is None or not path.is_file() else "video" if path.suffix.lower() in (".mp4", ".webm") else "image"
         return {
             "text": words.text(value),
-            "number": words.is_number(value),
+            "number": index < len(columns) and columns[index]["number"],
             "kind": kind,
             "src": _link(run.folder, path) if path and kind else "",
         }
@@ -229,7 +230,11 @@ def _table(run: RunData, table: Mapping[str, Any]) -> dict[str, Any]:
         values = [row[index] for row in rows if index < len(row) and row[index] is not None]
         columns.append({"name": str(name), "number": bool(values) and all(map(words.looks_like_number, values))})
     title = str(table.get("key")).replace("/", ": ").replace("_", " ")
-    return {"title": title[:1].upper() + title[1:], "columns": columns, "rows": [[cell(value) for value in row] for row in rows]}
+    return {
+        "title": title[:1].upper() + title[1:],
+        "columns": columns,
+        "rows": [[cell(value, index) for index, value in enumerate(row)] for row in rows],
+    }
 
 
 def _artifact(run: RunData, artifact: Mapping[str, Any]) -> dict[str, str]:

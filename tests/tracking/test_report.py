@@ -76,7 +76,7 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
                 "height": 64,
                 "width": 96,
                 "frames": 9,
-                "sampling": {"steps": 20, "guidance_scale": 6.0},
+                "sampling": {"steps": 20, "guidance_scale": 6.0, "sampler": "sat_dpm"},
                 "samples": entries,
             }
             (samples / "samples.json").write_text(json.dumps(facts))
@@ -97,6 +97,8 @@ def test_the_page_shows_the_run(run: Path) -> None:
     }
     videos = page.all("video")
     assert len(videos) == 4 and all({"muted", "loop", "autoplay", "playsinline"} <= set(video) for video in videos)
+    assert "9 frames of 64x96, 20 denoising steps, guidance 6, sampler sat_dpm" in text
+    assert text.count('<th class="number">ratio</th>') == 1 and text.count('<td class="number">0.5</td>') == 1
     assert "<em>−0.04</em>" in text  # 0.26 after 0.30: a difference, for the wavelet ratio is a logarithm
 
 

@@ -66,25 +66,25 @@ class PassingWriter:
 def read_passing(path: Path) -> Iterator[memoryview]:
     """The bytes of a file from the disk itself, piece by piece, past the page cache; each is valid until the next is asked for.
 
-    Where a file system does not read directly (tmpfs, some network file systems), through the cache.
+    Where a file system does not read directly (tmpfs, some network file systems), or not from an odd place, through the cache.
     """
-    try:
-        yield from _pieces(path, getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        yield from _pieces(path, 0)
-
-
-def _pieces(path: Path, flags: int) -> Iterator[memoryview]:
-    """Refused with EINVAL, if at all, before the first piece: by open() or by the first read."""
-    descriptor = os.open(path, os.O_RDONLY | flags)
-    try:
-        buffer = memoryview(mmap.mmap(-1, PIECE))  # begins with a page, as direct reading wants it
-        while count := os.readv(descriptor, [buffer]):
-            yield buffer[:count]
-    finally:
-        os.close(descriptor)
+    buffer = memoryview(mmap.mmap(-1, PIECE))  # begins with a page, as direct reading wants it
+    at, size, direct = 0, path.stat().st_size, getattr(os, "O_DIRECT", 0)
+    while at < size:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | direct)
+            try:
+                while at < size and (count := os.preadv(descriptor, [buffer], at)):
+                    at += count
+                    yield buffer[:count]
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not direct:
+                raise
+            direct = 0
+        else:
+            return
 
 
 def _let_go(descriptor: int, start: int, length: int) -> None:

@@ -41,7 +41,7 @@ def test_places_are_filled_in_any_order(tmp_path: Path) -> None:
     assert data == bytes(100) + b"a" * 12_000 + b"c" * 12_000 + bytes(5_900) + b"b" * 12_000 + bytes(18_000)
 
 
-def test_a_file_system_that_does_not_read_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_does_not_open_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"content")
     opened = os.open
 
@@ -52,6 +52,31 @@ def test_a_file_system_that_does_not_read_directly(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "open", refuse)
     assert b"".join(bytes(piece) for piece in read_passing(tmp_path / "file")) == b"content"
+
+
+def test_a_file_system_that_reads_directly_from_even_places_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in short pieces: what was read already is not read again."""
+    data = random.Random(0).randbytes(100_000)
+    (tmp_path / "file").write_bytes(data)
+    descriptors = []
+    opened, read = os.open, os.preadv
+
+    def remember(path: Path, flags: int) -> int:
+        descriptor = opened(path, flags & ~os.O_DIRECT)
+        if flags & os.O_DIRECT:
+            descriptors.append(descriptor)
+        return descriptor
+
+    def short(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        if descriptor in descriptors and at % 512:
+            descriptors.clear()
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return read(descriptor, [buffers[0][:30_720] if at < 60_000 else buffers[0][:1_001]], at)
+
+    monkeypatch.setattr(os, "open", remember)
+    monkeypatch.setattr(os, "preadv", short)
+    assert b"".join(bytes(piece) for piece in read_passing(tmp_path / "file")) == data
+    assert descriptors == []
 
 
 def test_other_faults_are_the_callers(tmp_path: Path) -> None:

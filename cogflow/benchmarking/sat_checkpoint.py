@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from cogflow.conversion import configs, parts, sat_yaml, transformer
 from cogflow.conversion.algebra import invert
+from cogflow.conversion.export_sat import PUBLISHED_VAE
 from cogflow.conversion.facts import of_family
 from cogflow.conversion.plan import make_plan
 from cogflow.files.publish import publish_folder, write_json, write_text
@@ -41,7 +43,7 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         if name in exact:  # tables of positions must be right, or the export refuses them
             return exact[name].make(name, {}).to(dtype)
         count = int(torch.Size(shape).numel())
-        start = hash_of(name) % (POOL // 2)
+        start = zlib.crc32(name.encode()) % (POOL // 2)
         return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
 
     outputs = [
@@ -49,7 +51,7 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         for step in plan.steps
         for name, shape in step.out_shapes.items()
     ]
-    model = sat_yaml.model_yaml(config, configs.scheduler_config(facts), _vae(facts["scaling_factor"]))
+    model = sat_yaml.model_yaml(config, configs.scheduler_config(facts), PUBLISHED_VAE | {"scaling_factor": facts["scaling_factor"]})
     with publish_folder(folder, replace=True) as partly:
         (partly / "1").mkdir()
         with progress(sum(one.bytes(dtype) for one in outputs), "checkpoint", unit="bytes") as bar:
@@ -63,14 +65,3 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         training = yaml.safe_dump(sat_yaml.training_config(model, str(facts["dtype"])), sort_keys=False)
         write_text(partly / "training_config.yaml", training)
     return folder / "1" / "mp_rank_00_model_states.pt"
-
-
-def hash_of(name: str) -> int:
-    """The same in every process, unlike Python's own."""
-    return sum((place + 1) * byte for place, byte in enumerate(name.encode())) * 7919
-
-
-def _vae(scaling_factor: float) -> dict[str, object]:
-    from cogflow.conversion.export_sat import PUBLISHED_VAE
-
-    return {**PUBLISHED_VAE, "scaling_factor": scaling_factor}

@@ -17,6 +17,7 @@ from cogflow.conversion.plan import Converted, Plan, differences, make_plan
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.models.components import DTYPES
 from cogflow.weights.reader import WeightsFolder, read_json
+from cogflow.weights.statistics import short
 from cogflow.weights.strict import STEMS, check_tensors, expected_shapes, skeleton
 from cogflow.weights.tensors import Renamed, Tensors
 from cogflow.weights.writer import Output
@@ -110,7 +111,7 @@ def check_tables(component: Component) -> dict[str, float]:
         if not value <= ROUNDING.get(info.dtype, 2e-5):
             raise ConversionError(
                 f"{name} {list(info.shape)} is not the table that diffusers will compute: they differ by {value:.3g}, where rounding to "
-                f"{str(info.dtype).removeprefix('torch.')} gives at most {ROUNDING.get(info.dtype, 2e-5):.3g}.",
+                f"{short(info.dtype)} gives at most {ROUNDING.get(info.dtype, 2e-5):.3g}.",
                 "The model saw other positions: check latent_frames, latent_height, latent_width and the interpolation scales.",
             )
     return found

@@ -24,7 +24,7 @@ from cogflow.files.publish import publish_folder, require_space, write_json
 from cogflow.files.readback import ReadBack
 from cogflow.models.components import dtype_name
 from cogflow.weights.reader import listed
-from cogflow.weights.statistics import TensorFacts
+from cogflow.weights.statistics import TensorFacts, short
 from cogflow.weights.strict import STEMS, load_check
 from cogflow.weights.writer import write_weights
 
@@ -95,7 +95,7 @@ def write_component(
     hashes = write_weights(outputs, component.dtype, folder, STEMS[component.name], max_shard_size, note, closed)
     config = dict(component.config)
     if component.name == "text_encoder" and component.dtype is not None:
-        config["dtype"] = str(component.dtype).removeprefix("torch.")
+        config["dtype"] = short(component.dtype)
     write_json(folder / "config.json", config)
     load_check(folder, component.name)
     return facts, hashes

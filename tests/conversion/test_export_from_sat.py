@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,10 @@ from cogflow.conversion.origin import find_origin
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, StorageError
 from cogflow.files.manifest import check_manifest
 from cogflow.models.rotary import rotary_tables
+from cogflow.tracking.progress import progress
 from cogflow.weights.torchfile import TorchFile
 
 SETS = pytest.mark.parametrize("golden", sets(), ids=set_name)
-
-
-class NoBar:
-    def advance(self, n: int = 1, note: str = "") -> None:
-        pass
-
-
-@contextlib.contextmanager
-def no_progress(total: int, description: str) -> Iterator[NoBar]:
-    yield NoBar()
 
 
 def export(
@@ -47,8 +36,8 @@ def export(
     origin = find_origin(source, wanted, "auto", "auto", more.get("configs", []))
     prepared = prepare(origin, list(wanted), more.get("family", "auto"), given, dtype, more.get("separate", False))
     if to == "sat":
-        return export_sat(prepared, origin, output, given, no_progress)
-    return export_diffusers(prepared, origin, output, more.get("shard", "5GB"), more.get("verify", "auto"), no_progress)
+        return export_sat(prepared, origin, output, given, progress)
+    return export_diffusers(prepared, origin, output, more.get("shard", "5GB"), more.get("verify", "auto"), progress)
 
 
 @SETS

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from cogflow.conversion.export import export_diffusers
 from cogflow.conversion.origin import find_origin
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
 from cogflow.files.manifest import MANIFEST, check_manifest, hash_file, write_manifest
+from cogflow.tracking.progress import progress
 from cogflow.weights.reader import STEM, WeightsFolder
 from cogflow.weights.source import find_source
 
@@ -26,20 +26,10 @@ WEIGHTS = f"{STEM}.safetensors"
 Save = Callable[..., Path]
 
 
-class NoBar:
-    def advance(self, n: int = 1, note: str = "") -> None:
-        pass
-
-
-@contextlib.contextmanager
-def no_progress(total: int, description: str) -> Iterator[NoBar]:
-    yield NoBar()
-
-
 def export(source: Path, output: Path, weights: str = "auto", dtype: str = "auto", shard: str = "5GB") -> dict[str, Any]:
     origin = find_origin(source, ["transformer"], weights, "auto", [])
     prepared = prepare(origin, ["transformer"], "auto", {}, dtype, separate_lora=False)
-    return export_diffusers(prepared, origin, output, shard, "auto", no_progress)
+    return export_diffusers(prepared, origin, output, shard, "auto", progress)
 
 
 def load(output: Path) -> CogVideoXTransformer3DModel:

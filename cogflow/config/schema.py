@@ -97,6 +97,7 @@ class TrainStage:
     min_lr_ratio: float = 0.1  # where linear and cosine end, as a share of learning_rate
     text_dropout: float = 0.1  # share of samples trained without their caption
     ema_decay: float = 0.0  # 0: off
+    ema_warmup: bool = True  # let the decay grow in the first updates; without, slow averages stay at the start for long
     seed: int = 0  # of sample order, noise, timesteps and dropped captions
     resume: str = "auto"  # auto | never | PATH of a checkpoint folder
     save_every: int = 75  # 0: only at the end

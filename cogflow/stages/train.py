@@ -135,7 +135,7 @@ class Prepared:
         transformer.train()
         self.trained_with = trained_with(self.vae, self.scheduler, transformer, self.dtype)
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)
-        self.ema = EMA(self.engine, self.stage.ema_decay) if self.stage.ema_decay > 0 else None
+        self.ema = EMA(self.engine, self.stage.ema_decay, warmup=self.stage.ema_warmup) if self.stage.ema_decay > 0 else None
         scaling_factor = float(self.vae.config.scaling_factor)
         self.trainer = Trainer(config, self.engine, self.ema, cache, self.scheduler.alphas_cumprod, scaling_factor, self.device, self.dtype)
 

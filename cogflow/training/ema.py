@@ -15,11 +15,11 @@ from cogflow.training.engine import Engine
 class EMA:
     """``average = decay * average + (1 - decay) * weight`` after every update. Rank i keeps every world-th tensor.
 
-    The decay grows as (1 + n) / (10 + n) in the first updates, so that the average does not stay at the start.
+    With ``warmup`` the decay grows as (1 + n) / (10 + n) in the first updates, so that the average does not stay at the start.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, engine: Engine, decay: float, *, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
         self.updates = 0
         self.average = {name: weight.float().cpu().clone() for index, (name, weight) in self._trained(engine) if _mine(index)}
 
@@ -30,7 +30,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, engine: Engine) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         for index, (name, weight) in self._trained(engine):
             if _mine(index):
                 self.average[name].lerp_(weight.float().cpu(), 1.0 - decay)

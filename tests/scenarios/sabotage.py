@@ -1,0 +1,134 @@
+"""What is done to the clips, to the cache and to the model of a scenario: each a thing that has happened to somebody."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.ndimage import gaussian_filter
+
+from cogflow.data.shapes import Scene, draw, scenes
+from cogflow.data.shapes_folder import NEW_COLOURS, NEW_SHAPES
+from cogflow.data.video import write_video
+
+FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 8.0
+WRONG_SCALE = 1.15258426 / 0.7
+"""Latents multiplied by 2B's factor, taken for latents multiplied by 5B's."""
+
+Style = Callable[[np.ndarray, int], np.ndarray]
+"""Frames ``[T, H, W, 3]`` uint8 at twice the training size, and the clip's number -> frames of the same shape."""
+
+
+def plain(frames: np.ndarray, _: int) -> np.ndarray:
+    return frames
+
+
+def half_blurred(frames: np.ndarray, number: int) -> np.ndarray:
+    """Every other clip through a Gaussian of 1.5 pixels of the training size."""
+    return _smooth(frames, 3.0) if number % 2 else frames
+
+
+def quarter_size(frames: np.ndarray, _: int) -> np.ndarray:
+    """A quarter of the training size, enlarged to what it was: sharp enough on a thumbnail."""
+    small = _resized(frames, HEIGHT // 4, WIDTH // 4)
+    return _resized(small, frames.shape[1], frames.shape[2])
+
+
+def soft_style(frames: np.ndarray, number: int) -> np.ndarray:
+    """Softly painted, on paper with a fine grain: another style, and a legitimate one. The grain is finer than the paint."""
+    rng = np.random.default_rng([number, 0x50F7])
+    paper = rng.normal(0.0, 5.0, (1, *frames.shape[1:3], 1))
+    return np.clip(_smooth(frames, 2.0).astype(np.float32) + paper, 0, 255).round().astype(np.uint8)
+
+
+def draw_clips(folder: Path, count: int, style: Style, seed: int = 0) -> Path:
+    """``count`` drawn clips of concepts that are new to the shipped model, as files with captions, in ``style``."""
+    rows = []
+    for number, scene in enumerate(scenes(count, seed, NEW_COLOURS, NEW_SHAPES)):
+        frames = style(draw(scene, 2 * FRAMES - 1, 2 * HEIGHT, 2 * WIDTH), number)
+        write_video(folder / f"videos/{number:05d}.mp4", frames, 2 * FPS, crf=12, threads=1)
+        rows.append({"file_name": f"videos/{number:05d}.mp4", "text": scene.caption})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def prompts(path: Path, count: int) -> Path:
+    """``count`` prompts, half of concepts that the finetune brings, half of those that the model knew."""
+    new = [
+        ("purple", "star", "right", "light"),
+        ("orange", "square", "down", "dark"),
+        ("purple", "square", "left", "dark"),
+        ("orange", "star", "up", "light"),
+    ]
+    old = [
+        ("red", "circle", "left", "light"),
+        ("blue", "triangle", "up", "dark"),
+        ("green", "cross", "right", "light"),
+        ("yellow", "circle", "down", "dark"),
+    ]
+    chosen = [Scene(*words, 0) for pair in zip(new, old, strict=True) for words in pair][:count]
+    rows = [{"id": f"{scene.colour}-{scene.shape}", "text": scene.caption} for scene in chosen]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rescale_cache(cache: Path) -> None:
+    """Multiply the cached latents by the wrong factor: a cache that somebody else's script wrote."""
+    changed = 0
+    for file in cache.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith(".mean"):
+                tensors[name] = tensors[name] * WRONG_SCALE
+            elif name.endswith(".logvar"):
+                tensors[name] = tensors[name] + 2 * math.log(WRONG_SCALE)
+            else:
+                continue
+            changed += 1
+        save_file(tensors, file)
+    if not changed:
+        raise AssertionError(f"{cache} holds no latents: the scenario would be healthy")
+
+
+def with_2b_schedule(model: Path, target: Path) -> Path:
+    """A copy of the pipeline folder ``model`` whose scheduler has 2B's SNR shift."""
+    shutil.copytree(model, target)
+    file = target / "scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    if config["snr_shift_scale"] != 1.0:
+        raise AssertionError("the model's own shift should be 1.0")
+    file.write_text(json.dumps(config | {"snr_shift_scale": 3.0}, indent=2))
+    return target
+
+
+def with_overflowing_vae(model: Path, target: Path) -> Path:
+    """A copy of ``model`` whose decoder computes the same in fp32 and overflows in fp16.
+
+    The convolution before a group normalisation is multiplied by 1e6: the normalisation takes the factor out again.
+    """
+    shutil.copytree(model, target)
+    file = target / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    touched = [name for name in tensors if name.startswith("decoder.mid_block.resnets.0.conv1.")]
+    if len(touched) != 2:
+        raise AssertionError(f"the decoder has other names than expected: {touched}")
+    for name in touched:
+        tensors[name] = tensors[name] * 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def _smooth(frames: np.ndarray, sigma: float) -> np.ndarray:
+    return np.clip(gaussian_filter(frames.astype(np.float32), (0, sigma, sigma, 0)), 0, 255).round().astype(np.uint8)
+
+
+def _resized(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    planes = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    planes = torch.nn.functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return planes.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -117,7 +117,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
-    "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct},
+    "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1)},
     "TrainStage": {

@@ -62,6 +62,9 @@ class SamplingConfig:
     use_dynamic_cfg: bool = True  # let the guidance grow over the steps, as CogVideoX does
     seeds: list[int] = field(default_factory=lambda: [0])  # each prompt is sampled once per seed
     prompts: str | None = None  # .txt (one a line) or .jsonl (id, text); default: the data's own prompts
+    vae_dtype: str = "auto"  # that decodes: auto (as it was loaded: fp32) | fp32 | bf16 | fp16
+    vae_tiling: bool = False  # decode tile by tile: less memory, and seams where tiles meet
+    roundtrip_clips: int = 8  # prepared clips sent through the VAE and back, the ceiling of what samples can reach; 0: off
 
 
 @dataclass(frozen=True)

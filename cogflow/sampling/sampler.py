@@ -3,6 +3,7 @@ for, by SAT's samplers, so that they can be compared with CogVideo's own code (d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError
+from cogflow.models.components import DTYPES, dtype_name
 from cogflow.sampling import sat
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
@@ -56,6 +58,7 @@ class Sampler:
         if settings.sampler in SCHEDULERS:
             scheduler = SCHEDULERS[settings.sampler].from_config(scheduler.config)
         self.schedule = schedule_of(scheduler.config, settings.steps) if settings.sampler in sat.SOLVERS else None
+        vae = decoder(vae, settings.vae_dtype, settings.vae_tiling)
         self.pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae, self.empty_embeds, self.settings = transformer, vae, empty_embeds, settings
@@ -72,6 +75,8 @@ class Sampler:
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "use_dynamic_cfg": settings.use_dynamic_cfg,
+            "vae_dtype": dtype_name(self.vae.dtype),
+            "vae_tiling": bool(self.vae.use_tiling),
         }
 
     def noise(self, request: Request) -> torch.Tensor:
@@ -120,15 +125,31 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Frames of one sample's ``latents``, fp32 ``[frames, height, width, 3]`` in 0..1, on the CPU."""
+        """Frames of one sample's ``latents``, fp32 ``[frames, height, width, 3]`` in 0..1, on the CPU.
+
+        What the VAE gives as infinite or as no number is NaN: cut to 0..1, an overflow would look like white.
+        """
         self.vae.to(self.device)
         scaled = latents.to(self.device, self.vae.dtype).transpose(0, 1)[None] / self.vae.config.scaling_factor
         video = self.vae.decode(scaled).sample[0]
+        video = torch.where(video.isfinite(), video, torch.nan)
         return (video.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu()
 
     def finish(self) -> None:
         """Give the VAE's memory on the device back."""
         self.vae.to("cpu")
+
+
+def decoder(vae: AutoencoderKLCogVideoX, dtype: str, tiling: bool) -> AutoencoderKLCogVideoX:
+    """``vae`` itself where ``dtype`` (auto | fp32 | bf16 | fp16) and ``tiling`` change nothing, else a copy with them: a VAE that was
+    cast down could not be cast back."""
+    wanted = vae.dtype if dtype == "auto" else DTYPES[dtype]
+    if wanted == vae.dtype and tiling == bool(vae.use_tiling):
+        return vae
+    # diffusers' own .to warns that casting may be inconsistent, naming no module.
+    copied: AutoencoderKLCogVideoX = torch.nn.Module.to(copy.deepcopy(vae), wanted)
+    (copied.enable_tiling if tiling else copied.disable_tiling)()
+    return copied
 
 
 def requests(prompts: Sequence[Prompt], embeds: torch.Tensor, seeds: Sequence[int]) -> list[Request]:

@@ -152,7 +152,7 @@ def test_the_record_says_which_one_ran(vae: AutoencoderKLCogVideoX, tmp_path: Pa
     assert record["sampling"] == gallery.read_record(tmp_path / "samples")["sampling"]
     assert record["sampling"] == {
         "sampler": "sat_ddim", "scheduler": "SAT VideoDDIMSampler", "unconditional": "zeros", "steps": 2, "guidance_scale": 6.0,
-        "use_dynamic_cfg": True,
+        "use_dynamic_cfg": True, "vae_dtype": "fp32", "vae_tiling": False,
     }  # fmt: skip
 
 
@@ -172,3 +172,21 @@ def test_mistakes_are_answered(words: str, parts: list[str]) -> None:
 
 def test_one_step_is_fine_for_diffusers() -> None:
     compose(["stage=sample", "sampling.sampler=ddim", "sampling.steps=1"])
+
+
+def test_the_vae_decodes_as_asked_and_stays_as_it_was(vae: AutoencoderKLCogVideoX) -> None:
+    latents = torch.randn(1, 16, 4, 48, generator=torch.Generator().manual_seed(2))  # wider than a tile
+    plain, half, tiled = sampler(vae, "default"), sampler(vae, "default", vae_dtype="bf16"), sampler(vae, "default", vae_tiling=True)
+    assert plain.vae is vae and half.vae is not vae and tiled.vae is not vae
+    assert [one.about()["vae_dtype"] for one in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
+    assert [one.about()["vae_tiling"] for one in (plain, half, tiled)] == [False, False, True]
+    frames = plain.decode(latents)
+    assert 0 < float((half.decode(latents) - frames).abs().max()) < 0.1
+    assert 0 < float((tiled.decode(latents) - frames).abs().max())
+    assert vae.dtype == torch.float32 and torch.equal(plain.decode(latents), frames)
+
+
+def test_an_overflow_does_not_pass_for_white(vae: AutoencoderKLCogVideoX) -> None:
+    one = sampler(vae, "default")
+    frames = one.decode(torch.full((1, 16, 4, 4), torch.inf))
+    assert frames.isnan().all()

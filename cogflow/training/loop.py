@@ -17,10 +17,13 @@ from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
 from cogflow.models.rotary import rotary_tables
+from cogflow.sharpness import spectrum
+from cogflow.sharpness.trend import Move, Trend
+from cogflow.training import figures
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
-from cogflow.training.heldout import by_quarter, heldout_loss, quarters
+from cogflow.training.heldout import heldout_table
 from cogflow.training.objective import Losses, noised, velocity_loss
 from cogflow.training.schedule import learning_rate
 
@@ -34,6 +37,7 @@ class Hooks:
     save: Callable[[int], None]
     stop: Callable[[], bool]
     advance: Callable[[str], None]
+    warn: Callable[[Move], None]
 
 
 class Trainer:
@@ -50,6 +54,7 @@ class Trainer:
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.scaling_factor, self.device, self.dtype = scaling_factor, device, dtype
         self.log_every = config.tracking.log_every
+        self.spectrum, self.trend = spectrum.Spectrum(), Trend()
         self._rotary: dict[tuple[int, ...], Any] = {}
 
     def run(self, start: int, hooks: Hooks) -> None:
@@ -59,8 +64,9 @@ class Trainer:
             self._between(0, hooks)
         for step in range(start, stage.steps):
             began = time.perf_counter()
-            values = self.train_step(step)
+            values, table = self.train_step(step)
             done = step + 1
+            values |= self._follow(done, table, hooks)
             if done % self.log_every == 0 or done == stage.steps:
                 hooks.log(done, {**values, **self._speed(time.perf_counter() - began)})
             hooks.advance(f"loss {values['train/loss']:.4f}")
@@ -70,16 +76,15 @@ class Trainer:
                 raise Stopped(f"Stopped after step {done} of {stage.steps}; a checkpoint is saved.", "Run the same command again to go on.")
             self._between(done, hooks)
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """One update; the loss is checked on all ranks before anything is changed by it."""
-        table = torch.zeros(2, 4, dtype=torch.float64)
+    def train_step(self, step: int) -> tuple[dict[str, float], torch.Tensor]:
+        """One update; the loss is checked on all ranks before anything is changed by it. Also gives the step's table of figures."""
+        table = figures.empty()
         for micro in range(self.stage.gradient_accumulation):
             batch = self._batch(step, micro)
             losses = self.losses(batch)
-            mine = by_quarter(losses.per_sample, batch.timesteps)
-            # One collective serves the log and the check.
-            reduced = ranks.total(mine.float().to(self.device)).double().cpu()
-            if not torch.isfinite(reduced).all():
+            # One collective and one wait for the device serve the log, the check and the indicator.
+            reduced = ranks.total(self.table(losses, batch)).cpu()
+            if not torch.isfinite(reduced[: figures.LOSS_ROWS]).all():
                 raise QualityGateError(
                     f"The loss of step {step + 1} is not finite; the weights are still those of step {step}.",
                     "Lower stage.learning_rate or look at the data; the last checkpoint is whole.",
@@ -95,7 +100,12 @@ class Trainer:
             )
         if self.ema is not None:
             self.ema.update(self.engine)
-        return {**quarters(table, "train"), "train/grad_norm": norm, "train/lr": rate}
+        return {**figures.losses(table, "train"), "train/grad_norm": norm, "train/lr": rate}, table
+
+    def table(self, losses: Losses, batch: Batch) -> torch.Tensor:
+        """This rank's figures of ``batch``, on the device: losses, and the prediction's bands against the true latents'."""
+        bands = self.spectrum.sums(losses.x0, batch.latents, self.alphas_cumprod[batch.timesteps])
+        return figures.by_quarter(losses.per_sample, bands, batch.timesteps)
 
     def losses(self, batch: Batch) -> Losses:
         """Forward pass and objective of ``batch``, which lies on the device."""
@@ -109,11 +119,22 @@ class Trainer:
         )[0]
         return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, prefix: str = "heldout") -> dict[str, float]:
+        """Loss and bands on the held-out clips with the weights of this moment; empty without such clips. Collective."""
         self.engine.module.eval()
-        values = heldout_loss(self.cache, self.losses, self.stage.batch_size, self.scaling_factor, self.device)
+        table = heldout_table(
+            self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.scaling_factor, self.device
+        )
         self.engine.module.train()
-        return values
+        return {} if table is None else figures.losses(table, prefix) | figures.bands(table, prefix)
+
+    def _follow(self, done: int, table: torch.Tensor, hooks: Hooks) -> dict[str, float]:
+        """The indicator's numbers after ``done`` steps; says what it finds. The same on every rank: the table is."""
+        clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
+        reading = self.trend.update(done, spectrum.bands(table[figures.LOSS_ROWS :]), clips)
+        for move in reading.moves:
+            hooks.warn(move)
+        return figures.bands(table, "spectrum") | {f"spectrum/{name}": value for name, value in reading.values.items()}
 
     def _between(self, done: int, hooks: Hooks) -> None:
         """What is due after ``done`` steps. A validation comes before the save: its result is known when the checkpoint is kept."""

@@ -1,0 +1,123 @@
+"""What training's own forward pass says about fine detail: the x0 prediction against the true latents, band by band, at every step.
+
+The latents' orthonormal 3D DCT-II (rows, columns, frames; even at the borders, so that a picture's edge does not leak into the fine
+bands as in a Fourier transform) is divided into octaves. With ``p`` the coefficients of the predicted and ``t`` those of the true
+latents in a band, summed over clips, channels and frames:
+
+* recovered share ``<p, t> / <t, t>``: 1 where the model sees through the noise, 0 where it knows nothing;
+* energy ratio ``<p, p> / <t, t>``: of a model trained on such clips it equals the recovered share, because the mean is the best guess
+  under a squared error. Less: the prediction is softer than what is known; more: it invents detail that is not there;
+* expected share: what a Wiener filter that knows only the band's energy would recover at this timestep. It takes most of the spread by
+  timestep and by content out of the recovered share (:mod:`cogflow.sharpness.trend`).
+
+The true latents' own deviation and band shares show soft data and a wrong scaling factor before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+SPATIAL = ("low", "mid", "high")
+"""Radial frequency, as a share of Nyquist: below 1/4, below 1/2, above (the mean belongs to low)."""
+TEMPORAL = ("static", "slow", "fast")
+"""Temporal frequency: the mean over the latent frames, below 1/2 of Nyquist, above."""
+BANDS = SPATIAL + TEMPORAL
+QUARTERS = 4
+SUMS = ("truth", "cross", "predicted", "expected")
+ROWS = len(SUMS) * len(BANDS) + 2
+"""Columns of what :meth:`Spectrum.sums` gives: each of SUMS per band, then the sum and the number of the latents' elements."""
+
+
+class Spectrum:
+    """Band sums of latents ``[batch, frames, channels, h, w]``. Keeps the bases of each shape it has seen; no host sync after the first."""
+
+    def __init__(self) -> None:
+        self._bases: dict[tuple[int, int, int, torch.device], tuple[torch.Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def sums(self, predicted: torch.Tensor, truth: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+        """fp32 ``[batch, ROWS]`` on the latents' device.
+
+        ``predicted``, ``truth``: ``[batch, frames, channels, h, w]``, fp32; ``alphas_cumprod``: ``[batch]``, of each clip's timestep.
+        """
+        batch, frames, channels, height, width = truth.shape
+        in_time, in_rows, in_columns, masks, sizes = self._basis(frames, height, width, truth.device)
+        both = torch.cat([predicted.detach().float(), truth.detach().float()])
+        coefficients = in_rows @ (both @ in_columns.T)
+        coefficients = (in_time @ coefficients.reshape(2 * batch, frames, -1)).view(2, batch, frames, channels, height * width)
+        p, t = coefficients.unbind(0)
+        energies = torch.stack([(t * t).sum(2), (p * t).sum(2), (p * p).sum(2)])
+        by_band = energies.view(3, batch, -1) @ masks
+        noise = ((1.0 - alphas_cumprod) / alphas_cumprod.clamp(min=1e-8)).float()[:, None]
+        density = by_band[0] / (channels * sizes)
+        by_band = torch.cat([by_band, (by_band[0] * density / (density + noise))[None]])
+        flat = both[batch:].flatten(1)
+        own = torch.stack([flat.sum(1), torch.full_like(flat[:, 0], flat.shape[1])], 1)
+        return torch.cat([by_band.permute(1, 0, 2).reshape(batch, -1), own], 1)
+
+    def _basis(self, frames: int, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        key = (frames, height, width, device)
+        if key not in self._bases:
+            masks = band_masks(frames, height, width)
+            bases = (dct_matrix(frames), dct_matrix(height), dct_matrix(width), masks, masks.sum(0).clamp(min=1.0))
+            self._bases[key] = tuple(basis.float().to(device) for basis in bases)
+        return self._bases[key]
+
+
+def dct_matrix(size: int) -> torch.Tensor:
+    """Orthonormal DCT-II as a matrix ``[size, size]``, fp64: ``coefficients = matrix @ values``."""
+    index = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (index[None] + 0.5) * index[:, None]) * math.sqrt(2.0 / size)
+    matrix[0] = math.sqrt(1.0 / size)
+    return matrix
+
+
+def band_masks(frames: int, height: int, width: int) -> torch.Tensor:
+    """0 or 1, ``[frames * height * width, bands]`` fp64: which coefficient belongs to which of BANDS (one spatial, one temporal)."""
+    rows, columns = torch.arange(height) / height, torch.arange(width) / width
+    radius = (rows[:, None].square() + columns[None].square()).sqrt().expand(frames, height, width)
+    time = (torch.arange(frames) / frames)[:, None, None].expand_as(radius)
+    parts = (radius < 0.25, (radius >= 0.25) & (radius < 0.5), radius >= 0.5, time == 0, (time > 0) & (time < 0.5), time >= 0.5)
+    return torch.stack([part.reshape(-1) for part in parts], 1).double()
+
+
+@dataclass(frozen=True)
+class Band:
+    """One band in one quarter, as shares of the true energy there: what is recovered, the prediction's energy, and what is expected."""
+
+    recovered: float
+    energy: float
+    expected: float
+
+
+def bands(table: torch.Tensor) -> dict[tuple[str, int], Band]:
+    """(band, quarter 1..4) of summed rows ``[ROWS, 4]`` (CPU); what has no energy is left out."""
+    found = {}
+    for place, name in enumerate(BANDS):
+        truth, cross, predicted, expected = (table[row * len(BANDS) + place].tolist() for row in range(len(SUMS)))
+        for quarter in range(QUARTERS):
+            if truth[quarter] > 0:
+                e = truth[quarter]
+                found[name, quarter + 1] = Band(cross[quarter] / e, predicted[quarter] / e, expected[quarter] / e)
+    return found
+
+
+def metrics(table: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Flat names for summed rows ``[ROWS, 4]``: ``<prefix>/high_q1`` (recovered share), ``<prefix>/high_energy_q1`` (energy ratio), the
+    same for every band and quarter that had a clip; ``<prefix>/latent_std`` (deviation of the scaled latents) and ``<prefix>/latent_high``,
+    ``_mid``, ``_slow``, ``_fast`` (shares of the true latents' energy). Six digits: metrics.jsonl is long enough."""
+    values = {}
+    for (name, quarter), band in bands(table).items():
+        values[f"{prefix}/{name}_q{quarter}"] = band.recovered
+        values[f"{prefix}/{name}_energy_q{quarter}"] = band.energy
+    total, count = table[-2:].sum(1).tolist()
+    energy = dict(zip(BANDS, table[: len(BANDS)].sum(1).tolist(), strict=True))
+    # The transform is orthonormal: the bands' energies add up to the sum of squares.
+    squares = sum(energy[name] for name in SPATIAL)
+    if count > 0 and squares > 0:
+        values[f"{prefix}/latent_std"] = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+        values |= {f"{prefix}/latent_{name}": energy[name] / squares for name in ("mid", "high", "slow", "fast")}
+    return {name: float(f"{value:.6g}") for name, value in values.items()}

@@ -1,86 +1,117 @@
-"""The sharpness panel: three numbers per clip, from raw frames, and the comparison of two clips that should look the same.
+"""The sharpness panel: some numbers per clip, from raw frames, computed on the device they are on. No weights.
 
-* ``wavelet_ratio``: log of the db2 wavelet energy of the second-finest band over that of the third, on luma. Falls with blur;
-  a ratio of two bands does not see contrast, and leaving out the finest band it is little moved by grain.
-* ``blur_effect``: 1 minus the blur effect of Crete et al. (``skimage.measure.blur_effect``), 0 (blurred) to 1 (sharp).
-* ``contrast``: standard deviation of luma (0..1). No measure of blur: a wrong VAE scale changes it, and it is its own alarm.
-
-Content moves these as much as blur does, so that numbers of different clips say little: compare the same prompt and noise.
+Content moves most channels as much as blur does, so that numbers of different clips say little: compare the same prompt and noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-import pywt
 import torch
-from skimage.measure import blur_effect
+from torch import Tensor
 
-LUMA = np.array([0.299, 0.587, 0.114])
-MAX_FRAMES = 16  # measured, evenly spread; a 49-frame clip at 480x720 takes 0.6 s on one core
-FLOOR = 1e-8  # energy of a flat frame; far below that of 8-bit rounding (1.3e-6)
-NULL_DEVIATION = {"wavelet_ratio": 0.053, "blur_effect": 0.022}
-"""Standard deviation of the paired log ratio with nothing wrong (27 contents at 480x720, variants of the same content). A
-Gaussian of sigma 1 moves them by -0.55 and -0.17."""
-ALARM = -4.0
-"""A log ratio below this many null deviations (-0.21 and -0.088) makes a clip blurrier. On drawn clips at 64x96, whose fine
-texture is faint, a Gaussian of sigma 1 moves the wavelet ratio by -0.16 to -0.51."""
+from cogflow.sharpness import artefacts, spatial, temporal, tone
+from cogflow.sharpness.frames import Views, as_clips, views
+
+Panel = dict[str, float]
+"""Channel name to value; always finite."""
 
 
-def measure(frames: torch.Tensor | np.ndarray) -> dict[str, float]:
-    """The panel of one clip. ``frames``: ``[T, H, W, 3]`` sRGB, uint8 or float in 0..1; at least 24 pixels high and wide.
+@dataclass(frozen=True)
+class Channel:
+    """One number of the panel. ``scale`` log: a change is the log of candidate over reference, each raised by ``floor``; difference: it is
+    candidate minus reference, for what is a log or a share already. ``group``: blur, tone, grain, motion or artefact."""
 
-    Means over at most 16 frames, evenly spread. Raises ``ValueError`` for another shape.
-    """
-    luma = _luma(frames)
-    picked = luma[np.unique(np.linspace(0, len(luma) - 1, min(len(luma), MAX_FRAMES)).round().astype(int))]
-    energies = np.mean([_band_energies(frame) for frame in picked], axis=0)
+    name: str
+    title: str
+    group: str
+    scale: str
+    sees: str
+    floor: float = 1e-6
+
+
+_CHANNELS = (
+    Channel("wavelet_ratio", "wavelet ratio", "blur", "difference", "blur: fine detail over coarser detail"),
+    Channel("edge_sharpness", "edge sharpness", "blur", "log", "blur: the slope of strong edges"),
+    Channel("blur_effect", "blur effect", "blur", "log", "blur: what a box filter would still take away"),
+    Channel("contrast", "contrast", "tone", "log", "contrast of luma", 1e-3),
+    Channel("brightness", "brightness", "tone", "difference", "mean luma"),
+    Channel("haze", "dark level", "tone", "difference", "a veil over dark tones"),
+    Channel("saturation", "saturation", "tone", "log", "strength of colour", 1e-2),
+    Channel("clipped", "clipped", "tone", "difference", "share of pixels at the ends of the range"),
+    Channel("grain", "grain", "grain", "log", "noise in smooth places", 1e-3),
+    Channel("motion", "motion", "motion", "difference", "change from frame to frame, as a log"),
+    Channel("temporal_sharpness", "temporal sharpness", "motion", "difference", "smear in time: quick change over slow change, as a log"),
+    Channel("repeated", "repeated frames", "motion", "difference", "share of frames that repeat the one before"),
+    Channel("artefacts", "artefacts", "artefact", "difference", "a grid of blocks, as a log"),
+    Channel("finite", "finite values", "artefact", "difference", "share of values that are numbers"),
+)
+CHANNELS: dict[str, Channel] = {channel.name: channel for channel in _CHANNELS}
+
+
+def measure(frames: Tensor | np.ndarray) -> Panel:
+    """The panel of one clip ``[T, H, W, 3]``, sRGB, uint8 or float in 0..1, at least 24 pixels high and wide. Raises ``ValueError``."""
+    return measure_batch(torch.as_tensor(frames)[None])[0]
+
+
+@torch.no_grad()
+def measure_batch(clips: Tensor | np.ndarray) -> list[Panel]:
+    """The panels of ``[N, T, H, W, 3]``; computed where the clips are, handed over in one transfer at the end."""
+    seen = views(as_clips(clips))
+    values = torch.stack(list(_values(seen).values()), dim=1).double().cpu().tolist()
+    return [dict(zip(CHANNELS, row, strict=True)) for row in values]
+
+
+def change(name: str, candidate: float, reference: float) -> float:
+    """How far ``candidate`` is from ``reference`` on the channel's scale (:class:`Channel`); 0 when they are equal."""
+    channel = CHANNELS[name]
+    if channel.scale == "difference":
+        return candidate - reference
+    return math.log((candidate + channel.floor) / (reference + channel.floor))
+
+
+def _values(seen: Views) -> dict[str, Tensor]:
+    """Channel name to ``[N]``."""
+    clips, count = seen.luma.shape[:2]
+    luma = seen.luma.flatten(0, 1)
+    colour = seen.colour.flatten(0, 1)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.unflatten(0, (clips, count)).mean(dim=1)
+
+    def of_luma(metric: Callable[[Tensor], Tensor]) -> Tensor:
+        return mean(metric(luma))
+
+    finest, second, third = spatial.bands(luma)
+    fine, coarse = mean(spatial.band_energy(second)), mean(spatial.band_energy(third))
+    found = {
+        "wavelet_ratio": ((fine + 1e-8) / (coarse + 1e-8)).log(),
+        "edge_sharpness": of_luma(spatial.edge_sharpness),
+        "blur_effect": of_luma(spatial.blur_effect),
+        "contrast": of_luma(tone.contrast),
+        "brightness": of_luma(tone.brightness),
+        "haze": of_luma(tone.dark_level),
+        "saturation": mean(tone.saturation(colour, luma)),
+        "clipped": mean(tone.clipped(colour)),
+        "grain": mean(spatial.noise_deviation(finest[2])),
+        **_in_time(seen),
+        "repeated": seen.repeated,
+        "artefacts": of_luma(artefacts.grid),
+        "finite": seen.finite,
+    }
+    return {name: found[name] for name in CHANNELS}
+
+
+def _in_time(seen: Views) -> dict[str, Tensor]:
+    clips, count = seen.triples.shape[:2]
+    if count == 0:  # too short to tell
+        return {"motion": seen.luma.new_zeros(clips), "temporal_sharpness": seen.luma.new_zeros(clips)}
+    change_, bend, variance = (part.unflatten(0, (clips, count)).mean(dim=1) for part in temporal.energies(seen.triples.flatten(0, 1)))
+    floor = temporal.FLOOR
     return {
-        "wavelet_ratio": float(np.log((energies[0] + FLOOR) / (energies[1] + FLOOR))),
-        "blur_effect": float(np.mean([_crete(frame) for frame in picked])),
-        "contrast": float(np.mean([frame.std() for frame in picked])),
+        "motion": ((change_ + floor) / (variance + floor)).log(),
+        "temporal_sharpness": ((bend + floor) / (change_ + floor)).log(),
     }
-
-
-def compare(candidate: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, Any]:
-    """Per metric the natural log of candidate over reference, ``z`` and ``blurrier``, for two panels of the same content.
-
-    ``z`` is the lower of the two blur metrics' log ratios in null deviations; below -4 the candidate is ``blurrier``. Contrast
-    has no part in it.
-    """
-    ratios = {
-        # Already a log.
-        "wavelet_ratio": candidate["wavelet_ratio"] - reference["wavelet_ratio"],
-        "blur_effect": _log_ratio(candidate["blur_effect"], reference["blur_effect"]),
-        "contrast": _log_ratio(candidate["contrast"], reference["contrast"]),
-    }
-    z = min(ratios[name] / deviation for name, deviation in NULL_DEVIATION.items())
-    return {**ratios, "z": z, "blurrier": z < ALARM}
-
-
-def _luma(frames: torch.Tensor | np.ndarray) -> np.ndarray:
-    array = frames.detach().cpu().float().numpy() if isinstance(frames, torch.Tensor) and frames.is_floating_point() else np.asarray(frames)
-    if array.ndim != 4 or array.shape[-1] != 3 or len(array) == 0:
-        raise ValueError(f"frames are [T, H, W, 3], not {list(array.shape)}")
-    scale = 255.0 if array.dtype == np.uint8 else 1.0
-    return array.astype(np.float64) @ (LUMA / scale)
-
-
-def _band_energies(frame: np.ndarray) -> tuple[float, float]:
-    """Mean squared detail coefficient of the second-finest and of the third band."""
-    _, third, second, _ = pywt.wavedec2(frame, "db2", level=3)
-    return tuple(float(np.mean([np.square(detail).mean() for detail in band])) for band in (second, third))  # type: ignore[return-value]
-
-
-def _crete(frame: np.ndarray) -> float:
-    if np.ptp(frame) < 1 / 512:
-        return 0.0  # the blur effect of a flat frame is 0 / 0
-    return 1.0 - float(blur_effect(frame))
-
-
-def _log_ratio(one: float, other: float) -> float:
-    tiny = 1e-6
-    return math.log((one + tiny) / (other + tiny))

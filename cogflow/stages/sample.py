@@ -15,7 +15,8 @@ from cogflow.sampling import gallery
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.sampling.source import is_frames, read_clips
-from cogflow.sharpness.panel import compare, measure
+from cogflow.sharpness.panel import measure
+from cogflow.sharpness.verdict import compare
 from cogflow.tracking.console import say, table
 from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
@@ -135,18 +136,9 @@ def conclude(
 
 
 def against(panels: Panels, others: Panels) -> dict[str, Any]:
-    """Clip by clip when the names agree, else mean against mean; the median over the pairs decides."""
+    """The verdict as a record: clip by clip when the names agree, else as two groups."""
     if not others:
         raise CheckpointError("The reference holds no clip.", "Give videos or frames.")
-    shared = [name for name in panels if name in others]
-    if shared and len(shared) == len(panels):
-        pairs = [compare(panels[name], others[name]) for name in shared]
-        pairing = f"{len(pairs)} clips, pair by pair"
-    else:
-        pairs, pairing = [compare(mean(panels), mean(others))], "other names, mean against mean"
-    middle = sorted(pairs, key=lambda pair: pair["z"])[(len(pairs) - 1) // 2]
-    return {**middle, "pairing": pairing}
-
-
-def mean(panels: Panels) -> dict[str, float]:
-    return {key: sum(panel[key] for panel in panels.values()) / len(panels) for key in next(iter(panels.values()))}
+    verdict = compare(panels, others)
+    soft = any(finding.kind == "soft" and finding.level == "alarm" for finding in verdict.findings)
+    return {"blurrier": soft, "z": verdict.changes["blur"].z, "pairing": verdict.pairing, "line": verdict.line()}

@@ -1,0 +1,159 @@
+"""What is wrong with a clip or a set of clips, held against a reference: findings with names, each from the channels that see it.
+
+People call many things blurry. Each has a kind of its own here, every rule looks both ways where there are two ways, and a wrong VAE
+scale, which *raises* blur metrics, ends as washed out or full of artefacts instead of as sharp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cogflow.sharpness.nulls import NULLS
+from cogflow.sharpness.panel import CHANNELS, Panel, change
+
+KINDS: dict[str, str] = {
+    "soft": "lost fine detail",
+    "washed_out": "lost contrast",
+    "hazy": "a veil over dark tones",
+    "smeared": "smeared in time",
+    "over_sharpened": "sharper than it should be",
+    "grainy": "more noise",
+    "saturated": "more colour or clipping",
+    "frozen": "less motion",
+    "identical": "frames repeat each other",
+    "black": "nothing but black",
+    "artefacts": "patterns no camera makes",
+    "non_finite": "values that are no numbers",
+}
+WARNING, ALARM = 3.0, 4.0
+BLUR_CHANNELS = ("wavelet_ratio", "edge_sharpness", "blur_effect")
+BEST_SHARE = 1 / math.sqrt(8)  # of a pair's deviation, that the mean over many pairs still has: drift that they share does not average out
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. ``level`` warning or alarm, ``channel`` the one that leads, ``size`` its change, ``z`` that in null deviations."""
+
+    kind: str
+    level: str
+    channel: str
+    size: float
+    z: float
+    rung: int | None = None
+    since: int | None = None
+
+    def line(self) -> str:
+        """One plain sentence."""
+        title = CHANNELS[self.channel].title if self.channel in CHANNELS else self.channel
+        where = "" if self.rung is None else f" at rung {self.rung}"
+        since = "" if self.since is None else f", since step {self.since}"
+        return f"{self.level}: {self.kind.replace('_', ' ')}{where} ({KINDS.get(self.kind, self.kind)}): {title} {self.size:+.3g}, z {self.z:+.1f}{since}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A channel's change: the median over the pairs, its 95 % interval (bootstrap; the value itself for one pair), and z."""
+
+    size: float
+    low: float
+    high: float
+    z: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``changes``: of every channel and of ``blur``. ``worse``: some finding is an alarm."""
+
+    findings: list[Finding]
+    changes: dict[str, Change]
+    pairing: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def worse(self) -> bool:
+        return any(finding.level == "alarm" for finding in self.findings)
+
+    def line(self) -> str:
+        """All findings, or that there is none."""
+        told = "; ".join(finding.line() for finding in self.findings) or "nothing wrong"
+        return f"{told} ({self.pairing})"
+
+
+def blur(changes: Mapping[str, float]) -> float:
+    """The blur composite: the mean of the blur channels' changes, each in null deviations. Below zero is blurrier."""
+    return float(np.mean([changes[name] / NULLS[name].variants for name in BLUR_CHANNELS]))
+
+
+def changes_of(candidate: Panel, reference: Panel) -> dict[str, float]:
+    """Every channel's change, and ``blur``."""
+    found = {name: change(name, candidate[name], reference[name]) for name in CHANNELS}
+    return found | {"blur": blur(found)}
+
+
+def compare(candidate: Panel | Mapping[str, Panel], reference: Panel | Mapping[str, Panel], null: str = "variants") -> Verdict:
+    """Judge ``candidate`` against ``reference``: two panels of the same content, or panels by name.
+
+    Equal names are compared pair by pair; other names as two groups, mean against mean, with the wider null of other contents.
+    ``null`` (rounding or variants) says what a pair may differ in. Raises ``ValueError`` for an empty mapping.
+    """
+    ours, theirs = _named(candidate), _named(reference)
+    if not ours or not theirs:
+        raise ValueError("there is nothing to compare")
+    if set(ours) == set(theirs):
+        rows = [changes_of(ours[name], theirs[name]) for name in ours]
+        pairing = f"{len(rows)} clips, pair by pair"
+        scale = max(BEST_SHARE, 1 / math.sqrt(len(rows)))
+    else:
+        rows, null = [changes_of(_mean(ours), _mean(theirs))], "contents"
+        pairing = f"{len(ours)} clips against {len(theirs)} others, mean against mean"
+        scale = max(BEST_SHARE, math.sqrt((1 / len(ours) + 1 / len(theirs)) / 2))
+    changes = {name: _change([row[name] for row in rows], getattr(NULLS[name], null) * scale) for name in rows[0]}
+    return Verdict(_findings(changes, _mean(ours)), changes, pairing)
+
+
+def _named(panels: Any) -> dict[str, Panel]:
+    return {"": panels} if isinstance(next(iter(panels.values()), None), float | int) else dict(panels)
+
+
+def _mean(panels: Mapping[str, Panel]) -> Panel:
+    return {name: float(np.mean([panel[name] for panel in panels.values()])) for name in CHANNELS}
+
+
+def _change(values: list[float], deviation: float) -> Change:
+    middle = float(np.median(values))
+    picks = np.random.default_rng(0).integers(0, len(values), (200, len(values)))
+    low, high = np.quantile(np.median(np.asarray(values)[picks], axis=1), [0.025, 0.975])
+    return Change(middle, float(low), float(high), middle / deviation)
+
+
+def _findings(changes: Mapping[str, Change], panel: Panel) -> list[Finding]:
+    """``panel``: the candidate's own, for what needs no reference."""
+    found: list[Finding] = []
+
+    def add(kind: str, channel: str, z: float, level: str | None = None) -> None:
+        if level or z >= WARNING:
+            found.append(Finding(kind, level or ("alarm" if z >= ALARM else "warning"), channel, changes[channel].size, changes[channel].z))
+
+    z = {name: one.z for name, one in changes.items()}
+    if panel["finite"] < 1:
+        add("non_finite", "finite", 0, "alarm")
+    if panel["brightness"] < 0.03 and panel["contrast"] < 0.03 and z["contrast"] < -WARNING:
+        add("black", "brightness", 0, "alarm")
+    if changes["repeated"].size > 0.3:
+        add("identical", "repeated", 0, "alarm")
+    else:
+        add("frozen", "motion", -z["motion"])
+    add("soft", "blur", -z["blur"])
+    add("over_sharpened", "blur", z["blur"])
+    add("washed_out", "contrast", -z["contrast"])
+    add("hazy", "haze", z["haze"])
+    add("smeared", "temporal_sharpness", -z["temporal_sharpness"])
+    add("grainy", "grain", z["grain"])
+    add("saturated", "saturation", z["saturation"])
+    add("artefacts", "artefacts", abs(z["artefacts"]))
+    return found

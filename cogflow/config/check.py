@@ -51,6 +51,10 @@ def below_one(value: float) -> str | None:
     return None if 0 <= value < 1 else "it should be 0 or more, and less than 1."
 
 
+def share(value: float) -> str | None:
+    return None if 0 < value <= 1 else "it should be more than 0 and at most 1."
+
+
 def one_of(*choices: str) -> Rule:
     return lambda value: None if value in choices else f"it should be one of {', '.join(choices)}.{did_you_mean(nearest(value, choices))}"
 
@@ -126,7 +130,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "warmup_steps": at_least(0), "schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": within(0, 1),
         "text_dropout": within(0, 1), "ema_decay": below_one, "seed": at_least(0), "resume": filled, "save_every": at_least(0),
         "sample_every": at_least(0), "evaluate_every": at_least(0), "keep_last": at_least(1),
+        "keep_best": at_least(0), "on_blur": one_of("warn", "stop", "rollback"),
     },
+    "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
     "ExportStage": {
         "weights": one_of("auto", "model", "ema"), "dtype": one_of(*DTYPES), "to": one_of("diffusers", "sat"),
         "max_shard_size": shard_size, "components": components, "masters": one_of("auto", "fp32", "bf16"),
@@ -198,6 +204,24 @@ def _between(config: Config) -> Iterator[Problem]:
     if isinstance(train, TrainStage) and train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
         guess = did_you_mean(nearest(train.resume, ("auto", "never")))
         yield Problem(f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}", (f"{path}.resume",))
+    if isinstance(train, TrainStage):
+        yield from _watched(train, path)
+
+
+def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
+    """Policies that need samples to judge by, and checkpoints to go back to."""
+    for key, wanted in (("on_blur", train.on_blur != "warn"), ("keep_best", train.keep_best > 0)):
+        if wanted and not 0 < train.sample_every < train.steps:
+            yield Problem(
+                f"{path}.{key}={getattr(train, key)}: without samples before the last step nothing shows blur; give {path}.sample_every, "
+                f"such as {max(1, train.steps // 4)}.",
+                (f"{path}.{key}", f"{path}.sample_every"),
+            )
+    if train.on_blur == "rollback" and not 0 < train.save_every < train.steps:
+        yield Problem(
+            f"{path}.on_blur=rollback: there is no checkpoint to go back to; give {path}.save_every, such as {max(1, train.sample_every)}.",
+            (f"{path}.on_blur", f"{path}.save_every"),
+        )
 
 
 def _deepspeed(deepspeed: Any) -> Iterator[Problem]:

@@ -85,6 +85,14 @@ class PrepareStage:
 
 
 @dataclass(frozen=True)
+class RollbackConfig:
+    """What is changed when stage.on_blur=rollback goes back to the last sharp checkpoint."""
+
+    learning_rate_ratio: float = 1.0  # the learning rate is multiplied by it; 1: nothing is changed, so the run stops there
+    most: int = 2  # times a run goes back; the next alarm stops it
+
+
+@dataclass(frozen=True)
 class TrainStage:
     name: str = "train"  # chosen by stage=train
     steps: int = 150  # optimizer steps
@@ -106,7 +114,10 @@ class TrainStage:
     save_every: int = 75  # 0: only at the end
     sample_every: int = 75  # 0: never
     evaluate_every: int = 25  # held-out loss; 0: never
-    keep_last: int = 2  # checkpoints kept
+    keep_last: int = 2  # checkpoints kept; the newest that a quiet validation proved sharp is kept besides
+    keep_best: int = 0  # checkpoints kept besides: the best by the watch over the samples, ties by held-out loss
+    on_blur: str = "warn"  # on an alarm over the samples: warn | stop (exit code 3) | rollback (to the last sharp checkpoint)
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)  # of on_blur=rollback
 
 
 @dataclass(frozen=True)

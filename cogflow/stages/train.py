@@ -19,7 +19,6 @@ from cogflow.models import components
 from cogflow.sampling import gallery
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Request, Sampler, requests
-from cogflow.sharpness.trend import Trend
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 from cogflow.tracking.record import write_record
@@ -71,7 +70,7 @@ def run(config: Config) -> None:
                 save=lambda done: prepared.save(done, folder),
                 stop=lambda: request.anywhere(prepared.device),
                 advance=lambda note: bar.advance(1, note),
-                warn=lambda move: tracker.alert(f"fine detail: {move.kind}", move.line()),
+                warn=tracker.alert,
             )
             prepared.trainer.run(step, hooks)
         tracker.artifact(
@@ -146,7 +145,7 @@ class Prepared:
         if found is None:
             return 0
         trainer = checkpoint.load(found, self.engine, self.ema)
-        self.trainer.trend = Trend(trainer.get("trend"))
+        self.trainer.load(trainer)
         return int(trainer["step"])
 
     def validate(self, done: int, folder: Path, tracker: Any) -> None:
@@ -182,7 +181,7 @@ class Prepared:
             "identity": identity(self.config, self.cache),
             "settings": {key: getattr(self.stage, key) for key in TUNABLE},
             "ema_updates": self.ema.updates if self.ema is not None else 0,
-            "trend": self.trainer.trend.state(),
+            **self.trainer.state(),
         }
         checkpoint.save(folder / "checkpoints", done, self.engine, self.ema, trainer)
         checkpoint.remove_old(folder / "checkpoints", self.stage.keep_last)

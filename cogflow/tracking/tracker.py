@@ -63,7 +63,7 @@ class Tracker:
     def artifact(self, name: str, type: str, files: Path | Iterable[Path], uses: Sequence[str] = ()) -> None:
         pass
 
-    def alert(self, title: str, text: str, level: str = "WARN") -> None:
+    def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
         pass
 
 
@@ -146,10 +146,16 @@ class MainTracker(Tracker):
         self._event("artifact", name=self._artifact_name(name), type=type, **facts)
         self._run.artifact(self._artifact_name(name), type, members, facts, upload=upload, uses=inputs)
 
-    def alert(self, title: str, text: str, level: str = "WARN") -> None:
-        """Tell whoever watches: a line on the console, the report, W&B. ``level``: INFO, WARN or ERROR."""
+    def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
+        """Tell whoever watches: a line on the console, the report, W&B. ``level``: INFO, WARN or ERROR.
+
+        ``picture`` (png or jpg) shows what is meant; W&B's alerts are text, so it gets it as an image ``alerts/<title>`` beside.
+        """
         say(f"{'note' if level == 'INFO' else 'warning' if level == 'WARN' else 'error'}: {title}: {text}")
-        self._event("alert", title=title, text=text, level=level)
+        shown = {} if picture is None else {"picture": self._relative(picture)}
+        self._event("alert", title=title, text=text, level=level, **shown)
+        if picture is not None and self._config.tracking.videos and (media := self._run.media("image", picture, text)) is not None:
+            self._run.log(self._run.last_step, {f"alerts/{title}": media})
         self._run.alert(title, text, level)
 
     def _event(self, kind: str, **facts: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,15 @@ from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
 from cogflow.models.rotary import rotary_tables
 from cogflow.sharpness import spectrum
-from cogflow.sharpness.trend import Move, Trend
+from cogflow.sharpness.trend import Trend
 from cogflow.training import figures
+from cogflow.training.averages import Averages
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.heldout import heldout_table
 from cogflow.training.objective import Losses, noised, velocity_loss
+from cogflow.training.rollback import Rollback, rate_factor
 from cogflow.training.schedule import learning_rate
 
 
@@ -37,7 +39,7 @@ class Hooks:
     save: Callable[[int], None]
     stop: Callable[[], bool]
     advance: Callable[[str], None]
-    warn: Callable[[Move], None]
+    warn: Callable[[str, str], None]
 
 
 class Trainer:
@@ -55,6 +57,9 @@ class Trainer:
         self.scaling_factor, self.device, self.dtype = scaling_factor, device, dtype
         self.log_every = config.tracking.log_every
         self.spectrum, self.trend = spectrum.Spectrum(), Trend()
+        self.averages = Averages()
+        self._heldout: dict[str, Any] | None = None
+        self.rollbacks: Sequence[Rollback] = ()
         self._rotary: dict[tuple[int, ...], Any] = {}
 
     def run(self, start: int, hooks: Hooks) -> None:
@@ -91,7 +96,7 @@ class Trainer:
                 )
             table += reduced
             self.engine.backward(losses.mean)
-            rate = learning_rate(step, self.stage)
+            rate = learning_rate(step, self.stage) * rate_factor(self.rollbacks, step)
             self.engine.step(rate)
         norm = self.engine.gradient_norm()
         if not math.isfinite(norm) and self.dtype != torch.float16:
@@ -128,19 +133,48 @@ class Trainer:
         self.engine.module.train()
         return {} if table is None else figures.losses(table, prefix) | figures.bands(table, prefix)
 
+    def _evaluate(self, done: int, hooks: Hooks) -> None:
+        """The held-out figures of the model, and of its averages where there are any."""
+        values = self.evaluate()
+        if not values:
+            return
+        self._heldout = {"step": done, "loss": values["heldout/loss"]}
+        hooks.log(done, values)
+        if self.ema is None:
+            return
+        with self.ema.applied(self.engine):
+            averages = self.evaluate("ema")
+        averages["ema/heldout_loss"] = averages.pop("ema/loss")
+        hooks.log(done, averages)
+        if line := self.averages.update(done, values["heldout/loss"], averages["ema/heldout_loss"]):
+            hooks.warn("ema_behind: the averages stay behind", line)
+
+    def heldout_loss(self, step: int) -> float | None:
+        """The held-out loss after ``step`` steps, when it was the last one to be measured."""
+        return self._heldout["loss"] if self._heldout and self._heldout["step"] == step else None
+
+    def state(self) -> dict[str, Any]:
+        """What the followers of the losses know, for a checkpoint's ``trainer.json``."""
+        return {"trend": self.trend.state(), "averages": self.averages.state(), "heldout": self._heldout}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.trend, self.averages = Trend(state.get("trend")), Averages(state.get("averages"))
+        self._heldout = state.get("heldout")
+
     def _follow(self, done: int, table: torch.Tensor, hooks: Hooks) -> dict[str, float]:
         """The indicator's numbers after ``done`` steps; says what it finds. The same on every rank: the table is."""
         clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
         reading = self.trend.update(done, spectrum.bands(table[figures.LOSS_ROWS :]), clips)
         for move in reading.moves:
-            hooks.warn(move)
+            hooks.warn(f"fine detail: {move.kind} ({move.level})", move.line())
         return figures.bands(table, "spectrum") | {f"spectrum/{name}": value for name, value in reading.values.items()}
 
     def _between(self, done: int, hooks: Hooks) -> None:
         """What is due after ``done`` steps. A validation comes before the save: its result is known when the checkpoint is kept."""
         stage = self.stage
-        if due(done, stage.evaluate_every, stage.steps) and (values := self.evaluate()):
-            hooks.log(done, values)
+        if due(done, stage.evaluate_every, stage.steps):
+            self._evaluate(done, hooks)
         if due(done, stage.sample_every, stage.steps):
             hooks.validate(done)
         if done > 0 and (done == stage.steps or (stage.save_every and done % stage.save_every == 0)):

@@ -1,0 +1,68 @@
+"""Which checkpoints stay: the newest, the best by what the watch saw, and the last one that is known to be sharp."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogflow import ranks
+from cogflow.errors import CheckpointError
+from cogflow.training.checkpoint import STEP, read_trainer
+
+SHARP = ("quiet", "learning")
+"""Levels of the watch at which nothing is wrong."""
+
+
+def step_of(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def all_of(folder: Path) -> list[Path]:
+    """The checkpoints below ``folder``, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if STEP.match(path.name)), key=step_of)
+
+
+def last_sharp(folder: Path, quiet: int | None) -> Path | None:
+    """The newest checkpoint that is not younger than ``quiet``, the step of the last validation at which nothing was wrong."""
+    paths = [path for path in all_of(folder) if quiet is not None and step_of(path) <= quiet]
+    return paths[-1] if paths else None
+
+
+def rank(verdict: Mapping[str, Any] | None) -> tuple[float, float]:
+    """What checkpoints are ordered by, higher is better: the watch's score, then the held-out loss. Nothing known is worst."""
+    if not verdict or verdict.get("score") is None:
+        return -math.inf, -math.inf
+    loss = verdict.get("heldout_loss")
+    return float(verdict["score"]), -math.inf if loss is None else -float(loss)
+
+
+def to_delete(
+    paths: Sequence[Path], verdicts: Mapping[Path, Mapping[str, Any] | None], *, last: int, best: int, sharp: Path | None
+) -> list[Path]:
+    """Those of ``paths`` (oldest first) that nothing keeps. Of equally good ones the newer stays."""
+    judged = [path for path in paths if rank(verdicts.get(path))[0] > -math.inf]
+    judged.sort(key=lambda path: (*rank(verdicts[path]), step_of(path)), reverse=True)
+    kept = {*paths[-max(1, last) :], *judged[:best], *([sharp] if sharp else [])}
+    return [path for path in paths if path not in kept]
+
+
+def remove_old(folder: Path, *, last: int, best: int, quiet: int | None) -> None:
+    """Delete what nothing keeps. Called after a new checkpoint is published, so one is always there. Rank 0 works."""
+    if not ranks.is_main():
+        return
+    paths = all_of(folder)
+    for path in to_delete(paths, {path: verdict_of(path) for path in paths}, last=last, best=best, sharp=last_sharp(folder, quiet)):
+        shutil.rmtree(path)
+
+
+def verdict_of(path: Path) -> dict[str, Any] | None:
+    """What its validation said of a checkpoint, of that very step; ``None`` when there was none."""
+    try:
+        trainer = read_trainer(path)
+    except CheckpointError:
+        return None
+    verdict = trainer.get("validation")
+    return verdict if isinstance(verdict, dict) and verdict.get("step") == trainer.get("step") else None

@@ -7,8 +7,9 @@ latents in a band, summed over clips, channels and frames:
 * recovered share ``<p, t> / <t, t>``: 1 where the model sees through the noise, 0 where it knows nothing;
 * energy ratio ``<p, p> / <t, t>``: of a model trained on such clips it equals the recovered share, because the mean is the best guess
   under a squared error. Less: the prediction is softer than what is known; more: it invents detail that is not there;
-* expected share: what a Wiener filter that knows only the band's energy would recover at this timestep. It takes most of the spread by
-  timestep and by content out of the recovered share (:mod:`cogflow.sharpness.trend`).
+* expected share: what a Wiener filter that knows each true coefficient's size ``t^2`` would recover at this timestep, the sum of
+  ``t^4 / (t^2 + noise)``. It takes most of the spread by timestep and by content out of the recovered share
+  (:mod:`cogflow.sharpness.trend`).
 
 The true latents' own deviation and band shares show soft data and a wrong scaling factor before the first step.
 """
@@ -44,16 +45,15 @@ class Spectrum:
         ``predicted``, ``truth``: ``[batch, frames, channels, h, w]``, fp32; ``alphas_cumprod``: ``[batch]``, of each clip's timestep.
         """
         batch, frames, channels, height, width = truth.shape
-        in_time, in_rows, in_columns, masks, sizes = self._basis(frames, height, width, truth.device)
+        in_time, in_rows, in_columns, masks = self._basis(frames, height, width, truth.device)
         both = torch.cat([predicted.detach().float(), truth.detach().float()])
         coefficients = in_rows @ (both @ in_columns.T)
         coefficients = (in_time @ coefficients.reshape(2 * batch, frames, -1)).view(2, batch, frames, channels, height * width)
         p, t = coefficients.unbind(0)
-        energies = torch.stack([(t * t).sum(2), (p * t).sum(2), (p * p).sum(2)])
-        by_band = energies.view(3, batch, -1) @ masks
-        noise = ((1.0 - alphas_cumprod) / alphas_cumprod.clamp(min=1e-8)).float()[:, None]
-        density = by_band[0] / (channels * sizes)
-        by_band = torch.cat([by_band, (by_band[0] * density / (density + noise))[None]])
+        power = t * t
+        noise = ((1.0 - alphas_cumprod) / alphas_cumprod.clamp(min=1e-8)).float().view(-1, 1, 1, 1)
+        rows = torch.stack([power.sum(2), (p * t).sum(2), (p * p).sum(2), (power.square() / (power + noise)).sum(2)])
+        by_band = rows.view(len(SUMS), batch, -1) @ masks
         flat = both[batch:].flatten(1)
         own = torch.stack([flat.sum(1), torch.full_like(flat[:, 0], flat.shape[1])], 1)
         return torch.cat([by_band.permute(1, 0, 2).reshape(batch, -1), own], 1)
@@ -61,8 +61,7 @@ class Spectrum:
     def _basis(self, frames: int, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         key = (frames, height, width, device)
         if key not in self._bases:
-            masks = band_masks(frames, height, width)
-            bases = (dct_matrix(frames), dct_matrix(height), dct_matrix(width), masks, masks.sum(0).clamp(min=1.0))
+            bases = (dct_matrix(frames), dct_matrix(height), dct_matrix(width), band_masks(frames, height, width))
             self._bases[key] = tuple(basis.float().to(device) for basis in bases)
         return self._bases[key]
 

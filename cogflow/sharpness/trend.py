@@ -27,11 +27,12 @@ from cogflow.sharpness.spectrum import QUARTERS, Band
 KINDS = ("losing", "softening", "inventing")
 FOLLOWED = ("mid", "high", "fast")
 REFERENCE = 20  # steps per quarter
-EARLIEST = 4  # values a quarter needs before it counts
+EARLIEST = 6  # values a quarter needs before it counts
 WEIGHT = 0.1  # of a new step in the mean
 CLIP = 2.5  # deviations beyond which a value of the reference is cut
-PRIOR_DEVIATION = {"losing": 0.15, "softening": 0.15, "inventing": 0.15}
+PRIOR_DEVIATION = {"losing": 0.15, "softening": 0.15, "inventing": 0.15}  # of one clip; a frozen tiny model: 0.09 to 0.26, 0.04 to 0.25
 PRIOR_WEIGHT = 6.0  # values that the prior counts for
+STEP_CLIP = 6.0  # deviations beyond which one step's value in one quarter is cut: one odd clip is no trend
 WARNING, ALARM = 4.5, 6.0
 
 
@@ -122,7 +123,7 @@ class Trend:
             )
             if state["n"] >= EARLIEST:
                 z = (value - bound(kind, state["mean"])) * math.sqrt(clips) / deviation(kind, state)
-                z = -z if kind == "losing" or kind == "softening" else z
+                z = min(max(z if kind == "inventing" else -z, -STEP_CLIP), STEP_CLIP)
                 state["e"] += WEIGHT * (z - state["e"])
                 state["k"] += 1
                 added += math.sqrt(clips) * z
@@ -158,10 +159,19 @@ class Trend:
 
 
 def indicator(kind: str, band: Band) -> float:
-    """A step's number: in units of the deviation that a share has, so that little and much noise are alike."""
-    expected = min(max(band.expected, 1e-3), 1 - 1e-3)
-    unit = math.sqrt(expected * (1 - expected))
-    return (band.recovered - expected) / unit if kind == "losing" else (band.energy - band.recovered) / unit
+    """A step's number, bounded, so that no clip outweighs all others.
+
+    ``losing``: difference of the arcsines of the roots of the recovered and the expected share (the scale on which a share's deviation
+    does not depend on the share); the other kinds: energy beyond what is recovered, over the sum of both.
+    """
+    if kind == "losing":
+        return angle(band.recovered) - angle(band.expected)
+    total = band.energy + abs(band.recovered)
+    return (band.energy - band.recovered) / total if total > 0 else 0.0
+
+
+def angle(share: float) -> float:
+    return math.asin(math.sqrt(min(max(share, 0.0), 1.0)))
 
 
 def bound(kind: str, mean: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cogflow.config.build import show
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
-from cogflow.config.schema import Config, FlowStage, PrepareStage, TrainStage
+from cogflow.config.schema import WORSE, Config, FlowStage, PrepareStage, TrainStage
 
 MODELS = ("tiny", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b", "cogvideox1.5-5b-i2v", "auto")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -133,6 +133,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "keep_best": at_least(0), "on_blur": one_of("warn", "stop", "rollback"),
     },
     "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
+    "SampleStage": {"fail_on": each(one_of(*WORSE, "over_sharpened"))},
     "ExportStage": {
         "weights": one_of("auto", "model", "ema"), "dtype": one_of(*DTYPES), "to": one_of("diffusers", "sat"),
         "max_shard_size": shard_size, "components": components, "masters": one_of("auto", "fp32", "bf16"),

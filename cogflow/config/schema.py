@@ -62,6 +62,7 @@ class SamplingConfig:
     use_dynamic_cfg: bool = True  # let the guidance grow over the steps, as CogVideoX does
     seeds: list[int] = field(default_factory=lambda: [0])  # each prompt is sampled once per seed
     prompts: str | None = None  # .txt (one a line) or .jsonl (id, text); default: the data's own prompts
+    clip_model: str | None = None  # folder of a CLIP model on disk: stage=sample adds its scores to the panel; nothing is fetched
     vae_dtype: str = "auto"  # that decodes: auto (as it was loaded: fp32) | fp32 | bf16 | fp16
     vae_tiling: bool = False  # decode tile by tile: less memory, and seams where tiles meet
     roundtrip_clips: int = 8  # prepared clips sent through the VAE and back, the ceiling of what samples can reach; 0: off
@@ -120,6 +121,10 @@ class TrainStage:
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # of on_blur=rollback
 
 
+WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")
+"""Kinds of finding by which a video is worse than its reference. Sharper is not worse."""
+
+
 @dataclass(frozen=True)
 class SampleStage:
     name: str = "sample"  # chosen by stage=sample
@@ -127,6 +132,7 @@ class SampleStage:
     reference: str | None = None  # videos or frames to compare the sharpness with
     prompts: str | None = None  # wins over sampling.prompts
     output: str | None = None  # default <run>/sampled
+    fail_on: list[str] = field(default_factory=lambda: list(WORSE))  # kinds of finding that make the exit code 3
 
 
 @dataclass(frozen=True)

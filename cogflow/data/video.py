@@ -59,10 +59,22 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
 
-def read_video(path: Path) -> tuple[torch.Tensor, float]:
-    """All frames of a video, uint8 ``[T, H, W, 3]``, and its mean frame rate (per second). For short videos: all is held in memory."""
+def read_video(path: Path, most_bytes: int | None = None) -> tuple[torch.Tensor, float]:
+    """The frames of a video, uint8 ``[T, H, W, 3]``, and its mean frame rate (per second). All is held in memory.
+
+    With ``most_bytes`` reading ends when the next frame would go beyond. Raises ``ValueError`` for a file without a frame.
+    """
+    frames: list[np.ndarray] = []
     with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video stream")
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
-        frames = [to_rgb(frame) for frame in container.decode(stream)]
+        for frame in container.decode(stream):
+            image = to_rgb(frame)
+            if most_bytes is not None and (len(frames) + 1) * image.nbytes > most_bytes:
+                break
+            frames.append(image)
+    if not frames:
+        raise ValueError("it holds no frame")
     return torch.from_numpy(np.stack(frames)), rate

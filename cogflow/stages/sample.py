@@ -8,26 +8,26 @@ from typing import Any
 
 from cogflow import ranks
 from cogflow.config.schema import Config, SampleStage
-from cogflow.errors import CheckpointError, DataError, QualityGateError
+from cogflow.errors import DataError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.models import components
 from cogflow.sampling import gallery
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Sampler, requests
-from cogflow.sampling.source import is_frames, read_clips
-from cogflow.sharpness.panel import measure
-from cogflow.sharpness.verdict import compare
+from cogflow.sampling.score import IN_TIME, Scored, against, mean, rates_differ, score
+from cogflow.sampling.source import frames_of, is_frames, read_clips
 from cogflow.tracking.console import say, table
 from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 from cogflow.weights.fingerprint import fingerprint
 from cogflow.weights.source import find_source
 
-Panels = dict[str, dict[str, float]]
+SHOWN = ("wavelet_ratio", "edge_sharpness", "blur_effect", "contrast", "saturation", "grain", "motion", "artefacts")
+"""Channels of the table on the terminal; the record holds all."""
 
 
 def run(config: Config) -> None:
-    """Sample or read ``stage.source``, measure it, compare it with ``stage.reference``; exit code 3 when it is blurrier."""
+    """Sample or read ``stage.source``, measure it, compare it with ``stage.reference``; exit code 3 when it is worse."""
     stage = config.stage
     if not isinstance(stage, SampleStage):
         raise TypeError("stages.sample needs the settings of stage=sample")
@@ -39,21 +39,22 @@ def run(config: Config) -> None:
     for place in (source, reference):
         if place is not None and not place.exists():
             raise DataError(f"{place} does not exist.", "Give a run, a checkpoint, a pipeline folder, a video or a folder of frames.")
-    if reference is not None and not is_frames(reference):
+    if reference is not None and (frames := frames_of(reference)) is not None:
+        reference = frames
+    elif reference is not None:
         raise DataError(f"stage.reference={reference} holds no videos or frames.", "Sample it first, then give its folder of videos.")
     how: dict[str, Any] | None = None
-    if is_frames(source):
-        where, panels = source, measured(source)
-    else:
+    where = source
+    if not is_frames(source):
         where = Path(stage.output).expanduser() if stage.output else folder / "sampled"
-        panels, how = sample(config, stage, source, where)
+        how = sample(config, stage, source, where)
     if ranks.is_main():
-        conclude(config, folder, source, reference, where, panels, how, started)
+        conclude(config, stage, folder, source, reference, where, how, started)
     ranks.barrier()
 
 
-def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> tuple[Panels, dict[str, Any]]:
-    """Sample every prompt from its fixed noise into ``where``; the panel of each sample by its name, and how they were made."""
+def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> dict[str, Any]:
+    """Sample every prompt from its fixed noise into ``where``; returns how the samples were made."""
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     if (source / "model_index.json").is_file():
@@ -78,7 +79,8 @@ def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> tup
     record = gallery.sample_into(
         where, sampler, requests(prompts, embeds, config.sampling.seeds), fps=data.fps, facts=facts, title="samples"
     )
-    return {entry["name"]: entry["sharpness"] for entry in record["samples"]}, record["sampling"]
+    how: dict[str, Any] = record["sampling"]
+    return how
 
 
 def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
@@ -101,44 +103,83 @@ def captions(config: Config) -> list[str]:
     return [cache.texts[index] for index in cache.holdout or cache.train]
 
 
-def measured(place: Path) -> Panels:
-    return {name: measure(frames) for name, frames in read_clips(place)}
-
-
 def conclude(
-    config: Config, folder: Path, source: Path, reference: Path | None, where: Path, panels: Panels, how: dict[str, Any] | None,
+    config: Config, stage: SampleStage, folder: Path, source: Path, reference: Path | None, where: Path, how: dict[str, Any] | None,
     started: float,
 ) -> None:  # fmt: skip
-    """Show the panels, write ``sample.json``, and raise :class:`QualityGateError` when the reference is sharper."""
-    names = list(next(iter(panels.values())))
-    table([[name, *(f"{panel[key]:.3f}" for key in names)] for name, panel in panels.items()], ["clip", *names])
-    results: dict[str, Any] = {"summary": f"{len(panels)} clips measured", "where": str(where), "sharpness": panels}
+    """Measure, show, write ``sample.json``, and raise :class:`QualityGateError` when the reference is better."""
+    others = measured(reference) if reference is not None else None
+    ours = measured(where, others)
+    names = list(next(iter(ours.panels.values())))
+    table([[name, *(f"{panel[key]:.3f}" for key in SHOWN)] for name, panel in ours.panels.items()], ["clip", *SHOWN])
+    results: dict[str, Any] = {"summary": f"{len(ours.panels)} clips measured", "where": str(where), "sharpness": ours.panels}
     if how is not None:
         results["sampling"] = how
         results["summary"] += f", sampled by {how['scheduler']}"
-    verdict: dict[str, Any] | None = None
-    if reference is not None:
-        verdict = against(panels, measured(reference))
-        results |= {"reference": str(reference), "comparison": verdict}
-        word = "blurrier than" if verdict["blurrier"] else "as sharp as"
-        results["summary"] += f", {word} the reference (z {verdict['z']:+.1f})"
+    if learned := clip_scores(config, where):
+        results["learned"] = learned
+    comparison: dict[str, Any] | None = None
+    if others is not None:
+        comparison = against(ours, others, stage.fail_on)
+        results |= {"reference": str(reference), "comparison": comparison}
+        results["summary"] += (
+            f", worse than the reference: {', '.join(comparison['kinds'])}" if comparison["worse"] else ", as good as the reference"
+        )
+        for note in remarks(ours, others):
+            say(f"note: {note}")
+        table(changes_rows(comparison), ["channel", "change", "from", "to", "z"])
+        say(comparison["line"])
     with open_tracker(config, "sample", folder) as tracker:
-        tracker.log(0, {f"sample/{key}": sum(panel[key] for panel in panels.values()) / len(panels) for key in names})
-        tracker.table("sample/sharpness", ["clip", *names], [[name, *panel.values()] for name, panel in panels.items()])
+        tracker.log(0, {f"sample/{key}": value for key, value in mean(ours.panels).items()})
+        tracker.table("sample/sharpness", ["clip", *names], [[name, *panel.values()] for name, panel in ours.panels.items()])
+        if comparison is not None:
+            tracker.table("sample/comparison", ["channel", "change", "from", "to", "z"], changes_rows(comparison))
     folder.mkdir(parents=True, exist_ok=True)
     record = record_stage(folder, "sample", config, {"source": str(source)}, results, started=started)
     say(f"{results['summary']}\nclips:  {where}\nrecord: {record}")
-    if verdict is not None and verdict["blurrier"]:
+    if comparison is not None and comparison["worse"]:
+        lines = [finding["line"] for finding in comparison["findings"] if finding["kind"] in comparison["kinds"]]
         raise QualityGateError(
-            f"{source} is blurrier than {reference}: {verdict['z']:.1f} null deviations ({verdict['pairing']}).",
+            f"{source} is {'blurrier' if comparison['blurrier'] else 'worse'} than {reference} ({comparison['pairing']}):\n  "
+            + "\n  ".join(lines),
             f"The clips are kept in {where}; the figures are in {record}.",
         )
 
 
-def against(panels: Panels, others: Panels) -> dict[str, Any]:
-    """The verdict as a record: clip by clip when the names agree, else as two groups."""
-    if not others:
-        raise CheckpointError("The reference holds no clip.", "Give videos or frames.")
-    verdict = compare(panels, others)
-    soft = any(finding.kind == "soft" and finding.level == "alarm" for finding in verdict.findings)
-    return {"blurrier": soft, "z": verdict.changes["blur"].z, "pairing": verdict.pairing, "line": verdict.line()}
+def measured(place: Path, like: Scored | None = None) -> Scored:
+    try:
+        return score(place, like)
+    except ValueError as error:
+        raise DataError(str(error), "Give frames of at least 24 pixels each way.") from error
+
+
+def clip_scores(config: Config, where: Path) -> dict[str, dict[str, float]]:
+    """Learned scores by clip, when ``sampling.clip_model`` names a CLIP model on disk."""
+    if config.sampling.clip_model is None:
+        return {}
+    from cogflow.sharpness.learned import ClipScores
+
+    try:
+        scores = ClipScores(Path(config.sampling.clip_model).expanduser(), ranks.device())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"sampling.clip_model={config.sampling.clip_model} is no CLIP model: {error}", "Give a transformers folder."
+        ) from error
+    found = {clip.name: scores(clip.frames) for clip in read_clips(where)}
+    names = list(next(iter(found.values())))
+    table([[name, *(f"{values[key]:.3f}" for key in names)] for name, values in found.items()], ["clip", *names])
+    return found
+
+
+def remarks(ours: Scored, others: Scored) -> list[str]:
+    """What a reader of the verdict should know."""
+    said = list(ours.notes)
+    if not (ours.raw and others.raw):
+        said.append("measured on videos that went through a codec, which softens and adds noise of its own; raw frames tell more")
+    if rates_differ(ours, others):
+        said.append(f"the frame rates differ: {', '.join(IN_TIME)} are not judged")
+    return said
+
+
+def changes_rows(comparison: dict[str, Any]) -> list[list[str]]:
+    return [[name, *(f"{one[key]:+.3f}" for key in ("size", "low", "high", "z"))] for name, one in comparison["changes"].items()]

@@ -4,35 +4,87 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
+from cogflow.sampling.score import against, score
 from tests.stages.conftest import Command
 
 
-def clips(folder: Path, sigma: float) -> Path:
+def clips(folder: Path, sigma: float = 0, *, contrast: float = 1.0, noise: float = 0, height: int = 128) -> Path:
+    rng = np.random.default_rng(7)
     for number, scene in enumerate(scenes(4, 5)):
-        frames = gaussian_filter(draw(scene, 9, 128, 192).astype(np.float32), (0, sigma, sigma, 0)) if sigma else draw(scene, 9, 128, 192)
-        write_video(folder / f"clip-{number}.mp4", np.clip(frames, 0, 255).astype(np.uint8), 8)
+        frames = draw(scene, 9, height, height * 3 // 2).astype(np.float32)
+        frames = gaussian_filter(frames, (0, sigma, sigma, 0)) if sigma else frames
+        frames = 128 + contrast * (frames - 128) + noise * rng.standard_normal(frames.shape)
+        write_video(folder / f"clip-{number}.mp4", np.clip(frames, 0, 255).round().astype(np.uint8), 8, crf=8)
     return folder
 
 
+def comparison(root: Path) -> dict[str, Any]:
+    return json.loads((root / "compared/sample.json").read_text())["results"]["comparison"]
+
+
 def test_blurred_videos_exit_3_and_sharp_ones_0(tmp_path: Path, cogflow: Command) -> None:
-    sharp, soft = clips(tmp_path / "sharp", 0), clips(tmp_path / "soft", 1.5)
+    sharp, soft = clips(tmp_path / "sharp"), clips(tmp_path / "soft", 1.5)
     common = ["stage=sample", f"run.root={tmp_path}", "run.name=compared"]
     cogflow(*common, f"stage.source={sharp}", f"stage.reference={sharp}")
+    assert comparison(tmp_path)["findings"] == [] and not comparison(tmp_path)["worse"]
     done = cogflow(*common, f"stage.source={soft}", f"stage.reference={sharp}", code=3)
-    assert "blurrier" in done.stderr
-    record = json.loads((tmp_path / "compared/sample.json").read_text())
-    assert record["results"]["comparison"]["blurrier"] and len(record["results"]["sharpness"]) == 4
-    assert "blurrier than the reference" in (tmp_path / "compared/report.html").read_text()
+    assert "blurrier" in done.stderr and "soft" in done.stderr
+    found = comparison(tmp_path)
+    assert found["worse"] and found["blurrier"] and "soft" in found["kinds"] and found["changes"]["blur"]["high"] < 0
+    assert "worse than the reference: soft" in (tmp_path / "compared/report.html").read_text()
+    assert len(json.loads((tmp_path / "compared/sample.json").read_text())["results"]["sharpness"]) == 4
     # Sharper than the reference is no fault.
     cogflow(*common, f"stage.source={sharp}", f"stage.reference={soft}")
+
+
+def test_what_is_worse_has_its_name(tmp_path: Path, cogflow: Command) -> None:
+    sharp = clips(tmp_path / "sharp")
+    common = ["stage=sample", f"run.root={tmp_path}", "run.name=compared", f"stage.reference={sharp}"]
+    for kind, place in (("washed_out", clips(tmp_path / "pale", contrast=0.5)), ("grainy", clips(tmp_path / "grain", noise=12))):
+        done = cogflow(*common, f"stage.source={place}", code=3)
+        found = comparison(tmp_path)
+        assert found["kinds"][0] == kind and not found["blurrier"], found["line"]
+        assert kind.replace("_", " ") in done.stderr
+    # Only what is asked for makes the exit code.
+    cogflow(*common, f"stage.source={tmp_path / 'pale'}", "stage.fail_on=[soft]")
+    done = cogflow(*common, f"stage.source={tmp_path / 'pale'}", "stage.fail_on=[softt]", code=2)
+    assert "Did you mean" in done.stderr or "did you mean" in done.stderr
+
+
+def test_sizes_are_made_equal_before_sharpness_is_compared(tmp_path: Path) -> None:
+    large, small = clips(tmp_path / "large"), clips(tmp_path / "small", height=64)
+    reference = score(large)
+    enlarged = score(small, reference)
+    assert enlarged.notes[0] == "clip-0: 96x64 brought to 192x128" and enlarged.common_size == (128, 192)
+    assert "soft" in against(enlarged, reference, ["soft"])["kinds"]
+    # The other way round the larger ones lose what the smaller never had.
+    assert not against(score(large, score(small)), score(small), ["soft"])["worse"]
+
+
+def test_raw_frames_of_samples_are_taken_where_they_are_kept(flow: Path, tmp_path: Path, cogflow: Command) -> None:
+    ours = score(flow / "samples/step-000004")
+    recorded = {one["name"]: one["sharpness"] for one in json.loads((flow / "samples/step-000004/samples.json").read_text())["samples"]}
+    assert ours.raw and ours.panels.keys() == recorded.keys()
+    for name, panel in ours.panels.items():
+        assert panel["wavelet_ratio"] == pytest.approx(recorded[name]["wavelet_ratio"], abs=0.02)
+    done = cogflow(
+        "stage=sample",
+        f"stage.source={flow / 'samples/step-000004'}",
+        f"stage.reference={flow}",
+        f"run.root={tmp_path}",
+        "run.name=compared",
+    )
+    assert "nothing wrong" in done.stdout and "codec" not in done.stdout
 
 
 def test_a_pipeline_and_its_run_give_the_validations_latents(flow: Path, cogflow: Command, tmp_path: Path) -> None:

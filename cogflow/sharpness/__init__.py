@@ -21,6 +21,8 @@ _PLACES = {
     "Verdict": "verdict",
     "compare": "verdict",
     "NULLS": "nulls",
+    "Reading": "watch",
+    "Watch": "watch",
 }
 """Public name to the module it lives in, imported when first asked for: torch is heavy."""
 

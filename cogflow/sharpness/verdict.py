@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from cogflow.sharpness.kinds import by_rules
 from cogflow.sharpness.nulls import NULLS
 from cogflow.sharpness.panel import CHANNELS, Panel, change
+from cogflow.sharpness.wording import sentence
 
 KINDS: dict[str, str] = {
     "soft": "lost fine detail",
@@ -29,6 +31,7 @@ KINDS: dict[str, str] = {
     "black": "nothing but black",
     "artefacts": "patterns no camera makes",
     "non_finite": "values that are no numbers",
+    "unchanged": "the same to the bit as before the first step",
 }
 WARNING, ALARM = 3.0, 4.0
 BLUR_CHANNELS = ("wavelet_ratio", "edge_sharpness", "blur_effect")
@@ -48,11 +51,8 @@ class Finding:
     since: int | None = None
 
     def line(self) -> str:
-        """One plain sentence."""
-        title = CHANNELS[self.channel].title if self.channel in CHANNELS else self.channel
-        where = "" if self.rung is None else f" at rung {self.rung}"
-        since = "" if self.since is None else f", since step {self.since}"
-        return f"{self.level}: {self.kind.replace('_', ' ')}{where} ({KINDS.get(self.kind, self.kind)}): {title} {self.size:+.3g}, z {self.z:+.1f}{since}"
+        """One plain sentence, with the likely causes where the rung is known."""
+        return sentence(self.kind, self.level, self.channel, self.size, self.z, self.rung, self.since)
 
 
 @dataclass(frozen=True)
@@ -135,25 +135,18 @@ def _findings(changes: Mapping[str, Change], panel: Panel) -> list[Finding]:
     """``panel``: the candidate's own, for what needs no reference."""
     found: list[Finding] = []
 
-    def add(kind: str, channel: str, z: float, level: str | None = None) -> None:
-        if level or z >= WARNING:
-            found.append(Finding(kind, level or ("alarm" if z >= ALARM else "warning"), channel, changes[channel].size, changes[channel].z))
+    def add(kind: str, channel: str, level: str) -> None:
+        found.append(Finding(kind, level, channel, changes[channel].size, changes[channel].z))
 
     z = {name: one.z for name, one in changes.items()}
     if panel["finite"] < 1:
-        add("non_finite", "finite", 0, "alarm")
+        add("non_finite", "finite", "alarm")
     if panel["brightness"] < 0.03 and panel["contrast"] < 0.03 and z["contrast"] < -WARNING:
-        add("black", "brightness", 0, "alarm")
-    if changes["repeated"].size > 0.3:
-        add("identical", "repeated", 0, "alarm")
-    else:
-        add("frozen", "motion", -z["motion"])
-    add("soft", "blur", -z["blur"])
-    add("over_sharpened", "blur", z["blur"])
-    add("washed_out", "contrast", -z["contrast"])
-    add("hazy", "haze", z["haze"])
-    add("smeared", "temporal_sharpness", -z["temporal_sharpness"])
-    add("grainy", "grain", z["grain"])
-    add("saturated", "saturation", z["saturation"])
-    add("artefacts", "artefacts", abs(z["artefacts"]))
+        add("black", "brightness", "alarm")
+    identical = changes["repeated"].size > 0.3
+    if identical:
+        add("identical", "repeated", "alarm")
+    for told in by_rules(z, WARNING, ALARM):
+        if not (identical and told.rule.kind == "frozen"):
+            add(told.rule.kind, told.rule.channel, told.level)
     return found

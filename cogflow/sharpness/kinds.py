@@ -1,0 +1,72 @@
+"""Which channel moving which way is called what: one set of rules for a single comparison and for the watch over a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FINITE = 1.0  # below: some value is no number
+BLACK_BRIGHTNESS, BLACK_CONTRAST = 0.03, 0.03  # below both: nothing but black
+REPEATED_MORE = 0.3  # share of frame pairs that repeat, above the reference's share
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``channel`` moving to ``side`` (-1 down, +1 up, 0 either way) is called ``kind``."""
+
+    kind: str
+    channel: str
+    side: int
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("soft", "blur", -1),
+    Rule("over_sharpened", "blur", +1),
+    Rule("washed_out", "contrast", -1),
+    Rule("hazy", "haze", +1),
+    Rule("smeared", "temporal_sharpness", -1),
+    Rule("grainy", "grain", +1),
+    Rule("saturated", "saturation", +1),
+    Rule("frozen", "motion", -1),
+    Rule("artefacts", "artefacts", 0),
+)
+"""``blur`` is a composite of the panel's blur channels, not a channel of its own."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A rule that spoke: ``level`` warning or alarm, ``z`` signed."""
+
+    rule: Rule
+    level: str
+    z: float
+
+
+def by_rules(z: Mapping[str, float], warning: float, alarm: float) -> list[Told]:
+    """The rules whose channel's z lies beyond ``warning`` on their side, in the order of RULES; ``z`` may lack channels."""
+    found = []
+    for rule in RULES:
+        value = z.get(rule.channel)
+        if value is None:
+            continue
+        beyond = abs(value) if rule.side == 0 else rule.side * value
+        if beyond >= warning:
+            found.append(Told(rule, "alarm" if beyond >= alarm else "warning", value))
+    return found
+
+
+def at_once(candidate: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, str]:
+    """What one clip shows without statistics: kind to the channel that leads. What the reference has, too, is not told again,
+    but for values that are no numbers."""
+    found = {}
+    if candidate["finite"] < FINITE:
+        found["non_finite"] = "finite"
+    if _black(candidate) and not _black(reference):
+        found["black"] = "brightness"
+    elif candidate["repeated"] - reference["repeated"] > REPEATED_MORE:
+        found["identical"] = "repeated"
+    return found
+
+
+def _black(panel: Mapping[str, float]) -> bool:
+    return panel["brightness"] < BLACK_BRIGHTNESS and panel["contrast"] < BLACK_CONTRAST

@@ -6,28 +6,14 @@ neighbouring frames. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-SPATIAL_FRAMES = 12
-TEMPORAL_TRIPLES = 12
+SPATIAL_FRAMES = 8
+TEMPORAL_TRIPLES = 8
 SMALLEST = 24  # pixels: below that the third wavelet band is empty
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-@dataclass(frozen=True)
-class Views:
-    """float32 in 0..1. ``colour`` ``[N, F, H, W, 3]``, ``luma`` ``[N, F, H, W]`` (the frames picked), ``triples`` ``[N, P, 3, H, W]``
-    luma of neighbouring frames (P = 0 below three frames), ``finite`` ``[N]`` and ``repeated`` ``[N]`` shares."""
-
-    colour: Tensor
-    luma: Tensor
-    triples: Tensor
-    finite: Tensor
-    repeated: Tensor
 
 
 def as_clips(clips: Tensor | np.ndarray) -> Tensor:
@@ -43,20 +29,14 @@ def as_clips(clips: Tensor | np.ndarray) -> Tensor:
     return tensor
 
 
-def views(clips: Tensor) -> Views:
-    """Pick frames of ``clips`` and turn them into numbers: what is not finite counts as black, and values beyond 0..1 are cut off."""
-    frames = clips.shape[1]
-    colour = to_float(clips[:, picked(frames, SPATIAL_FRAMES)])
-    # The triples share most of their frames when a clip is short: each frame is turned into luma once.
-    starts = picked(frames - 2, TEMPORAL_TRIPLES) if frames >= 3 else []
-    wanted = sorted({start + step for start in starts for step in range(3)})
-    if wanted:
-        lumas = to_luma(to_float(clips[:, wanted]))
-        place = {frame: index for index, frame in enumerate(wanted)}
-        triples = lumas[:, [[place[start + step] for step in range(3)] for start in starts]]
-    else:
-        triples = colour.new_zeros((len(clips), 0, 3, *clips.shape[2:4]))
-    return Views(colour, to_luma(colour), triples, finite_share(clips), repeated_share(clips))
+def spatial_places(frames: int) -> list[int]:
+    """Which frames of a clip the spatial metrics look at."""
+    return picked(frames, SPATIAL_FRAMES)
+
+
+def triple_places(frames: int) -> list[int]:
+    """The first frame of each triple that the temporal metrics look at; none below three frames."""
+    return picked(frames - 2, TEMPORAL_TRIPLES) if frames >= 3 else []
 
 
 def picked(count: int, most: int) -> list[int]:
@@ -65,15 +45,16 @@ def picked(count: int, most: int) -> list[int]:
 
 
 def to_float(frames: Tensor) -> Tensor:
+    """float32 in 0..1: what is not finite counts as black, values beyond the range are cut off, as a screen shows them."""
     if frames.dtype == torch.uint8:
-        return frames.to(torch.float32) / 255
-    return torch.nan_to_num(frames.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0).clamp(0, 1)
+        return frames.to(torch.float32).div_(255)
+    return torch.nan_to_num(frames.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0).clamp_(0, 1)
 
 
 def to_luma(colour: Tensor) -> Tensor:
     """``[..., H, W, 3]`` to ``[..., H, W]``. Multiplied and added one by one: a matrix product may run in TF32 on a GPU."""
     red, green, blue = LUMA
-    return colour[..., 0] * red + colour[..., 1] * green + colour[..., 2] * blue
+    return (colour[..., 0] * red).add_(colour[..., 1], alpha=green).add_(colour[..., 2], alpha=blue)
 
 
 def finite_share(clips: Tensor) -> Tensor:

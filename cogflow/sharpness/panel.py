@@ -1,23 +1,29 @@
 """The sharpness panel: some numbers per clip, from raw frames, computed on the device they are on. No weights.
 
-Content moves most channels as much as blur does, so that numbers of different clips say little: compare the same prompt and noise.
+Content moves most channels as much as blur does, so that numbers of different clips say little: compare the same prompt and noise
+(:mod:`cogflow.sharpness.verdict`). What each channel is, where it comes from and what fools it stands with the function that computes it
+(``edges``, ``spatial``, ``tone``, ``temporal``, ``artefacts``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cogflow.sharpness import artefacts, spatial, temporal, tone
-from cogflow.sharpness.frames import Views, as_clips, views
+from cogflow.sharpness import artefacts, edges, spatial, temporal, tone
+from cogflow.sharpness.frames import as_clips, finite_share, repeated_share, spatial_places, to_float, to_luma, triple_places
 
 Panel = dict[str, float]
 """Channel name to value; always finite."""
+
+CHUNK_PIXELS = {"cpu": 400_000}  # frames worked on at once: what stays in a core's cache
+CHUNK_PIXELS_ELSEWHERE = 64_000_000  # some 5 GB of a GPU's memory
+BAND_FLOOR = 1e-8  # of a wavelet band's energy: that of a flat frame; 8-bit rounding has 1.3e-6
 
 
 @dataclass(frozen=True)
@@ -30,23 +36,25 @@ class Channel:
     group: str
     scale: str
     sees: str
-    floor: float = 1e-6
+    floor: float = 0.0
 
 
 _CHANNELS = (
-    Channel("wavelet_ratio", "wavelet ratio", "blur", "difference", "blur: fine detail over coarser detail"),
-    Channel("edge_sharpness", "edge sharpness", "blur", "log", "blur: the slope of strong edges"),
-    Channel("blur_effect", "blur effect", "blur", "log", "blur: what a box filter would still take away"),
-    Channel("contrast", "contrast", "tone", "log", "contrast of luma", 1e-3),
+    Channel("edge_sharpness", "edge sharpness", "blur", "log", "blur: the slope of edges over the range they cross, 1/pixels", 1e-3),
+    Channel("reblur", "re-blur loss", "blur", "difference", "blur: what further smoothing takes from the slope of edges, as a log"),
+    Channel("wavelet_ratio", "wavelet ratio", "blur", "difference", "blur: second-finest band over the third, as a log"),
+    Channel("blur_effect", "blur effect", "blur", "log", "blur: what a box of 11 pixels would still take away (Crete)", 1e-2),
+    Channel("detail", "fine detail", "blur", "difference", "texture: finest band over the picture's own variance, as a log"),
+    Channel("contrast", "contrast", "tone", "log", "standard deviation of luma", 2e-3),
     Channel("brightness", "brightness", "tone", "difference", "mean luma"),
-    Channel("haze", "dark level", "tone", "difference", "a veil over dark tones"),
+    Channel("haze", "dark level", "tone", "difference", "a veil over dark tones: the luma that 5 % lie below"),
     Channel("saturation", "saturation", "tone", "log", "strength of colour", 1e-2),
     Channel("clipped", "clipped", "tone", "difference", "share of pixels at the ends of the range"),
-    Channel("grain", "grain", "grain", "log", "noise in smooth places", 1e-3),
-    Channel("motion", "motion", "motion", "difference", "change from frame to frame, as a log"),
-    Channel("temporal_sharpness", "temporal sharpness", "motion", "difference", "smear in time: quick change over slow change, as a log"),
+    Channel("grain", "grain", "grain", "log", "deviation of the noise in smooth places", 2e-3),
+    Channel("motion", "motion", "motion", "difference", "change from frame to frame over variance, as a log"),
+    Channel("temporal_sharpness", "temporal sharpness", "motion", "difference", "smear in time: quick change over slow, as a log"),
     Channel("repeated", "repeated frames", "motion", "difference", "share of frames that repeat the one before"),
-    Channel("artefacts", "artefacts", "artefact", "difference", "a grid of blocks, as a log"),
+    Channel("artefacts", "artefacts", "artefact", "difference", "a grid of 8x8 blocks, as a log"),
     Channel("finite", "finite values", "artefact", "difference", "share of values that are numbers"),
 )
 CHANNELS: dict[str, Channel] = {channel.name: channel for channel in _CHANNELS}
@@ -60,8 +68,9 @@ def measure(frames: Tensor | np.ndarray) -> Panel:
 @torch.no_grad()
 def measure_batch(clips: Tensor | np.ndarray) -> list[Panel]:
     """The panels of ``[N, T, H, W, 3]``; computed where the clips are, handed over in one transfer at the end."""
-    seen = views(as_clips(clips))
-    values = torch.stack(list(_values(seen).values()), dim=1).double().cpu().tolist()
+    clips = as_clips(clips)
+    found = {**_in_frames(clips), **_in_time(clips), "repeated": repeated_share(clips), "finite": finite_share(clips)}
+    values = torch.stack([found[name] for name in CHANNELS], dim=1).cpu().tolist()
     return [dict(zip(CHANNELS, row, strict=True)) for row in values]
 
 
@@ -73,45 +82,59 @@ def change(name: str, candidate: float, reference: float) -> float:
     return math.log((candidate + channel.floor) / (reference + channel.floor))
 
 
-def _values(seen: Views) -> dict[str, Tensor]:
-    """Channel name to ``[N]``."""
-    clips, count = seen.luma.shape[:2]
-    luma = seen.luma.flatten(0, 1)
-    colour = seen.colour.flatten(0, 1)
-
-    def mean(values: Tensor) -> Tensor:
-        return values.unflatten(0, (clips, count)).mean(dim=1)
-
-    def of_luma(metric: Callable[[Tensor], Tensor]) -> Tensor:
-        return mean(metric(luma))
-
+def of_frame(colour: Tensor) -> dict[str, Tensor]:
+    """What the spatial channels are made of, per frame: colour ``[B, H, W, 3]``, float32 in 0..1, to ``[B]`` each."""
+    luma = to_luma(colour)
+    light, heavy = edges.log_slopes(luma)
     finest, second, third = spatial.bands(luma)
-    fine, coarse = mean(spatial.band_energy(second)), mean(spatial.band_energy(third))
-    found = {
-        "wavelet_ratio": ((fine + 1e-8) / (coarse + 1e-8)).log(),
-        "edge_sharpness": of_luma(spatial.edge_sharpness),
-        "blur_effect": of_luma(spatial.blur_effect),
-        "contrast": of_luma(tone.contrast),
-        "brightness": of_luma(tone.brightness),
-        "haze": of_luma(tone.dark_level),
-        "saturation": mean(tone.saturation(colour, luma)),
-        "clipped": mean(tone.clipped(colour)),
-        "grain": mean(spatial.noise_deviation(finest[2])),
-        **_in_time(seen),
-        "repeated": seen.repeated,
-        "artefacts": of_luma(artefacts.grid),
-        "finite": seen.finite,
-    }
-    return {name: found[name] for name in CHANNELS}
-
-
-def _in_time(seen: Views) -> dict[str, Tensor]:
-    clips, count = seen.triples.shape[:2]
-    if count == 0:  # too short to tell
-        return {"motion": seen.luma.new_zeros(clips), "temporal_sharpness": seen.luma.new_zeros(clips)}
-    change_, bend, variance = (part.unflatten(0, (clips, count)).mean(dim=1) for part in temporal.energies(seen.triples.flatten(0, 1)))
-    floor = temporal.FLOOR
     return {
-        "motion": ((change_ + floor) / (variance + floor)).log(),
-        "temporal_sharpness": ((bend + floor) / (change_ + floor)).log(),
+        "light": light,
+        "heavy": heavy,
+        "finest": spatial.band_energy(finest),
+        "second": spatial.band_energy(second),
+        "third": spatial.band_energy(third),
+        "blur_effect": spatial.blur_effect(luma),
+        "contrast": tone.contrast(luma),
+        "brightness": tone.brightness(luma),
+        "haze": tone.dark_level(luma),
+        "saturation": tone.saturation(colour, luma),
+        "clipped": tone.clipped(colour),
+        "grain": spatial.noise_deviation(finest[2]),
+        "artefacts": artefacts.grid(luma),
     }
+
+
+def _in_frames(clips: Tensor) -> dict[str, Tensor]:
+    """The spatial channels, ``[N]`` each, from the means over the frames looked at."""
+    # Put together from slices: indexing with a list is slower by far.
+    picked = torch.stack([clips[:, place] for place in spatial_places(clips.shape[1])], dim=1)
+    means = _means([of_frame(to_float(chunk)) for chunk in _chunks(picked.flatten(0, 1))], picked.shape[1])
+    light, heavy = means.pop("light"), means.pop("heavy")
+    finest, second, third = (means.pop(name) + BAND_FLOOR for name in ("finest", "second", "third"))
+    return means | {
+        "edge_sharpness": light.exp(),
+        "reblur": light - heavy,
+        "wavelet_ratio": (second / third).log(),
+        "detail": (finest / (means["contrast"].square() + BAND_FLOOR)).log(),
+    }
+
+
+def _in_time(clips: Tensor) -> dict[str, Tensor]:
+    starts = triple_places(clips.shape[1])
+    if not starts:  # too short to tell
+        nothing = torch.zeros(len(clips), device=clips.device)
+        return {"motion": nothing, "temporal_sharpness": nothing}
+    triples = torch.stack([clips[:, start : start + 3] for start in starts], dim=1).flatten(0, 1)
+    parts = [temporal.energies(to_luma(to_float(chunk))) for chunk in _chunks(triples)]
+    return temporal.channels(_means(parts, len(starts)))
+
+
+def _chunks(frames: Tensor) -> Iterator[Tensor]:
+    """``frames`` some at a time, along the first dimension: on a CPU one large frame is as many as its cache takes."""
+    most = CHUNK_PIXELS.get(frames.device.type, CHUNK_PIXELS_ELSEWHERE)
+    yield from frames.split(max(1, most // (frames[0].numel() // 3)))
+
+
+def _means(parts: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """Chunks put together, and the mean over each clip's ``count`` members: ``[N]`` by name."""
+    return {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, count)).mean(dim=1) for name in parts[0]}

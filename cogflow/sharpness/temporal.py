@@ -1,17 +1,38 @@
-"""Motion and smear, from triples of neighbouring frames ``[B, 3, H, W]`` of luma; each gives ``[B]``."""
+"""Motion and smear, from triples of neighbouring frames ``[B, 3, H, W]`` of luma, float32 in 0..1.
+
+All are averaged over 2x2 pixels first, which halves the noise. With a, b, c the frames of a triple:
+
+* ``motion``: log of mean (c - a)^2 over the variance of luma. 0.7 for frames that have nothing to do with each other, falling without end
+  as the picture comes to rest; noise sets its floor. Blind to contrast and brightness. Ours; a share of change, not of speed: fine texture
+  moving slowly counts as much as large shapes moving fast.
+* ``temporal_sharpness``: log of mean (a - 2b + c)^2 over mean (c - a)^2, quick change over slow. 1.1 for noise, below 0 for smooth
+  motion; blending a frame with its neighbour averages the quick part away. Ours. Spatial blur lowers it, too (what is soft changes
+  slowly), noise raises it, and where nothing moves it measures noise.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
-FLOOR = 1e-8
+FLOOR = 1e-8  # of a mean square: far below that of 8-bit rounding (1.3e-6)
 
 
-def energies(triples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(change over two frames, second difference, spatial variance): mean squares, after averaging 2x2 pixels, which tames noise."""
-    small = functional.avg_pool2d(triples, 2)
-    before, now, after = small.unbind(1)
-    change = (after - before).square().mean(dim=(-2, -1))
-    bend = (after - 2 * now + before).square().mean(dim=(-2, -1))
-    return change, bend, small.var(dim=(-2, -1), correction=0).mean(dim=1)
+def energies(triples: Tensor) -> dict[str, Tensor]:
+    """``slow`` (change over two frames), ``quick`` (second difference) and ``variance`` (within the frames): mean squares, ``[B]`` each."""
+    before, now, after = pooled(triples).unbind(1)
+    slow = (after - before).square().mean(dim=(-2, -1))
+    quick = (after - 2 * now + before).square().mean(dim=(-2, -1))
+    return {"slow": slow, "quick": quick, "variance": now.var(dim=(-2, -1), correction=0)}
+
+
+def channels(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The two channels from the energies' means over a clip's triples."""
+    slow, quick, variance = (means[name] + FLOOR for name in ("slow", "quick", "variance"))
+    return {"motion": (slow / variance).log(), "temporal_sharpness": (quick / slow).log()}
+
+
+def pooled(image: Tensor) -> Tensor:
+    """Mean over 2x2 pixels; an odd last row or column is left out."""
+    down, across = (size // 2 * 2 for size in image.shape[-2:])
+    rows = image[..., 0:down:2, :] + image[..., 1:down:2, :]
+    return (rows[..., 0:across:2] + rows[..., 1:across:2]).mul_(0.25)

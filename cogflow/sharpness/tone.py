@@ -1,15 +1,19 @@
-"""Contrast, brightness, haze, colour and clipping: what a wrong VAE scale or guidance changes, and blur does not."""
+"""Contrast, brightness, haze, colour and clipping: what a wrong VAE scale or guidance changes and blur does not.
+
+Luma ``[B, H, W]`` and colour ``[B, H, W, 3]``, float32 in 0..1, to one number per frame ``[B]``.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cogflow.sharpness.frames import LUMA
+NEAR_END = 1.5 / 255  # within one 8-bit level of black or white
+DARK = 0.05
 
 
 def contrast(luma: Tensor) -> Tensor:
-    """Standard deviation of luma within a frame. ``[B, H, W]`` to ``[B]``, 0..0.5."""
+    """Standard deviation of luma within a frame, 0..0.5 (root mean square contrast, Peli 1990). Moved by content, hardly by blur."""
     return luma.std(dim=(-2, -1), correction=0)
 
 
@@ -19,20 +23,18 @@ def brightness(luma: Tensor) -> Tensor:
 
 
 def dark_level(luma: Tensor) -> Tensor:
-    """The luma that 5 % of the pixels lie below, 0..1, looked at on every fourth row and column. A veil of haze lifts it."""
-    sparse = luma[..., ::4, ::4].flatten(-2)
-    return torch.quantile(sparse, 0.05, dim=-1)
+    """The luma that 5 % of the pixels lie below, 0..1, of every fourth row and column. A veil of haze lifts it (the dark channel prior of
+    He et al. 2009, without its local windows); so does a picture that is brighter as a whole, or has nothing dark in it."""
+    return torch.quantile(luma[..., ::4, ::4].flatten(-2), DARK, dim=-1)
 
 
 def saturation(colour: Tensor, luma: Tensor) -> Tensor:
-    """Root mean square of the colour differences (red - luma, blue - luma), 0 for grey. ``[B, H, W, 3]`` and ``[B, H, W]`` to ``[B]``."""
+    """Root mean square of the colour differences red - luma and blue - luma, 0 (grey) to 0.6. Follows contrast, for colours fade with
+    it."""
     red, blue = colour[..., 0] - luma, colour[..., 2] - luma
-    return ((red.square() + blue.square()).mean(dim=(-2, -1)) / 2 + 1e-12).sqrt()
+    return ((red.square() + blue.square()).mean(dim=(-2, -1)) / 2).sqrt()
 
 
 def clipped(colour: Tensor) -> Tensor:
-    """Share of pixels with a channel at either end of its range (within one 8-bit level)."""
-    return ((colour.amin(dim=-1) <= 1 / 255) | (colour.amax(dim=-1) >= 254 / 255)).float().mean(dim=(-2, -1))
-
-
-__all__ = ["LUMA", "brightness", "clipped", "contrast", "dark_level", "saturation"]
+    """Share of pixels that have a channel within one 8-bit level of its ends, 0..1. Night skies and drawings have many by nature."""
+    return ((colour.amin(dim=-1) <= NEAR_END) | (colour.amax(dim=-1) >= 1 - NEAR_END)).float().mean(dim=(-2, -1))

@@ -57,6 +57,13 @@ def to_luma(colour: Tensor) -> Tensor:
     return (colour[..., 0] * red).add_(colour[..., 1], alpha=green).add_(colour[..., 2], alpha=blue)
 
 
+def pooled(image: Tensor) -> Tensor:
+    """Mean over 2x2 pixels; an odd last row or column is left out."""
+    down, across = (size // 2 * 2 for size in image.shape[-2:])
+    rows = image[..., 0:down:2, :] + image[..., 1:down:2, :]
+    return (rows[..., 0:across:2] + rows[..., 1:across:2]).mul_(0.25)
+
+
 def finite_share(clips: Tensor) -> Tensor:
     """Share of finite values, ``[N]`` in 0..1, over all frames."""
     if not clips.is_floating_point():

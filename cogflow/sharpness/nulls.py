@@ -17,9 +17,11 @@ class Null:
 
 NULLS: dict[str, Null] = {
     "wavelet_ratio": Null(0.002, 0.053, 0.6),
-    "edge_sharpness": Null(0.002, 0.020, 0.25),
+    "edge_sharpness": Null(0.002, 0.025, 0.12),
+    "reblur": Null(0.001, 0.011, 0.04),
+    "detail": Null(0.02, 0.21, 1.2),
     "blur_effect": Null(0.002, 0.022, 0.25),
-    "blur": Null(0.002, 1.0, 10.0),
+    "blur": Null(0.001, 0.012, 0.05),
     "contrast": Null(0.001, 0.10, 0.5),
     "brightness": Null(0.001, 0.05, 0.15),
     "haze": Null(0.002, 0.04, 0.1),

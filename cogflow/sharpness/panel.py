@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cogflow.sharpness import artefacts, edges, spatial, temporal, tone
-from cogflow.sharpness.frames import as_clips, finite_share, repeated_share, spatial_places, to_float, to_luma, triple_places
+from cogflow.sharpness.frames import as_clips, finite_share, pooled, repeated_share, spatial_places, to_float, to_luma, triple_places
 
 Panel = dict[str, float]
 """Channel name to value; always finite."""
@@ -85,6 +85,7 @@ def change(name: str, candidate: float, reference: float) -> float:
 def of_frame(colour: Tensor) -> dict[str, Tensor]:
     """What the spatial channels are made of, per frame: colour ``[B, H, W, 3]``, float32 in 0..1, to ``[B]`` each."""
     luma = to_luma(colour)
+    small, red, blue = (pooled(pooled(one)) for one in (luma, colour[..., 0], colour[..., 2]))
     light, heavy = edges.log_slopes(luma)
     finest, second, third = spatial.bands(luma)
     return {
@@ -94,10 +95,10 @@ def of_frame(colour: Tensor) -> dict[str, Tensor]:
         "second": spatial.band_energy(second),
         "third": spatial.band_energy(third),
         "blur_effect": spatial.blur_effect(luma),
-        "contrast": tone.contrast(luma),
+        "contrast": tone.contrast(small),
         "brightness": tone.brightness(luma),
-        "haze": tone.dark_level(luma),
-        "saturation": tone.saturation(colour, luma),
+        "haze": tone.dark_level(small),
+        "saturation": tone.saturation(red, blue, small),
         "clipped": tone.clipped(colour),
         "grain": spatial.noise_deviation(finest[2]),
         "artefacts": artefacts.grid(luma),

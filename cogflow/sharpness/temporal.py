@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cogflow.sharpness.frames import pooled
+
 FLOOR = 1e-8  # of a mean square: far below that of 8-bit rounding (1.3e-6)
 
 
@@ -29,10 +31,3 @@ def channels(means: dict[str, Tensor]) -> dict[str, Tensor]:
     """The two channels from the energies' means over a clip's triples."""
     slow, quick, variance = (means[name] + FLOOR for name in ("slow", "quick", "variance"))
     return {"motion": (slow / variance).log(), "temporal_sharpness": (quick / slow).log()}
-
-
-def pooled(image: Tensor) -> Tensor:
-    """Mean over 2x2 pixels; an odd last row or column is left out."""
-    down, across = (size // 2 * 2 for size in image.shape[-2:])
-    rows = image[..., 0:down:2, :] + image[..., 1:down:2, :]
-    return (rows[..., 0:across:2] + rows[..., 1:across:2]).mul_(0.25)

@@ -34,13 +34,18 @@ KINDS: dict[str, str] = {
     "unchanged": "the same to the bit as before the first step",
 }
 WARNING, ALARM = 3.0, 4.0
-BLUR_CHANNELS = ("wavelet_ratio", "edge_sharpness", "blur_effect")
+BLUR_WEIGHTS = {"edge_sharpness": 0.2, "reblur": 0.8}
+"""Of the channels that decide about blur: ``log s1 - 0.8 log s3`` of the two slopes in :mod:`cogflow.sharpness.edges`, whose deviation
+between takes of one content is smallest against what a Gaussian of sigma 0.8 does (1 to 8 or more; the wavelet ratio 1 to 3.3, Crete's 1
+to 4.6)."""
+BLUR_CHANNELS = tuple(BLUR_WEIGHTS)
 BEST_SHARE = 1 / math.sqrt(8)  # of a pair's deviation, that the mean over many pairs still has: drift that they share does not average out
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. ``level`` warning or alarm, ``channel`` the one that leads, ``size`` its change, ``z`` that in null deviations."""
+    """One thing that is wrong. ``level`` warning or alarm, ``channel`` the one that leads, ``size`` its change, ``z`` that in null
+    deviations."""
 
     kind: str
     level: str
@@ -85,8 +90,8 @@ class Verdict:
 
 
 def blur(changes: Mapping[str, float]) -> float:
-    """The blur composite: the mean of the blur channels' changes, each in null deviations. Below zero is blurrier."""
-    return float(np.mean([changes[name] / NULLS[name].variants for name in BLUR_CHANNELS]))
+    """The blur composite: log slope of edges after light smoothing, less 0.8 of it after heavier smoothing. Below zero is blurrier."""
+    return BLUR_WEIGHTS["edge_sharpness"] * changes["edge_sharpness"] + BLUR_WEIGHTS["reblur"] * changes["reblur"]
 
 
 def changes_of(candidate: Panel, reference: Panel) -> dict[str, float]:

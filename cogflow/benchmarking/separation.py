@@ -15,7 +15,7 @@ import numpy as np
 from cogflow.benchmarking.clips import Content, variant
 from cogflow.benchmarking.degrade import BLURS, CLEAN, CONFOUNDS, OTHERS, SIGMAS, Degradation
 from cogflow.sharpness.panel import CHANNELS, Panel, measure
-from cogflow.sharpness.verdict import changes_of, compare
+from cogflow.sharpness.verdict import DERIVED, changes_of, compare
 
 Panels = dict[str, list[dict[str, Panel]]]
 """Content to its variants, each degradation's name to the panel."""
@@ -53,10 +53,10 @@ def figures(panels: Panels) -> dict[str, Any]:
     for name in names:
         changed = paired(panels, name)
         if name != CLEAN:
-            result["auc"][name] = {channel: auc(column(changed, channel), column(clean, channel)) for channel in (*CHANNELS, "blur")}
+            result["auc"][name] = {channel: auc(column(changed, channel), column(clean, channel)) for channel in (*CHANNELS, *DERIVED)}
             result["unpaired"][name] = unpaired(panels, name)
             verdicts[name] = kinds_of(panels, name)
-            result["same"][name] = {channel: shift(panels, name, channel) for channel in (*CHANNELS, "blur")}
+            result["same"][name] = {channel: shift(panels, name, channel) for channel in (*CHANNELS, *DERIVED)}
         result["kinds"][name] = shares(verdicts[name])
     result["blur_verdict_changed"] = {
         name: float(np.mean([one & set(BLUR_KINDS) != other & set(BLUR_KINDS) for one, other in zip(verdicts[name], verdicts[CLEAN],
@@ -95,7 +95,7 @@ def unpaired(panels: Panels, name: str) -> dict[str, float]:
     """AUC over contents: a degraded clip of one content scores below a clean one of another."""
     first = next(iter(panels.values()))[0][CLEAN]  # any fixed panel will do: changes from it order as the values do
     degraded, clean = ([changes_of(row[which], first) for rows in panels.values() for row in rows] for which in (name, CLEAN))
-    return {channel: auc(column(degraded, channel), column(clean, channel)) for channel in (*CHANNELS, "blur")}
+    return {channel: auc(column(degraded, channel), column(clean, channel)) for channel in (*CHANNELS, *DERIVED)}
 
 
 def monotone(panels: Panels) -> float:
@@ -115,7 +115,7 @@ def nulls(panels: Panels) -> dict[str, dict[str, float]]:
     ] or paired(panels, CLEAN)  # fmt: skip
     rounded = [changes_of(row["rounding"], row[CLEAN]) for rows in panels.values() for row in rows if "rounding" in row]
     groups = {"rounding": rounded, "variants": paired(panels, CLEAN), "contents": between}
-    return {channel: {name: deviation(column(rows, channel)) for name, rows in groups.items()} for channel in (*CHANNELS, "blur")}
+    return {channel: {name: deviation(column(rows, channel)) for name, rows in groups.items()} for channel in (*CHANNELS, *DERIVED)}
 
 
 def deviation(values: np.ndarray) -> float:

@@ -22,6 +22,8 @@ NULLS: dict[str, Null] = {
     "detail": Null(0.02, 0.21, 1.2),
     "blur_effect": Null(0.002, 0.022, 0.25),
     "blur": Null(0.001, 0.012, 0.05),
+    "smear": Null(0.01, 0.15, 0.4),
+    "veil": Null(0.002, 0.035, 0.1),
     "contrast": Null(0.001, 0.10, 0.5),
     "brightness": Null(0.001, 0.05, 0.15),
     "haze": Null(0.002, 0.04, 0.1),

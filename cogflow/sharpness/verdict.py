@@ -1,51 +1,57 @@
 """What is wrong with a clip or a set of clips, held against a reference: findings with names, each from the channels that see it.
 
-People call many things blurry. Each has a kind of its own here, every rule looks both ways where there are two ways, and a wrong VAE
-scale, which *raises* blur metrics, ends as washed out or full of artefacts instead of as sharp.
+People call many things blurry. Each has a kind of its own here, and what can go both ways is looked at both ways: latents at a wrong scale
+*raise* most blur metrics while the picture gets worse, and end here as washed out, saturated or full of artefacts instead of as sharp.
+
+    >>> verdict = compare({"a": measure(mine)}, {"a": measure(theirs)})
+    >>> verdict.worse, verdict.line()
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cogflow.sharpness.kinds import by_rules
 from cogflow.sharpness.nulls import NULLS
 from cogflow.sharpness.panel import CHANNELS, Panel, change
-from cogflow.sharpness.wording import sentence
 
 KINDS: dict[str, str] = {
-    "soft": "lost fine detail",
-    "washed_out": "lost contrast",
-    "hazy": "a veil over dark tones",
-    "smeared": "smeared in time",
-    "over_sharpened": "sharper than it should be",
-    "grainy": "more noise",
-    "saturated": "more colour or clipping",
-    "frozen": "less motion",
-    "identical": "frames repeat each other",
-    "black": "nothing but black",
-    "artefacts": "patterns no camera makes",
     "non_finite": "values that are no numbers",
-    "unchanged": "the same to the bit as before the first step",
+    "black": "nothing but black",
+    "identical": "frames repeat each other",
+    "soft": "lost fine detail",
+    "smeared": "smeared in time",
+    "washed_out": "lost contrast or colour",
+    "hazy": "a veil over dark tones",
+    "over_sharpened": "sharper than the reference",
+    "grainy": "more noise than the reference",
+    "saturated": "more colour or clipping than the reference",
+    "frozen": "less motion than the reference",
+    "artefacts": "a grid of blocks, more or less of it than in the reference",
 }
-WARNING, ALARM = 3.0, 4.0
+"""Kind to what it means, in the order in which findings are told."""
+DERIVED = {"blur": "blur composite", "smear": "smear beyond what blur explains", "veil": "dark level beyond what brightness explains"}
+"""Numbers worked out of the channels' changes, with their titles."""
+WARNING, ALARM = 3.0, 4.0  # null deviations
 BLUR_WEIGHTS = {"edge_sharpness": 0.2, "reblur": 0.8}
 """Of the channels that decide about blur: ``log s1 - 0.8 log s3`` of the two slopes in :mod:`cogflow.sharpness.edges`, whose deviation
-between takes of one content is smallest against what a Gaussian of sigma 0.8 does (1 to 8 or more; the wavelet ratio 1 to 3.3, Crete's 1
-to 4.6)."""
+between takes of one content is smallest against what a Gaussian of sigma 0.8 does (1 to 8; the wavelet ratio's 1 to 5, Crete's 1 to 5)."""
 BLUR_CHANNELS = tuple(BLUR_WEIGHTS)
-BEST_SHARE = 1 / math.sqrt(8)  # of a pair's deviation, that the mean over many pairs still has: drift that they share does not average out
+SMEAR_PER_BLUR = 6.0  # what a blur in space takes from temporal sharpness, per unit of the composite (5.4 to 6 for sigma 0.8 to 1.5)
+VEIL_PER_BRIGHTNESS = 0.5  # a veil is light that was added: it raises the mean, too, but dark tones more
+BEST_SHARE = 1 / math.sqrt(8)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
+BLACK = 0.03  # mean luma below which a clip is black, if it has no contrast either
+DRAWS = 200  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong. ``level`` warning or alarm, ``channel`` the one that leads, ``size`` its change, ``z`` that in null
-    deviations."""
+    deviations (0 for what needs no statistics), ``rung`` and ``since`` (step) where a ladder or a watch knows them."""
 
     kind: str
     level: str
@@ -56,13 +62,17 @@ class Finding:
     since: int | None = None
 
     def line(self) -> str:
-        """One plain sentence, with the likely causes where the rung is known."""
-        return sentence(self.kind, self.level, self.channel, self.size, self.z, self.rung, self.since)
+        """One plain sentence."""
+        title = CHANNELS[self.channel].title if self.channel in CHANNELS else DERIVED.get(self.channel, self.channel)
+        where = "" if self.rung is None else f" at rung {self.rung}"
+        since = "" if self.since is None else f", since step {self.since}"
+        meaning = KINDS.get(self.kind, self.kind)
+        return f"{self.level}: {self.kind.replace('_', ' ')}{where} ({meaning}): {title} {self.size:+.3g}, z {self.z:+.1f}{since}"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A channel's change: the median over the pairs, its 95 % interval (bootstrap; the value itself for one pair), and z."""
+    """A channel's change: the median over the pairs (unpaired: mean against mean), its 95 % bootstrap interval, and z."""
 
     size: float
     low: float
@@ -72,86 +82,144 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``changes``: of every channel and of ``blur``. ``worse``: some finding is an alarm."""
+    """``changes``: of every channel and of :data:`DERIVED`."""
 
     findings: list[Finding]
     changes: dict[str, Change]
     pairing: str
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def worse(self) -> bool:
+        """Whether some finding is an alarm."""
         return any(finding.level == "alarm" for finding in self.findings)
 
     def line(self) -> str:
-        """All findings, or that there is none."""
+        """All findings, or that there is none, and what was compared with what."""
         told = "; ".join(finding.line() for finding in self.findings) or "nothing wrong"
         return f"{told} ({self.pairing})"
 
 
-def blur(changes: Mapping[str, float]) -> float:
-    """The blur composite: log slope of edges after light smoothing, less 0.8 of it after heavier smoothing. Below zero is blurrier."""
-    return BLUR_WEIGHTS["edge_sharpness"] * changes["edge_sharpness"] + BLUR_WEIGHTS["reblur"] * changes["reblur"]
-
-
 def changes_of(candidate: Panel, reference: Panel) -> dict[str, float]:
-    """Every channel's change, and ``blur``."""
-    found = {name: change(name, candidate[name], reference[name]) for name in CHANNELS}
-    return found | {"blur": blur(found)}
+    """Every channel's change, and those of :data:`DERIVED`."""
+    return with_derived({name: change(name, candidate[name], reference[name]) for name in CHANNELS})
+
+
+def with_derived(found: dict[str, float]) -> dict[str, float]:
+    blur = sum(weight * found[name] for name, weight in BLUR_WEIGHTS.items())
+    # Sharpening raises temporal sharpness as blur lowers it, but a smear must not hide behind it.
+    smear = found["temporal_sharpness"] - SMEAR_PER_BLUR * min(blur, 0.0)
+    veil = found["haze"] - VEIL_PER_BRIGHTNESS * max(found["brightness"], 0.0)
+    return {**found, "blur": blur, "smear": smear, "veil": veil}
+
+
+def blur(changes: Mapping[str, float]) -> float:
+    """The blur composite of channels' changes. Below zero is blurrier; a Gaussian of sigma 0.8 makes it -0.1 on real clips."""
+    return sum(weight * changes[name] for name, weight in BLUR_WEIGHTS.items())
 
 
 def compare(candidate: Panel | Mapping[str, Panel], reference: Panel | Mapping[str, Panel], null: str = "variants") -> Verdict:
     """Judge ``candidate`` against ``reference``: two panels of the same content, or panels by name.
 
     Equal names are compared pair by pair; other names as two groups, mean against mean, with the wider null of other contents.
-    ``null`` (rounding or variants) says what a pair may differ in. Raises ``ValueError`` for an empty mapping.
+    ``null`` says what a pair may differ in with nothing wrong: ``variants`` (another take of the same content) or ``rounding`` (the same
+    frames). Raises ``ValueError`` when there is nothing to compare.
     """
     ours, theirs = _named(candidate), _named(reference)
     if not ours or not theirs:
         raise ValueError("there is nothing to compare")
-    if set(ours) == set(theirs):
-        rows = [changes_of(ours[name], theirs[name]) for name in ours]
-        pairing = f"{len(rows)} clips, pair by pair"
-        scale = max(BEST_SHARE, 1 / math.sqrt(len(rows)))
+    paired = set(ours) == set(theirs)
+    names = sorted(ours) if paired else []
+    if paired:
+        pairing = f"{len(names)} clips, pair by pair" if names != [""] else "one pair"
+        # A median of three or more is a quarter less sure than their mean.
+        scale = max(BEST_SHARE, (1.25 if len(names) > 2 else 1.0) / math.sqrt(len(names)))
     else:
-        rows, null = [changes_of(_mean(ours), _mean(theirs))], "contents"
-        pairing = f"{len(ours)} clips against {len(theirs)} others, mean against mean"
+        pairing, null = f"{len(ours)} clips against {len(theirs)} others, mean against mean", "contents"
         scale = max(BEST_SHARE, math.sqrt((1 / len(ours) + 1 / len(theirs)) / 2))
-    changes = {name: _change([row[name] for row in rows], getattr(NULLS[name], null) * scale) for name in rows[0]}
-    return Verdict(_findings(changes, _mean(ours)), changes, pairing)
+    one = [ours[name] for name in names or ours]
+    other = [theirs[name] for name in names or theirs]
+    sizes = _paired_sizes(one, other) if paired else _group_sizes(one, other)
+    changes = {}
+    for name, drawn in sizes.items():
+        low, high = np.quantile(drawn[1:], [0.025, 0.975])
+        changes[name] = Change(drawn[0], float(low), float(high), drawn[0] / (getattr(NULLS[name], null) * scale))
+    return Verdict(_findings(changes, one, other), changes, pairing)
 
 
 def _named(panels: Any) -> dict[str, Panel]:
     return {"": panels} if isinstance(next(iter(panels.values()), None), float | int) else dict(panels)
 
 
-def _mean(panels: Mapping[str, Panel]) -> Panel:
-    return {name: float(np.mean([panel[name] for panel in panels.values()])) for name in CHANNELS}
+def _paired_sizes(ours: list[Panel], theirs: list[Panel]) -> dict[str, list[float]]:
+    """By channel the median change, and after it the medians of bootstrap draws."""
+    rows = [changes_of(one, other) for one, other in zip(ours, theirs, strict=True)]
+    names = list(rows[0])
+    table = np.array([[row[name] for name in names] for row in rows])
+    picks = np.random.default_rng(0).integers(0, len(rows), (DRAWS, len(rows)))
+    drawn = np.concatenate([np.median(table, axis=0)[None], np.median(table[picks], axis=1)])
+    return {name: drawn[:, place].tolist() for place, name in enumerate(names)}
 
 
-def _change(values: list[float], deviation: float) -> Change:
-    middle = float(np.median(values))
-    picks = np.random.default_rng(0).integers(0, len(values), (200, len(values)))
-    low, high = np.quantile(np.median(np.asarray(values)[picks], axis=1), [0.025, 0.975])
-    return Change(middle, float(low), float(high), middle / deviation)
+def _group_sizes(ours: list[Panel], theirs: list[Panel]) -> dict[str, list[float]]:
+    """By channel the difference of the groups' means on the channel's scale, and after it those of bootstrap draws."""
+    # Changes from any one panel: on a channel's scale they differ from the values by a constant.
+    one, other = (
+        np.array([[change(name, panel[name], theirs[0][name]) for name in CHANNELS] for panel in group]) for group in (ours, theirs)
+    )
+    random = np.random.default_rng(0)
+    rows = [one.mean(axis=0) - other.mean(axis=0)]
+    for _ in range(DRAWS):
+        picked = (group[random.integers(0, len(group), len(group))].mean(axis=0) for group in (one, other))
+        rows.append(next(picked) - next(picked))
+    found = [with_derived(dict(zip(CHANNELS, row.tolist(), strict=True))) for row in rows]
+    return {name: [row[name] for row in found] for name in found[0]}
 
 
-def _findings(changes: Mapping[str, Change], panel: Panel) -> list[Finding]:
-    """``panel``: the candidate's own, for what needs no reference."""
+def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Panel]) -> list[Finding]:
     found: list[Finding] = []
 
-    def add(kind: str, channel: str, level: str) -> None:
-        found.append(Finding(kind, level, channel, changes[channel].size, changes[channel].z))
+    def seen(kind: str, channel: str, share: float) -> None:
+        """What needs no statistics: a share of the clips has it, and more than in the reference."""
+        found.append(Finding(kind, "alarm", channel, share, 0.0))
 
-    z = {name: one.z for name, one in changes.items()}
-    if panel["finite"] < 1:
-        add("non_finite", "finite", "alarm")
-    if panel["brightness"] < 0.03 and panel["contrast"] < 0.03 and z["contrast"] < -WARNING:
-        add("black", "brightness", "alarm")
-    identical = changes["repeated"].size > 0.3
-    if identical:
-        add("identical", "repeated", "alarm")
-    for told in by_rules(z, WARNING, ALARM):
-        if not (identical and told.rule.kind == "frozen"):
-            add(told.rule.kind, told.rule.channel, told.level)
+    def far(kind: str, *signed: tuple[str, int]) -> None:
+        """The channel that went farthest in its wrong direction (sign; 0: either) leads."""
+        away = {name: abs(changes[name].z) if sign == 0 else sign * changes[name].z for name, sign in signed}
+        lead = max(away, key=lambda name: away[name])
+        if away[lead] >= WARNING:
+            found.append(Finding(kind, "alarm" if away[lead] >= ALARM else "warning", lead, changes[lead].size, changes[lead].z))
+
+    for kind, (channel, wrong) in PLAIN.items():
+        mine, before = (float(np.mean([wrong(panel) for panel in group])) for group in (ours, theirs))
+        if mine > before:
+            seen(kind, channel, mine)
+    if all(_black(panel) for panel in ours):
+        return found  # black is soft, grey and at rest, too
+    far("soft", ("blur", -1), ("detail", -1))
+    far("smeared", ("smear", -1))
+    far("washed_out", ("contrast", -1), ("saturation", -1))
+    far("hazy", ("veil", 1))
+    far("over_sharpened", ("blur", 1))
+    far("grainy", ("grain", 1))
+    far("saturated", ("saturation", 1), ("clipped", 1))
+    if all(finding.kind != "identical" for finding in found):
+        far("frozen", ("motion", -1))
+    far("artefacts", ("artefacts", 0))
     return found
+
+
+def _not_finite(panel: Panel) -> bool:
+    return panel["finite"] < 1
+
+
+def _black(panel: Panel) -> bool:
+    return panel["brightness"] < BLACK and panel["contrast"] < BLACK
+
+
+def _repeats(panel: Panel) -> bool:
+    """More than half of the frames are the one before. Footage at half its rate has just half."""
+    return panel["repeated"] > 0.6
+
+
+PLAIN = {"non_finite": ("finite", _not_finite), "black": ("brightness", _black), "identical": ("repeated", _repeats)}
+"""Kinds that one clip has or has not, with the channel that shows it."""

@@ -212,13 +212,13 @@ def _between(config: Config) -> Iterator[Problem]:
 def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
     """Policies that need samples to judge by, and checkpoints to go back to."""
     for key, wanted in (("on_blur", train.on_blur != "warn"), ("keep_best", train.keep_best > 0)):
-        if wanted and not 0 < train.sample_every < train.steps:
+        if wanted and not train.sample_every:
             yield Problem(
-                f"{path}.{key}={getattr(train, key)}: without samples before the last step nothing shows blur; give {path}.sample_every, "
-                f"such as {max(1, train.steps // 4)}.",
+                f"{path}.{key}={getattr(train, key)}: without samples nothing shows blur; give {path}.sample_every, such as "
+                f"{max(1, train.steps // 4)}.",
                 (f"{path}.{key}", f"{path}.sample_every"),
             )
-    if train.on_blur == "rollback" and not 0 < train.save_every < train.steps:
+    if train.on_blur == "rollback" and not train.save_every:
         yield Problem(
             f"{path}.on_blur=rollback: there is no checkpoint to go back to; give {path}.save_every, such as {max(1, train.sample_every)}.",
             (f"{path}.on_blur", f"{path}.save_every"),

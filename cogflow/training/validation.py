@@ -23,7 +23,6 @@ from cogflow.rungs import roundtrip
 from cogflow.rungs import samples as rungs
 from cogflow.sampling import gallery
 from cogflow.sampling.sampler import Request, Sampler
-from cogflow.sharpness.causes import likely
 from cogflow.sharpness.panel import CHANNELS
 from cogflow.sharpness.watch import LEVELS, Reading, Watch
 from cogflow.tracking.console import say
@@ -151,9 +150,7 @@ class Validation:
         """Let the watch see ``record``; the first record is what all others are held against. Rank 0 only."""
         panels = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
         if any(missing := set(CHANNELS) - set(panel) for panel in panels.values()):
-            say(
-                f"note: the samples of step {done} were measured by another version (no {', '.join(sorted(missing))}): the watch leaves them out"
-            )
+            say(f"note: the samples of step {done} have no {', '.join(sorted(missing))}: the watch leaves them out")
             return None
         if done == 0:
             self.base, self.watch, self.last, self.quiet = record, Watch(panels, self.ceiling or None), None, 0
@@ -181,10 +178,8 @@ class Validation:
             return
         picture = self._picture(reading.step, target)
         for finding in fresh:
-            title = f"step {reading.step}: {finding.kind.replace('_', ' ')} ({finding.level})"
-            causes = "; ".join(likely(finding.kind, finding.rung))
-            text = f"{finding.line()}. Likely causes, in order: {causes}." if causes else finding.line()
-            self.tracker.alert(title[:63], text, "ERROR" if finding.level == "alarm" else "WARN", picture=picture)
+            title = f"step {reading.step}: {finding.kind.replace('_', ' ')}"
+            self.tracker.alert(title[:63], finding.line(), "ERROR" if finding.level == "alarm" else "WARN", picture=picture)
 
     def _picture(self, done: int, target: Path) -> Path | None:
         """The sheets of step 0 and of now above each other, as ``watch/step-....png``."""

@@ -31,9 +31,9 @@ def noise(deviation: float, sigma: float = 0) -> Degradation:
 
 
 def rounding(clip: np.ndarray) -> np.ndarray:
-    """The same frames, rounded differently: by up to one level of 255."""
+    """The same frames but for rounding: one in four values a level of 255 higher, one in four lower."""
     random = np.random.default_rng(zlib.crc32(clip.tobytes()))
-    return _bytes(_floats(clip) + (random.random(clip.shape, dtype=np.float32) - 0.5) / 255)
+    return _bytes(_floats(clip) + (random.random(clip.shape, dtype=np.float32) * 2 - 1) / 255)
 
 
 def motion(length: int, axis: int) -> Degradation:
@@ -46,7 +46,7 @@ def blend(count: int) -> Degradation:
 
     def apply(clip: np.ndarray) -> np.ndarray:
         frames, places = _floats(clip), np.arange(len(clip))
-        return _bytes(sum(frames[np.minimum(places + step, len(clip) - 1)] for step in range(count)) / count)
+        return _bytes(np.mean([frames[np.minimum(places + step, len(clip) - 1)] for step in range(count)], axis=0))
 
     return apply
 
@@ -95,7 +95,7 @@ def frozen(clip: np.ndarray) -> np.ndarray:
 
 
 def slowed(clip: np.ndarray) -> np.ndarray:
-    """A picture that hardly moves: the first frame, with a hundredth of each other frame in it."""
+    """A picture that hardly moves: the first frame, with a tenth of each other frame in it."""
     return _bytes(_floats(clip) * 0.1 + _floats(clip[:1]) * 0.9)
 
 

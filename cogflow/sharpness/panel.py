@@ -48,7 +48,7 @@ _CHANNELS = (
     Channel("contrast", "contrast", "tone", "log", "standard deviation of luma", 2e-3),
     Channel("brightness", "brightness", "tone", "difference", "mean luma"),
     Channel("haze", "dark level", "tone", "difference", "a veil over dark tones: the luma that 5 % lie below"),
-    Channel("saturation", "saturation", "tone", "log", "strength of colour", 1e-2),
+    Channel("saturation", "saturation", "tone", "log", "strength of colour", 3e-2),
     Channel("clipped", "clipped", "tone", "difference", "share of pixels at the ends of the range"),
     Channel("grain", "grain", "grain", "log", "deviation of the noise in smooth places", 2e-3),
     Channel("motion", "motion", "motion", "difference", "change from frame to frame over variance, as a log"),

@@ -34,14 +34,20 @@ KINDS: dict[str, str] = {
     "artefacts": "a grid of blocks, more or less of it than in the reference",
 }
 """Kind to what it means, in the order in which findings are told."""
-DERIVED = {"blur": "blur composite", "smear": "smear beyond what blur explains", "veil": "dark level beyond what brightness explains"}
+DERIVED = {
+    "blur": "blur composite",
+    "sharp": "sharpness beyond what clipping explains",
+    "smear": "smear beyond what blur explains",
+    "veil": "dark level beyond what brightness explains",
+}
 """Numbers worked out of the channels' changes, with their titles."""
 WARNING, ALARM = 3.0, 4.0  # null deviations
 BLUR_WEIGHTS = {"edge_sharpness": 0.2, "reblur": 0.8}
 """Of the channels that decide about blur: ``log s1 - 0.8 log s3`` of the two slopes in :mod:`cogflow.sharpness.edges`, whose deviation
 between takes of one content is smallest against what a Gaussian of sigma 0.8 does (1 to 8; the wavelet ratio's 1 to 5, Crete's 1 to 5)."""
 BLUR_CHANNELS = tuple(BLUR_WEIGHTS)
-SMEAR_PER_BLUR = 6.0  # what a blur in space takes from temporal sharpness, per unit of the composite (5.4 to 6 for sigma 0.8 to 1.5)
+SMEAR_PER_BLUR = 8.0  # what a blur in space takes from temporal sharpness, per unit of the composite (5 for sigma 0.8, 8 for sigma 4)
+SHARP_PER_CLIPPED = 0.1  # clipping makes edges steeper: what a share of clipped pixels adds to the composite
 VEIL_PER_BRIGHTNESS = 0.5  # a veil is light that was added: it raises the mean, too, but dark tones more
 BEST_SHARE = 1 / math.sqrt(8)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
 BLACK = 0.03  # mean luma below which a clip is black, if it has no contrast either
@@ -109,7 +115,8 @@ def with_derived(found: dict[str, float]) -> dict[str, float]:
     # Sharpening raises temporal sharpness as blur lowers it, but a smear must not hide behind it.
     smear = found["temporal_sharpness"] - SMEAR_PER_BLUR * min(blur, 0.0)
     veil = found["haze"] - VEIL_PER_BRIGHTNESS * max(found["brightness"], 0.0)
-    return {**found, "blur": blur, "smear": smear, "veil": veil}
+    sharp = blur - SHARP_PER_CLIPPED * max(found["clipped"], 0.0)
+    return {**found, "blur": blur, "sharp": sharp, "smear": smear, "veil": veil}
 
 
 def blur(changes: Mapping[str, float]) -> float:
@@ -199,7 +206,7 @@ def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Pan
     far("smeared", ("smear", -1))
     far("washed_out", ("contrast", -1), ("saturation", -1))
     far("hazy", ("veil", 1))
-    far("over_sharpened", ("blur", 1))
+    far("over_sharpened", ("sharp", 1))
     far("grainy", ("grain", 1))
     far("saturated", ("saturation", 1), ("clipped", 1))
     if all(finding.kind != "identical" for finding in found):

@@ -149,13 +149,17 @@ class MainTracker(Tracker):
     def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
         """Tell whoever watches: a line on the console, the report, W&B. ``level``: INFO, WARN or ERROR.
 
-        ``picture`` (png or jpg) shows what is meant; W&B's alerts are text, so it gets it as an image ``alerts/<title>`` beside.
+        ``picture`` (png or jpg) shows what is meant; W&B's alerts are text, so it gets it as an image ``alerts/frames`` beside.
         """
         say(f"{'note' if level == 'INFO' else 'warning' if level == 'WARN' else 'error'}: {title}: {text}")
         shown = {} if picture is None else {"picture": self._relative(picture)}
         self._event("alert", title=title, text=text, level=level, **shown)
-        if picture is not None and self._config.tracking.videos and (media := self._run.media("image", picture, text)) is not None:
-            self._run.log(self._run.last_step, {f"alerts/{title}": media})
+        if (
+            picture is not None
+            and self._config.tracking.videos
+            and (media := self._run.media("image", picture, f"{title}: {text}")) is not None
+        ):
+            self._run.log(self._run.last_step, {"alerts/frames": media})
         self._run.alert(title, text, level)
 
     def _event(self, kind: str, **facts: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wandb
+from PIL import Image
 
 from cogflow.config.schema import Config, TrackingConfig
 from cogflow.data.video import write_video
@@ -23,6 +24,21 @@ from cogflow.tracking.wandb_run import choose_mode
 
 def steps(folder: Path) -> list[int]:
     return [line["step"] for line in read_lines(folder / "metrics.jsonl")]
+
+
+def test_an_alert_shows_its_picture(tmp_path: Path, config: Config, recorded) -> None:
+    folder = tmp_path / "demo"
+    picture = folder / "watch" / "step-000004.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(picture)
+    with open_tracker(config, "train", folder) as tracker:
+        tracker.log(4, {"train/loss": 0.5})
+        tracker.alert("step 4: soft", "lost fine detail", "ERROR", picture=picture)
+    (event,) = read_lines(folder / "events.jsonl")
+    assert (event["level"], event["picture"]) == ("ERROR", "watch/step-000004.png")
+    (session,) = recorded(folder, "train")
+    assert session.alerts == ["step 4: soft"] and any(path.endswith(".png") for path in session.files)
+    assert [row["alerts/frames.caption"] for row in session.history if "alerts/frames.caption" in row] == ["step 4: soft: lost fine detail"]
 
 
 def test_an_offline_run_holds_everything(tmp_path: Path, config: Config, clip: np.ndarray, recorded, monkeypatch) -> None:

@@ -151,7 +151,10 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
         "check_repeats": at_least(0), "clips": at_least(1),
     },
-    "BenchmarkStage": {"what": one_of("export"), "layers": optional(at_least(1)), "repeats": at_least(1)},
+    "BenchmarkStage": {
+        "what": one_of("export", "panel", "separation"), "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0),
+        "variants": at_least(2),
+    },
 }  # fmt: skip
 """What each key must satisfy by itself, by the name of its dataclass."""
 

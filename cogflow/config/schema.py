@@ -211,12 +211,15 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # what is measured
+    what: str = "export"  # export | panel (time and memory of the sharpness panel) | separation (what the panel tells apart)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file
     folder: str | None = None  # for the files it makes, twice the checkpoint's size; default <run>/benchmark
     keep: bool = False  # leave those files
+    clips: str | None = None  # separation: a folder of videos or frames; default: what is installed, else drawn clips
+    contents: int = 0  # separation: at most so many of them; 0: all
+    variants: int = 3  # separation: takes of each content, other crops, zooms, brightnesses and times
 
 
 StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage | BenchmarkStage

@@ -109,7 +109,7 @@ def _in_frames(clips: Tensor) -> dict[str, Tensor]:
     """The spatial channels, ``[N]`` each, from the means over the frames looked at."""
     # Put together from slices: indexing with a list is slower by far.
     picked = torch.stack([clips[:, place] for place in spatial_places(clips.shape[1])], dim=1)
-    means = _means([of_frame(to_float(chunk)) for chunk in _chunks(picked.flatten(0, 1))], picked.shape[1])
+    means = _means([of_frame(to_float(chunk)) for chunk in chunks(picked.flatten(0, 1))], picked.shape[1])
     light, heavy = means.pop("light"), means.pop("heavy")
     finest, second, third = (means.pop(name) + BAND_FLOOR for name in ("finest", "second", "third"))
     return means | {
@@ -126,14 +126,14 @@ def _in_time(clips: Tensor) -> dict[str, Tensor]:
         nothing = torch.zeros(len(clips), device=clips.device)
         return {"motion": nothing, "temporal_sharpness": nothing}
     triples = torch.stack([clips[:, start : start + 3] for start in starts], dim=1).flatten(0, 1)
-    parts = [temporal.energies(to_luma(to_float(chunk))) for chunk in _chunks(triples)]
+    parts = [temporal.energies(to_luma(to_float(chunk))) for chunk in chunks(triples)]
     return temporal.channels(_means(parts, len(starts)))
 
 
-def _chunks(frames: Tensor) -> Iterator[Tensor]:
+def chunks(frames: Tensor) -> Iterator[Tensor]:
     """``frames`` some at a time, along the first dimension: on a CPU one large frame is as many as its cache takes."""
     most = CHUNK_PIXELS.get(frames.device.type, CHUNK_PIXELS_ELSEWHERE)
-    yield from frames.split(max(1, most // (frames[0].numel() // 3)))
+    yield from frames.split(max(1, most // max(1, frames[0].numel() // 3)))
 
 
 def _means(parts: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:

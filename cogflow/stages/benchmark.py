@@ -1,21 +1,32 @@
-"""stage=benchmark: speed and memory of one part of cogflow beside what it competes with, in one run."""
+"""stage=benchmark: what one part of cogflow costs, or how well it does its work, measured in one run."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from cogflow import ranks
+from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.export import compare_export
+from cogflow.benchmarking.panel_cost import WHOLE, cost
+from cogflow.benchmarking.separation import figures, gather
 from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.errors import DataError
 from cogflow.files.paths import run_folder
 from cogflow.tracking.console import say, table
+from cogflow.tracking.progress import progress
 from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 FIGURES = ("seconds", "ratio_to_cp", "gb_per_second", "peak_anonymous_gb", "peak_resident_gb")
+PANEL_CLIP = (49, 480, 720)  # frames, height and width of the clip that CogVideoX makes, which the panel is timed on
+SHOWN = ("blur", "edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "temporal_sharpness", "contrast", "grain")
+
+Table = tuple[list[str], list[list[Any]]]
+"""Columns and rows."""
 
 
 def run(config: Config) -> None:
@@ -27,19 +38,67 @@ def run(config: Config) -> None:
         return
     started = time.time()
     folder = run_folder(config.run)
+    results, (columns, rows) = WHAT[stage.what](config, stage, folder)
+    table([[shown(cell) for cell in row] for row in rows], columns)
+    with open_tracker(config, "benchmark", folder) as tracker:
+        tracker.table(f"benchmark/{stage.what}", columns, rows)
+    record = record_stage(folder, "benchmark", config, {"what": stage.what}, results, started=started)
+    say(f"{results['summary']}\nrecord: {record}")
+
+
+def export(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """Speed and memory of an export beside cp and the converters there are."""
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     clone = Path(stage.vs).expanduser() if stage.vs else None
     rows = compare_export(place, config.model.name, stage.layers, stage.repeats, clone, stage.keep)
     medians = {way: middle([row for row in rows if row["way"] == way]) for way in dict.fromkeys(row["way"] for row in rows)}
-    table([[way, *(shown(figures[name]) for name in FIGURES)] for way, figures in medians.items()], ["way", *FIGURES])
-    with open_tracker(config, "benchmark", folder) as tracker:
-        tracker.table("benchmark/export", ["way", *FIGURES], [[way, *figures.values()] for way, figures in medians.items()])
     ours = medians["cogflow, verified"]
     line = f"export: {shown(ours['ratio_to_cp'])} x cp, {shown(ours['peak_anonymous_gb'])} GB anonymous"
-    record = record_stage(
-        folder, "benchmark", config, {"what": stage.what}, {"summary": line, "rows": rows, "medians": medians}, started=started
+    cells = [[way, *(values[name] for name in FIGURES)] for way, values in medians.items()]
+    return {"summary": line, "rows": rows, "medians": medians}, (["way", *FIGURES], cells)
+
+
+def panel(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """Time and memory of the sharpness panel on one clip, and whether a GPU agrees with the CPU."""
+    found = cost(*PANEL_CLIP, stage.repeats)
+    rows = found["rows"]
+    whole = [f"{row['seconds']:.3f} s on {row['device']}" for row in rows if row["part"] == WHOLE]
+    line = f"panel: one clip of {'x'.join(map(str, PANEL_CLIP))} in {', '.join(whole)}"
+    if found["disagreement"]:
+        line += f"; CPU and GPU differ by at most {max(found['disagreement'].values()):.1e}"
+    cells = [[row["device"], row["part"], row["seconds"], row["cpu_seconds"], row["peak_gb"]] for row in rows]
+    return {"summary": line, **found}, (["device", "part", "seconds", "seconds of all cores", "peak GB"], cells)
+
+
+def separation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """What the panel tells apart on real clips, at the size of ``data.frames``, ``data.height`` and ``data.width``."""
+    place = Path(stage.clips).expanduser() if stage.clips else None
+    if place is not None and not place.exists():
+        raise DataError(f"stage.clips={place} does not exist.", "Give a folder of videos, or leave it out.")
+    chosen = contents(place)
+    if stage.contents:
+        chosen = chosen[:: max(1, len(chosen) // stage.contents)][: stage.contents]
+    size = (config.data.frames, config.data.height, config.data.width)
+    with progress(len(chosen), "contents") as bar:
+        panels = gather(chosen, stage.variants, *size, advance=bar.advance)
+    found = figures(panels)
+    cells = [
+        [name, *(found["auc"][name][channel] for channel in SHOWN), found["unpaired"][name]["blur"], spelled(found["kinds"][name])]
+        for name in found["auc"]
+    ]
+    line = (
+        f"separation: {found['contents']} contents, {found['pairs']} pairs at {'x'.join(map(str, size))}; gauss 0.8 AUC "
+        f"{found['auc']['gauss 0.8']['blur']:.3f}; monotone on {found['monotone']:.0%}; confounds change the blur verdict in at most "
+        f"{max(found['blur_verdict_changed'].values()):.1%} of pairs"
     )
-    say(f"{line}\nrecord: {record}")
+    return {"summary": line, **found}, (["degradation", *SHOWN, "blur, unpaired", "named in the alarms"], cells)
+
+
+WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
+    "export": export,
+    "panel": panel,
+    "separation": separation,
+}
 
 
 def middle(rows: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -48,5 +107,10 @@ def middle(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     return {name: median(values) if values else None for name, values in found.items()}
 
 
-def shown(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.3g}"
+def spelled(kinds: dict[str, float]) -> str:
+    """Kinds that at least one pair in twenty raises."""
+    return ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(kinds.items(), key=lambda item: -item[1]) if share >= 0.05)
+
+
+def shown(value: object) -> str:
+    return "failed" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -97,6 +97,10 @@ class LatentCache:
             embeds=self._reader.read(entry["text_shard"], f"{entry['caption']}.embeds"),
         )
 
+    def clip_of(self, position: int) -> str:
+        """The key of the clip at ``position``: of its file's content, the settings that shape it, and the VAE (``encode.clip_key``)."""
+        return str(self._entries[position]["clip"])
+
     @property
     def empty_embeds(self) -> torch.Tensor:
         empty = self._index["empty"]

@@ -25,6 +25,7 @@ SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "see
 _TOLERANCE = 1e-3  # seconds; webm and mkv round times to milliseconds
 _MAX_PIXELS = 8192 * 8192
 _SEEK_FROM = 4.0  # seconds; below, decoding from the start is as quick
+_KEPT = 4  # frames kept at their own size, evenly spread
 
 
 class ClipError(Exception):
@@ -37,13 +38,18 @@ class ClipError(Exception):
 
 @dataclass(frozen=True)
 class Clip:
-    """``frames`` is uint8 ``[T, H, W, 3]`` sRGB. ``source_size`` is (height, width) as displayed, ``source_fps`` the mean rate."""
+    """``frames`` is uint8 ``[T, H, W, 3]`` sRGB. ``source_size`` is (height, width) as displayed, ``source_fps`` the mean rate.
+
+    ``source``: a few of the same frames before they were resized, uint8 ``[K, h, w, 3]``; ``source_at``: their places in ``frames``.
+    """
 
     frames: torch.Tensor
     source_size: tuple[int, int]
     source_fps: float
     source_frames: int
     upscaled: bool
+    source: torch.Tensor
+    source_at: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,15 @@ def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
         scan = _scan(path, size)
         start = _window_start(scan, data, content or "")
         wanted = start + np.arange(data.frames) / data.fps
-        frames, source_size, upscaled = _pick(path, scan, wanted, data, content or "")
+        picked = _pick(path, scan, wanted, data, content or "")
     except av.error.FFmpegError as error:
         raise ClipError(f"not a readable video (truncated, damaged or of another kind): {error.strerror}") from None
     except OSError as error:
         raise ClipError(f"cannot be read: {error.strerror or error}") from None
-    return Clip(frames, source_size, scan.fps, len(scan.times), upscaled)
+    own = (picked.source[0].shape[0], picked.source[0].shape[1])
+    upscaled = any(after > before for after, before in zip(scaled_size(own, data), own, strict=True))
+    source = torch.from_numpy(np.stack(picked.source))
+    return Clip(torch.stack(picked.frames), own, scan.fps, len(scan.times), upscaled, source, tuple(picked.places))
 
 
 def _scan(path: Path, size: int) -> _Scan:
@@ -153,24 +162,36 @@ def _window_start(scan: _Scan, data: DataConfig, content: str) -> float:
     return float(scan.times[np.searchsorted(scan.times, at + _TOLERANCE, side="right") - 1])
 
 
-def _pick(path: Path, scan: _Scan, wanted: np.ndarray, data: DataConfig, content: str) -> tuple[torch.Tensor, tuple[int, int], bool]:
+@dataclass
+class _Picked:
+    """The clip's frames, and a few of them as they were with their places."""
+
+    frames: list[torch.Tensor]
+    source: list[np.ndarray]
+    places: list[int]
+
+
+def _pick(path: Path, scan: _Scan, wanted: np.ndarray, data: DataConfig, content: str) -> _Picked:
     """Decode once and keep only what is wanted, each frame shrunk at once: a long 4K clip never lies in memory."""
-    frames: list[torch.Tensor] = []
+    keep = set(np.linspace(0, len(wanted) - 1, min(len(wanted), _KEPT)).round().astype(int).tolist())
+    picked = _Picked([], [], [])
     size: tuple[int, int] | None = None
-    upscaled = False
     for frame, count in _select(path, scan, wanted):
         if frame.is_corrupt:
             raise ClipError("damaged: a frame does not decode")
         image = to_rgb(frame)
         if size is None:
             size = (image.shape[0], image.shape[1])
-            upscaled = any(after > before for after, before in zip(_scaled_size(size, data), size, strict=True))
         elif size != image.shape[:2]:
             raise ClipError(f"frames change their size from {size[1]}x{size[0]} to {image.shape[1]}x{image.shape[0]}")
-        frames.extend([_fit(image, data, content)] * count)
-    if size is None or len(frames) < len(wanted):
-        raise ClipError(f"damaged or lying header: {len(frames)} of {len(wanted)} frames decode")
-    return torch.stack(frames), size, upscaled
+        shown = range(len(picked.frames), len(picked.frames) + count)
+        if here := keep.intersection(shown):
+            picked.source.append(image)
+            picked.places.append(min(here))
+        picked.frames.extend([_fit(image, data, content)] * count)
+    if size is None or len(picked.frames) < len(wanted):
+        raise ClipError(f"damaged or lying header: {len(picked.frames)} of {len(wanted)} frames decode")
+    return picked
 
 
 def _select(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[tuple[av.VideoFrame, int]]:
@@ -206,7 +227,7 @@ def _select(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[tuple[av.Vi
             yield shown, len(wanted) - done
 
 
-def _scaled_size(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
+def scaled_size(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
     """Height and width after resizing and before cropping."""
     height, width = size
     if data.resize == "stretch":
@@ -222,13 +243,19 @@ def _scaled_size(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
 def _fit(image: np.ndarray, data: DataConfig, content: str) -> torch.Tensor:
     """Resize and crop one uint8 ``[h, w, 3]`` image to uint8 ``[data.height, data.width, 3]``."""
     picture = torch.from_numpy(image)
-    height, width = _scaled_size((image.shape[0], image.shape[1]), data)
+    height, width = scaled_size((image.shape[0], image.shape[1]), data)
     if (height, width) != image.shape[:2]:
         planes = picture.permute(2, 0, 1)[None].float()
         planes = functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
         picture = planes[0].permute(1, 2, 0).round_().clamp_(0, 255).to(torch.uint8)
-    down, right = (height - data.height) // 2, (width - data.width) // 2
+    down, right = corner((height, width), data, content)
+    return picture[down : down + data.height, right : right + data.width].contiguous()
+
+
+def corner(scaled: tuple[int, int], data: DataConfig, content: str) -> tuple[int, int]:
+    """Where the crop begins (rows from the top, columns from the left) in a frame that was resized to ``scaled``."""
+    height, width = scaled
     if data.crop == "random":
         rng = _rng(data, content, "crop")
-        down, right = int(rng.integers(0, height - data.height + 1)), int(rng.integers(0, width - data.width + 1))
-    return picture[down : down + data.height, right : right + data.width].contiguous()
+        return int(rng.integers(0, height - data.height + 1)), int(rng.integers(0, width - data.width + 1))
+    return (height - data.height) // 2, (width - data.width) // 2

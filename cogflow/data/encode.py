@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from cogflow.config.schema import DataConfig
-from cogflow.data import clips
+from cogflow.data import clips, softness
 from cogflow.data.index import ClipEntry
 from cogflow.data.shards import ShardWriter
 from cogflow.errors import DataError, QualityGateError
@@ -173,8 +173,10 @@ def encode_clips(
     if not items:
         return
     vae = load()
+    # Keys are hashes: the smallest are a sample of the clips that no order of theirs can shape.
+    compared = set(sorted(items)[: softness.RESAMPLED])
     with report(len(items), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
-        for key, item, clip in _decoded(items, data):
+        for key, item, clip, measured in _decoded(items, data, compared):
             if item.stamp != _stamp_or_none(item.entry.path):
                 raise DataError(f"{item.entry.path} changed while it was prepared", "run the command again when the clips are at rest")
             if isinstance(clip, clips.ClipError):
@@ -184,7 +186,13 @@ def encode_clips(
                 continue
             mean, logvar = encode_frames(vae, clip.frames)
             _check_finite(mean, "VAE", item.entry.name)
-            facts = {"upscaled": clip.upscaled, "size": clip.source_size, "fps": clip.source_fps, "frames": clip.source_frames}
+            facts: dict[str, Any] = {
+                "upscaled": clip.upscaled,
+                "size": clip.source_size,
+                "fps": clip.source_fps,
+                "frames": clip.source_frames,
+            }
+            facts |= measured
             writer.add(key, {"mean": mean, "logvar": logvar}, facts)
             bar.advance(1)
 
@@ -197,24 +205,31 @@ def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
 
 
-def _decoded(items: Mapping[str, Item], data: DataConfig) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError]]:
-    def read(item: Item) -> clips.Clip | clips.ClipError:
-        try:
-            return clips.read_clip(item.entry.path, data, item.content)
-        except clips.ClipError as error:
-            return error
+Decoded = tuple[clips.Clip | clips.ClipError, dict[str, Any]]
+"""A clip and what was measured of it."""
 
-    ahead: deque[tuple[str, Item, Future[clips.Clip | clips.ClipError]]] = deque()
+
+def _decoded(
+    items: Mapping[str, Item], data: DataConfig, compared: set[str]
+) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError, dict[str, Any]]]:
+    def read(key: str, item: Item) -> Decoded:
+        try:
+            clip = clips.read_clip(item.entry.path, data, item.content)
+        except clips.ClipError as error:
+            return error, {}
+        return clip, softness.measured(clip, data, item.content or "", resampled=key in compared)
+
+    ahead: deque[tuple[str, Item, Future[Decoded]]] = deque()
     with ThreadPoolExecutor(max_workers=2) as pool:
         try:
             for key, item in items.items():
-                ahead.append((key, item, pool.submit(read, item)))
+                ahead.append((key, item, pool.submit(read, key, item)))
                 if len(ahead) >= _AHEAD:
                     first_key, first, result = ahead.popleft()
-                    yield first_key, first, result.result()
+                    yield first_key, first, *result.result()
             while ahead:
                 first_key, first, result = ahead.popleft()
-                yield first_key, first, result.result()
+                yield first_key, first, *result.result()
         finally:
             for _, _, waiting in ahead:
                 waiting.cancel()

@@ -18,7 +18,7 @@ import av
 
 from cogflow import ranks
 from cogflow.config.schema import Config, DataConfig, PrepareStage
-from cogflow.data import cache, shards
+from cogflow.data import cache, shards, softness
 from cogflow.data.clips import SETTINGS
 from cogflow.data.encode import (
     CLIPS,
@@ -58,6 +58,7 @@ class PrepareResult:
     fingerprint: str
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    softness: dict[str, Any] = field(default_factory=dict)  # see cogflow.data.softness.summary
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,14 @@ def _finish(
     """Write the index over all shards, and remove the shards that nothing names any more."""
     stored_clips, stored_texts = shards.scan(folder, CLIPS), shards.scan(folder, TEXTS)
     entries: list[dict[str, str]] = []
+    facts: dict[str, dict[str, Any]] = {}
     sources: list[str] = []
     upscaled = slower = 0
     for item, clip, text in zip(plan.items, plan.clip_keys, plan.text_keys, strict=True):
         if clip is None or clip not in stored_clips or item.entry.name in quarantine.rows:
             continue
         stored = stored_clips[clip]
+        facts[item.entry.name] = stored.facts
         upscaled += bool(stored.facts["upscaled"])
         slower += stored.facts["fps"] < 0.99 * data.fps
         sources.append(item.content or "")
@@ -210,6 +213,7 @@ def _finish(
         "settings": {**{name: getattr(data, name) for name in SETTINGS}, "max_length": max_length},
         "models": dict(model_hashes),
         "counts": {"unreadable": len(quarantine.rows), "upscaled": upscaled, "slower": slower},
+        "softness": softness.summary(facts, data),
         "empty": empty,
         "train": train,
         "holdout": holdout,
@@ -230,9 +234,10 @@ def _result(folder: Path, index: dict[str, Any], encoded_clips: int, encoded_cap
         warnings.append(f"{counts['unreadable']} clips are unreadable and left out; {folder / QUARANTINE} says why")
     if counts["upscaled"]:
         size = f"{settings['width']}x{settings['height']}"
+        own = ", ".join(f"{count} of {one}" for one, count in list(index.get("softness", {}).get("upscaled", {}).items())[:4])
         warnings.append(
-            f"{counts['upscaled']} of {total} clips are smaller than {size} and were upscaled: they are soft, and a model learns that. "
-            "Leave them out or lower data.height and data.width"
+            f"{counts['upscaled']} of {total} clips are smaller than {size} and were upscaled{f' ({own})' if own else ''}: they are soft, "
+            "and a model learns that. Leave them out or lower data.height and data.width"
         )
     if counts["slower"]:
         warnings.append(
@@ -248,5 +253,6 @@ def _result(folder: Path, index: dict[str, Any], encoded_clips: int, encoded_cap
         fingerprint=index["fingerprint"],
         seconds=time.monotonic() - started,
         warnings=warnings,
+        softness=index.get("softness", {}),
         **counts,
     )

@@ -58,6 +58,7 @@ class Sampler:
         if settings.sampler in SCHEDULERS:
             scheduler = SCHEDULERS[settings.sampler].from_config(scheduler.config)
         self.schedule = schedule_of(scheduler.config, settings.steps) if settings.sampler in sat.SOLVERS else None
+        self.loaded_vae = vae
         vae = decoder(vae, settings.vae_dtype, settings.vae_tiling)
         self.pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -148,7 +149,14 @@ def decoder(vae: AutoencoderKLCogVideoX, dtype: str, tiling: bool) -> Autoencode
         return vae
     # diffusers' own .to warns that casting may be inconsistent, naming no module.
     copied: AutoencoderKLCogVideoX = torch.nn.Module.to(copy.deepcopy(vae), wanted)
-    (copied.enable_tiling if tiling else copied.disable_tiling)()
+    if not tiling:
+        copied.disable_tiling()
+        return copied
+    # Overlaps of whole latents, about diffusers' own sixth and fifth: with other shares small tiles do not add up to the frame's size.
+    rows, columns = copied.tile_latent_min_height, copied.tile_latent_min_width
+    copied.enable_tiling(
+        tile_overlap_factor_height=max(1, round(rows / 6)) / rows, tile_overlap_factor_width=max(1, round(columns / 5)) / columns
+    )
     return copied
 
 

@@ -21,6 +21,8 @@ from cogflow.errors import ConfigError, DataError
 from cogflow.files.manifest import hash_file
 from cogflow.files.paths import run_folder
 from cogflow.models import components
+from cogflow.rungs import report as ladder
+from cogflow.rungs import source
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 from cogflow.tracking.report import record_stage
@@ -118,6 +120,8 @@ def _tell(config: Config, folder: Path, clips_folder: Path, hashes: dict[str, st
         tracker.log(0, {f"prepare/{name}": float(getattr(result, name)) for name in ("clips", "unreadable", "upscaled", "seconds")})
         listed = [path for path in (result.folder / "index.json", result.folder / QUARANTINE) if path.is_file()]
         tracker.artifact(f"{config.run.name}-clips", "dataset", listed)
-    results = {"summary": summary, "where": str(result.folder), **asdict(result)}
+        source.gather(folder, result.folder, config.data)
+        findings = ladder.tell(tracker, folder)
+    results = {"summary": summary, "where": str(result.folder), **asdict(result), "findings": [one.line for one in findings]}
     record_stage(folder, "prepare", config, {"clips": str(clips_folder), "models": hashes}, results, started=started)
     say(f"{summary}\nprepared clips: {result.folder}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,11 @@ def find_reference(runs: Iterable[Path], transformer: Part) -> tuple[Reference |
     return None, "; ".join(dict.fromkeys(reasons)) or "there is no run to compare with"
 
 
-def verify(folder: Path, reference: Reference, export_dtype: str | None) -> dict[str, Any]:
+Measured = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]], None]
+"""Called with the folder's frames, the run's own, and the figures: before anything is raised."""
+
+
+def verify(folder: Path, reference: Reference, export_dtype: str | None, measured: Measured | None = None) -> dict[str, Any]:
     """Sample ``folder`` as ``reference`` was sampled and compare; returns what was found, with ``status`` passed or skipped.
 
     Raises :class:`QualityGateError` when the folder does not load or run with diffusers alone, or gives other frames.
@@ -92,6 +96,10 @@ def verify(folder: Path, reference: Reference, export_dtype: str | None) -> dict
     tolerance = TOLERANCES[dtype]
     samples: list[dict[str, Any]] = [{"name": name, **difference(found.get(name), frames)} for name, frames in sorted(expected.items())]
     bad = [s for s in samples if s["psnr"] < tolerance.psnr or s["max_difference"] > tolerance.max_difference]
+    if measured is not None:
+        allowed = {"max_difference": tolerance.max_difference, "psnr": tolerance.psnr}
+        psnr = {sample["name"]: sample["psnr"] for sample in samples}
+        measured(found, expected, {"psnr": psnr, "allowed": allowed, "failed": bool(bad), "dtype": dtype, "step": record.get("step")})
     if bad:
         save_file(found, folder / f"verify-{FRAMES}")
         lines = [f"{s['name']}: PSNR {s['psnr']:.1f} dB, largest difference {s['max_difference']}/255" for s in bad]

@@ -6,15 +6,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cogflow import ranks
 from cogflow.config.schema import AssembleStage, Config, ModelConfig
-from cogflow.errors import PipelineError
+from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.models.components import model_folder
 from cogflow.pipeline.assemble import assemble, pipeline_class
 from cogflow.pipeline.consistency import check_parts
 from cogflow.pipeline.parts import CONFIGS, Part, read_part
 from cogflow.pipeline.verify import Reference, find_reference, verify
+from cogflow.rungs import report as ladder
+from cogflow.rungs import samples
+from cogflow.sharpness.panel import measure
 from cogflow.tracking.console import say, table
 from cogflow.tracking.report import record_stage
 from cogflow.tracking.tracker import open_tracker
@@ -46,10 +51,20 @@ def _assemble(config: Config) -> None:
         if reference is None:
             return {"status": "skipped", "reason": reason}
         say(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was")
-        return verify(partial, reference, parts["transformer"].made.get("dtype"))
+        of_run = reference.folder.parent.parent
 
-    assembly = assemble(output, parts, expected, sample_settings(config, reference), check)
-    _tell(config, folder, output, assembly, started)
+        def measured(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+            samples.exported(of_run, found, expected, {name: measure(frames) for name, frames in found.items()}, facts)
+
+        return verify(partial, reference, parts["transformer"].made.get("dtype"), measured)
+
+    try:
+        assembly = assemble(output, parts, expected, sample_settings(config, reference), check)
+    except QualityGateError:
+        with open_tracker(config, "assemble", folder) as tracker:
+            ladder.tell(tracker, _ladder_of(reference, folder), _step(reference))
+        raise
+    _tell(config, folder, output, assembly, reference, started)
 
 
 def read_parts(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict[str, Part], list[str]]:
@@ -108,7 +123,16 @@ def _runs(folder: Path, transformer: Part) -> list[Path]:
     return list(dict.fromkeys([*trained, folder.absolute()]))
 
 
-def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], started: float) -> None:
+def _ladder_of(reference: Reference | None, folder: Path) -> Path:
+    """The run that the samples belong to: its ladder gets the last rung."""
+    return folder if reference is None else reference.folder.parent.parent
+
+
+def _step(reference: Reference | None) -> int:
+    return int(reference.record.get("step") or 0) if reference is not None else 0
+
+
+def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], reference: Reference | None, started: float) -> None:
     verified = assembly["verify"]
     rows = [[name, part["class"], part["from"]] for name, part in assembly["components"].items()]
     table(rows, ["component", "class", "from"])
@@ -121,6 +145,7 @@ def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], 
     with open_tracker(config, "assemble", folder) as tracker:
         if verified["status"] == "passed":
             tracker.log(verified["step"] or 0, {"assemble/psnr": lowest})
+            ladder.tell(tracker, _ladder_of(reference, folder), _step(reference))
         tracker.table("assemble/components", ["component", "class", "from"], rows)
         tracker.artifact("pipeline", "pipeline", output, uses=["export"])
     inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}

@@ -42,11 +42,12 @@ DERIVED = {
 }
 """Numbers worked out of the channels' changes, with their titles."""
 WARNING, ALARM = 3.0, 4.0  # null deviations
-BLUR_WEIGHTS = {"edge_sharpness": 0.2, "reblur": 0.8}
-"""Of the channels that decide about blur: ``log s1 - 0.8 log s3`` of the two slopes in :mod:`cogflow.sharpness.edges`, whose deviation
-between takes of one content is smallest against what a Gaussian of sigma 0.8 does (1 to 8; the wavelet ratio's 1 to 5, Crete's 1 to 5)."""
+BLUR_WEIGHTS = {"edge_sharpness": 0.5, "reblur": 0.5}
+"""Of the channels that decide about blur: ``log s1 - 0.5 log s3`` of the two slopes in :mod:`cogflow.sharpness.edges`. Over three frame
+sizes a Gaussian of sigma 0.8 moves it by 9 to 12 deviations between takes of one content; the wavelet ratio by 3 to 5, Crete's by 3 to
+5."""
 BLUR_CHANNELS = tuple(BLUR_WEIGHTS)
-SMEAR_PER_BLUR = 8.0  # what a blur in space takes from temporal sharpness, per unit of the composite (5 for sigma 0.8, 8 for sigma 4)
+SMEAR_PER_BLUR = 6.0  # what a blur in space takes from temporal sharpness, per unit of the composite (4.3 for sigma 0.8, 6 for sigma 4)
 SHARP_PER_CLIPPED = 0.1  # clipping makes edges steeper: what a share of clipped pixels adds to the composite
 VEIL_PER_BRIGHTNESS = 0.5  # a veil is light that was added: it raises the mean, too, but dark tones more
 BEST_SHARE = 1 / math.sqrt(8)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
@@ -120,7 +121,7 @@ def with_derived(found: dict[str, float]) -> dict[str, float]:
 
 
 def blur(changes: Mapping[str, float]) -> float:
-    """The blur composite of channels' changes. Below zero is blurrier; a Gaussian of sigma 0.8 makes it -0.1 on real clips."""
+    """The blur composite of channels' changes. Below zero is blurrier; a Gaussian of sigma 0.8 makes it -0.12 on real clips."""
     return sum(weight * changes[name] for name, weight in BLUR_WEIGHTS.items())
 
 
@@ -202,7 +203,7 @@ def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Pan
             seen(kind, channel, mine)
     if all(_black(panel) for panel in ours):
         return found  # black is soft, grey and at rest, too
-    far("soft", ("blur", -1), ("detail", -1))
+    far("soft", ("blur", -1), ("reblur", -1), ("detail", -1))
     far("smeared", ("smear", -1))
     far("washed_out", ("contrast", -1), ("saturation", -1))
     far("hazy", ("veil", 1))

@@ -57,7 +57,7 @@ def test_an_edge_has_the_slope_of_its_width() -> None:
         profile = np.clip((np.arange(96) - 48) / width, 0, 1)
         flat = torch.from_numpy(np.tile(profile, (64, 1))).float()[None]
         slopes.append(float(edges._log_slope(flat, -1).exp()))
-        assert slopes[-1] == pytest.approx(1 / width, rel=0.2)  # central differences round the corners off
+        assert slopes[-1] == pytest.approx(1 / width, rel=0.25)  # the window of 7 pixels cuts corners off
     assert slopes[0] > slopes[1] > slopes[2]
 
 

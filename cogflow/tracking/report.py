@@ -18,13 +18,14 @@ from cogflow.tracking import words
 from cogflow.tracking.curves import SMOOTH_FROM, Chart, running_mean, short
 from cogflow.tracking.progress import clock
 from cogflow.tracking.record import write_record
-from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts
+from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts, watch_charts
 from cogflow.tracking.run_data import RunData, Validation, read_run
 from cogflow.tracking.secrets import scrub
 from cogflow.tracking.sheet import pick
 
 COLUMNS = 6  # validations side by side; of more, the first, the last and some between are shown
 ROWS = 24
+LADDER = "ladder/rungs"  # the table that has a section of its own
 CELLS = ("wavelet_ratio", "blur_effect", "contrast")
 
 
@@ -63,11 +64,13 @@ def render(run: RunData) -> str:
         alerts=[_alert(alert) for alert in run.alerts],
         stages=[_stage(run, record) for record in run.records],
         loss=[_svg(one) for one in loss_charts(run)],
+        ladder=_ladder(run),
         sharpness=[_svg(one) for one in sharpness_charts(run)],
+        watch=[_svg(one) for one in watch_charts(run)],
         others=[_svg(one) for one in other_charts(run)],
         samples=_samples(run),
         sheets=[{"step": one.step, "src": _link(run.folder, one.sheet)} for one in _shown(run) if one.sheet],
-        tables=[_table(run, table) for table in run.tables.values() if not (run.records and table["columns"][:2] == ["stage", "result"])],
+        tables=[_table(run, table) for key, table in run.tables.items() if key != LADDER and not _closing(run, table)],
         artifacts=[_artifact(run, artifact) for artifact in run.artifacts],
         provenance=[_provenance(record) for record in run.records],
     )
@@ -185,6 +188,20 @@ def _cell(run: RunData, validation: Validation, key: tuple[str, int], first: Map
         else "",
         "title": ", ".join(f"{name.replace('_', ' ')} {short(sample.sharpness[name])}" for name in CELLS if name in sample.sharpness),
     }
+
+
+def _ladder(run: RunData) -> dict[str, Any] | None:
+    """The ladder's table, and the pictures of where detail is lost."""
+    if LADDER not in run.tables:
+        return None
+    sheets = [("ladder/clips.png", "a clip's file, the loaded clip, its round trip"), ("ladder/samples.png", "a prompt on rungs 3 to 5")]
+    found = [{"src": _link(run.folder, run.folder / name), "title": title} for name, title in sheets if (run.folder / name).is_file()]
+    return {"table": _table(run, run.tables[LADDER]), "sheets": found}
+
+
+def _closing(run: RunData, table: Mapping[str, Any]) -> bool:
+    """The table of stages, which the page has from their records."""
+    return bool(run.records) and table["columns"][:2] == ["stage", "result"]
 
 
 def _svg(one: Chart) -> dict[str, Any]:

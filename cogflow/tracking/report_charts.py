@@ -72,5 +72,25 @@ def other_charts(run: RunData) -> list[Chart]:
     )
 
 
+def watch_charts(run: RunData) -> list[Chart]:
+    """What the watch saw at each validation, and what the loss hides at each step: the share of fine latent detail that is recovered."""
+    names = [name for name in run.metrics if name.startswith("watch/") and name not in ("watch/level", "watch/score")]
+    # The four that moved most, blur first: there are more channels than colours.
+    names.sort(
+        key=lambda name: (name not in ("watch/blur", "watch/soft"), -max((abs(value) for _, value in run.curve(name).finite), default=0))
+    )
+    lines = [Line(name.partition("/")[2].replace("_", " "), run.curve(name), colour, dots=True) for colour, name in enumerate(names[:4], 1)]
+    levels = [Line("level", run.curve("watch/level"), 2, dots=True)]
+    high = [Line(label, run.curve(f"spectrum/high_q{number}"), number, smooth=True) for number, label in enumerate(QUARTERS, 1)]
+    trend = [Line("z", run.curve("spectrum/z"), 3, smooth=True)]
+    until, height = run.last_step, 180
+    return _present(
+        chart("Watch", lines, note="change against step 0, in deviations of nothing wrong", height=height, until=until, least=6.0),
+        chart("Watch level", levels, note="0 quiet, 1 learning, 2 warning, 3 alarm", height=height, until=until, least=3.0),
+        chart("Fine detail recovered", high, note="share of the latents' finest band in the x0 prediction", height=height, until=until),
+        chart("Trend of fine detail", trend, note="z of its change, at every step", height=height, until=until, least=6.0),
+    )
+
+
 def _present(*charts: Chart | None) -> list[Chart]:
     return [one for one in charts if one is not None]

@@ -7,8 +7,9 @@ change are followed, each in the bands FOLLOWED:
 * ``softening``: the prediction has less energy than is recovered (a blurred prediction), and less so than at the start;
 * ``inventing``: it has more energy than is recovered (grain, artefacts, over-sharpening), and more so than at the start.
 
-A step's value is standardised by its quarter with mean and deviation of the first REFERENCE steps that had a clip there; the
-deviation is moderated by a prior, and outliers are clipped, so that damage in the first steps does not become the standard. The
+A step's value is standardised by its quarter with mean and deviation of the first REFERENCE steps that had a clip there. Where the
+held-out clips were looked at before the first step, the mean starts from there, so that damage in the first steps is seen; no step is
+learned from while something seems wrong. The deviation is moderated by a prior. The
 quarters are added up to one z per step, and an exponentially weighted mean of those over its own deviation, the uncertainty of the
 reference included, is the statistic. A level that persists does not accumulate; a drift does show. Moving *up* in the
 recovered share is learning and never tells anything; so is a prediction whose energy moves towards what is recovered.
@@ -30,10 +31,15 @@ REFERENCE = 20  # steps per quarter
 EARLIEST = 6  # values a quarter needs before it counts
 WEIGHT = 0.1  # of a new step in the mean
 CLIP = 2.5  # deviations beyond which a value of the reference is cut
-PRIOR_DEVIATION = {"losing": 0.15, "softening": 0.15, "inventing": 0.15}  # of one clip; a frozen tiny model: 0.09 to 0.26, 0.04 to 0.25
+_ENERGY = (0.05, 0.08, 0.11, 0.22)
+PRIOR_DEVIATION = {"losing": (0.12, 0.15, 0.17, 0.2), "softening": _ENERGY, "inventing": _ENERGY}
+"""Of one clip, by quarter, about what a frozen tiny model shows (0.09 to 0.26 and 0.03 to 0.25)."""
 PRIOR_WEIGHT = 6.0  # values that the prior counts for
+ANCHOR_CLIPS = 2.0  # that the held-out clips' mean counts for: their few timesteps are not all of a quarter's (off by up to a deviation)
+SUSPECT = 3.5  # a statistic beyond which a step is not learned from
 STEP_CLIP = 6.0  # deviations beyond which one step's value in one quarter is cut: one odd clip is no trend
 WARNING, ALARM = 4.5, 6.0
+_EMPTY: dict[str, float] = {"anchored": 0, "n": 0, "clips": 0.0, "mean": 0.0, "squares": 0.0, "e": 0.0, "k": 0}
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,15 @@ class Trend:
     def state(self) -> dict[str, Any]:
         return copy.deepcopy({"quarters": self._quarters, "means": self._means, "told": self._told})
 
+    def anchor(self, bands: Mapping[tuple[str, int], Band]) -> None:
+        """Start the reference from ``bands`` of the held-out clips before the first step. Call it before the first :meth:`update`."""
+        for kind in KINDS:
+            for band in FOLLOWED:
+                for quarter in range(1, QUARTERS + 1):
+                    if (band, quarter) in bands:
+                        mean = indicator(kind, bands[band, quarter])
+                        self._quarters[f"{kind} {band} {quarter}"] = {**_EMPTY, "anchored": 1, "clips": ANCHOR_CLIPS, "mean": mean}
+
     def update(self, step: int, bands: Mapping[tuple[str, int], Band], clips: Mapping[int, float]) -> Reading:
         """Take in what one step gave: ``bands`` by name and quarter, ``clips`` the number of clips by quarter."""
         values: dict[str, float] = {}
@@ -117,23 +132,29 @@ class Trend:
     def _statistic(self, kind: str, band: str, seen: Mapping[int, tuple[float, float]]) -> float | None:
         """The mean of the steps' z over its own deviation, this step taken in; ``None`` while too little was seen."""
         added = weight = uncertainty = 0.0
+        states = {quarter: self._quarters.setdefault(f"{kind} {band} {quarter}", dict(_EMPTY)) for quarter in seen}
         for quarter, (value, clips) in seen.items():
-            state = self._quarters.setdefault(
-                f"{kind} {band} {quarter}", {"n": 0, "clips": 0.0, "mean": 0.0, "squares": 0.0, "e": 0.0, "k": 0}
-            )
-            if state["n"] >= EARLIEST:
-                z = (value - bound(kind, state["mean"])) * math.sqrt(clips) / deviation(kind, state)
+            state = states[quarter]
+            if counts(state):
+                z = (value - bound(kind, state["mean"])) * math.sqrt(clips) / deviation(kind, quarter, state)
                 z = min(max(z if kind == "inventing" else -z, -STEP_CLIP), STEP_CLIP)
                 state["e"] += WEIGHT * (z - state["e"])
                 state["k"] += 1
                 added += math.sqrt(clips) * z
                 weight += clips
                 uncertainty += clips * clips / state["clips"]
-            if state["n"] < REFERENCE:
-                learn(kind, state, value, clips)
+        statistic = self._weigh(f"{kind} {band}", added, weight, uncertainty)
+        if statistic is None or statistic < SUSPECT:
+            for quarter, (value, clips) in seen.items():
+                if states[quarter]["n"] < REFERENCE:
+                    learn(kind, quarter, states[quarter], value, clips)
+        return statistic
+
+    def _weigh(self, name: str, added: float, weight: float, uncertainty: float) -> float | None:
+        """Take a step's z into the weighted mean, where there is one; the statistic."""
         if weight == 0.0:
-            return self._normalised(self._means.get(f"{kind} {band}"))
-        mean = self._means.setdefault(f"{kind} {band}", [0.0, 0.0, 0.0, 0.0])
+            return self._normalised(self._means.get(name))
+        mean = self._means.setdefault(name, [0.0, 0.0, 0.0, 0.0])
         # Mean of z, sum of squared weights, the share that the reference's own error gives, steps.
         mean[0] += WEIGHT * (added / math.sqrt(weight) - mean[0])
         mean[1] = (1 - WEIGHT) ** 2 * mean[1] + WEIGHT**2
@@ -152,7 +173,7 @@ class Trend:
             state = self._quarters.get(f"{kind} {band} {quarter}")
             if state is not None and state["k"] > 0:
                 spread = WEIGHT / (2 - WEIGHT) * (1 - (1 - WEIGHT) ** (2 * state["k"]))
-                found[quarter] = state["e"] / math.sqrt(spread + 1 / min(state["n"], REFERENCE))
+                found[quarter] = state["e"] / math.sqrt(spread + 1 / max(state["n"], ANCHOR_CLIPS))
                 if band == "high":
                     values[f"z_{kind}_high_q{quarter}"] = found[quarter]
         return max(found, key=lambda quarter: found[quarter]) if found else 1
@@ -179,16 +200,21 @@ def bound(kind: str, mean: float) -> float:
     return {"losing": mean, "softening": min(mean, 0.0), "inventing": max(mean, 0.0)}[kind]
 
 
-def deviation(kind: str, state: Mapping[str, float]) -> float:
+def counts(state: Mapping[str, float]) -> bool:
+    """Whether enough was seen of a quarter, or its mean was known from the start."""
+    return bool(state["anchored"]) or state["n"] >= EARLIEST
+
+
+def deviation(kind: str, quarter: int, state: Mapping[str, float]) -> float:
     """Of one clip, moderated by the prior."""
-    prior = PRIOR_DEVIATION[kind]
+    prior = PRIOR_DEVIATION[kind][quarter - 1]
     return math.sqrt((PRIOR_WEIGHT * prior**2 + state["squares"]) / (PRIOR_WEIGHT + max(state["n"] - 1, 0)))
 
 
-def learn(kind: str, state: dict[str, float], value: float, clips: float) -> None:
+def learn(kind: str, quarter: int, state: dict[str, float], value: float, clips: float) -> None:
     """Add a value to the reference, cut to CLIP deviations (Welford's recurrence, weighted by the clips)."""
-    if state["n"] >= EARLIEST:
-        room = CLIP * deviation(kind, state) / math.sqrt(clips)
+    if counts(state):
+        room = CLIP * deviation(kind, quarter, state) / math.sqrt(clips)
         value = min(max(value, state["mean"] - room), state["mean"] + room)
     delta = value - state["mean"]
     state["n"] += 1

@@ -124,27 +124,33 @@ class Trainer:
         )[0]
         return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
 
-    def evaluate(self, prefix: str = "heldout") -> dict[str, float]:
-        """Loss and bands on the held-out clips with the weights of this moment; empty without such clips. Collective."""
+    def evaluate(self) -> torch.Tensor | None:
+        """The table of figures on the held-out clips with the weights of this moment; ``None`` without such clips. Collective."""
         self.engine.module.eval()
         table = heldout_table(
             self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.scaling_factor, self.device
         )
         self.engine.module.train()
-        return {} if table is None else figures.losses(table, prefix) | figures.bands(table, prefix)
+        return table
 
     def _evaluate(self, done: int, hooks: Hooks) -> None:
         """The held-out figures of the model, and of its averages where there are any."""
-        values = self.evaluate()
-        if not values:
+        table = self.evaluate()
+        if table is None:
             return
+        if done == 0:
+            self.trend.anchor(spectrum.bands(table[figures.LOSS_ROWS :]))
+        values = figures.losses(table, "heldout") | figures.bands(table, "heldout")
         self._heldout = {"step": done, "loss": values["heldout/loss"]}
         hooks.log(done, values)
         if self.ema is None:
             return
         with self.ema.applied(self.engine):
-            averages = self.evaluate("ema")
-        averages["ema/heldout_loss"] = averages.pop("ema/loss")
+            averaged = self.evaluate()
+        if averaged is None:
+            return
+        averages = figures.losses(averaged, "ema/heldout") | figures.bands(averaged, "ema")
+        averages = {name.replace("ema/heldout/", "ema/heldout_"): value for name, value in averages.items()}
         hooks.log(done, averages)
         if line := self.averages.update(done, values["heldout/loss"], averages["ema/heldout_loss"]):
             hooks.warn("ema_behind: the averages stay behind", line)

@@ -100,3 +100,28 @@ def test_a_resumed_test_goes_on_exactly(cut: int) -> None:
     head = run(first, given[:cut])
     tail = run(Trend(json.loads(json.dumps(first.state()))), given[cut:])
     assert (head[0] + tail[0], head[1] + tail[1]) == whole
+
+
+def test_held_out_clips_seen_before_the_first_step_show_damage_in_the_first_steps() -> None:
+    """The learning rate is too high from the first step on: without the anchor, damage is the standard."""
+    given = list(steps(60, 0, lambda step, quarter: (-3.0, 0.0) if step > 3 else (0.0, 0.0), clips=8))
+    (_, healthy, _) = next(iter(steps(1, 7, clips=400)))
+    anchored = Trend()
+    anchored.anchor(healthy)
+    moves, values = run(anchored, given)
+    assert moves and moves[0].kind == "losing" and moves[0].step <= 12 and values[-1]["level"] == 3.0
+    assert not [move for move in run(Trend(), given)[0] if move.step <= 12]
+
+
+def test_an_anchor_that_is_off_by_a_deviation_is_no_alarm() -> None:
+    """Held-out clips have a few timesteps of each quarter: their mean is off by up to a deviation of one clip."""
+    for off in (-1.0, 1.0):
+
+        def moved(step: int, quarter: int, off: float = off) -> tuple[float, float]:
+            return off, off
+
+        (_, shifted, _) = next(iter(steps(1, 7, moved, clips=400)))
+        for seed in range(4):
+            anchored = Trend()
+            anchored.anchor(shifted)
+            assert run(anchored, steps(200, seed, clips=(1, 2, 4, 8)[seed]))[0] == []

@@ -36,7 +36,7 @@ KINDS: dict[str, str] = {
 """Kind to what it means, in the order in which findings are told."""
 DERIVED = {
     "blur": "blur composite",
-    "sharp": "sharpness beyond what clipping explains",
+    "sharp": "sharpness beyond what contrast and clipping explain",
     "smear": "smear beyond what blur explains",
     "veil": "dark level beyond what brightness explains",
 }
@@ -48,7 +48,7 @@ sizes a Gaussian of sigma 0.8 moves it by 9 to 12 deviations between takes of on
 5."""
 BLUR_CHANNELS = tuple(BLUR_WEIGHTS)
 SMEAR_PER_BLUR = 6.0  # what a blur in space takes from temporal sharpness, per unit of the composite (4.3 for sigma 0.8, 6 for sigma 4)
-SHARP_PER_CLIPPED = 0.1  # clipping makes edges steeper: what a share of clipped pixels adds to the composite
+SHARP_PER_CLIPPED = 0.12  # raised contrast clips, and clipping makes edges steeper: what both together add to the composite
 VEIL_PER_BRIGHTNESS = 0.5  # a veil is light that was added: it raises the mean, too, but dark tones more
 BEST_SHARE = 1 / math.sqrt(8)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
 BLACK = 0.03  # mean luma below which a clip is black, if it has no contrast either
@@ -116,7 +116,7 @@ def with_derived(found: dict[str, float]) -> dict[str, float]:
     # Sharpening raises temporal sharpness as blur lowers it, but a smear must not hide behind it.
     smear = found["temporal_sharpness"] - SMEAR_PER_BLUR * min(blur, 0.0)
     veil = found["haze"] - VEIL_PER_BRIGHTNESS * max(found["brightness"], 0.0)
-    sharp = blur - SHARP_PER_CLIPPED * max(found["clipped"], 0.0)
+    sharp = blur - SHARP_PER_CLIPPED * (max(found["clipped"], 0.0) + max(found["contrast"], 0.0))
     return {**found, "blur": blur, "sharp": sharp, "smear": smear, "veil": veil}
 
 

@@ -61,7 +61,7 @@ def render(run: RunData) -> str:
     page = environment.get_template("report.html.j2").render(
         head=_head(run),
         facts=_facts(run),
-        alerts=[_alert(alert) for alert in run.alerts],
+        alerts=[_alert(alert) | {"picture": str(alert.get("picture", ""))} for alert in run.alerts],
         stages=[_stage(run, record) for record in run.records],
         loss=[_svg(one) for one in loss_charts(run)],
         ladder=_ladder(run),

@@ -194,3 +194,9 @@ def test_a_run_without_samples_has_no_picture(tmp_path: Path, capsys: pytest.Cap
         write_picture(tmp_path, tmp_path / "x.png")
     assert main([str(tmp_path), str(tmp_path / "x.png")]) == 2 and "sample_every" in capsys.readouterr().err
     assert main([]) == 2
+
+
+def test_an_alert_links_its_picture(tmp_path: Path) -> None:
+    event = {"kind": "alert", "title": "step 4: soft", "text": "x", "picture": "watch/a.png"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert '<a href="watch/a.png">frames</a>' in write_report(tmp_path).read_text()

@@ -32,7 +32,7 @@ NULLS: dict[str, Null] = {
     "brightness": Null(0.0001, 0.060, 0.15),
     "haze": Null(0.0002, 0.044, 0.17),
     "saturation": Null(0.012, 0.100, 0.97),
-    "clipped": Null(0.006, 0.040, 0.15),
+    "clipped": Null(0.006, 0.060, 0.15),
     "grain": Null(0.17, 0.25, 1.0),
     "motion": Null(0.003, 0.45, 2.3),
     "temporal_sharpness": Null(0.024, 0.14, 0.9),

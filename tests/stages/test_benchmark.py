@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from cogflow.benchmarking.measure import measure
+from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.sat_checkpoint import make_checkpoint
 from cogflow.config.compose import compose
 from cogflow.conversion.origin import find_origin
-from cogflow.errors import ConfigError
+from cogflow.data.shapes import draw, scenes
+from cogflow.data.video import write_video
+from cogflow.errors import ConfigError, DataError
 from cogflow.stages import load
 
 HOLD = "import time; x = bytearray(300_000_000); x[::4096] = bytes([1]) * len(x[::4096]); time.sleep(0.5)"
@@ -49,3 +52,30 @@ def test_a_clone_that_is_none(tmp_path: Path) -> None:
     config = compose(["stage=benchmark", "model=tiny", f"stage.vs={tmp_path}", f"run.root={tmp_path}", "tracking.wandb=disabled"])
     with pytest.raises(ConfigError, match="convert_weight_sat2hf"):
         load("benchmark").run(config)
+
+
+def test_separation_of_clips_in_a_folder(tmp_path: Path) -> None:
+    for number, scene in enumerate(scenes(2, seed=3)):
+        write_video(tmp_path / "clips" / f"{number}.mp4", draw(scene, 9, 96, 144), 8)
+    common = ["stage=benchmark", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled", "data.frames=5"]
+    load("benchmark").run(compose([*common, "stage.what=separation", f"stage.clips={tmp_path / 'clips'}", "stage.variants=2"]))
+    results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
+    assert (results["contents"], results["pairs"]) == (2, 4)
+    assert results["auc"]["gauss 1.5"]["blur"] == 1 and results["kinds"]["gauss 1.5"]["soft"] == 1 and results["monotone"] == 1
+    assert results["nulls"]["contrast"]["rounding"] < results["nulls"]["contrast"]["variants"]
+    with pytest.raises(DataError, match="does not exist"):
+        load("benchmark").run(compose([*common, "stage.what=separation", f"stage.clips={tmp_path / 'nowhere'}"]))
+
+
+def test_the_panels_cost_is_told_part_by_part() -> None:
+    found = cost(9, 64, 96, repeats=1)
+    parts = {row["part"]: row for row in found["rows"] if row["device"].startswith("cpu")}
+    assert WHOLE in parts and "edge_sharpness, reblur" in parts
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in found["rows"])
+    assert all(difference < 1e-4 for difference in found["disagreement"].values())
+
+
+@pytest.mark.parametrize("wrong", ["stage.what=speed", "stage.variants=1", "stage.contents=-1"])
+def test_settings_that_measure_nothing(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+        compose(["stage=benchmark", wrong])

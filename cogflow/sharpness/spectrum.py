@@ -17,6 +17,7 @@ The true latents' own deviation and band shares show soft data and a wrong scali
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,16 @@ def bands(table: torch.Tensor) -> dict[tuple[str, int], Band]:
                 e = truth[quarter]
                 found[name, quarter + 1] = Band(cross[quarter] / e, predicted[quarter] / e, expected[quarter] / e)
     return found
+
+
+def scale_seen(found: Mapping[tuple[str, int], Band]) -> float | None:
+    """How many times larger the latents are than the model takes them to be: the factor on the prediction's low band that fits the truth
+    best, ``<p, t> / <p, p>``, in the third quarter (with less noise the truth shows through, with more the model guesses its prior).
+
+    A trained model's predictions need no factor: 1. A tiny model gives 1.00; with latents at 1.647 and 0.607 of their scale 1.44 and 0.67.
+    """
+    band = found.get(("low", 3))
+    return band.recovered / band.energy if band is not None and band.energy > 0 else None
 
 
 def metrics(table: torch.Tensor, prefix: str) -> dict[str, float]:

@@ -29,6 +29,10 @@ from cogflow.training.objective import Losses, noised, velocity_loss
 from cogflow.training.rollback import Rollback, rate_factor
 from cogflow.training.schedule import learning_rate
 
+SCALE_OFF = 1.25
+"""The held-out latents may be this many times larger or smaller than the model takes them to be, before the first step; 5B's and 2B's
+scaling factors are 1.65 apart, which a tiny model sees as 1.44 or 1 / 1.49."""
+
 
 @dataclass
 class Hooks:
@@ -138,9 +142,14 @@ class Trainer:
         table = self.evaluate()
         if table is None:
             return
-        if done == 0:
-            self.trend.anchor(spectrum.bands(table[figures.LOSS_ROWS :]))
+        found = spectrum.bands(table[figures.LOSS_ROWS :])
         values = figures.losses(table, "heldout") | figures.bands(table, "heldout")
+        if (scale := spectrum.scale_seen(found)) is not None:
+            values["heldout/scale"] = scale
+        if done == 0:
+            self.trend.anchor(found)
+            if scale is not None and not 1 / SCALE_OFF < scale < SCALE_OFF:
+                hooks.warn("latents at another scale than the model's", scale_line(scale, values["heldout/latent_std"]))
         self._heldout = {"step": done, "loss": values["heldout/loss"]}
         hooks.log(done, values)
         if self.ema is None:
@@ -213,6 +222,14 @@ class Trainer:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         samples = stage.batch_size * stage.gradient_accumulation * ranks.world_size()
         return {"train/step_time": seconds, "train/samples_per_second": samples / seconds, "train/memory_gb": memory}
+
+
+def scale_line(scale: float, deviation: float) -> str:
+    """What to say of latents at a scale that the model does not expect."""
+    return (
+        f"before the first step the model takes the clips' latents (deviation {deviation:.2f}) for {scale:.2f} times what it knows: were "
+        "they prepared with another scaling_factor, or another VAE? Training moves the model to that scale, and the loss will not tell."
+    )
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
-from cogflow.sharpness.spectrum import BANDS, ROWS, SPATIAL, TEMPORAL, Spectrum, band_masks, bands, dct_matrix, metrics
+from cogflow.sharpness.spectrum import BANDS, ROWS, SPATIAL, TEMPORAL, Spectrum, band_masks, bands, dct_matrix, metrics, scale_seen
 
 SHAPE = (6, 5, 4, 12, 18)
 
@@ -115,3 +115,10 @@ def test_bf16_predictions_are_summed_in_fp32() -> None:
     x = latents()
     rows = Spectrum().sums(x.bfloat16(), x, torch.full((len(x),), 0.5))
     torch.testing.assert_close(rows, Spectrum().sums(x, x, torch.full((len(x),), 0.5)), rtol=1e-2, atol=1.0)
+
+
+def test_the_scale_that_the_model_sees_is_the_factor_between_truth_and_prediction() -> None:
+    x = latents()
+    moved = table(x / 1.65, x).roll(2, 1)
+    assert scale_seen(bands(moved)) == pytest.approx(1.65, rel=1e-4)
+    assert scale_seen(bands(table(x, x))) is None

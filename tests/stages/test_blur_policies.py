@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.scenarios import sabotage
 from tests.stages.conftest import Command, lines, losses
 
 SPOILT = ["stage.steps=6", "stage.learning_rate=0.1"]
@@ -138,3 +139,18 @@ def test_two_ranks_go_back_together(flow: Path, sharp: Path, cogflow: Command, z
     assert lines(folder, "ema/heldout_loss") and lines(folder)[-1]["step"] == 6
     saved = load_file(folder / "checkpoints/step-000006/transformer/diffusion_pytorch_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
+
+
+@pytest.mark.slow
+def test_latents_at_another_scale_are_told_before_the_first_step(flow: Path, cogflow: Command) -> None:
+    folder = flow.parent / "rescaled"
+    folder.mkdir()
+    shutil.copytree(flow / "cache", folder / "cache")
+    sabotage.rescale_cache(folder / "cache")
+    unwatched = [word for word in words(flow, "rescaled") if word != "stage.sample_every=2"]
+    cogflow(*unwatched, "stage.steps=1", "stage.sample_every=0")
+    (alert,) = [event for event in events(folder, "alert") if "scale" in event["title"]]
+    assert "scaling_factor" in alert["text"] and len(alert["title"]) < 64
+    assert lines(folder, "heldout/scale")[0]["heldout/scale"] > 1.3
+    assert lines(flow, "heldout/scale")[0]["heldout/scale"] == pytest.approx(1.0, abs=0.15)
+    assert not [event for event in events(flow, "alert") if "scale" in event["title"]]

@@ -1,4 +1,4 @@
-"""Which channel moving which way is called what: one set of rules for a single comparison and for the watch over a run."""
+"""Which channel moving which way is called what, for the watch over a run; and what a single clip shows without statistics."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule("soft", "blur", -1),
-    Rule("over_sharpened", "blur", +1),
+    Rule("over_sharpened", "sharp", +1),
+    Rule("smeared", "smear", -1),
     Rule("washed_out", "contrast", -1),
-    Rule("hazy", "haze", +1),
-    Rule("smeared", "temporal_sharpness", -1),
+    Rule("washed_out", "saturation", -1),
+    Rule("hazy", "veil", +1),
     Rule("grainy", "grain", +1),
     Rule("saturated", "saturation", +1),
     Rule("frozen", "motion", -1),
     Rule("artefacts", "artefacts", 0),
 )
-"""``blur`` is a composite of the panel's blur channels, not a channel of its own."""
+"""Channels of the panel, or numbers worked out of them (:data:`cogflow.sharpness.verdict.DERIVED`). A kind may have two rules."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,20 @@ class Told:
     z: float
 
 
-def by_rules(z: Mapping[str, float], warning: float, alarm: float) -> list[Told]:
-    """The rules whose channel's z lies beyond ``warning`` on their side, in the order of RULES; ``z`` may lack channels."""
-    found = []
+def by_rules(z: Mapping[str, float], limits: Mapping[str, tuple[float, float]]) -> list[Told]:
+    """The rules whose channel's z lies on their side beyond its ``limits`` (warning, alarm), in the order of RULES.
+
+    Of two rules of one kind the stronger; ``z`` may lack channels.
+    """
+    found: dict[str, Told] = {}
     for rule in RULES:
-        value = z.get(rule.channel)
-        if value is None:
+        if rule.channel not in z:
             continue
+        value, (warning, alarm) = z[rule.channel], limits[rule.channel]
         beyond = abs(value) if rule.side == 0 else rule.side * value
-        if beyond >= warning:
-            found.append(Told(rule, "alarm" if beyond >= alarm else "warning", value))
-    return found
+        if beyond >= warning and (rule.kind not in found or beyond > abs(found[rule.kind].z)):
+            found[rule.kind] = Told(rule, "alarm" if beyond >= alarm else "warning", value)
+    return list(found.values())
 
 
 def at_once(candidate: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, str]:

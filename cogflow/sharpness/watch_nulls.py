@@ -1,38 +1,69 @@
 """What the watch takes as no damage: measured deviations of a prompt's change, weights of the blur composite, and limits.
 
-First figures; ``stage=benchmark stage.what=watch`` shows what they lead to.
+Measured on contents and simulated by ``stage=benchmark stage.what=watch``, which tells detection and false alarms with their counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLUR_WEIGHTS: dict[str, float] = {"wavelet_ratio": 1.4, "edge_sharpness": 0.8, "blur_effect": 0.5}
-"""Weights of the blur channels' changes. The composite is about -1 for a Gaussian of sigma 1 pixel."""
-
 
 @dataclass(frozen=True)
 class Drift:
-    """One prompt's change between two samples that are equally good. ``deviation``: of the change; ``matters``: the smallest shift of
-    all prompts together that is worth an alarm, however sure it is; ``contents``: deviation of the value over contents."""
+    """How one tested channel moves with nothing wrong.
 
-    deviation: float
-    matters: float
+    * ``contents``: deviation of its value over contents;
+    * ``variants``: deviation of its change between two takes of one content;
+    * ``matters``: the smallest shift of all prompts together that is worth an alarm, however sure it is;
+    * ``stricter``: added to the limits. Blur, which the watch is for, gets the larger part of the false alarms that all channels
+      together are allowed.
+    """
+
     contents: float
+    variants: float
+    matters: float
+    stricter: float = 0.5
 
 
-DRIFTS: dict[str, Drift] = {
-    "blur": Drift(0.25, 0.15, 1.0),
-    "contrast": Drift(0.15, 0.10, 0.5),
-    "haze": Drift(0.04, 0.04, 0.1),
-    "temporal_sharpness": Drift(0.2, 0.15, 0.6),
-    "grain": Drift(0.3, 0.3, 0.8),
-    "saturation": Drift(0.25, 0.2, 0.8),
-    "motion": Drift(0.6, 0.7, 1.5),
-    "artefacts": Drift(0.03, 0.05, 0.05),
-}
-"""Tested channels, by name; ``blur`` is the composite of BLUR_WEIGHTS."""
+@dataclass(frozen=True)
+class Nulls:
+    """``drifts`` by tested channel (of the panel, or derived).
 
-PRIOR_DF = 6.0  # prompts that a measured deviation counts for
-WEIGHT = 0.4  # of the newest validation in the smoothed change
-WARNING, ALARM = 3.5, 4.5  # normal scores
+    The composite ``blur`` is told in units of what a Gaussian of sigma 1 pixel takes from real clips (median): -1. A clip that is soft
+    already has less to lose: ``gain`` is the line (at 0, slope) of what such a blur takes over the clip's own composite; within GAIN.
+    The other settings:
+
+    * ``unit``: the composite's change, as :mod:`cogflow.sharpness.verdict` has it, by a Gaussian of sigma 1;
+    * ``share``: content drift expected between the base model's sample and a finetuned one's, as a share of the deviation over contents;
+    * ``spread_df``: prompts that the expected drift counts for, before it is corrected by the spread of all channels together;
+    * ``prior_df``: prompts that the corrected drift counts for in one channel's deviation;
+    * ``newest``: weight of the newest validation in the smoothed change;
+    * ``warning``, ``alarm``: limits, as normal scores.
+    """
+
+    drifts: dict[str, Drift]
+    unit: float = 0.0937
+    gain: tuple[float, float] = (1.70, 0.49)
+    share: float = 0.4
+    spread_df: float = 3.0
+    prior_df: float = 40.0
+    newest: float = 0.4
+    warning: float = 2.8
+    alarm: float = 3.3
+
+
+GAIN = (0.3, 2.0)
+"""Bounds of the gain of a prompt."""
+MEASURED = Nulls(
+    drifts={
+        "blur": Drift(0.85, 0.10, 0.12, 0.0),
+        "sharp": Drift(0.84, 0.10, 0.15),
+        "smear": Drift(0.64, 0.15, 0.12),
+        "contrast": Drift(0.43, 0.14, 0.10),
+        "veil": Drift(0.10, 0.06, 0.03),
+        "grain": Drift(0.46, 0.07, 0.15),
+        "saturation": Drift(0.83, 0.06, 0.15),
+        "motion": Drift(0.94, 0.25, 0.2),
+        "artefacts": Drift(0.15, 0.05, 0.05),
+    },
+)

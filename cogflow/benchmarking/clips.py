@@ -49,6 +49,12 @@ def contents(folder: Path | None) -> list[Content]:
     return shipped or [Content(f"drawn-{number}", partial(draw, scene, 17, 192, 288)) for number, scene in enumerate(scenes(8, seed=3))]
 
 
+def enlargement(content: Content, height: int, width: int) -> float:
+    """How far a content must be scaled up to fill frames of this size, with room to crop; below 1 it is scaled down."""
+    tall, wide = content.read().shape[1:3]
+    return max(height * ROOM / tall, width * ROOM / wide)
+
+
 def variant(content: Content, number: int, frames: int, height: int, width: int) -> np.ndarray:
     """Variant ``number`` of a content, ``[frames, height, width, 3]`` uint8: another crop, zoom (up to 8 %), brightness (8 %) and time.
 
@@ -57,7 +63,7 @@ def variant(content: Content, number: int, frames: int, height: int, width: int)
     source = content.read()
     random = np.random.default_rng([number, *content.name.encode()])
     length, tall, wide = source.shape[:3]
-    scale = max(height * ROOM / tall, width * ROOM / wide) * (1 + ZOOM * random.random())
+    scale = enlargement(content, height, width) * (1 + ZOOM * random.random())
     size = (round(wide * scale), round(tall * scale))
     start = int(random.integers(0, max(1, min(6, length - frames + 1))))
     places = [min(start + place, length - 1) for place in range(frames)] if length > 1 else [0]

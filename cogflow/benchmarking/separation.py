@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cogflow.benchmarking.clips import Content, variant
+from cogflow.benchmarking.clips import Content, enlargement, variant
 from cogflow.benchmarking.degrade import BLURS, CLEAN, CONFOUNDS, OTHERS, SIGMAS, Degradation
 from cogflow.sharpness.panel import CHANNELS, Panel, measure
 from cogflow.sharpness.verdict import DERIVED, changes_of, compare
@@ -21,6 +21,7 @@ Panels = dict[str, list[dict[str, Panel]]]
 """Content to its variants, each degradation's name to the panel."""
 DEGRADATIONS: dict[str, Degradation] = {CLEAN: lambda clip: clip, **BLURS, **CONFOUNDS, **OTHERS}
 BLUR_KINDS = ("soft", "over_sharpened")
+MOST_ENLARGED = 2.0  # a clip scaled up further has nothing left that a blur of one pixel could take away
 SMALLEST_H264 = 128  # pixels: smaller frames are less than a few macroblocks
 
 
@@ -28,9 +29,12 @@ def gather(
     found: Sequence[Content], variants: int, frames: int, height: int, width: int, advance: Callable[[], None] = lambda: None,
     degradations: Mapping[str, Degradation] = DEGRADATIONS,
 ) -> Panels:  # fmt: skip
-    """Measure every variant of every content under every degradation."""
+    """Measure every variant of every content under every degradation. Contents that would be scaled up by more than 2 are left out."""
     panels: Panels = {}
     for content in found:
+        if enlargement(content, height, width) > MOST_ENLARGED:
+            advance()
+            continue
         rows = []
         for number in range(variants):
             clip = variant(content, number, frames, height, width)

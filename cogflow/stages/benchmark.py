@@ -81,6 +81,8 @@ def separation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dic
     size = (config.data.frames, config.data.height, config.data.width)
     with progress(len(chosen), "contents") as bar:
         panels = gather(chosen, stage.variants, *size, advance=bar.advance)
+    if not panels:
+        raise DataError(f"No clip is large enough for {size[1]}x{size[2]}.", "Give larger clips, or a smaller data.height and data.width.")
     found = figures(panels)
     cells = [
         [name, *(found["auc"][name][channel] for channel in SHOWN), found["unpaired"][name]["blur"], spelled(found["kinds"][name])]

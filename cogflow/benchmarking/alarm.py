@@ -146,3 +146,19 @@ def trial(
 
 def _soft(reading: Reading) -> bool:
     return any(finding.kind == "soft" and finding.level == "alarm" for finding in reading.findings)
+
+
+TRIALS = ((8, 0.0), (8, 0.25), (8, 0.5), (8, 1.0), (4, 0.5), (16, 0.5))
+"""Numbers of prompts and content drifts that :func:`tell` tries."""
+
+
+def tell(measured: Measured, like: Nulls, rounds: int = 5000, damaged: int = 300) -> list[dict[str, float]]:
+    """A row per trial of TRIALS: shares of false alarms, and of ``damaged`` runs seen at once and within three validations."""
+    rows = []
+    for prompts, drift in TRIALS:
+        rates = trial(measured, like, prompts=prompts, drift=drift, rounds=rounds, damaged=damaged)
+        row: dict[str, float] = {"prompts": prompts, "drift": drift, "rounds": rates.rounds, "false_alarms": rates.alarms}
+        for damage in rates.first:
+            row |= {f"{damage}, first": rates.first[damage] / rates.damaged, f"{damage}, third": rates.within[damage] / rates.damaged}
+        rows.append(row)
+    return rows

@@ -140,7 +140,8 @@ def _variants(sampler: Sampler, varied: list[tuple[Read, torch.Tensor]]) -> dict
     found: dict[str, Any] = {}
     settled, plain = sampler.vae, decoder(sampler.loaded_vae, "fp32", tiling=False)
     chosen = (dtype_name(settled.dtype), bool(settled.use_tiling))
-    ways = [("bf16", False), ("fp16", False), ("fp32", True)]
+    # Half precision is slow on a CPU, fp16 most of all.
+    ways = [("bf16", False), *([("fp16", False)] if sampler.device.type == "cuda" else []), ("fp32", True)]
     try:
         sampler.vae = plain
         latents = varied[0][1][:VARIED]

@@ -52,7 +52,7 @@ class Resolution:
     @property
     def scaled_up(self) -> bool:
         """Whether the picture ends well below Nyquist in both directions."""
-        return max(self.reach) < WHOLE and max(self.half_power) < HALF
+        return max(self.reach) < WHOLE and sum(self.half_power) / 2 < HALF
 
     @property
     def effective(self) -> tuple[int, int]:
@@ -131,7 +131,10 @@ def two_groups(detail: Mapping[str, float]) -> Groups | None:
     return Groups(tuple(name for name, is_soft in zip(names, soft, strict=True) if is_soft), len(names), gap, distance)
 
 
-LEAST_EVIDENCE, LEAST_DISTANCE, LEAST_GAP = 10.0, 2.5, 2.0
+LEAST_EVIDENCE, LEAST_DISTANCE, LEAST_GAP = 15.0, 3.0, 4.0
+"""Of 60 sets each of 96 values from one normal, gamma (shape 2) or Student t (4 degrees) distribution none is taken for two; from a uniform
+one, which has no tails at all, 4. Drawn clips, half of them under a Gaussian of 1.2 pixels, are 22 dB and 9 deviations apart; photographs,
+half under one pixel, 15 dB and 2.8: contents differ too much for this test to be sure."""
 
 
 def _luma(frames: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -88,3 +88,16 @@ def test_the_engines_own_folder_exports_the_same_weights(flow: Path, cogflow: Co
     cogflow(*words, "model=tiny")
     file = "export/transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "foreign" / file).read_bytes() == (flow / file).read_bytes()
+
+
+def test_the_ladder_has_every_rung_and_a_healthy_one_has_no_finding(flow: Path) -> None:
+    ladder = json.loads((flow / "ladder.json").read_text())
+    assert set(ladder["rungs"]) == {"0", "1", "2", "3", "4", "5"} and ladder["findings"] == []
+    assert [row["against"] for row in ladder["table"]] == [None, 0, 1, 2, 3, 4]
+    assert all(row["pairs"] == len(ladder["rungs"][str(row["rung"])]["panels"]) for row in ladder["table"] if row["rung"] in (2, 4, 5))
+    errors = ladder["rungs"]["3"]["facts"]["schedule"]["errors"]
+    assert errors["1"] < 0.8 * errors["3"]
+    assert ladder["rungs"]["5"]["facts"]["failed"] is False and ladder["table"][5]["psnr"] > 50
+    assert {"ladder/rung2_blur", "ladder/rung2_psnr", "ladder/rung5_psnr"} <= set().union(*map(set, lines(flow, "ladder/rung2_blur")))
+    assert (flow / "ladder/clips.png").is_file() and (flow / "ladder/samples.png").is_file()
+    assert "The sharpness ladder" in (flow / "report.html").read_text()

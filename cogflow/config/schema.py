@@ -211,7 +211,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | panel (time and memory of the sharpness panel) | separation (what the panel tells apart)
+    what: str = "export"  # export | panel (its time and memory) | separation (what the panel tells apart) | watch (its alarms)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file

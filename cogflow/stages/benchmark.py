@@ -9,13 +9,16 @@ from statistics import median
 from typing import Any
 
 from cogflow import ranks
+from cogflow.benchmarking import alarm
 from cogflow.benchmarking.clips import contents
+from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
 from cogflow.benchmarking.panel_cost import WHOLE, cost
-from cogflow.benchmarking.separation import figures, gather
+from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import DataError
 from cogflow.files.paths import run_folder
+from cogflow.sharpness.watch_nulls import MEASURED
 from cogflow.tracking.console import say, table
 from cogflow.tracking.progress import progress
 from cogflow.tracking.report import record_stage
@@ -96,10 +99,26 @@ def separation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dic
     return {"summary": line, **found}, (["degradation", *SHOWN, "blur, unpaired", "named in the alarms"], cells)
 
 
+def watch(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """How often the watch sees blur, and how often it cries for nothing, simulated on real clips (:mod:`cogflow.benchmarking.alarm`)."""
+    chosen = contents(Path(stage.clips).expanduser() if stage.clips else None)
+    size = (config.data.frames, config.data.height, config.data.width)
+    with progress(len(chosen), "contents") as bar:
+        few = {name: DEGRADATIONS[name] for name in (CLEAN, "gauss 0.8", "gauss 1")}
+        panels = gather(chosen, max(2, stage.variants), *size, advance=bar.advance, degradations=few)
+    if len(panels) < 4:
+        raise DataError(f"{len(panels)} clips are large enough for {size[1]}x{size[2]}; 4 are needed.", "Give more or larger clips.")
+    rows = alarm.tell(panels, MEASURED)
+    false, rounds = sum(row["false_alarms"] for row in rows), sum(row["rounds"] for row in rows)
+    line = f"watch: {len(panels)} contents, {false:.0f} false alarms in {rounds:.0f} rounds over all trials"
+    return {"summary": line, "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
+
+
 WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
     "export": export,
     "panel": panel,
     "separation": separation,
+    "watch": watch,
 }
 
 

@@ -21,6 +21,7 @@ from cogflow.data.shards import ShardWriter
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.manifest import hash_file
 from cogflow.files.publish import write_text
+from cogflow.sharpness.panel import measure
 
 QUARANTINE = "quarantine.jsonl"
 CLIPS, TEXTS = "clips", "texts"
@@ -192,7 +193,8 @@ def encode_clips(
                 "fps": clip.source_fps,
                 "frames": clip.source_frames,
             }
-            facts |= measured
+            if measured:
+                facts |= measured | {"panel": measure(clip.frames.to(vae.device))}
             writer.add(key, {"mean": mean, "logvar": logvar}, facts)
             bar.advance(1)
 

@@ -1,10 +1,10 @@
 """How far the channels move with nothing wrong, measured.
 
 On 29 contents (19 photographs, panned, and 10 windows of 3 videos, as Python packages ship them) at 64x96 and 96x144, every other one at
-256x384, 9 frames, two or three takes of each, by ``stage=benchmark stage.what=separation``: the figures there under ``nulls``, of the three
-sizes about the middle one, of blur channels the largest. Each is the 95 % quantile of the absolute change over 1.96: the deviation of a
-normal change, wide where the tails are. A finetune's samples have drifts of their own, which the watch learns
-(:mod:`cogflow.sharpness.watch`).
+256x384, 9 frames, two or three takes of each, by ``stage=benchmark stage.what=separation``: the figures there under ``nulls``, rounded to
+between the three sizes' values, for blur channels to near the largest; ``clipped`` is set by hand. Each is the 95 % quantile of the
+absolute change over 1.96: the deviation of a normal change, wide where the tails are. A finetune's samples have drifts of their own, which
+the watch learns (:mod:`cogflow.sharpness.watch`).
 """
 
 from __future__ import annotations

@@ -34,11 +34,12 @@ FACTORS = (0.5, 0.607, 0.8, 1.25, 1.6465, 2.0)
 
 @dataclass(frozen=True)
 class Read:
-    """One clip: its frames as the loader gives them (0..1), a few source frames at their own size, and its cached latents, not scaled."""
+    """One clip: its frames as the loader gives them (0..1), a few source frames and their places, and its cached latents, not scaled."""
 
     name: str
     frames: torch.Tensor
     source: torch.Tensor
+    source_at: tuple[int, ...]
     mean: torch.Tensor
 
 
@@ -72,7 +73,8 @@ def _measure(folder: Path, config: Config, cache: LatentCache, sampler: Sampler,
         decoded = sampler.decode(latents)
         clips[read.name], panels[read.name] = panel_of(read.frames), panel_of(decoded)
         psnrs[read.name] = psnr(decoded, read.frames)
-        shown[read.name] = {"source": read.source, "clip": read.frames, "roundtrip": decoded}
+        at = list(read.source_at)
+        shown[read.name] = {"source": read.source, "clip": read.frames[at], "roundtrip": decoded[at]}
         if len(varied) < SCALED:
             varied.append((read, latents))
     facts: dict[str, Any] = {
@@ -130,7 +132,7 @@ def _read(folder: Path, config: Config, cache: LatentCache) -> Iterator[Read]:
             say(f"note: {entry.name} has no round trip: {error.reason if isinstance(error, ClipError) else 'its file is gone'}")
             continue
         done += 1
-        yield Read(entry.name, clip.frames.float() / 255, clip.source, entry.mean)
+        yield Read(entry.name, clip.frames.float() / 255, clip.source, clip.source_at, entry.mean)
 
 
 def _variants(sampler: Sampler, varied: list[tuple[Read, torch.Tensor]]) -> dict[str, Any]:

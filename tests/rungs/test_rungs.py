@@ -32,7 +32,7 @@ class Heard(Tracker):
         self.values: dict[str, Any] = {}
         self.tables: dict[str, Any] = {}
 
-    def alert(self, title: str, text: str, level: str = "WARN", **other: Any) -> None:
+    def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
         self.alerts.append(f"{level} {title}: {text}")
 
     def log(self, step: int, values: Any) -> None:

@@ -93,5 +93,5 @@ def test_one_group_is_seldom_taken_for_two() -> None:
         "heavy": lambda count: 3 * random.standard_t(4, count),
     }
     for name, one in draws.items():
-        hits = sum(two_groups(dict(zip(map(str, range(96)), one(96), strict=True))) is not None for _ in range(60))
+        hits = sum(two_groups(dict(zip(map(str, range(96)), one(96).tolist(), strict=True))) is not None for _ in range(60))
         assert hits <= 1, (name, hits)

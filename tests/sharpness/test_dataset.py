@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -87,11 +89,11 @@ def test_a_secretly_blurred_half_is_found() -> None:
 def test_one_group_is_seldom_taken_for_two() -> None:
     """False alarms on sets from one distribution: normal, skewed, heavy-tailed."""
     random = np.random.default_rng(0)
-    draws = {
-        "normal": lambda count: random.normal(0, 4, count),
-        "skewed": lambda count: random.gamma(2, 3, count),
-        "heavy": lambda count: 3 * random.standard_t(4, count),
+    draws: dict[str, Callable[[int], list[float]]] = {
+        "normal": lambda count: list(random.normal(0, 4, count)),
+        "skewed": lambda count: list(random.gamma(2, 3, count)),
+        "heavy": lambda count: list(3 * random.standard_t(4, count)),
     }
     for name, one in draws.items():
-        hits = sum(two_groups(dict(zip(map(str, range(96)), one(96).tolist(), strict=True))) is not None for _ in range(60))
+        hits = sum(two_groups(dict(zip(map(str, range(96)), one(96), strict=True))) is not None for _ in range(60))
         assert hits <= 1, (name, hits)

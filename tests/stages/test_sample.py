@@ -21,7 +21,7 @@ from tests.stages.conftest import Command
 def clips(folder: Path, sigma: float = 0, *, contrast: float = 1.0, noise: float = 0, height: int = 128) -> Path:
     rng = np.random.default_rng(7)
     for number, scene in enumerate(scenes(4, 5)):
-        frames = draw(scene, 9, height, height * 3 // 2).astype(np.float32)
+        frames: np.ndarray = draw(scene, 9, height, height * 3 // 2).astype(np.float32)
         frames = gaussian_filter(frames, (0, sigma, sigma, 0)) if sigma else frames
         frames = 128 + contrast * (frames - 128) + noise * rng.standard_normal(frames.shape)
         write_video(folder / f"clip-{number}.mp4", np.clip(frames, 0, 255).round().astype(np.uint8), 8, crf=8)

@@ -1,0 +1,109 @@
+"""What a scenario's run shows: who noticed what, and when. Read from the files that every run leaves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cogflow.sharpness import CHANNELS, change
+from cogflow.sharpness.watch import Watch
+from cogflow.tracking.metrics import read_lines
+
+SIGHT = {"wavelet_ratio": -0.35, "edge_sharpness": -0.08, "contrast": 0.35, "clipped": 0.15, "artefacts": 0.25, "saturation": 0.6}
+"""What a person sees who compares two samples side by side: the change of a Gaussian of about one pixel, of a third in contrast, of
+patterns that catch the eye. Signs: negative as a fall, contrast and saturation either way, the others as a rise. A proxy for a person."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """``step`` of training (0: before the first step) at which something was said, and what."""
+
+    step: int
+    rung: int | None
+    kind: str
+    level: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    losses: list[tuple[int, float]]
+    heldout: list[tuple[int, float]]
+    validations: list[int]
+    changes: dict[str, list[float]]  # channel -> mean change against step 0 at each validation
+    ladder: list[Notice]
+    watch: list[Notice]
+    indicator: list[Notice]
+    human: int | None
+    table: list[dict[str, Any]]
+
+    @property
+    def alarms(self) -> list[Notice]:
+        """Of the ladder and the watch, first to last."""
+        return sorted((notice for notice in self.ladder + self.watch if notice.level == "alarm"), key=lambda notice: notice.step)
+
+    def alarmed_by(self, validations: int) -> list[Notice]:
+        """Alarms up to the given number of validations after that of step 0."""
+        last = self.validations[min(validations, len(self.validations) - 1)]
+        return [notice for notice in self.alarms if notice.step <= last]
+
+
+def read(folder: Path) -> Outcome:
+    lines = list(read_lines(folder / "metrics.jsonl"))
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/step-*/samples.json"))]
+    panels = [{one["name"]: one["sharpness"] for one in record["samples"]} for record in records]
+    changes = {
+        name: [float(np.mean([change(name, now[one][name], panels[0][one][name]) for one in panels[0]])) for now in panels]
+        for name in CHANNELS
+    }
+    steps = [record["step"] for record in records]
+    ladder = json.loads((folder / "ladder.json").read_text())
+    return Outcome(
+        losses=curve(lines, "train/loss"), heldout=curve(lines, "heldout/loss"), validations=steps, changes=changes,
+        ladder=[Notice(0, one["rung"], one["kind"], one["level"]) for one in ladder["findings"] if one["rung"] < 4],
+        watch=watched(folder), indicator=indicated(lines), human=seen(steps, changes, panels), table=ladder.get("table", []),
+    )  # fmt: skip
+
+
+def curve(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
+
+
+def watched(folder: Path) -> list[Notice]:
+    """Replayed from the samples' panels, as a resumed run does it."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/step-*/samples.json"))]
+    first, *later = [{one["name"]: one["sharpness"] for one in record["samples"]} for record in records]
+    ladder = json.loads((folder / "ladder.json").read_text())
+    watch = Watch(first, ladder["rungs"].get("2", {}).get("panels") or None)
+    found = []
+    for record, panels in zip(records[1:], later, strict=True):
+        reading = watch.update(record["step"], panels)
+        found += [Notice(record["step"], 4, finding.kind, finding.level) for finding in reading.findings]
+    return found
+
+
+def indicated(lines: list[dict[str, Any]]) -> list[Notice]:
+    """The first step at each level of the per-step indicator, and the kind of change that led."""
+    found = []
+    for level, number in (("warning", 2.0), ("alarm", 3.0)):
+        line = next((line for line in lines if (line.get("spectrum/level") or 0.0) >= number), None)
+        if line is not None:
+            scores = {name.removeprefix("spectrum/z_"): value for name, value in line.items() if name.startswith("spectrum/z_") and value}
+            lead = max((name for name in scores if name[-2:-1] != "q"), key=lambda name: scores[name])
+            found.append(Notice(line["step"], None, lead.replace("_", " "), level))
+    return found
+
+
+def seen(steps: list[int], changes: dict[str, list[float]], panels: list[dict[str, dict[str, float]]]) -> int | None:
+    """The first validation whose samples a person would call worse than those of step 0."""
+    for place, step in enumerate(steps):
+        if any(panel["finite"] < 1 for panel in panels[place].values()):
+            return step
+        for name, limit in SIGHT.items():
+            value = changes[name][place]
+            if (value <= limit) if limit < 0 else (abs(value) if name in ("contrast", "saturation") else value) >= limit:
+                return step
+    return None

@@ -1,0 +1,128 @@
+"""Draw docs/scenarios from runs: python -m tests.scenarios.page RUNS_FOLDER (as tests.scenarios.scenario leaves it)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from tests.scenarios.outcome import SIGHT, Notice, Outcome, read
+from tests.scenarios.scenario import SCENARIOS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LINES = {
+    "wavelet_ratio": ("fine detail", "#2563eb"),
+    "edge_sharpness": ("edges", "#60a5fa"),
+    "artefacts": ("block artefacts", "#dc2626"),
+    "clipped": ("clipped", "#d97706"),
+    "contrast": ("contrast", "#059669"),
+}
+WHO = {"ladder": ("v", "#7c3aed"), "watch": ("s", "#dc2626"), "indicator": ("o", "#d97706"), "a person": ("*", "#111827")}
+
+
+def main(root: Path) -> None:
+    outcomes = {letter: read(root / "runs" / letter) for letter in SCENARIOS if (root / "runs" / letter / "train.json").is_file()}
+    overview(outcomes).savefig(DOCS / "scenarios.png", dpi=72)
+    table = "\n".join(row(letter, outcome) for letter, outcome in outcomes.items())
+    head = "| scenario | held-out loss | ladder | indicator | watch | a person | largest changes |"
+    print(f"{head}\n{'| --- ' * 7}|\n{table}")
+    (root / "outcomes.json").write_text(json.dumps({letter: plain(outcome) for letter, outcome in outcomes.items()}, indent=1))
+
+
+def overview(outcomes: dict[str, Outcome]) -> Any:
+    columns = 3
+    rows = -(-len(outcomes) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(outcomes) :]:
+        axis.axis("off")
+    for axis, (letter, outcome) in zip(axes.flat, outcomes.items(), strict=False):
+        curves(axis, outcome)
+        axis.set_title(f"({letter}) {SCENARIOS[letter].title}", fontsize=10, loc="left")
+    handles = [pyplot.Line2D([], [], color="#9ca3af", lw=2, label="training loss (left axis)")]
+    handles += [pyplot.Line2D([], [], color=colour, lw=2, label=label) for label, colour in LINES.values()]
+    handles += [pyplot.Line2D([], [], color=colour, marker=mark, lw=0, label=f"{who} speaks") for who, (mark, colour) in WHO.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    return figure
+
+
+def curves(axis: Any, outcome: Outcome) -> None:
+    """The loss, and beside it the changes of the samples in units of what a person sees."""
+    steps, losses = zip(*outcome.losses, strict=True)
+    axis.plot(steps, smooth(losses), color="#9ca3af", lw=2)
+    axis.set_ylim(0, max(smooth(losses)) * 1.15)
+    axis.tick_params(labelsize=8)
+    other = axis.twinx()
+    highest = 1.2
+    for name, (_, colour) in LINES.items():
+        values = np.array(outcome.changes[name]) / abs(SIGHT[name])
+        other.plot(outcome.validations, np.clip(values, -4, 4), color=colour, lw=1.6, marker=".", ms=4)
+        highest = max(highest, min(4.0, float(np.abs(values).max()) * 1.1))
+    other.axhspan(-1, 1, color="#f3f4f6", zorder=-1)
+    other.set_ylim(-highest, highest)
+    other.tick_params(labelsize=8)
+    for place, (who, (mark, colour)) in enumerate(WHO.items()):
+        step = first(outcome, who)
+        if step is not None:
+            axis.plot([step], [axis.get_ylim()[1] * (0.95 - 0.09 * place)], marker=mark, color=colour, ms=9, clip_on=False, zorder=5)
+
+
+def first(outcome: Outcome, who: str) -> int | None:
+    if who == "a person":
+        return outcome.human
+    notices: list[Notice] = {"ladder": outcome.ladder, "watch": outcome.watch, "indicator": outcome.indicator}[who]
+    return min((notice.step for notice in notices if notice.level == "alarm" or who == "indicator"), default=None)
+
+
+def row(letter: str, outcome: Outcome) -> str:
+    held = [value for _, value in outcome.heldout]
+    sizes = sorted(((abs(v[-1] / SIGHT[n]), n, v[-1]) for n, v in outcome.changes.items() if n in SIGHT), reverse=True)[:2]
+    cells = [
+        f"({letter}) {SCENARIOS[letter].title}",
+        f"{held[0]:.3f} -> {held[-1]:.3f}" if held else "",
+        told(outcome.ladder),
+        told(outcome.indicator),
+        told(outcome.watch),
+        "-" if outcome.human is None else f"step {outcome.human}",
+        ", ".join(f"{name} {value:+.2f}" for _, name, value in sizes),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def told(notices: list[Notice]) -> str:
+    """The first warning and the first alarm, with their kinds."""
+    found = []
+    for level in ("warning", "alarm"):
+        of = [notice for notice in notices if notice.level == level]
+        if of:
+            step = min(notice.step for notice in of)
+            kinds = dict.fromkeys(
+                notice.kind + (f" (rung {notice.rung})" if notice.rung is not None else "") for notice in of if notice.step == step
+            )
+            found.append(f"{level} at {step}: {', '.join(kinds)}")
+    return "; ".join(found) or "-"
+
+
+def smooth(values: Any, weight: float = 0.15) -> list[float]:
+    found, level = [], values[0]
+    for value in values:
+        level += weight * (value - level)
+        found.append(level)
+    return found
+
+
+def plain(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "heldout": outcome.heldout, "validations": outcome.validations, "changes": outcome.changes, "human": outcome.human,
+        **{who: [vars(notice) for notice in getattr(outcome, who)] for who in ("ladder", "watch", "indicator")},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,35 @@
+"""Each fault is found, where it enters and in time; what is healthy stays quiet. Real training of the tiny model, by the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.scenarios.outcome import read
+from tests.scenarios.scenario import SCENARIOS, Scenario, Size, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SHORT = Size(clips=32, steps=20, batch_size=4, sample_every=10, prompts=8, sampling_steps=6)
+"""Two validations after the first: the time within which an alarm is due. docs/scenarios.md shows the long ones."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scenarios")
+
+
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS.values() if s.rung is not None], ids=lambda s: s.letter)
+def test_a_fault_is_found_at_its_rung(root: Path, scenario: Scenario) -> None:
+    outcome = read(run(root, scenario, SHORT))
+    rungs = [notice.rung for notice in outcome.alarmed_by(2)]
+    assert scenario.rung in rungs, f"{scenario.title}: {outcome.alarms} {outcome.watch} {outcome.ladder}"
+    # No rung before the one at which it enters speaks.
+    assert min(rung for rung in rungs if rung is not None) == scenario.rung
+
+
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS.values() if s.quiet], ids=lambda s: s.letter)
+def test_what_is_healthy_raises_no_alarm(root: Path, scenario: Scenario) -> None:
+    outcome = read(run(root, scenario, SHORT))
+    assert outcome.alarms == [], scenario.title
+    assert all(notice.level != "alarm" for notice in outcome.indicator)

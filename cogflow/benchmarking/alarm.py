@@ -4,14 +4,16 @@ Panels of real contents, clean and damaged, several takes of each. One half of t
 the other half. A run has a baseline (one take of some contents) and validations (another take of each), each moved by content drift: ``f``
 times the difference of two random contents of the same half over the root of two: its deviation is ``f`` times that over contents. All
 channels drift together, so that what moves together in real contents moves together here. Drift is drawn anew for each prompt and
-validation; ``persistent`` of its variance stays over a run.
+validation; ``persistent`` of its variance stays over a run. With ``clips`` the watch has a ceiling of that many contents, drawn without
+regard to the prompts'.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from cogflow.sharpness.watch import IN_BLUR_UNITS, Reading, Watch, blur_value
 from cogflow.sharpness.watch_nulls import Nulls
 
 BLURRED = "gauss 1"
+LEAST = 1e-3  # of a deviation: a few contents may agree entirely
 VALIDATIONS = 5  # of a run with nothing wrong
 
 Measured = Mapping[str, Sequence[Mapping[str, Panel]]]
@@ -57,7 +60,7 @@ def calibrate(measured: Measured, like: Nulls, blur: str = BLURRED) -> Nulls:
         means = values.mean(axis=1)
         takes = values - means[:, None]
         variants = np.sqrt(2 * np.square(takes).sum() / (takes.size - len(takes)))
-        drifts[name] = replace(drift, contents=float(means.std(ddof=1)), variants=float(variants))
+        drifts[name] = replace(drift, contents=max(LEAST, float(means.std(ddof=1))), variants=max(LEAST, float(variants)))
     return replace(like, drifts=drifts, unit=unit, gain=(float(at_zero), float(slope)))
 
 
@@ -74,8 +77,8 @@ def table(measured: Measured, degradation: str, channels: Sequence[str]) -> np.n
 class Simulation:
     """Runs of a watch on ``measured``; ``nulls`` calibrated elsewhere."""
 
-    def __init__(self, measured: Measured, nulls: Nulls, *, prompts: int, drift: float, persistent: float, seed: int) -> None:
-        self.nulls, self.prompts, self.drift, self.persistent = nulls, prompts, drift, persistent
+    def __init__(self, measured: Measured, nulls: Nulls, *, prompts: int, drift: float, persistent: float, clips: int, seed: int) -> None:
+        self.nulls, self.prompts, self.drift, self.persistent, self.clips = nulls, prompts, drift, persistent, clips
         self.random = np.random.default_rng(seed)
         self.channels = tuple(CHANNELS)
         self.values = {kind: table(measured, kind, self.channels) for kind in next(iter(measured.values()))[0]}
@@ -89,13 +92,21 @@ class Simulation:
         which = self.random.choice(contents, self.prompts, replace=self.prompts > contents)
         base = self.random.integers(0, takes, self.prompts)
         stays = self._draw()
-        watch = Watch(self._panels(self.values["clean"][which, base]), nulls=self.nulls)
+        watch = Watch(self._panels(self.values["clean"][which, base]), self._ceiling(), nulls=self.nulls)
         readings = []
         for step, kind in enumerate(damage, start=1):
             take = (base + self.random.integers(1, takes, self.prompts)) % takes
             moved = np.sqrt(self.persistent) * stays + np.sqrt(1 - self.persistent) * self._draw()
             readings.append(watch.update(step, self._panels(self.values[kind][which, take] + self.drift * moved)))
         return readings
+
+    def _ceiling(self) -> dict[str, Panel] | None:
+        """Panels of ``clips`` contents, drawn without regard to the prompts."""
+        if not self.clips:
+            return None
+        clean = self.values["clean"]
+        which, take = (self.random.integers(0, length, self.clips) for length in clean.shape[:2])
+        return {f"clip:{name}": panel for name, panel in self._panels(clean[which, take]).items()}
 
     def _draw(self) -> np.ndarray:
         """Either way alike, as baseline and sample are of equal standing when nothing is wrong."""
@@ -114,7 +125,7 @@ class Simulation:
 
 def trial(
     measured: Measured, like: Nulls, *, prompts: int, drift: float, rounds: int, damaged: int,
-    damages: Sequence[str] = ("gauss 0.8", "gauss 1"), persistent: float = 0.0, halves: int = 10, seed: int = 0,
+    damages: Sequence[str] = ("gauss 0.8", "gauss 1"), persistent: float = 0.0, clips: int = 0, halves: int = 10, seed: int = 0,
 ) -> Rates:  # fmt: skip
     """``rounds`` validations with nothing wrong and ``damaged`` runs per degradation, over ``halves`` random splits of the contents.
 
@@ -131,7 +142,7 @@ def trial(
         order = random.permutation(len(names))
         one, other = ({names[i]: measured[names[i]] for i in part} for part in np.array_split(order, 2))
         nulls = calibrate(one, like)
-        simulation = Simulation(other, nulls, prompts=prompts, drift=drift, persistent=persistent, seed=seed + half)
+        simulation = Simulation(other, nulls, prompts=prompts, drift=drift, persistent=persistent, clips=clips, seed=seed + half)
         for _ in range(rounds // (VALIDATIONS * halves)):
             for reading in simulation.run([CLEAN] * VALIDATIONS):
                 seen[reading.level] += 1
@@ -148,17 +159,33 @@ def _soft(reading: Reading) -> bool:
     return any(finding.kind == "soft" and finding.level == "alarm" for finding in reading.findings)
 
 
-TRIALS = ((8, 0.0), (8, 0.25), (8, 0.5), (8, 1.0), (4, 0.5), (16, 0.5))
-"""Numbers of prompts and content drifts that :func:`tell` tries."""
+TRIALS: tuple[dict[str, Any], ...] = (
+    {"drift": 0.0},
+    {"drift": 0.25},
+    {"rounds": 20000, "damaged": 600},
+    {"drift": 1.0},
+    {"prompts": 4},
+    {"prompts": 16},
+    {"persistent": 0.5},
+    {"clips": 8},
+    {"clips": 32},
+    {"clips": 256},
+)
+"""Trials of :func:`tell`, where they differ from :data:`USUAL`."""
+USUAL = {"prompts": 8, "drift": 0.5, "persistent": 0.0, "clips": 0, "rounds": 5000, "damaged": 300}
 
 
-def tell(measured: Measured, like: Nulls, rounds: int = 5000, damaged: int = 300) -> list[dict[str, float]]:
-    """A row per trial of TRIALS: shares of false alarms, and of ``damaged`` runs seen at once and within three validations."""
+def tell(measured: Measured, like: Nulls, share: float = 1.0, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """A row per trial: its settings, false alarms with their kinds, and how many of ``damaged`` runs were seen at once and within three
+    validations. ``share`` of the rounds and runs are made."""
     rows = []
-    for prompts, drift in TRIALS:
-        rates = trial(measured, like, prompts=prompts, drift=drift, rounds=rounds, damaged=damaged)
-        row: dict[str, float] = {"prompts": prompts, "drift": drift, "rounds": rates.rounds, "false_alarms": rates.alarms}
+    for trial_of in TRIALS:
+        settings: dict[str, Any] = USUAL | trial_of
+        settings |= {name: max(10, round(settings[name] * share)) for name in ("rounds", "damaged")}
+        rates = trial(measured, like, **settings)
+        row = settings | {"rounds": rates.rounds, "damaged": rates.damaged, "false alarms": rates.alarms, "of kinds": rates.kinds}
         for damage in rates.first:
-            row |= {f"{damage}, first": rates.first[damage] / rates.damaged, f"{damage}, third": rates.within[damage] / rates.damaged}
+            row |= {f"{damage}, first": rates.first[damage], f"{damage}, third": rates.within[damage]}
         rows.append(row)
+        advance()
     return rows

@@ -33,6 +33,7 @@ class DataConfig:
     resize: str = "cover"  # cover (fill, then crop) | stretch | none (crop only)
     crop: str = "center"  # center | random (seeded by the clip's content)
     window: str = "start"  # which frames of a longer clip: start | center | random (seeded by the clip's content)
+    soft_style: bool = False  # the clips are soft on purpose: that they look scaled up is told, and no alarm
     holdout: int = 8  # clips kept away from training, for the held-out loss
     max_bad_share: float = 0.1  # more unreadable clips than this stop the run
     max_bad_in_a_row: int = 16  # so does this many, one after another, at the start
@@ -211,7 +212,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | panel (its time and memory) | separation (what the panel tells apart) | watch (its alarms)
+    what: str = "export"  # export | panel (its cost) | separation (what it tells apart) | watch (its alarms) | indicator (its cost)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file
@@ -220,6 +221,7 @@ class BenchmarkStage:
     clips: str | None = None  # separation: a folder of videos or frames; default: what is installed, else drawn clips
     contents: int = 0  # separation: at most so many of them; 0: all
     variants: int = 3  # separation: takes of each content, other crops, zooms, brightnesses and times
+    share: float = 1.0  # watch: of the simulated validations; less is quicker and less sure
 
 
 StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage | BenchmarkStage

@@ -40,7 +40,10 @@ def tell(tracker: Tracker, folder: Path, step: int = 0) -> list[RungFinding]:
     for name in SHEETS:
         if (path := folder / "ladder" / f"{name}.png").is_file():
             tracker.image(step, f"ladder/{name}", path)
+    alerted = "watch" in ladder["rungs"].get("4", {}).get("facts", {})  # the watch sends its own alerts, with pictures
     for one in findings:
+        if one.rung == 4 and alerted:
+            continue
         if (one.rung, one.kind, one.level, one.field, one.channel) not in told:
             title = f"rung {one.rung} ({NAMES[one.rung]}): {one.kind.replace('_', ' ')}"
             tracker.alert(title[:63], one.line, "ERROR" if one.level == "alarm" else "WARN")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cogflow.models.rotary import rotary_tables
 from cogflow.rungs import sheets, store
 from cogflow.sampling.gallery import FRAMES
 from cogflow.sampling.noise import noise_for
+from cogflow.sharpness.verdict import Finding
 
 SHIFTS = (1.0, 3.0)
 LEVELS = (0.25, 0.5, 0.75)
@@ -33,9 +34,17 @@ def base(folder: Path, record: Mapping[str, Any], *, family: str, scheduler: Any
     store.put(folder, 3, panels_of(record), before | facts)
 
 
-def tuned(folder: Path, record: Mapping[str, Any]) -> None:
-    """Rung 4 from ``record`` (``samples.json`` of a later step). The newest stands. Rank 0 only."""
-    store.put(folder, 4, panels_of(record), {"step": record.get("step"), "weights": record.get("weights")})
+def tuned(folder: Path, record: Mapping[str, Any], found: Sequence[Finding] | None) -> None:
+    """Rung 4 from ``record`` (``samples.json`` of a later step) and what the watch ``found`` in it; ``None`` where it could not see.
+
+    The newest stands. Rank 0 only.
+    """
+    facts: dict[str, Any] = {"step": record.get("step"), "weights": record.get("weights")}
+    if found is not None:
+        facts["watch"] = [
+            {"kind": one.kind, "level": one.level, "channel": one.channel, "size": one.size, "line": one.line()} for one in found
+        ]
+    store.put(folder, 4, panels_of(record), facts)
 
 
 def exported(

@@ -37,7 +37,10 @@ def gather(folder: Path, cache_folder: Path, data: DataConfig) -> None:
     groups, scaled_up, measured = (softness.get(key) for key in ("groups", "scaled_up", "measured"))
     store.put(
         folder, 0, {name: one["source"]["panel"] for name, one in known.items()},
-        {"clips_in_all": len(facts), "measured": measured, "scaled_up": scaled_up, "groups": groups, "sizes": own},
+        {
+            "clips_in_all": len(facts), "measured": measured, "scaled_up": scaled_up, "groups": groups, "sizes": own,
+            "soft_style": data.soft_style,
+        },
     )  # fmt: skip
     store.put(
         folder, 1, {name: one["panel"] for name, one in known.items()},

@@ -1,4 +1,5 @@
-"""Which channel moving which way is called what, for the watch over a run; and what a single clip shows without statistics."""
+"""Which channel moving which way is called what, in a verdict over pairs and in the watch over a run; and what a single clip shows without
+statistics."""
 
 from __future__ import annotations
 
@@ -28,10 +29,15 @@ RULES: tuple[Rule, ...] = (
     Rule("hazy", "veil", +1),
     Rule("grainy", "grain", +1),
     Rule("saturated", "saturation", +1),
+    Rule("saturated", "clipped", +1),
     Rule("frozen", "motion", -1),
     Rule("artefacts", "artefacts", 0),
 )
 """Channels of the panel, or numbers worked out of them (:data:`cogflow.sharpness.verdict.DERIVED`). A kind may have two rules."""
+
+
+PAIR_RULES = (Rule("soft", "reblur", -1), Rule("soft", "detail", -1), *RULES)
+"""Those of :func:`cogflow.sharpness.verdict.compare`. The watch does without the first two, which move with content."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,13 @@ class Told:
     z: float
 
 
-def by_rules(z: Mapping[str, float], limits: Mapping[str, tuple[float, float]]) -> list[Told]:
-    """The rules whose channel's z lies on their side beyond its ``limits`` (warning, alarm), in the order of RULES.
+def by_rules(z: Mapping[str, float], limits: Mapping[str, tuple[float, float]], rules: tuple[Rule, ...] = RULES) -> list[Told]:
+    """The rules whose channel's z lies on their side beyond its ``limits`` (warning, alarm), in the order of ``rules``.
 
     Of two rules of one kind the stronger; ``z`` may lack channels.
     """
     found: dict[str, Told] = {}
-    for rule in RULES:
+    for rule in rules:
         if rule.channel not in z:
             continue
         value, (warning, alarm) = z[rule.channel], limits[rule.channel]
@@ -65,12 +71,13 @@ def at_once(candidate: Mapping[str, float], reference: Mapping[str, float]) -> d
     found = {}
     if candidate["finite"] < FINITE:
         found["non_finite"] = "finite"
-    if _black(candidate) and not _black(reference):
+    if black(candidate) and not black(reference):
         found["black"] = "brightness"
     elif candidate["repeated"] - reference["repeated"] > REPEATED_MORE:
         found["identical"] = "repeated"
     return found
 
 
-def _black(panel: Mapping[str, float]) -> bool:
+def black(panel: Mapping[str, float]) -> bool:
+    """Dark all over, and nothing in it."""
     return panel["brightness"] < BLACK_BRIGHTNESS and panel["contrast"] < BLACK_CONTRAST

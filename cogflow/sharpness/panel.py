@@ -82,6 +82,14 @@ def change(name: str, candidate: float, reference: float) -> float:
     return math.log((candidate + channel.floor) / (reference + channel.floor))
 
 
+def moved(name: str, value: float, by: float) -> float:
+    """The value whose :func:`change` from ``value`` is ``by``."""
+    channel = CHANNELS[name]
+    if channel.scale == "difference":
+        return value + by
+    return (value + channel.floor) * math.exp(by) - channel.floor
+
+
 def of_frame(colour: Tensor) -> dict[str, Tensor]:
     """What the spatial channels are made of, per frame: colour ``[B, H, W, 3]``, float32 in 0..1, to ``[B]`` each."""
     luma = to_luma(colour)

@@ -69,11 +69,14 @@ def _partner(number: int, rungs: Mapping[int, Any]) -> tuple[int | None, Panels]
 def _source(rungs: Mapping[int, Any], _: Any) -> Iterator[RungFinding]:
     facts = rungs[0]["facts"]
     count, scaled = facts.get("measured") or 0, facts.get("scaled_up") or {}
-    if count and len(scaled) / count >= MANY:
+    if count and len(scaled) / count >= MANY and not facts.get("soft_style"):
         sizes = list(scaled.values())
         usual = max(set(sizes), key=sizes.count)
         level = "alarm" if len(scaled) / count >= MOST else "warning"
-        line = f"{len(scaled)} of {count} clips hold no more detail than a smaller picture: they look scaled up, from about {usual}"
+        line = (
+            f"{len(scaled)} of {count} clips hold no more detail than a smaller picture: they look scaled up, from about {usual} "
+            "(if they are soft on purpose, prepare with data.soft_style=true)"
+        )
         yield RungFinding(0, "soft", level, line, "reach", len(scaled) / count)
     if groups := facts.get("groups"):
         few = ", ".join(groups["soft"][:3])
@@ -154,28 +157,13 @@ def _base(rungs: Mapping[int, Any], _: Any) -> Iterator[RungFinding]:
 
 
 def _tuned(rungs: Mapping[int, Any], _: Any) -> Iterator[RungFinding]:
-    """Between the base model and the data is learning: only what leaves that interval is held against training."""
-    panels, base = rungs[4]["panels"], rungs.get(3, {}).get("panels") or {}
-    yield from _absolute(4, panels)
-    shared = {name: base[name] for name in panels if name in base}
-    if not shared:
+    """What the watch says, which knows learning from damage; without one, what needs no partner."""
+    facts = rungs[4]["facts"]
+    if (found := facts.get("watch")) is None:
+        yield from _absolute(4, rungs[4]["panels"])
         return
-    verdict = compare(_plain({name: panels[name] for name in shared}), _plain(shared))
-    ceiling, _count = changes(_renamed(rungs[2]["panels"]), base, False) if rungs.get(2, {}).get("panels") else ({}, 0)
-    for finding in verdict.findings:
-        if finding.kind in ("non_finite", "black"):
-            continue
-        channel = finding.channel
-        goal = ceiling.get(channel)
-        # The composite's sizes are in deviations; its direction is what counts.
-        size = verdict.changes[channel].size if channel != "blur" else blur_z_of(verdict)
-        towards = goal is not None and goal.size * size > 0
-        reach = abs(blur_z(ceiling)) if channel == "blur" else abs(goal.size) if goal else 0.0
-        if towards and abs(size) <= reach:
-            continue
-        since = rungs[4]["facts"].get("step")
-        line = f"samples of step {since} against step 0: {finding.line()}"
-        yield RungFinding(4, finding.kind, finding.level, line, channel, finding.size)
+    for one in found:
+        yield RungFinding(4, one["kind"], one["level"], f"step {facts.get('step')}: {one['line']}", one["channel"], one["size"])
 
 
 def _exported(rungs: Mapping[int, Any], _: Any) -> Iterator[RungFinding]:
@@ -191,11 +179,6 @@ def _exported(rungs: Mapping[int, Any], _: Any) -> Iterator[RungFinding]:
     how = "; ".join(one.line() for one in kinds) or "no channel of the panel says how"
     line = f"the exported folder gives other frames: {min(psnr.values()):.1f} dB, allowed {allowed.get('psnr', 0):.0f}: {how}"
     yield RungFinding(5, kind, "alarm", line, channel, lead.size if lead else min(psnr.values()))
-
-
-def blur_z_of(verdict: Any) -> float:
-    """The composite's change of a verdict, in deviations."""
-    return float(verdict.changes["blur"].size)
 
 
 def _absolute(number: int, panels: Panels) -> Iterator[RungFinding]:
@@ -220,7 +203,8 @@ def _plain(panels: Panels) -> dict[str, dict[str, float]]:
 
 def _remark(number: int, facts: Mapping[str, Any]) -> str:
     if number == 0 and facts.get("scaled_up"):
-        return f"{len(facts['scaled_up'])} of {facts['measured']} look scaled up"
+        stated = " (data.soft_style)" if facts.get("soft_style") else ""
+        return f"{len(facts['scaled_up'])} of {facts['measured']} look scaled up{stated}"
     return "ok"
 
 

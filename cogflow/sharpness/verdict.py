@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cogflow.sharpness.kinds import PAIR_RULES, black, by_rules
 from cogflow.sharpness.nulls import NULLS
 from cogflow.sharpness.panel import CHANNELS, Panel, change
 
@@ -51,7 +52,6 @@ SMEAR_PER_BLUR = 6.0  # what a blur in space takes from temporal sharpness, per 
 SHARP_PER_CLIPPED = 0.12  # raised contrast clips, and clipping makes edges steeper: what both together add to the composite
 VEIL_PER_BRIGHTNESS = 0.5  # a veil is light that was added: it raises the mean, too, but dark tones more
 BEST_SHARE = 1 / math.sqrt(8)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
-BLACK = 0.03  # mean luma below which a clip is black, if it has no contrast either
 DRAWS = 200  # of the bootstrap
 
 
@@ -190,38 +190,23 @@ def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Pan
         """What needs no statistics: a share of the clips has it, and more than in the reference."""
         found.append(Finding(kind, "alarm", channel, share, 0.0))
 
-    def far(kind: str, *signed: tuple[str, int]) -> None:
-        """The channel that went farthest in its wrong direction (sign; 0: either) leads."""
-        away = {name: abs(changes[name].z) if sign == 0 else sign * changes[name].z for name, sign in signed}
-        lead = max(away, key=lambda name: away[name])
-        if away[lead] >= WARNING:
-            found.append(Finding(kind, "alarm" if away[lead] >= ALARM else "warning", lead, changes[lead].size, changes[lead].z))
-
     for kind, (channel, wrong) in PLAIN.items():
         mine, before = (float(np.mean([wrong(panel) for panel in group])) for group in (ours, theirs))
         if mine > before:
             seen(kind, channel, mine)
-    if all(_black(panel) for panel in ours):
+    if all(black(panel) for panel in ours):
         return found  # black is soft, grey and at rest, too
-    far("soft", ("blur", -1), ("reblur", -1), ("detail", -1))
-    far("smeared", ("smear", -1))
-    far("washed_out", ("contrast", -1), ("saturation", -1))
-    far("hazy", ("veil", 1))
-    far("over_sharpened", ("sharp", 1))
-    far("grainy", ("grain", 1))
-    far("saturated", ("saturation", 1), ("clipped", 1))
-    if all(finding.kind != "identical" for finding in found):
-        far("frozen", ("motion", -1))
-    far("artefacts", ("artefacts", 0))
-    return found
+    z = {name: change.z for name, change in changes.items()}
+    told = by_rules(z, dict.fromkeys(z, (WARNING, ALARM)), PAIR_RULES)
+    if any(finding.kind == "identical" for finding in found):
+        told = [one for one in told if one.rule.kind != "frozen"]
+    found += [Finding(one.rule.kind, one.level, one.rule.channel, changes[one.rule.channel].size, one.z) for one in told]
+    order = list(KINDS)
+    return sorted(found, key=lambda finding: order.index(finding.kind))
 
 
 def _not_finite(panel: Panel) -> bool:
     return panel["finite"] < 1
-
-
-def _black(panel: Panel) -> bool:
-    return panel["brightness"] < BLACK and panel["contrast"] < BLACK
 
 
 def _repeats(panel: Panel) -> bool:
@@ -229,5 +214,5 @@ def _repeats(panel: Panel) -> bool:
     return panel["repeated"] > 0.6
 
 
-PLAIN = {"non_finite": ("finite", _not_finite), "black": ("brightness", _black), "identical": ("repeated", _repeats)}
+PLAIN = {"non_finite": ("finite", _not_finite), "black": ("brightness", black), "identical": ("repeated", _repeats)}
 """Kinds that one clip has or has not, with the channel that shows it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ from cogflow.benchmarking import alarm
 from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
+from cogflow.benchmarking.indicator import measure as measure_indicator
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
 from cogflow.config.schema import BenchmarkStage, Config
@@ -108,10 +110,25 @@ def watch(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str
         panels = gather(chosen, max(2, stage.variants), *size, advance=bar.advance, degradations=few)
     if len(panels) < 4:
         raise DataError(f"{len(panels)} clips are large enough for {size[1]}x{size[2]}; 4 are needed.", "Give more or larger clips.")
-    rows = alarm.tell(panels, MEASURED)
-    false, rounds = sum(row["false_alarms"] for row in rows), sum(row["rounds"] for row in rows)
-    line = f"watch: {len(panels)} contents, {false:.0f} false alarms in {rounds:.0f} rounds over all trials"
-    return {"summary": line, "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
+    with progress(len(alarm.TRIALS), "trials") as bar:
+        rows = alarm.tell(panels, MEASURED, stage.share, advance=bar.advance)
+    usual = rows[next(place for place, trial in enumerate(alarm.TRIALS) if "rounds" in trial)]
+    line = f"watch: {len(panels)} contents; {usual['prompts']} prompts, drift {usual['drift']}: {usual['false alarms']} false alarms in "
+    line += f"{usual['rounds']} rounds; gauss 1 at once {usual['gauss 1, first']}, gauss 0.8 within three {usual['gauss 0.8, third']}"
+    line += f" of {usual['damaged']}"
+    nulls = alarm.calibrate(panels, MEASURED)
+    cells = [[spelled_counts(cell) if isinstance(cell, dict) else cell for cell in row.values()] for row in rows]
+    return {"summary": line, "rows": rows, "nulls": asdict(nulls)}, (list(rows[0]), cells)
+
+
+def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """What the per-step indicator costs beside a step of the tiny model, and at 49x480x720."""
+    device = ranks.device()
+    found = [{**asdict(cost), "share": cost.share, "device": str(device)} for cost in measure_indicator(device, max(3, stage.repeats))]
+    tiny = found[0]
+    line = f"indicator: {1000 * tiny['indicator']:.2f} ms beside a step of {1000 * tiny['step']:.0f} ms on {device}, {tiny['share']:.2%}"
+    columns = ["name", "indicator", "step", "share"]
+    return {"summary": line, "rows": found}, (columns, [["" if row[name] is None else row[name] for name in columns] for row in found])
 
 
 WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
@@ -119,6 +136,7 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "panel": panel,
     "separation": separation,
     "watch": watch,
+    "indicator": indicator,
 }
 
 
@@ -131,6 +149,10 @@ def middle(rows: list[dict[str, Any]]) -> dict[str, float | None]:
 def spelled(kinds: dict[str, float]) -> str:
     """Kinds that at least one pair in twenty raises."""
     return ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(kinds.items(), key=lambda item: -item[1]) if share >= 0.05)
+
+
+def spelled_counts(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.items())
 
 
 def shown(value: object) -> str:

@@ -18,8 +18,8 @@ from PIL import Image
 from cogflow import ranks
 from cogflow.config.schema import Config
 from cogflow.data.cache import LatentCache
+from cogflow.rungs import ceiling, roundtrip
 from cogflow.rungs import report as ladder_report
-from cogflow.rungs import roundtrip
 from cogflow.rungs import samples as rungs
 from cogflow.sampling import gallery
 from cogflow.sampling.sampler import Request, Sampler
@@ -86,9 +86,9 @@ class Validation:
         if ranks.is_main():
             gallery.drop_frames(self.folder / "samples", keep=target)
             self._tell_samples(done, target, record, began)
-            self._rungs(done, record)
             before = self.last
             reading = self._judge(done, record)
+            self._rungs(done, record, reading)
             if reading is not None:
                 self._tell(reading, before, target)
             write_report(self.folder)
@@ -111,7 +111,8 @@ class Validation:
 
     def _ceiling(self) -> None:
         if self.ceiling is None:
-            self.ceiling = roundtrip.measure(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
+            roundtrip.measure(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
+            self.ceiling = ranks.broadcast(ceiling.read(self.folder) if ranks.is_main() else None)
 
     def _schedule(self) -> None:
         sampler = self.sampler()
@@ -138,12 +139,12 @@ class Validation:
         for sample in record["samples"]:
             self.tracker.video(done, f"samples/{sample['name']}", target / sample["video"], sample["text"])
 
-    def _rungs(self, done: int, record: dict[str, Any]) -> None:
+    def _rungs(self, done: int, record: dict[str, Any], reading: Reading | None) -> None:
         if done == 0:
             pipeline = self.sampler().pipeline
             rungs.base(self.folder, record, family=self.config.model.name, scheduler=pipeline.scheduler, vae=pipeline.vae)
         else:
-            rungs.tuned(self.folder, record)
+            rungs.tuned(self.folder, record, reading.findings if reading is not None else None)
         ladder_report.tell(self.tracker, self.folder, done)
 
     def _judge(self, done: int, record: dict[str, Any]) -> Reading | None:

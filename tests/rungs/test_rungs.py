@@ -16,7 +16,8 @@ from PIL import Image
 
 from cogflow.data import clips, softness
 from cogflow.data.cache import LatentCache
-from cogflow.rungs import report, roundtrip, samples, sheets, source, store
+from cogflow.rungs import ceiling, report, roundtrip, samples, sheets, source, store
+from cogflow.sharpness.panel import CHANNELS
 from cogflow.sharpness.rungs import work_out
 from cogflow.tracking.tracker import Tracker
 
@@ -95,14 +96,27 @@ def test_a_loader_that_softens_is_seen(world: World, monkeypatch: pytest.MonkeyP
 
 def test_a_healthy_round_trip_is_no_finding_and_is_read_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = own(world, tmp_path)
-    ceiling = roundtrip.measure(folder, world.config, world.cache, world.sampler(), 0.7)
+    measured = roundtrip.measure(folder, world.config, world.cache, world.sampler(), 0.7)
     rung = store.read(folder)["rungs"]["2"]
-    assert len(ceiling) == 2 and set(ceiling) == set(rung["panels"]) and min(rung["facts"]["psnr"].values()) > 24
+    assert len(measured) == 2 and set(measured) == set(rung["panels"]) and min(rung["facts"]["psnr"].values()) > 24
     assert set(store.read(folder)["variants"]["2"]) == {"bf16", "fp32, tiled"}
     assert work_out(store.read(folder))[1] == []
     assert (folder / "ladder" / "clips.png").is_file()
     monkeypatch.setattr(roundtrip, "_read", lambda *_: pytest.fail("measured again"))
-    assert roundtrip.measure(folder, world.config, world.cache, world.sampler(), 0.7) == ceiling
+    assert roundtrip.measure(folder, world.config, world.cache, world.sampler(), 0.7) == measured
+
+
+def test_the_ceiling_is_every_clip_moved_by_the_round_trip() -> None:
+    plain = dict.fromkeys(CHANNELS, 0.5) | {"finite": 1.0}
+    every = {f"c{index}": plain | {"contrast": 0.2 + 0.1 * index, "wavelet_ratio": -2.0} for index in range(6)}
+    before = {name: every[name] for name in ("c0", "c3")}
+    trip = {name: panel | {"contrast": 1.5 * panel["contrast"], "wavelet_ratio": -2.25} for name, panel in before.items()}
+    found = ceiling.project(every, trip, before)
+    assert set(found) == set(every) and found["c5"]["wavelet_ratio"] == pytest.approx(-2.25)
+    assert found["c3"]["contrast"] == pytest.approx(trip["c3"]["contrast"], rel=0.05)
+    assert found["c5"]["brightness"] == pytest.approx(0.5) and found["c5"]["finite"] == 1
+    assert ceiling.project({}, trip, before) == trip  # clips that were prepared unmeasured
+    assert ceiling.project(every, trip | {"c0": trip["c0"] | {"finite": 0.9}}, before) == {}
 
 
 @pytest.mark.parametrize(("factor", "kind"), [(1.15258426 / 0.7, "saturated"), (0.7 / 1.15258426, "washed_out")])
@@ -134,9 +148,9 @@ def test_clips_that_are_gone_or_changed_are_passed_over(world: World, tmp_path: 
     videos = sorted((folder / "data" / "videos").glob("*.mp4"))
     videos[0].unlink()
     shutil.copy(videos[2], videos[1])
-    ceiling = roundtrip.measure(folder, world.config, world.cache, world.sampler(), 0.7)
+    measured = roundtrip.measure(folder, world.config, world.cache, world.sampler(), 0.7)
     told = capsys.readouterr().out
-    assert set(ceiling) == {f"videos/{path.name}" for path in videos[2:]} and "its file is gone" in told
+    assert set(measured) == {f"videos/{path.name}" for path in videos[2:]} and "its file is gone" in told
     shutil.rmtree(folder / "data")
     assert roundtrip.measure(tmp_path / "other", world.config, world.cache, world.sampler(), 0.7) == {}
     assert (

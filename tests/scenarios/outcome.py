@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cogflow.rungs import ceiling
 from cogflow.sharpness import CHANNELS, change
 from cogflow.sharpness.watch import Watch
 from cogflow.tracking.metrics import read_lines
@@ -76,8 +77,7 @@ def watched(folder: Path) -> list[Notice]:
     """Replayed from the samples' panels, as a resumed run does it."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/step-*/samples.json"))]
     first, *later = [{one["name"]: one["sharpness"] for one in record["samples"]} for record in records]
-    ladder = json.loads((folder / "ladder.json").read_text())
-    watch = Watch(first, ladder["rungs"].get("2", {}).get("panels") or None)
+    watch = Watch(first, ceiling.read(folder) or None)
     found = []
     for record, panels in zip(records[1:], later, strict=True):
         reading = watch.update(record["step"], panels)

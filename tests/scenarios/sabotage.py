@@ -40,11 +40,17 @@ def quarter_size(frames: np.ndarray, _: int) -> np.ndarray:
     return _resized(small, frames.shape[1], frames.shape[2])
 
 
-def soft_style(frames: np.ndarray, number: int) -> np.ndarray:
-    """Softly painted, on paper with a fine grain: another style, and a legitimate one. The grain is finer than the paint."""
-    rng = np.random.default_rng([number, 0x50F7])
-    paper = rng.normal(0.0, 5.0, (1, *frames.shape[1:3], 1))
-    return np.clip(_smooth(frames, 2.0).astype(np.float32) + paper, 0, 255).round().astype(np.uint8)
+def soft_style(frames: np.ndarray, _: int) -> np.ndarray:
+    """A shallow depth of field: in focus in the middle, the softer the farther above and below. Another style, and a legitimate one.
+
+    A painting that is soft everywhere cannot be told from clips that were scaled up; ``data.soft_style=true`` is for that.
+    """
+    rows = np.abs(np.linspace(-1, 1, frames.shape[1], dtype=np.float32))[None, :, None, None]
+    result = frames.astype(np.float32)
+    for sigma, begins in ((1.5, 0.15), (3.0, 0.4)):
+        share = np.clip((rows - begins) / 0.25, 0, 1)
+        result += share * (_smooth(frames, sigma) - result)
+    return result.round().astype(np.uint8)
 
 
 def draw_clips(folder: Path, count: int, style: Style, seed: int = 0) -> Path:

@@ -69,6 +69,12 @@ def test_scaled_up_clips_are_named_with_their_size(count: int, expected: list[An
     assert all(f"{count} of 8" in one.line and "24x16" in one.line for one in findings)
 
 
+def test_clips_that_are_soft_on_purpose_are_told_and_no_finding() -> None:
+    given = ladder(**{"0": rung({}, measured=8, scaled_up={str(index): "24x16" for index in range(8)}, soft_style=True)})
+    rows, findings = work_out(given)
+    assert findings == [] and rows[0].verdict == "8 of 8 look scaled up (data.soft_style)"
+
+
 def test_small_sources_and_a_loader_that_softens_are_rung_1() -> None:
     assert found(**{"1": rung({"a": panel()}, clips_in_all=8, upscaled={"48x32": 8}, size="96x64")}) == [(1, "soft", "alarm", "")]
     soft = dict.fromkeys(CHANNELS, 0.0) | {"wavelet_ratio": -0.5, "edge_sharpness": -0.2, "blur_effect": -0.2}
@@ -114,13 +120,14 @@ def test_contradicting_facts_and_weights_that_know_another_schedule_are_rung_3()
     ]
 
 
-def test_training_that_blurs_is_rung_4_and_moving_towards_the_data_is_not() -> None:
-    fallen = {"wavelet_ratio": -2.0, "edge_sharpness": 0.3, "blur_effect": 0.3}
-    blurred = prompts(**fallen)
-    assert {(rung, kind) for rung, kind, level, _ in found(**{"4": rung(blurred, step=75)}) if level == "alarm"} >= {(4, "soft")}
-    soft_data = rung({f"c{i}": panel(**{k: v - 0.01 for k, v in fallen.items()}) for i in range(4)}, clips={}, psnr={"c0": 29.0})
-    kinds = {kind for rung, kind, *_ in found(**{"2": soft_data, "4": rung(blurred, step=75)}) if rung == 4}
-    assert "soft" not in kinds
+def test_what_the_watch_says_is_rung_4() -> None:
+    """The watch knows learning from damage; the ladder repeats it, and does not judge a second time."""
+    fallen = prompts(wavelet_ratio=-2.0, edge_sharpness=0.3, blur_effect=0.3)
+    said = {"kind": "soft", "level": "alarm", "channel": "wavelet_ratio", "size": -1.0, "line": "alarm: soft"}
+    assert found(**{"4": rung(fallen, step=75, watch=[said])}) == [(4, "soft", "alarm", "")]
+    assert found(**{"4": rung(fallen, step=75, watch=[])}) == []
+    broken = prompts(finite=0.5)
+    assert found(**{"4": rung(broken, step=75)}) == [(4, "non_finite", "alarm", "")]  # samples that no watch could see
 
 
 def test_an_export_that_gives_other_frames_is_rung_5() -> None:

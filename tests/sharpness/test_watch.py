@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogflow.sharpness.panel import CHANNELS, Panel
+from cogflow.sharpness.panel import CHANNELS, Panel, moved
 from cogflow.sharpness.watch import Reading, Watch
 
 STORED = json.loads((Path(__file__).parent / "data" / "null_samples.json").read_text())
@@ -42,8 +42,7 @@ def altered(panels: dict[str, Panel], **channels: float) -> dict[str, Panel]:
     for name, panel in panels.items():
         new = dict(panel)
         for channel, by in channels.items():
-            one = CHANNELS[channel]
-            new[channel] = (panel[channel] + one.floor) * np.exp(by) - one.floor if one.scale == "log" else panel[channel] + by
+            new[channel] = moved(channel, panel[channel], by)
         found[name] = new
     return found
 

@@ -67,6 +67,27 @@ def test_separation_of_clips_in_a_folder(tmp_path: Path) -> None:
         load("benchmark").run(compose([*common, "stage.what=separation", f"stage.clips={tmp_path / 'nowhere'}"]))
 
 
+@pytest.mark.slow
+def test_the_watch_on_clips_in_a_folder(tmp_path: Path) -> None:
+    for number, scene in enumerate(scenes(4, seed=3)):
+        write_video(tmp_path / "clips" / f"{number}.mp4", draw(scene, 9, 96, 144), 8)
+    common = ["stage=benchmark", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled", "data.frames=5"]
+    load("benchmark").run(
+        compose([*common, "stage.what=watch", f"stage.clips={tmp_path / 'clips'}", "stage.variants=2", "stage.share=0.01"])
+    )
+    results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
+    still, ceiling = results["rows"][0], results["rows"][-1]
+    assert (still["drift"], still["false alarms"], still["gauss 1, third"]) == (0.0, 0, still["damaged"])
+    assert ceiling["clips"] == 256 and set(results["nulls"]["drifts"]) >= {"blur", "clipped"}
+
+
+def test_the_indicators_cost_is_told(tmp_path: Path) -> None:
+    common = ["stage=benchmark", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled", "stage.what=indicator"]
+    load("benchmark").run(compose(common))
+    tiny, real = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]["rows"]
+    assert 0 < tiny["indicator"] < tiny["step"] and real["step"] is None
+
+
 def test_the_panels_cost_is_told_part_by_part() -> None:
     found = cost(9, 64, 96, repeats=1)
     parts = {row["part"]: row for row in found["rows"] if row["device"].startswith("cpu")}
@@ -75,7 +96,7 @@ def test_the_panels_cost_is_told_part_by_part() -> None:
     assert all(difference < 1e-4 for difference in found["disagreement"].values())
 
 
-@pytest.mark.parametrize("wrong", ["stage.what=speed", "stage.variants=1", "stage.contents=-1"])
+@pytest.mark.parametrize("wrong", ["stage.what=speed", "stage.variants=1", "stage.contents=-1", "stage.share=0"])
 def test_settings_that_measure_nothing(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong.split("=")[0]):
         compose(["stage=benchmark", wrong])

@@ -79,5 +79,5 @@ def at_once(candidate: Mapping[str, float], reference: Mapping[str, float]) -> d
 
 
 def black(panel: Mapping[str, float]) -> bool:
-    """Dark all over, and nothing in it."""
-    return panel["brightness"] < BLACK_BRIGHTNESS and panel["contrast"] < BLACK_CONTRAST
+    """Dark all over, and nothing in it. Values that are no numbers have a name of their own."""
+    return panel.get("finite", 1.0) >= FINITE and panel["brightness"] < BLACK_BRIGHTNESS and panel["contrast"] < BLACK_CONTRAST

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
+from cogflow.sharpness.kinds import black
 from cogflow.sharpness.ladder import NAMES, Panels, Row, RungFinding, blur_z, changes, of_changes
 from cogflow.sharpness.verdict import compare
 
@@ -184,12 +185,12 @@ def _exported(rungs: Mapping[int, Any], _: Any) -> Iterator[RungFinding]:
 def _absolute(number: int, panels: Panels) -> Iterator[RungFinding]:
     """What needs no partner."""
     broken = [name for name, panel in panels.items() if panel.get("finite", 1.0) < 1]
-    black = [name for name, panel in panels.items() if panel.get("brightness", 1.0) < 0.03 and panel.get("contrast", 1.0) < 0.03]
+    dark = [name for name, panel in panels.items() if {"brightness", "contrast"} <= set(panel) and black(panel)]
     of = f"of {len(panels)} {NAMES[number]} samples"
     if broken:
         yield RungFinding(number, "non_finite", "alarm", f"{len(broken)} {of} hold values that are no numbers", "finite")
-    if len(black) > len(panels) / 2:
-        yield RungFinding(number, "black", "alarm", f"{len(black)} {of} are black", "brightness")
+    if len(dark) > len(panels) / 2:
+        yield RungFinding(number, "black", "alarm", f"{len(dark)} {of} are black", "brightness")
 
 
 def _renamed(panels: Panels) -> Panels:

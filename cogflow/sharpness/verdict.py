@@ -194,7 +194,7 @@ def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Pan
         mine, before = (float(np.mean([wrong(panel) for panel in group])) for group in (ours, theirs))
         if mine > before:
             seen(kind, channel, mine)
-    if all(black(panel) for panel in ours):
+    if all(black(panel) or _not_finite(panel) for panel in ours):
         return found  # black is soft, grey and at rest, too
     z = {name: change.z for name, change in changes.items()}
     told = by_rules(z, dict.fromkeys(z, (WARNING, ALARM)), PAIR_RULES)

@@ -161,7 +161,7 @@ class Watch:
             # One sample with nothing moving in it may be a still picture; no number, or nothing but black, never is.
             level = "warning" if kind == "identical" and count <= len(self.names) / 2 else "alarm"
             found.append((kind, level, channel, self._size(channel, panels), 0.0))
-        if all(panels[name] == self.baseline[name] for name in self.names):
+        if "non_finite" not in seen and all(panels[name] == self.baseline[name] for name in self.names):
             found.append(("unchanged", "warning", "finite", 0.0, 0.0))
         for told in by_rules(z, self._limits):
             if told.rule.kind == "frozen" and "identical" in seen:

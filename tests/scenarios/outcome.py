@@ -11,12 +11,20 @@ import numpy as np
 
 from cogflow.rungs import ceiling
 from cogflow.sharpness import CHANNELS, change
+from cogflow.sharpness.trend import STEP_CLIP, WEIGHT
 from cogflow.sharpness.watch import Watch
 from cogflow.tracking.metrics import read_lines
+from cogflow.training.loop import SCALE_OFF
 
 SIGHT = {"wavelet_ratio": -0.35, "edge_sharpness": -0.08, "contrast": 0.35, "clipped": 0.15, "artefacts": 0.25, "saturation": 0.6}
 """What a person sees who compares two samples side by side: the change of a Gaussian of about one pixel, of a third in contrast, of
 patterns that catch the eye. Signs: negative as a fall, contrast and saturation either way, the others as a rise. A proxy for a person."""
+
+
+LOSS_DEVIATION = {"1": 0.52, "2": 0.24, "3": 0.28, "4": 0.43}
+"""Of the log of a step's loss (8 clips) by quarter of the timesteps, in the first thirty steps of the healthy scenario."""
+STRICT, LOOSE = 4.5, 2.0
+"""Limits for the loss: the indicator's own warning, and one that hindsight allows: no scenario without a rise comes above 0.6."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Outcome:
     ladder: list[Notice]
     watch: list[Notice]
     indicator: list[Notice]
+    loss_test: list[tuple[int, float]]
     human: int | None
     table: list[dict[str, Any]]
 
@@ -62,10 +71,12 @@ def read(folder: Path) -> Outcome:
     }
     steps = [record["step"] for record in records]
     ladder = json.loads((folder / "ladder.json").read_text())
+    alerts = [event for event in read_lines(folder / "events.jsonl") if event["kind"] == "alert"]
     return Outcome(
         losses=curve(lines, "train/loss"), heldout=curve(lines, "heldout/loss"), validations=steps, changes=changes,
         ladder=[Notice(0, one["rung"], one["kind"], one["level"]) for one in ladder["findings"] if one["rung"] < 4],
-        watch=watched(folder), indicator=indicated(lines), human=seen(steps, changes, panels), table=ladder.get("table", []),
+        watch=watched(folder), indicator=indicated(lines, alerts), loss_test=loss_test(lines), human=seen(steps, changes, panels),
+        table=ladder.get("table", []),
     )  # fmt: skip
 
 
@@ -85,9 +96,16 @@ def watched(folder: Path) -> list[Notice]:
     return found
 
 
-def indicated(lines: list[dict[str, Any]]) -> list[Notice]:
-    """The first step at each level of the per-step indicator, and the kind of change that led."""
-    found = []
+def indicated(lines: list[dict[str, Any]], alerts: list[dict[str, Any]]) -> list[Notice]:
+    """What is seen in the training forward pass: the latents' scale before the first step, averages that stay behind, and the first step
+    at each level of the indicator with the kind that led."""
+    scale = next((line["heldout/scale"] for line in lines if line["step"] == 0 and line.get("heldout/scale") is not None), 1.0)
+    found = [] if 1 / SCALE_OFF < scale < SCALE_OFF else [Notice(0, None, f"latents at {scale:.2f} times the scale", "warning")]
+    found += [
+        Notice(int(alert["text"].split()[1].rstrip(":")), None, "averages stay behind", "warning")
+        for alert in alerts
+        if alert["title"].startswith("ema_behind")
+    ]
     for level, number in (("warning", 2.0), ("alarm", 3.0)):
         line = next((line for line in lines if (line.get("spectrum/level") or 0.0) >= number), None)
         if line is not None:
@@ -95,6 +113,31 @@ def indicated(lines: list[dict[str, Any]]) -> list[Notice]:
             lead = max((name for name in scores if name[-2:-1] != "q"), key=lambda name: scores[name])
             found.append(Notice(line["step"], None, lead.replace("_", " "), level))
     return found
+
+
+def loss_test(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """The indicator's test (:mod:`cogflow.sharpness.trend`) applied to the loss itself, by step: is it above what the held-out clips had
+    before the first step, by quarter of the timesteps? Positive is higher."""
+    start = next(line for line in lines if line["step"] == 0 and "heldout/loss" in line)
+    anchors = {quarter: start[f"heldout/loss_q{quarter}"] for quarter in "1234" if start.get(f"heldout/loss_q{quarter}") is not None}
+    mean = squares = uncertainty = 0.0
+    found = []
+    for line in lines:
+        rises = [
+            np.clip(np.log(line[name] / anchor) / LOSS_DEVIATION[quarter], -STEP_CLIP, STEP_CLIP)
+            for quarter, anchor in anchors.items()
+            if line.get(name := f"train/loss_q{quarter}") is not None
+        ]
+        if rises:
+            mean += WEIGHT * (sum(rises) / np.sqrt(len(rises)) - mean)
+            squares = (1 - WEIGHT) ** 2 * squares + WEIGHT**2
+            uncertainty += WEIGHT * (1 - uncertainty)  # two clips a quarter in a step, and the anchor counts for two
+            found.append((line["step"], float(mean / np.sqrt(squares + uncertainty**2))))
+    return found
+
+
+def passed(test: list[tuple[int, float]], limit: float) -> int | None:
+    return next((step for step, z in test if z >= limit), None)
 
 
 def seen(steps: list[int], changes: dict[str, list[float]], panels: list[dict[str, dict[str, float]]]) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from tests.scenarios.outcome import SIGHT, Notice, Outcome, read
+from tests.scenarios.outcome import LOOSE, SIGHT, STRICT, Notice, Outcome, passed, read
 from tests.scenarios.scenario import SCENARIOS
 
 matplotlib.use("Agg")
@@ -31,8 +31,8 @@ def main(root: Path) -> None:
     outcomes = {letter: read(root / "runs" / letter) for letter in SCENARIOS if (root / "runs" / letter / "train.json").is_file()}
     overview(outcomes).savefig(DOCS / "scenarios.png", dpi=72)
     table = "\n".join(row(letter, outcome) for letter, outcome in outcomes.items())
-    head = "| scenario | held-out loss | ladder | indicator | watch | a person | largest changes |"
-    print(f"{head}\n{'| --- ' * 7}|\n{table}")
+    head = "| scenario | held-out loss | the loss, tested | indicator | ladder | watch | a person | largest changes |"
+    print(f"{head}\n{'| --- ' * 8}|\n{table}")
     (root / "outcomes.json").write_text(json.dumps({letter: plain(outcome) for letter, outcome in outcomes.items()}, indent=1))
 
 
@@ -86,13 +86,20 @@ def row(letter: str, outcome: Outcome) -> str:
     cells = [
         f"({letter}) {SCENARIOS[letter].title}",
         f"{held[0]:.3f} -> {held[-1]:.3f}" if held else "",
-        told(outcome.ladder),
+        tested(outcome.loss_test),
         told(outcome.indicator),
+        told(outcome.ladder),
         told(outcome.watch),
         "-" if outcome.human is None else f"step {outcome.human}",
         ", ".join(f"{name} {value:+.2f}" for _, name, value in sizes),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def tested(test: list[tuple[int, float]]) -> str:
+    """The largest z of the indicator's test on the loss, and when it passes the limits."""
+    steps = [f"{limit:g} at {step}" for limit in (LOOSE, STRICT) if (step := passed(test, limit)) is not None]
+    return f"{max(z for _, z in test):.1f}" + (f" ({', '.join(steps)})" if steps else "")
 
 
 def told(notices: list[Notice]) -> str:
@@ -120,6 +127,7 @@ def smooth(values: Any, weight: float = 0.15) -> list[float]:
 def plain(outcome: Outcome) -> dict[str, Any]:
     return {
         "heldout": outcome.heldout, "validations": outcome.validations, "changes": outcome.changes, "human": outcome.human,
+        "loss_test": outcome.loss_test,
         **{who: [vars(notice) for notice in getattr(outcome, who)] for who in ("ladder", "watch", "indicator")},
     }  # fmt: skip
 

@@ -64,6 +64,7 @@ SCENARIOS = {
         Scenario("i", "trained far too long on four clips", clips=8, holdout=4, longer=3),
         Scenario("j", "nine of ten captions dropped", words=("stage.text_dropout=0.9",)),
         Scenario("k", "a healthy finetune on softer, legitimate clips", quiet=True, style="soft_style"),
+        Scenario("l", "the learning rate is 10 times too high", words=("stage.learning_rate=4e-3",)),
     )
 }
 

@@ -8,4 +8,5 @@ source launch/install.sh
 "$venv/bin/python" -m mypy
 # Two tests at a time on two cores: each with one thread, or they would wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$venv/bin/python" -m pytest -n auto --dist loadfile "$@"
+# tests/conftest.py puts the slow files first, so that none is left alone at the end.
+exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 20 "$@"

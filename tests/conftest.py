@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,9 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most tests that are slow or start processes first: two workers that take whole files end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") or "cogflow" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: -slow[item.path])

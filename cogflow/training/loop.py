@@ -26,6 +26,7 @@ from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.heldout import heldout_table
 from cogflow.training.objective import Losses, noised, velocity_loss
+from cogflow.training.overfitting import Overfitting
 from cogflow.training.rollback import Rollback, rate_factor
 from cogflow.training.schedule import learning_rate
 
@@ -62,6 +63,7 @@ class Trainer:
         self.log_every = config.tracking.log_every
         self.spectrum, self.trend = spectrum.Spectrum(), Trend()
         self.averages = Averages()
+        self.overfitting = Overfitting()
         self._heldout: dict[str, Any] | None = None
         self.rollbacks: Sequence[Rollback] = ()
         self._rotary: dict[tuple[int, ...], Any] = {}
@@ -152,6 +154,8 @@ class Trainer:
                 hooks.warn("latents at another scale than the model's", scale_line(scale, values["heldout/latent_std"]))
         self._heldout = {"step": done, "loss": values["heldout/loss"]}
         hooks.log(done, values)
+        if line := self.overfitting.update(done, values["heldout/loss"]):
+            hooks.warn("overfitting: the held-out loss rises", line)
         if self.ema is None:
             return
         with self.ema.applied(self.engine):
@@ -170,11 +174,17 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What the followers of the losses know, for a checkpoint's ``trainer.json``."""
-        return {"trend": self.trend.state(), "averages": self.averages.state(), "heldout": self._heldout}
+        return {
+            "trend": self.trend.state(),
+            "averages": self.averages.state(),
+            "overfitting": self.overfitting.state(),
+            "heldout": self._heldout,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
         self.trend, self.averages = Trend(state.get("trend")), Averages(state.get("averages"))
+        self.overfitting = Overfitting(state.get("overfitting"))
         self._heldout = state.get("heldout")
 
     def _follow(self, done: int, table: torch.Tensor, hooks: Hooks) -> dict[str, float]:

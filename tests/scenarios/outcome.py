@@ -102,10 +102,12 @@ def indicated(lines: list[dict[str, Any]], alerts: list[dict[str, Any]]) -> list
     scale = next((line["heldout/scale"] for line in lines if line["step"] == 0 and line.get("heldout/scale") is not None), 1.0)
     found = [] if 1 / SCALE_OFF < scale < SCALE_OFF else [Notice(0, None, f"latents at {scale:.2f} times the scale", "warning")]
     found += [
-        Notice(int(alert["text"].split()[1].rstrip(":")), None, "averages stay behind", "warning")
+        Notice(int(alert["text"].split()[1].rstrip(":")), None, title, "warning")
         for alert in alerts
-        if alert["title"].startswith("ema_behind")
+        for begins, title in (("ema_behind", "averages stay behind"), ("overfitting", "held-out loss rises"))
+        if alert["title"].startswith(begins)
     ]
+    found += [Notice(0, None, alert["title"], "warning") for alert in alerts if alert["title"] == "few captions are trained on"]
     for level, number in (("warning", 2.0), ("alarm", 3.0)):
         line = next((line for line in lines if (line.get("spectrum/level") or 0.0) >= number), None)
         if line is not None:

@@ -106,8 +106,8 @@ def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: l
 def few_captions(dropout: float) -> str:
     """What no loss and no sharpness shows: pictures stay sharp, and stop following their prompts."""
     return (
-        f"stage.text_dropout={dropout:g}: {dropout:.0%} of the samples are trained without their caption. The model unlearns its prompts, and "
-        "neither the loss nor the sharpness shows it; CogVideoX was trained with 0.1."
+        f"stage.text_dropout={dropout:g}: {dropout:.0%} of the samples are trained without their caption. The model unlearns its prompts, "
+        "and neither the loss nor the sharpness shows it; CogVideoX was trained with 0.1."
     )
 
 

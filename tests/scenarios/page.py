@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,51 @@ LINES = {
     "clipped": ("clipped", "#d97706"),
     "contrast": ("contrast", "#059669"),
 }
+HEADLINE = {"e": ("clipped", "contrast", "artefacts"), "l": ("wavelet_ratio", "artefacts")}
+"""The scenarios of the page's first picture, and the channels that fall or rise there."""
 WHO = {"ladder": ("v", "#7c3aed"), "watch": ("s", "#dc2626"), "indicator": ("o", "#d97706"), "a person": ("*", "#111827")}
 
 
 def main(root: Path) -> None:
     outcomes = {letter: read(root / "runs" / letter) for letter in SCENARIOS if (root / "runs" / letter / "train.json").is_file()}
     overview(outcomes).savefig(DOCS / "scenarios.png", dpi=72)
+    if set(HEADLINE) <= set(outcomes):
+        headline(outcomes).savefig(DOCS / "headline.png", dpi=80)
     table = "\n".join(row(letter, outcome) for letter, outcome in outcomes.items())
     head = "| scenario | held-out loss | the loss, tested | indicator | ladder | watch | a person | largest changes |"
     print(f"{head}\n{'| --- ' * 8}|\n{table}")
     (root / "outcomes.json").write_text(json.dumps({letter: plain(outcome) for letter, outcome in outcomes.items()}, indent=1))
+
+
+def headline(outcomes: Mapping[str, Outcome]) -> Any:
+    """The two curves, of two scenarios: the loss, and what the samples look like, with who speaks when."""
+    figure, axes = pyplot.subplots(2, len(HEADLINE), figsize=(6.4 * len(HEADLINE), 5.6), sharex=True, layout="constrained")
+    for (above, below), (letter, names) in zip(axes.T, HEADLINE.items(), strict=True):
+        outcome = outcomes[letter]
+        steps, losses = zip(*outcome.losses, strict=True)
+        above.plot(steps, losses, color="#e5e7eb", lw=1)
+        above.plot(steps, smooth(losses), color="#6b7280", lw=2.4, label="training loss, smoothed")
+        above.plot(*zip(*outcome.heldout, strict=True), color="#059669", lw=2.4, marker="o", ms=4, label="held-out loss")
+        above.set_ylim(0, 1.3 * max(smooth(losses)))
+        above.set_title(f"({letter}) {SCENARIOS[letter].title}\nthe loss: nothing to see", loc="left", fontsize=10)
+        above.legend(fontsize=9, frameon=False, loc="upper right")
+        for name in names:
+            label, colour = LINES[name]
+            below.plot(outcome.validations, outcome.changes[name], color=colour, lw=2.4, marker="o", ms=4, label=label)
+        below.axhline(0, color="#9ca3af", lw=0.8)
+        below.set_title("the samples, against their own from before the first step", loc="left", fontsize=10)
+        low, high = below.get_ylim()
+        below.set_ylim(low - 0.45 * (high - low), high + 0.6 * (high - low))
+        below.set_xlabel("step")
+        below.legend(fontsize=9, frameon=False, loc="lower right", ncols=2)
+        for place, (who, (_, colour)) in enumerate(WHO.items()):
+            if (step := first(outcome, who)) is not None:
+                below.axvline(step, color=colour, lw=1.2, ls="--")
+                at = (step, below.get_ylim()[1])
+                below.annotate(
+                    f"{who}: {step}", at, xytext=(3, -4 - 12 * place), textcoords="offset points", va="top", fontsize=9, color=colour
+                )
+    return figure
 
 
 def overview(outcomes: dict[str, Outcome]) -> Any:
@@ -65,6 +101,8 @@ def curves(axis: Any, outcome: Outcome) -> None:
         other.plot(outcome.validations, np.clip(values, -4, 4), color=colour, lw=1.6, marker=".", ms=4)
         highest = max(highest, min(4.0, float(np.abs(values).max()) * 1.1))
     other.axhspan(-1, 1, color="#f3f4f6", zorder=-1)
+    axis.set_zorder(other.get_zorder() + 1)
+    axis.patch.set_visible(False)
     other.set_ylim(-highest, highest)
     other.tick_params(labelsize=8)
     for place, (who, (mark, colour)) in enumerate(WHO.items()):

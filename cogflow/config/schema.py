@@ -189,6 +189,21 @@ class AssembleStage:
 
 
 @dataclass(frozen=True)
+class DiagnoseStage:
+    name: str = "diagnose"  # chosen by stage=diagnose
+    candidate: str | None = None  # what to look at: a pipeline folder, a run, an export or a checkpoint; default: the run
+    reference: str | None = None  # what is known to be right, of the same kinds; default: only what model= declares
+    full: bool = False  # take every step, also when an early one explains all
+    fix: bool = False  # write the mended folder, and prove that it healed
+    output: str | None = None  # of stage.fix; default <run>/mended
+    prompts: int = 2  # sampled for the swaps
+    clips: int = 4  # looked at for the evidence in the weights
+    data: str | None = None  # a run whose prepared clips are looked at; default: that of either side, else drawn clips
+    scaling_factors: list[float] = field(default_factory=list)  # tried beside 0.7, 1.15258426 and 1/0.7
+    snr_shift_scales: list[float] = field(default_factory=list)  # tried beside 1 and 3
+
+
+@dataclass(frozen=True)
 class FlowStage:
     name: str = "flow"  # chosen by stage=flow
     prepare: PrepareStage = field(default_factory=PrepareStage)  # as stage=prepare
@@ -224,7 +239,9 @@ class BenchmarkStage:
     share: float = 1.0  # watch: of the simulated validations; less is quicker and less sure
 
 
-StageConfig = PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | FlowStage | PretrainStage | BenchmarkStage
+StageConfig = (
+    PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | PretrainStage | BenchmarkStage
+)
 
 STAGES: dict[str, type] = {
     "prepare": PrepareStage,
@@ -232,6 +249,7 @@ STAGES: dict[str, type] = {
     "sample": SampleStage,
     "export": ExportStage,
     "assemble": AssembleStage,
+    "diagnose": DiagnoseStage,
     "flow": FlowStage,
     "pretrain": PretrainStage,
     "benchmark": BenchmarkStage,

@@ -44,6 +44,7 @@ def assemble(
             "components": components,
             "made": parts["transformer"].made,
             "checked_against": dict(expected),
+            "sampling": {key: value for key, value in samples.items() if key != "text"},
             "diffusers": diffusers.__version__,
         }
         write_json(partial / "assembly.json", assembly)

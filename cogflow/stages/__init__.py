@@ -15,6 +15,7 @@ SUMMARIES: dict[str, str] = {
     "sample": "videos of a run, a checkpoint or a pipeline folder, with their sharpness",
     "export": "weights of SAT, DeepSpeed or cogflow become diffusers components, proven equal; and back to SAT",
     "assemble": "components from different places become one checked pipeline folder",
+    "diagnose": "which component, field or tensor makes a pipeline blurry, and the command that mends it",
     "pretrain": "train the tiny model that comes with cogflow from nothing",
     "benchmark": "speed and memory of cogflow beside what it competes with",
 }

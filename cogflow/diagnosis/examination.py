@@ -1,0 +1,216 @@
+"""The steps of a diagnosis on two sides: what each needs from those before it, and what is rendered for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+from cogflow import ranks
+from cogflow.config.schema import Config, DataConfig, DiagnoseStage, ModelConfig
+from cogflow.diagnosis import clips
+from cogflow.diagnosis.evidence import weigh_evidence
+from cogflow.diagnosis.facts import compare_facts, dtype_of
+from cogflow.diagnosis.finding import StepResult
+from cogflow.diagnosis.precision import compare_precision
+from cogflow.diagnosis.render import Mix, Rendered, Renderer, mix_of, swapped
+from cogflow.diagnosis.rungs import compare_rungs
+from cogflow.diagnosis.side import Side, resolve
+from cogflow.diagnosis.swaps import SAME, Suspect, Tried, attempt, psnr, shown, suspects_of, try_swaps
+from cogflow.diagnosis.weights import compare_weights
+from cogflow.errors import QualityGateError
+from cogflow.models.components import SAFETENSORS_ONLY
+from cogflow.pipeline.parts import STEMS
+from cogflow.sampling.prompts import prompts_for
+from cogflow.tracking.console import say
+
+
+class Examination:
+    """``candidate`` held against ``reference``, which may have no files. Steps are methods; each takes the results so far."""
+
+    def __init__(self, candidate: Side, reference: Side, config: Config, stage: DiagnoseStage) -> None:
+        self.candidate, self.reference, self.config, self.stage = candidate, reference, config, stage
+        self.device = ranks.device()
+        self.tried: list[Tried] = []
+        self.goal: Rendered | None = None
+        self.found: Rendered | None = None
+        self.healed: Rendered | None = None
+        self._target: Mix | None = None
+        self._render: Renderer | None = None
+
+    def skip(self, name: str, steps: Sequence[StepResult]) -> str:
+        """Why a step is left out; empty when it is taken."""
+        equal = all(not step.findings for step in steps) and not self._changed(steps)
+        explained = any(step.name == "swaps" and step.facts["healed_by"] for step in steps)
+        if name == "weights" and not self.reference.parts:
+            return "there is no reference to compare them with"
+        if name in ("rungs", "swaps") and not (self.candidate.complete and self.reference.complete):
+            return "needs a complete pipeline on both sides"
+        if name == "precision" and not self.candidate.complete:
+            return "needs a complete pipeline"
+        if self.stage.full:
+            return ""
+        if name in ("rungs", "swaps", "precision", "evidence") and equal and self.reference.parts:
+            return "nothing differs (stage.full=true looks all the same)"
+        if name in ("precision", "evidence") and explained:
+            return "the swaps explain all (stage.full=true looks all the same)"
+        return ""
+
+    def facts(self, steps: Sequence[StepResult]) -> StepResult:
+        return compare_facts(self.candidate, self.reference)
+
+    def weights(self, steps: Sequence[StepResult]) -> StepResult:
+        return compare_weights(self.candidate, self.reference, lambda name: say(f"  reading {name}"))
+
+    def rungs(self, steps: Sequence[StepResult]) -> StepResult:
+        render, target = self.renderer(), self.target(steps)
+        self.goal = render(target)
+        self.found, failed = attempt(render, mix_of(self.candidate, self.config.sampling))
+        return compare_rungs(self.candidate, self.found, self.goal, failed)
+
+    def swaps(self, steps: Sequence[StepResult]) -> StepResult:
+        findings = [finding for step in steps for finding in step.findings]
+        different = self._changed(steps)
+        target = self.target(steps)
+        if not self._transformer_is_its_own(steps):
+            different = [*different, "transformer"] if "transformer" not in different and self._moved(steps, "transformer") else different
+        else:
+            different = [name for name in different if name != "transformer"]
+        suspects = suspects_of(findings, different)
+        result, self.tried = try_swaps(
+            mix_of(self.candidate, self.config.sampling), target, suspects, self.renderer(), target=target, advance=_told
+        )
+        return result
+
+    def precision(self, steps: Sequence[StepResult]) -> StepResult:
+        part = self.candidate.parts["vae"]
+        vae = AutoencoderKLCogVideoX.from_pretrained(part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
+        latents, _ = self._clips()
+        scaled = float(part.settings.get("scaling_factor") or 1.0) * latents[0].transpose(0, 1)
+        return compare_precision(self.candidate, vae.eval().to(self.device), scaled, dtype_of(part, STEMS["vae"]))
+
+    def evidence(self, steps: Sequence[StepResult]) -> StepResult:
+        part = self.candidate.parts["transformer"]
+        if part.settings.get("in_channels") != part.settings.get("out_channels") or (part.settings.get("patch_size_t") or 1) > 1:
+            return StepResult("evidence", [], ["not for models that take an image, or patch over time"], {})
+        transformer = CogVideoXTransformer3DModel.from_pretrained(part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
+        latents, captions = self._clips()
+        embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions)
+        return weigh_evidence(
+            self.candidate, transformer.to(self.device).eval(), latents, list(embeds[:-1]), factors=self.stage.scaling_factors,
+            shifts=self.stage.snr_shift_scales, device=self.device, dtype=torch.float32,
+        )  # fmt: skip
+
+    def renderer(self) -> Renderer:
+        if self._render is None:
+            called = self.candidate.sampling | self.reference.sampling
+            data = self._data()
+            prompts = prompts_for(self.config.sampling.prompts, data.name if data.name == "shapes" else "shapes", [])[: self.stage.prompts]
+            self._render = Renderer(
+                prompts, self.config.sampling, frames=int(called.get("frames", data.frames)), height=int(called.get("height", data.height)),
+                width=int(called.get("width", data.width)), device=self.device, dtype=self._dtype(),
+            )  # fmt: skip
+        return self._render
+
+    def target(self, steps: Sequence[StepResult]) -> Mix:
+        """How the candidate should look: the reference; where the candidate is a finetune of its model, with the candidate's weights."""
+        if self._target is None:
+            target = mix_of(self.reference, self.config.sampling)
+            if self._transformer_is_its_own(steps):
+                mine = mix_of(self.candidate, self.config.sampling)
+                fields = [one.name for step in steps for one in step.findings if one.component == "transformer" and one.kind == "config"]
+                for field in fields:
+                    mine = swapped(mine, "transformer", field, target)
+                target = swapped(target, "transformer", "", mine)
+            self._target = target
+        return self._target
+
+    def called(self) -> dict[str, Any]:
+        """How to sample the mended pipeline, for its card."""
+        data, sampling = self._data(), self.config.sampling
+        how = {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps, "dtype": "fp32"}
+        how |= {"steps": sampling.steps, "guidance_scale": sampling.guidance_scale, "use_dynamic_cfg": sampling.use_dynamic_cfg}
+        return how | {key: value for key, value in (self.reference.sampling | self.candidate.sampling).items() if key in how}
+
+    def prove(self, partial: Path) -> dict[str, Any]:
+        """That the mended folder has no fault left in its facts, and samples as it should."""
+        side = resolve(partial, ModelConfig(name="auto"), "candidate")
+        left = [
+            finding.place for finding in compare_facts(side, self.reference).findings if finding.guilty and finding.component != "sampling"
+        ]
+        if left:
+            raise QualityGateError(f"The mended folder is not healed: {', '.join(left)} still differ.", "Give stage.reference=FOLDER.")
+        if self.goal is None or self._target is None:
+            return {
+                "status": "skipped",
+                "reason": "there is no reference to sample",
+                "line": "its facts are as they should be; not sampled",
+            }
+        mix = replace(mix_of(side, self.config.sampling), sampling=self._target.sampling)
+        self.healed, failed = attempt(self.renderer(), mix)
+        before, after = psnr(self.found, self.goal), psnr(self.healed, self.goal)
+        if after < SAME:
+            raise QualityGateError(f"The mended folder is not healed: {failed or shown(after)} against how it should look.", "")
+        line = f"samples {shown(after)} against how they should look, {shown(before)} before"
+        return {"status": "healed", "reason": "", "line": line, "before": before, "after": after}
+
+    def pictures(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By sample: the frames of each side, for the page."""
+        rows: dict[str, dict[str, torch.Tensor]] = {}
+        for title, rendered in (("as it should be", self.goal), ("candidate", self.found), ("mended", self.healed)):
+            for name, frames in (rendered.frames if rendered is not None else {}).items():
+                rows.setdefault(name, {})[title] = frames
+        return rows
+
+    def numbers(self) -> dict[str, float]:
+        """For W&B."""
+        if self.goal is None:
+            return {}
+        found = {"diagnose/psnr": psnr(self.found, self.goal)}
+        return found | ({"diagnose/psnr_mended": psnr(self.healed, self.goal)} if self.healed is not None else {})
+
+    def _changed(self, steps: Sequence[StepResult]) -> list[str]:
+        """Components whose weights differ by more than a cast."""
+        facts = next((step.facts for step in steps if step.name == "weights"), {})
+        return [name for name, one in facts.items() if not one.get("equal")]
+
+    def _moved(self, steps: Sequence[StepResult], name: str) -> bool:
+        return name in self._changed(steps)
+
+    def _transformer_is_its_own(self, steps: Sequence[StepResult]) -> bool:
+        """Whether the transformers differ, and nothing is wrong with that."""
+        accused = any(one.component == "transformer" and one.guilty for step in steps if step.name == "weights" for one in step.findings)
+        return self._moved(steps, "transformer") and not accused
+
+    def _clips(self) -> clips.Clips:
+        places = [Path(self.stage.data).expanduser() if self.stage.data else None, self.candidate.run, self.reference.run]
+        places += [self.candidate.place, self.reference.place]
+        found = clips.from_runs(places, self.stage.clips)
+        if found is not None:
+            return found
+        side = self.reference if "vae" in self.reference.parts else self.candidate
+        vae = AutoencoderKLCogVideoX.from_pretrained(side.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
+        return clips.drawn(vae.eval().requires_grad_(False), self._data(), self.stage.clips)
+
+    def _data(self) -> DataConfig:
+        family = self.candidate.family
+        if family is None or self.candidate.sampling:
+            called = self.candidate.sampling
+            sizes = (int(called.get(key, getattr(self.config.data, key))) for key in ("frames", "height", "width"))
+            frames, height, width = sizes
+            return replace(self.config.data, frames=frames, height=height, width=width)
+        return replace(self.config.data, frames=family.frames, height=family.height, width=family.width, fps=float(family.fps))
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+
+def _told(note: str) -> None:
+    say(f"    {note}")
+
+
+__all__ = ["Examination", "Suspect"]

@@ -1,0 +1,96 @@
+"""stage=diagnose: which component, field or tensor makes a pipeline blurry, and the command that mends it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cogflow import ranks
+from cogflow.config.schema import Config, DiagnoseStage
+from cogflow.diagnosis.examination import Examination
+from cogflow.diagnosis.finding import StepResult
+from cogflow.diagnosis.fix import mend
+from cogflow.diagnosis.page import write_page
+from cogflow.diagnosis.side import resolve
+from cogflow.diagnosis.verdict import Verdict, as_json, conclude, mending
+from cogflow.errors import QualityGateError
+from cogflow.files.paths import run_folder
+from cogflow.files.publish import write_json
+from cogflow.tracking.console import say
+from cogflow.tracking.report import record_stage
+from cogflow.tracking.tracker import open_tracker
+
+ORDER = ("facts", "weights", "rungs", "swaps", "precision", "evidence")
+
+
+def run(config: Config) -> None:
+    """Look at ``stage.candidate``, write ``<run>/diagnosis.json`` and ``diagnosis.html``; exit code 3 when something is wrong with it."""
+    if ranks.is_main():
+        diagnose(config)
+    ranks.barrier()
+
+
+def diagnose(config: Config) -> None:
+    stage = config.stage
+    if not isinstance(stage, DiagnoseStage):
+        raise TypeError("stages.diagnose needs the settings of stage=diagnose")
+    started = time.time()
+    folder = run_folder(config.run)
+    place = Path(stage.candidate).expanduser() if stage.candidate else folder
+    candidate = resolve(place, config.model, "candidate")
+    reference = resolve(Path(stage.reference).expanduser() if stage.reference else None, config.model, "reference")
+    examination = Examination(candidate, reference, config, stage)
+    steps: list[StepResult] = []
+    for number, name in enumerate(ORDER, start=1):
+        if reason := examination.skip(name, steps):
+            say(f"[{number}/7] {name}: {reason}")
+            continue
+        say(f"[{number}/7] {name}")
+        result = getattr(examination, name)(steps)
+        for line in result.lines:
+            say(f"  {line}")
+        steps.append(result)
+    output = Path(stage.output).expanduser() if stage.output else folder / "mended"
+    command = mending(place, reference.place, config.model.name, output)
+    verdict = conclude(candidate, reference, steps, examination.tried, command)
+    say(f"[7/7] verdict\n  {verdict.line}")
+    facts: dict[str, Any] = {"candidate": str(place), "reference": str(reference.place or config.model.name), "command": command}
+    if not verdict.agrees and stage.fix:
+        facts["mended"] = mended(output, examination, verdict)
+    conclusion(config, folder, examination, verdict, steps, facts, started)
+
+
+def mended(output: Path, examination: Examination, verdict: Verdict) -> dict[str, Any]:
+    """Write the mended folder; what proved it."""
+    with tempfile.TemporaryDirectory(prefix="cogflow-mended-") as scratch:
+        assembly = mend(
+            output, Path(scratch), examination.candidate, examination.reference, verdict.findings, examination.called(), examination.prove
+        )
+    say(f"  mended: {output} ({assembly['verify']['line']})")
+    return {"where": str(output), **assembly["verify"]}
+
+
+def conclusion(
+    config: Config, folder: Path, examination: Examination, verdict: Verdict, steps: list[StepResult], facts: dict[str, Any], started: float
+) -> None:
+    """Write what was found where people look for it; :class:`QualityGateError` when there is a fault."""
+    found = as_json(verdict, steps, **facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "diagnosis.json", found)
+    page = write_page(folder, found, examination.pictures())
+    columns = ["rung", "component", "field or tensor", "kind", "confidence", "why"]
+    rows = [[one.rung, one.component, one.name, one.kind, one.confidence, one.why] for one in verdict.findings]
+    with open_tracker(config, "diagnose", folder) as tracker:
+        tracker.table("diagnose/findings", columns, rows)
+        tracker.log(0, {"diagnose/findings": float(len(rows)), **examination.numbers()})
+        for name, path in page.pictures.items():
+            tracker.image(0, f"diagnose/{name}", path)
+    summary = "agrees" if verdict.agrees else verdict.line
+    inputs = {"candidate": facts["candidate"], "reference": facts["reference"]}
+    record_stage(folder, "diagnose", config, inputs, {"summary": summary, "where": str(page.path), **facts}, started=started)
+    say(f"diagnosis: {folder / 'diagnosis.json'}\npage:      {page.path}")
+    if not verdict.agrees:
+        hint = f"Mended: {facts['mended']['where']}" if "mended" in facts else f"To mend it: {facts['command']}"
+        raise QualityGateError(verdict.line, hint)

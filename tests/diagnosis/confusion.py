@@ -62,9 +62,8 @@ def main(root: Path, words: list[str]) -> None:
         told = ", ".join(f"{component}.{name}".rstrip(".") + f" ({confidence:.2f})" for component, name, confidence in accused)
         rows.append(f"| {title} | {verdict} | {told or '-'} | {'' if psnr is None else f'{psnr:.1f} dB'} | {time.time() - began:.0f} s |")
         print(rows[-1], flush=True)
-    (root / "confusion.md").write_text(
-        "| planted | verdict | accused (confidence) | samples | time |\n" + "| --- " * 5 + "|\n" + "\n".join(rows) + "\n"
-    )
+    head = "| planted | verdict | accused (confidence) | samples | time |\n" + "| --- " * 5 + "|\n"
+    (root / "confusion.md").write_text(head + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

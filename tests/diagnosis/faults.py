@@ -19,7 +19,7 @@ BLOCK = "transformer_blocks.2."
 
 @dataclass(frozen=True)
 class World:
-    """Two short finetunes of the shipped model, with EMA: ``run`` gave ``pipeline``, ``other`` is another run. ``base``: the shipped model."""
+    """Two short finetunes of the shipped model (``base``), with EMA: ``run`` gave ``pipeline``, ``other`` is another run."""
 
     run: Path
     other: Path

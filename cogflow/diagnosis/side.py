@@ -51,11 +51,13 @@ class Side:
         return self.parts["transformer"].made if "transformer" in self.parts else {}
 
 
-def resolve(place: Path | None, model: ModelConfig, role: str) -> Side:
-    """The side at ``place``, or without one what ``model=`` declares.
+def resolve(place: Path | None, model: ModelConfig, role: str, other: Side | None = None) -> Side:
+    """The side at ``place``, or without one what ``model=`` declares; or what the ``other`` side's own record says that it should be.
 
     Raises :class:`ConfigError` or :class:`PipelineError` for a place that is nothing of the kind, and for neither place nor model.
     """
+    if place is None and model.name not in FAMILY and other is not None and other.expected:
+        return Side(role, None, {}, other.family, other.expected)
     if place is None:
         return _declared(model, role)
     place = Path(place).expanduser()

@@ -87,7 +87,7 @@ def fix_of(finding: Finding, reference: Side, command: str) -> str:
 def acquit(candidate: Side, steps: Sequence[StepResult], guilty: Sequence[Finding]) -> list[str]:
     """Components whose weights were compared and are sound."""
     weights = next((step.facts for step in steps if step.name == "weights"), {})
-    accused = {one.component for one in guilty if one.is_tensor or not one.name or one.kind in ("dtype", "rounded")}
+    accused = {one.component for one in guilty if one.is_tensor or not one.name}
     return [
         f"the {name.replace('_', ' ')}'s weights" for name in STEMS if name in weights and name in candidate.parts and name not in accused
     ]

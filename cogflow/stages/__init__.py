@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from cogflow.config.schema import Config
 
 SUMMARIES: dict[str, str] = {
-    "flow": "prepare, train, export and assemble on one config: the whole way to a checked pipeline",
+    "flow": "prepare, train, export, assemble and diagnose on one config: the whole way to a checked pipeline",
     "prepare": "clips and captions become cached latents and text embeddings",
     "train": "full finetuning on DeepSpeed, with checkpoints, samples and held-out losses",
     "sample": "videos of a run, a checkpoint or a pipeline folder, with their sharpness",

@@ -40,7 +40,7 @@ def diagnose(config: Config) -> None:
     folder = run_folder(config.run)
     place = Path(stage.candidate).expanduser() if stage.candidate else folder
     candidate = resolve(place, config.model, "candidate")
-    reference = resolve(Path(stage.reference).expanduser() if stage.reference else None, config.model, "reference")
+    reference = resolve(Path(stage.reference).expanduser() if stage.reference else None, config.model, "reference", candidate)
     examination = Examination(candidate, reference, config, stage)
     steps: list[StepResult] = []
     for number, name in enumerate(ORDER, start=1):
@@ -56,7 +56,11 @@ def diagnose(config: Config) -> None:
     command = mending(place, reference.place, config.model.name, output)
     verdict = conclude(candidate, reference, steps, examination.tried, command)
     say(f"[7/7] verdict\n  {verdict.line}")
-    facts: dict[str, Any] = {"candidate": str(place), "reference": str(reference.place or config.model.name), "command": command}
+    facts: dict[str, Any] = {
+        "candidate": str(place),
+        "reference": str(reference.place or reference.family and reference.family.name or "its own record"),
+        "command": command,
+    }
     if not verdict.agrees and stage.fix:
         facts["mended"] = mended(output, examination, verdict)
     conclusion(config, folder, examination, verdict, steps, facts, started)

@@ -1,4 +1,4 @@
-"""stage=flow: prepare, train, export and assemble on one config, and a closing table that says where everything is."""
+"""stage=flow: prepare, train, export, assemble and diagnose on one config, and a closing table that says where everything is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cogflow import ranks
-from cogflow.config.schema import Config, FlowStage, StageConfig
+from cogflow.config.schema import Config, DiagnoseStage, FlowStage, StageConfig
+from cogflow.diagnosis.incident import as_in_2024
+from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.sampling import gallery
-from cogflow.stages import assemble, export, prepare, train
+from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.console import say, table
 from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
@@ -28,14 +30,41 @@ def run(config: Config) -> None:
     folder = run_folder(config.run)
     steps: list[tuple[Any, StageConfig]] = [
         (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
+        (diagnose, patient(stage, folder)),
     ]  # fmt: skip
     for number, (module, settings) in enumerate(steps, start=1):
         say(f"\n[{number}/{len(steps)}] {settings.name}")
-        module.run(replace(config, stage=settings))
+        if module is diagnose and stage.incident:
+            replay(config, settings, folder)
+        else:
+            module.run(replace(config, stage=settings))
     if ranks.is_main():
         close(config, folder, started)
     ranks.barrier()
     ranks.close()
+
+
+def patient(stage: FlowStage, folder: Path) -> DiagnoseStage:
+    """What is diagnosed: the pipeline, by itself; in the incident what was made of it, held against it."""
+    made, sound = folder / "pipeline-2024", folder / "pipeline"
+    if stage.incident:
+        return replace(stage.diagnose, candidate=str(made), reference=str(sound), fix=True, output=str(folder / "mended"))
+    return replace(stage.diagnose, candidate=stage.diagnose.candidate or str(sound))
+
+
+def replay(config: Config, settings: StageConfig, folder: Path) -> None:
+    """The incident: every load succeeds, and the diagnosis finds fault, as it must."""
+    if ranks.is_main():
+        where = as_in_2024(folder / "pipeline", folder / "pipeline-2024")
+        say(f"{where}: the same weights with the settings that CogVideo's converter wrote in 2024. It loads and samples without a word.")
+    ranks.barrier()
+    try:
+        diagnose.run(replace(config, stage=settings))
+    except QualityGateError as error:
+        say(f"the diagnosis ends as it does for such a pipeline, with exit code 3: {error.hint}")
+        return
+    if ranks.is_main():
+        raise PipelineError("The diagnosis found nothing wrong with the pipeline of 2024.", "It should have: please report this.")
 
 
 def close(config: Config, folder: Path, started: float) -> None:
@@ -59,7 +88,7 @@ def close(config: Config, folder: Path, started: float) -> None:
 def closing_rows(folder: Path) -> list[list[str]]:
     """One row per stage, from the records that the stages wrote."""
     rows = []
-    for name in ("prepare", "train", "export", "assemble"):
+    for name in ("prepare", "train", "export", "assemble", "diagnose"):
         path = folder / f"{name}.json"
         if path.is_file():
             record = json.loads(path.read_text())

@@ -152,7 +152,7 @@ def _place_stages(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any
     by_name = placed.pop("stages", None) or {}
     stage = build.stage_class(raw.get("stage"))
     for name, settings in by_name.items():
-        if name not in STAGES or name == "flow":
+        if name not in STAGES:
             problems.append(Problem(f"stages.{name}: no such stage.{did_you_mean(nearest(name, STAGES))}"))
             continue
         known = build.keys_of(STAGES[name], "stage")

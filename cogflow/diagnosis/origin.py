@@ -24,11 +24,14 @@ def block(name: str) -> str:
     return found[1] if found else name.split(".")[0]
 
 
-def explain(component: str, rung: int, odd: list[Pair], ours: WeightsFolder, theirs: WeightsFolder) -> Iterator[Finding]:
-    """A finding per block with odd tensors. ``odd``: those with little in common with the reference's of the same name."""
+def explain(
+    component: str, rung: int, odd: list[Pair], doubtful: list[Pair], ours: WeightsFolder, theirs: WeightsFolder
+) -> Iterator[Finding]:  # fmt: skip
+    """A finding per block. ``odd``: tensors with little in common with the reference's of the same name; ``doubtful``: those and others
+    of which parts may have changed places."""
     fix = f"stage.{component}=REFERENCE"
     groups: dict[str, list[Pair]] = defaultdict(list)
-    for pair in odd[: MOST * 4]:
+    for pair in doubtful[: MOST * 4]:
         groups[block(pair.name)].append(pair)
     for where, pairs in list(groups.items())[:MOST]:
         large = [pair for pair in pairs if pair.constant is None and torch.Size(pair.shape).numel() > 1]
@@ -45,7 +48,7 @@ def explain(component: str, rung: int, odd: list[Pair], ours: WeightsFolder, the
             shown = " ".join(map(str, swapped))
             why = f"Its rows are the reference's in another order ({parts} parts: {shown}): shift and scale have changed places."
             yield Finding("weights", component, "permuted", name, True, list(swapped), list(range(parts)), rung, 0.95, why, fix)
-        rest = [pair for pair in pairs if pair.name not in partners and pair.name not in rows]
+        rest = [pair for pair in pairs if pair in odd and pair.name not in partners and pair.name not in rows]
         if rest and not (partners or rows):
             constant = [pair for pair in rest if pair.constant is not None]
             label = where if len(rest) > 1 else rest[0].name
@@ -85,9 +88,9 @@ def _chunks(pair: Pair, ours: WeightsFolder, theirs: WeightsFolder) -> tuple[int
             continue
         pieces, originals = mine.chunk(parts), other.chunk(parts)
         order = []
-        for piece in pieces:
+        for place, piece in enumerate(pieces):
             close = [alike(piece, original) for original in originals]
-            best = max(range(parts), key=close.__getitem__)
+            best = max(range(parts), key=lambda one: (close[one], one == place))
             if close[best] <= SURE:
                 break
             order.append(best)

@@ -91,7 +91,7 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The cosine between two tensors of as many values; for finding out which tensor another one really is."""
     a, b = ours.flatten().float(), theirs.flatten().float()
     norm = float(a.norm() * b.norm())
-    return float(torch.dot(a, b)) / norm if norm > 0 else 0.0
+    return float(torch.dot(a, b)) / norm if norm > 0 else float(not a.any() and not b.any())
 
 
 def short(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from cogflow.errors import CogflowError
 from cogflow.pipeline.parts import STEMS
 from cogflow.weights.reader import WeightsFolder
 
+DOUBTFUL = 0.9  # a cosine below which it is looked into whether parts of a tensor have changed places
 SHOWN = 12  # tensors of a component that are listed with their numbers
 ANOTHER = 0.5
 """A cosine below which a tensor is no descendant of the reference's. Finetuning leaves 0.99 and more; permuted and fresh ones are near 0;
@@ -92,9 +93,11 @@ def judge(
     if len(odd) > 0.5 * len([pair for pair in sound if len(pair.shape) > 1]):
         yield _whole(name, side, odd, different)
         return
-    yield from origin.explain(name, side.rung, odd, ours, theirs)
+    doubtful = [pair for pair in different if pair.cosine < DOUBTFUL]
+    explained = list(origin.explain(name, side.rung, odd, doubtful, ours, theirs))
+    yield from explained
     rest = [pair for pair in different if pair not in odd and not _only_rounded(pair)]
-    if rest and not odd:
+    if rest and not explained:
         yield from _other_training(name, side, reference, sound, rest, theirs)
 
 

@@ -1,4 +1,4 @@
-"""A world made by hand: the shipped model, moved a little, as two finetunes with checkpoints. Real ones: tests/stages and the confusion table."""
+"""A world made by hand: the shipped model, moved a little, as two finetunes with checkpoints. Real ones: the confusion table."""
 
 from __future__ import annotations
 

@@ -1,0 +1,86 @@
+"""stage=diagnose by the command line on a real flow's pipeline: what agrees exits with 0, what is wrong with 3, and is mended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+
+from tests.stages.conftest import Command
+
+PAIR = 100.0  # dB: equal
+
+
+def diagnosis(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "diagnosis.json").read_text())
+    return found
+
+
+def test_the_flows_own_pipeline_agrees(flow: Path) -> None:
+    found = diagnosis(flow)
+    assert found["agrees"] is True and found["findings"] == []
+    assert found["steps"]["evidence"]["scaling_factor"]["best"] == 0.7 and found["steps"]["evidence"]["snr_shift_scale"]["best"] == 1.0
+    assert (flow / "diagnosis.html").is_file()
+
+
+@pytest.mark.slow
+def test_both_guilty_fields_are_named_mended_and_proven(flow: Path, cogflow: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(flow / "pipeline", folder)
+    for file, fields in (
+        ("vae/config.json", {"scaling_factor": 1.15258426}),
+        ("scheduler/scheduler_config.json", {"snr_shift_scale": 3.0}),
+    ):
+        path = folder / file
+        config = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps(config))
+    words = [
+        "stage=diagnose",
+        f"run.root={tmp_path}",
+        "run.name=d",
+        "tracking.wandb=disabled",
+        f"stage.candidate={folder}",
+        "sampling.steps=3",
+    ]
+    done = cogflow(*words, f"stage.reference={flow}", "stage.fix=true", "stage.prompts=1", code=3)
+    found = diagnosis(tmp_path / "d")
+    named = {(one["component"], one["field"]) for one in found["findings"]}
+    assert named == {("vae", "scaling_factor"), ("scheduler", "snr_shift_scale")} and found["agrees"] is False
+    assert all(one["confidence"] > 0.9 and one["rung"] == 5 and one["fix"] for one in found["findings"])
+    assert set(found["steps"]["swaps"]["healed_by"]) == {"vae.scaling_factor", "scheduler.snr_shift_scale"}
+    assert "the vae's weights" in found["acquitted"] and "Mended" in done.stderr
+    assert found["mended"]["status"] == "healed" and found["mended"]["before"] < 30 and found["mended"]["after"] == PAIR
+    mended = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "d" / "mended", local_files_only=True)
+    assert mended.vae.config.scaling_factor == 0.7 and mended.scheduler.config.snr_shift_scale == 1.0
+    # Without any reference the record of its training, and the weights themselves, speak.
+    cogflow(*words, "run.name=alone", "stage.full=true", code=3)
+    found = diagnosis(tmp_path / "alone")
+    assert {(one["component"], one["field"]) for one in found["findings"]} == named
+    assert "error of" in " ".join(one["why"] for one in found["findings"])
+
+
+def test_a_place_that_is_nothing_and_no_model_exit_2(cogflow: Command, tmp_path: Path) -> None:
+    words = ["stage=diagnose", f"run.root={tmp_path}", "tracking.wandb=disabled"]
+    assert "neither a pipeline folder" in cogflow(*words, f"stage.candidate={tmp_path}", code=2).stderr
+    assert "does not exist" in cogflow(*words, f"stage.candidate={tmp_path / 'nowhere'}", code=2).stderr
+
+
+@pytest.mark.slow
+def test_the_incident_is_replayed(cogflow: Command, tmp_path: Path) -> None:
+    """Every load succeeds, the loss shows nothing, the frames are washed out, both fields are named, and it is mended."""
+    words = ["stage=flow", "experiment=incident", "debug=quick", f"run.root={tmp_path}", "run.name=i", "tracking.wandb=disabled"]
+    told = cogflow(*words, "sampling.steps=3").stdout
+    assert "exit code 3" in told
+    folder = tmp_path / "i"
+    diffusers.CogVideoXPipeline.from_pretrained(folder / "pipeline-2024", local_files_only=True)
+    found = diagnosis(folder)
+    named = {(one["component"], one["field"]): one["confidence"] for one in found["findings"]}
+    assert named["vae", "scaling_factor"] > 0.9 and named["scheduler", "snr_shift_scale"] > 0.9
+    assert "the vae's weights" in found["acquitted"]
+    assert found["steps"]["rungs"]["psnr"] < 25 and found["mended"]["after"] > 60
+    html = (folder / "diagnosis.html").read_text()
+    assert "data:image/png;base64" in html and "scaling_factor" in html

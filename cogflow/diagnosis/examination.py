@@ -52,6 +52,9 @@ class Examination:
             return "needs a complete pipeline on both sides"
         if name == "precision" and not self.candidate.complete:
             return "needs a complete pipeline"
+        part = {"precision": "vae", "evidence": "transformer"}.get(name)
+        if part is not None and self._broken(steps, part):
+            return f"the {part} is not whole"
         if self.stage.full:
             return ""
         if name in ("rungs", "swaps", "precision", "evidence") and equal and self.reference.parts:
@@ -177,6 +180,13 @@ class Examination:
         """Components whose weights differ by more than a cast."""
         facts = next((step.facts for step in steps if step.name == "weights"), {})
         return [name for name, one in facts.items() if not one.get("equal")]
+
+    def _broken(self, steps: Sequence[StepResult], component: str) -> bool:
+        """Whether it cannot be loaded, or gives no numbers: then nothing can be learned from running it."""
+        kinds = ("broken", "missing", "shape", "transposed", "non_finite")
+        return component not in self.candidate.parts or any(
+            one.component == component and one.guilty and one.kind in kinds for step in steps for one in step.findings
+        )
 
     def _moved(self, steps: Sequence[StepResult], name: str) -> bool:
         return name in self._changed(steps)

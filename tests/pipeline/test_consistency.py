@@ -28,14 +28,18 @@ def test_the_incident_every_wrong_value_is_named_at_once(work: Work) -> None:
     """The converter of CogVideo issue 236 wrote 2B's values beside 5B's weights."""
     work.edit("base/vae/config.json", lambda config: config.update(scaling_factor=1.15258426, invert_scale_latents=True))
     work.edit("base/scheduler/scheduler_config.json", lambda c: c.update(snr_shift_scale=3.0, timestep_spacing="linspace"))
+    vae, scheduler, export = work.base / "vae/config.json", work.base / "scheduler/scheduler_config.json", work.run / "export/export.json"
+    trained = "the transformer was trained with"
     message = refused(work)
     for line in (
-        "vae's scaling_factor is 1.15258426; the transformer was trained with 0.7",
-        "vae's invert_scale_latents is True; the transformer was trained with False",
-        "scheduler's snr_shift_scale is 3.0; the transformer was trained with 1.0",
-        "scheduler's timestep_spacing is linspace; the transformer was trained with trailing",
+        f"vae.scaling_factor is 1.15258426 ({vae}); {trained} 0.7 ({export}). To make it right: stage.set.vae.scaling_factor=0.7",
+        f"vae.invert_scale_latents is true ({vae}); {trained} false ({export}). To make it right: stage.set.vae.invert_scale_latents=false",
+        f"scheduler.snr_shift_scale is 3.0 ({scheduler}); {trained} 1.0 ({export}). To make it right: stage.set.scheduler.snr_shift_scale=1.0",
+        f"scheduler.timestep_spacing is linspace ({scheduler}); {trained} trailing ({export}). "
+        "To make it right: stage.set.scheduler.timestep_spacing=trailing",
     ):
         assert line in message
+    assert message.count("\n") == 4
 
 
 def test_a_value_left_out_counts_as_the_default_that_diffusers_takes(work: Work) -> None:
@@ -44,22 +48,24 @@ def test_a_value_left_out_counts_as_the_default_that_diffusers_takes(work: Work)
         "base/scheduler/scheduler_config.json", lambda config: [config.pop(key) for key in ("prediction_type", "rescale_betas_zero_snr")]
     )
     message = refused(work)
-    assert (
-        "vae's scaling_factor is 1.15258426, the class's default, which the file leaves unset; the transformer was trained with 0.7"
-        in message
+    vae, scheduler = (
+        f"{work.base / name} leaves it unset: the class's default" for name in ("vae/config.json", "scheduler/scheduler_config.json")
     )
-    assert "scheduler's prediction_type is epsilon, the class's default" in message
-    assert "scheduler's rescale_betas_zero_snr is False, the class's default" in message
+    assert f"vae.scaling_factor is 1.15258426 ({vae}); the transformer was trained with 0.7" in message
+    assert f"scheduler.prediction_type is epsilon ({scheduler}); " in message
+    assert f"scheduler.rescale_betas_zero_snr is false ({scheduler}); " in message
 
 
 def test_widths_and_channels(work: Work) -> None:
     work.edit("base/vae/config.json", lambda config: config.update(latent_channels=4))
     work.edit("base/text_encoder/config.json", lambda config: config.update(d_model=4096, vocab_size=10))
     message = refused(work)
-    assert "transformer's in_channels is 16; vae's latent_channels is 4" in message
-    assert "transformer's out_channels is 16; vae's latent_channels is 4" in message
-    assert "transformer's text_embed_dim is 8; text_encoder's d_model is 4096" in message
-    assert "text_encoder's vocab_size is 10" in message
+    own, vae, text = (work.folder / name / "config.json" for name in ("run/export/transformer", "base/vae", "base/text_encoder"))
+    assert f"transformer.in_channels is 16 ({own}); latent channels of the VAE (twice that for image to video): 4 ({vae})" in message
+    assert f"transformer.out_channels is 16 ({own}); latent channels of the VAE: 4 ({vae}). To make it right: stage.vae=FOLDER" in message
+    assert f"transformer.text_embed_dim is 8 ({own}); width of the text encoder: 4096 ({text})" in message
+    assert f"text_encoder: the tensors in {text.parent} are not those of its config" in message
+    assert "shared.weight is [SIZE, 8], the config asks for [10, 4096]" in message
 
 
 def test_text_length_of_training(work: Work) -> None:
@@ -71,7 +77,7 @@ def test_text_length_of_training(work: Work) -> None:
         (partial / "export.json").write_text(
             (export / "export.json").read_text().replace('"max_sequence_length": 16', '"max_sequence_length": 226')
         )
-    assert "max_text_seq_length is 16; it was trained on 226 text tokens" in refused(work)
+    assert "transformer.max_text_seq_length is 16" in (message := refused(work)) and "text tokens in training: 226" in message
 
 
 @pytest.mark.parametrize("component", ["vae", "text_encoder", "scheduler", "tokenizer"])
@@ -119,7 +125,7 @@ def test_an_export_that_was_changed_is_refused(work: Work) -> None:
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert "transformer/diffusion_pytorch_model.safetensors: content changed" in refused(work)
+    assert "transformer.diffusion_pytorch_model.safetensors is sha256" in refused(work)
 
 
 def test_missing_places_are_all_named(work: Work) -> None:
@@ -160,5 +166,5 @@ def test_an_export_that_names_a_family_must_have_its_positions() -> None:
         "scheduler": Part("scheduler", Path("s"), "CogVideoXDDIMScheduler", member.scheduler_config()),
         "text_encoder": Part("text_encoder", Path("e"), "T5EncoderModel", {"d_model": 4096}),
     }
-    with pytest.raises(PipelineError, match="use_rotary_positional_embeddings is False; cogvideox-5b has True"):
+    with pytest.raises(PipelineError, match=r"use_rotary_positional_embeddings is false \(t/config.json\); its family has true"):
         check_parts(parts, ["a problem found before"])

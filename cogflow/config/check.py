@@ -166,7 +166,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "check_repeats": at_least(0), "clips": at_least(1),
     },
     "BenchmarkStage": {
-        "what": one_of("export", "panel", "separation", "watch", "indicator"), "share": above(0),
+        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator"), "share": above(0),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip

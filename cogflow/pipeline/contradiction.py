@@ -43,9 +43,10 @@ def settle(problems: Sequence[str], found: Iterable[Contradiction], force: Seque
     found = list({one.key: one for one in found}.values())
     open_ones = [one.line() for one in found if one.key not in force]
     if problems or open_ones:
-        hint = "Take each component from the model that was trained, or give the words above."
+        hint = "Take each component from the model that was trained."
         if open_ones:
             keys = ",".join(one.key for one in found)
+            hint = "Take each component from the model that was trained, or give the words that make it right."
             hint += f" stage.force=[{keys}] assembles all the same and says so in assembly.json and in the model card."
         raise PipelineError("These components do not make one pipeline:\n" + "\n".join(f"  {x}" for x in [*problems, *open_ones]), hint)
     return [one for one in found if one.key in force], [key for key in force if key not in {one.key for one in found}]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from assembling import Work
+from safetensors.torch import load_file, save_file
 
+from cogflow.config.schema import ModelConfig
 from cogflow.errors import PipelineError
+from cogflow.files.manifest import hash_file, write_manifest
 from cogflow.files.publish import publish_folder
 from cogflow.models.family import FAMILY
 from cogflow.pipeline.consistency import ARCHITECTURE, check_parts, expectations, family_of
@@ -167,3 +172,118 @@ def test_an_export_that_names_a_family_must_have_its_positions() -> None:
     }
     with pytest.raises(PipelineError, match=r"use_rotary_positional_embeddings is false \(t/config.json\); its family has true"):
         check_parts(parts, ["a problem found before"])
+
+
+def test_halves_that_are_not_those_of_training(work: Work) -> None:
+    """The converter's fp16 beside weights trained in bf16; a VAE in fp16 beside them overflows."""
+
+    def trained_in_bf16(report: dict[str, Any]) -> None:
+        report["trained_with"]["dtype"] = "bf16"
+        report["source"] = "/runs/a/checkpoints/step-000100"
+
+    work.edit("run/export/export.json", trained_in_bf16)
+    for path in (work.run / "export" / "transformer", work.base / "vae"):
+        file = path / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        first = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        save_file(tensors | {first: tensors[first].half()}, file, metadata={"format": "pt"})
+    write_manifest(work.run / "export")
+    message = refused(work)
+    assert (
+        f"transformer.dtype is fp16 (1 of {len(load_file(work.run / 'export/transformer/diffusion_pytorch_model.safetensors'))}" in message
+    )
+    assert "the transformer was trained in bf16" in message
+    assert "To make it right: stage.transformer=/runs/a/checkpoints/step-000100 stage.dtype=bf16" in message
+    assert "vae.dtype is fp16" in message and "text_encoder.dtype" not in message
+
+
+def test_wider_or_asked_for_is_no_contradiction(work: Work) -> None:
+    """fp32 weights of a model trained in bf16, and 16 bits of one trained in fp32, both are what somebody wanted."""
+    work.edit("run/export/export.json", lambda report: report["trained_with"].update(dtype="bf16"))
+    write_manifest(work.run / "export")
+    assemble.run(work.config())
+    file = work.run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    work.edit("run/export/export.json", lambda report: report["trained_with"].update(dtype="fp32"))
+    write_manifest(work.run / "export")
+    assemble.run(work.config())
+
+
+def test_every_manifest_holds(work: Work) -> None:
+    """Of an earlier pipeline: a component that was exchanged in it by hand, one that was added to, one that lost a file."""
+    assemble.run(work.config(output=str(work.folder / "first")))
+    first = work.folder / "first"
+    file = first / "vae" / "diffusion_pytorch_model.safetensors"
+    other = {name: tensor * 2 for name, tensor in load_file(file).items()}
+    file.unlink()
+    save_file(other, file, metadata={"format": "pt"})
+    (first / "text_encoder" / "generation_config.json").write_text("{}")
+    (first / "tokenizer" / "spiece.model").unlink()
+    message = refused(work, base=str(first), vae=None)
+    assert f"vae.{file.name} is sha256 {hash_file(file)} ({file}); it was published with sha256" in message
+    assert "text_encoder.generation_config.json is sha256" in message and "published with no such file" in message
+    assert "tokenizer.spiece.model is missing" in message
+    (first / "manifest.json").write_text("{")
+    assert "vae.manifest.json is unreadable" in refused(work, base=str(first))
+
+
+def test_a_file_of_the_hubs_cache_is_what_its_name_says(work: Work) -> None:
+    cache = work.folder / "models--zai--CogVideoX"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    shutil.copytree(work.base / "vae", snapshot / "vae")
+    file = snapshot / "vae" / "diffusion_pytorch_model.safetensors"
+    sha256 = hash_file(file)
+    file.rename(blobs / sha256)
+    file.symlink_to(f"../../../blobs/{sha256}")
+    assemble.run(work.config(vae=str(snapshot)))
+    assert hash_file(work.run / "pipeline" / "vae" / file.name) == sha256
+    shutil.rmtree(work.run / "pipeline")
+    data = bytearray((blobs / sha256).read_bytes())
+    data[-3] ^= 1
+    (blobs / sha256).unlink()
+    (blobs / sha256).write_bytes(data)
+    assert f"it was fetched as sha256 {sha256}" in refused(work, vae=str(snapshot))
+
+
+def test_tensors_that_the_config_does_not_ask_for(work: Work) -> None:
+    """Both load: what is missing is filled with noise, what is left over is dropped."""
+    file = work.base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_more.weight"] = tensors.pop("decoder.conv_out.conv.bias")
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = refused(work)
+    assert "missing: decoder.conv_out.conv.bias [3]" in message and "extra: decoder.conv_more.weight [3]" in message
+
+
+def test_a_tokenizer_that_is_too_short_and_one_that_knows_too_much(work: Work) -> None:
+    work.edit("base/tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=8))
+    assert "tokenizer.model_max_length is 8" in (message := refused(work)) and "text tokens of the transformer: 16" in message
+    assert "stage.set.tokenizer.model_max_length=16" in message
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "tiny"])
+def test_positions_of_a_foreign_transformer_are_those_of_its_family(name: str) -> None:
+    """Nobody says what it is: everything but the flag does."""
+    member = FAMILY[name]
+    settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()}
+    settings["use_rotary_positional_embeddings"] = not settings["use_rotary_positional_embeddings"]
+    part = Part("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)
+    assert family_of(part) == member
+
+
+def test_the_checkpoints_own_positions_count(work: Work) -> None:
+    fact = {"fact": "position", "value": "sincos", "from": "2b.yaml"}
+    work.edit("run/export/export.json", lambda report: report.update(facts=[fact]))
+    write_manifest(work.run / "export")
+    message = refused(work)
+    assert "transformer.use_rotary_positional_embeddings is true" in message
+    assert "the checkpoint has false" in message and "which has it from 2b.yaml" in message
+
+
+def test_the_family_that_the_command_names(work: Work) -> None:
+    config = dataclasses.replace(work.config(), model=ModelConfig(name="cogvideox-2b"))
+    with pytest.raises(PipelineError) as caught:
+        assemble.run(config)
+    assert "transformer.use_rotary_positional_embeddings is true" in caught.value.message
+    assert "the facts of cogvideox-2b" in caught.value.message

@@ -24,9 +24,11 @@ SPARE = 8e9
 
 
 def compare_assemble(folder: Path, family: str, layers: int | None, repeats: int, keep: bool) -> tuple[int, list[dict[str, Any]]]:
-    """Bytes of the pipeline, and one row per way and repeat: seconds and peak memory. Every way starts with the sources out of the page
-    cache. A way that the disk is too small for is not run, and says so. The files lie in ``folder`` and are removed at the
-    end unless ``keep``."""
+    """Bytes of the pipeline, and one row per way and repeat: seconds and peak memory.
+
+    Every way starts with the sources out of the page cache and with no hash known, but for the one that is done again. A way that the
+    disk is too small for is not run, and says so. The files lie in ``folder`` and are removed at the end unless ``keep``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source"
     if not (source / "model_index.json").is_file():
@@ -47,6 +49,7 @@ def compare_assemble(folder: Path, family: str, layers: int | None, repeats: int
             shutil.rmtree(target, ignore_errors=True)
             if not way.endswith("again"):
                 let_go(source)
+                shutil.rmtree(folder / "cache", ignore_errors=True)
             rows.append({"way": way, "repeat": repeat} | _run(command, folder, written, size))
             say(f"{way}: {told(rows[-1])}")
     if not keep:
@@ -59,7 +62,7 @@ def _run(command: list[str], folder: Path, written: int, size: int) -> dict[str,
     if written and free < written + SPARE:
         nothing = dict.fromkeys(("seconds", "gb_per_second", "peak_anonymous_gb", "peak_resident_gb"))
         return nothing | {"failed": f"not run: it writes {written / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"}
-    result = measure(command, folder / "output.log")
+    result = measure(command, folder / "output.log", {"XDG_CACHE_HOME": str(folder / "cache")})
     return {
         "seconds": result.seconds if result.ok else None,
         "gb_per_second": size / 1e9 / result.seconds if result.ok else None,

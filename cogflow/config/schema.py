@@ -193,6 +193,7 @@ class AssembleStage:
     set: dict[str, dict[str, Any]] = field(default_factory=dict)  # values set on the way: stage.set.vae.scaling_factor=0.7
     force: list[str] = field(default_factory=list)  # contradictions passed over and recorded: [vae.scaling_factor]
     link: str = "auto"  # how weights get there: auto (reflink, else hard link, else copy) | hard | copy
+    rehash: bool = False  # read files again that are unchanged, by inode, size and time, since they were hashed before
     verify: bool = True  # load the folder in a fresh process and compare its samples with the run's
     push_to_hub: str | None = None  # OWNER/NAME at Hugging Face's hub to upload the finished folder to; default: nowhere
     hub_private: bool = True  # a repository that push_to_hub makes is seen by nobody else

@@ -44,7 +44,7 @@ def assemble(
     of :data:`cogflow.files.linking.MODES`; ``hashes``: their sha256 by path, where known. ``story``: of the training, for the card.
     ``told``: more for assembly.json. Memory: a few MiB; weights are never loaded.
     """
-    hashes = hash_parts(parts) if hashes is None else hashes
+    hashes = hash_parts(parts)[0] if hashes is None else hashes
     require_space(output, _bytes_of_copies(parts, output, link))
     known: dict[str, str] = {}
     with publish_folder(output, replace=True, known=known) as partial:

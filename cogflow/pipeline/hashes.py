@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cogflow.files.hashing import Advance, hash_files
+from cogflow.files.hash_cache import hash_known
+from cogflow.files.hashing import Advance
 from cogflow.files.manifest import MANIFEST
 from cogflow.pipeline.contradiction import Contradiction
 from cogflow.pipeline.parts import KEPT, Part
@@ -14,9 +15,9 @@ from cogflow.pipeline.parts import KEPT, Part
 HEX = 64  # digits of a sha256
 
 
-def hash_parts(parts: Mapping[str, Part], advance: Advance | None = None) -> dict[Path, str]:
-    """sha256 by path of every file of ``parts``."""
-    return hash_files({path for part in parts.values() for path in part.files.values()}, advance)
+def hash_parts(parts: Mapping[str, Part], advance: Advance | None = None, *, rehash: bool = False) -> tuple[dict[Path, str], int]:
+    """sha256 by path of every file of ``parts``, and how many bytes were known from before (:mod:`cogflow.files.hash_cache`)."""
+    return hash_known({path for part in parts.values() for path in part.files.values()}, advance, rehash=rehash)
 
 
 def total_bytes(parts: Mapping[str, Part]) -> int:

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogflow.rungs import store
-from cogflow.rungs.report import COLUMNS, cells
-from cogflow.sampling.gallery import read_record
-from cogflow.sharpness.rungs import work_out
+from cogflow.sampling.records import read_record
 from cogflow.tracking.progress import clock
 
 SHEET = "contact.png"
@@ -45,9 +42,20 @@ def take_along(story: Story | None, partial: Path) -> dict[str, Any]:
         if (story.samples / SHEET).is_file():
             shutil.copyfile(story.samples / SHEET, partial / FOLDER / SHEET)
             found["sheet"] = f"{FOLDER}/{SHEET}"
-        if story.run is not None and (rows := work_out(store.read(story.run))[0]):
-            found["ladder"] = (COLUMNS, [cells(row) for row in rows])
+        if story.run is not None and (rows := ladder(story.run)):
+            found["ladder"] = rows
     return found
+
+
+def ladder(run: Path) -> tuple[list[str], list[list[Any]]] | None:
+    """Columns and rows of a run's ladder; ``None`` where there is none."""
+    # Statistics are a tenth of the memory of an assembly, and most have no run.
+    from cogflow.rungs import store
+    from cogflow.rungs.report import COLUMNS, cells
+    from cogflow.sharpness.rungs import work_out
+
+    rows, _ = work_out(store.read(run))
+    return (COLUMNS, [cells(row) for row in rows]) if rows else None
 
 
 def training(run: Path | None) -> list[tuple[str, str]]:

@@ -24,14 +24,11 @@ from cogflow.pipeline.sources import Source, Wishes, base_of, find, read_parts
 from cogflow.pipeline.story import Story
 from cogflow.pipeline.values import set_values
 from cogflow.pipeline.verify import Reference, find_reference, verify
-from cogflow.rungs import report as ladder
-from cogflow.rungs import samples
-from cogflow.sharpness.panel import measure
 from cogflow.tracking.console import say, table
 from cogflow.tracking.progress import progress
 from cogflow.tracking.record import command_line
 from cogflow.tracking.report import record_stage
-from cogflow.tracking.tracker import open_tracker
+from cogflow.tracking.tracker import Tracker, open_tracker
 
 
 def run(config: Config) -> None:
@@ -51,7 +48,9 @@ def _assemble(config: Config) -> None:
     parts, problems = gather(config, stage, folder)
     parts = set_values(parts, stage.set)
     with progress(total_bytes(parts), "hashed", unit="bytes") as bar:
-        hashes = hash_parts(parts, lambda count, name: bar.advance(count, note=name))
+        hashes, known = hash_parts(parts, lambda count, name: bar.advance(count, note=name), rehash=stage.rehash)
+    if known:
+        say(f"{known / 1e9:.2f} GB of them were not read again: unchanged since they were hashed before (stage.rehash=true reads them)")
     changed = [one for part in parts.values() for one in altered(part, hashes)]
     expected = check_parts(parts, problems, found=changed, force=stage.force, family=FAMILY.get(config.model.name))
     _warn(expected, parts)
@@ -64,6 +63,9 @@ def _assemble(config: Config) -> None:
             return {"status": "skipped", "reason": reason}
         say(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was")
 
+        from cogflow.rungs import samples
+        from cogflow.sharpness.panel import measure
+
         def measured(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
             samples.exported(_run_of(reference), found, expected, {name: measure(frames) for name, frames in found.items()}, facts)
 
@@ -75,7 +77,7 @@ def _assemble(config: Config) -> None:
         assembly = assemble(output, parts, expected, how, check, link=stage.link, hashes=hashes, story=story)
     except QualityGateError:
         with open_tracker(config, "assemble", folder) as tracker:
-            ladder.tell(tracker, _run_of(reference) if reference else folder, _step(reference))
+            _tell_ladder(tracker, reference)
         raise
     _tell(config, folder, output, assembly, reference, started)
 
@@ -135,8 +137,11 @@ def _run_of(reference: Reference) -> Path:
     return reference.folder.parent.parent
 
 
-def _step(reference: Reference | None) -> int:
-    return int(reference.record.get("step") or 0) if reference is not None else 0
+def _tell_ladder(tracker: Tracker, reference: Reference | None) -> None:
+    from cogflow.rungs import report  # with all of the statistics, which an assembly without samples need not hold
+
+    if reference is not None:
+        report.tell(tracker, _run_of(reference), int(reference.record.get("step") or 0))
 
 
 def _warn(expected: dict[str, Any], parts: dict[str, Part]) -> None:
@@ -165,7 +170,7 @@ def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], 
     with open_tracker(config, "assemble", folder) as tracker:
         if verified["status"] == "passed" and reference is not None:
             tracker.log(verified["step"] or 0, {"assemble/psnr": lowest})
-            ladder.tell(tracker, _run_of(reference), _step(reference))
+            _tell_ladder(tracker, reference)
         tracker.table("assemble/components", columns, rows)
         tracker.artifact("pipeline", "pipeline", output, uses=["export"])
     inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}

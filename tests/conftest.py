@@ -13,6 +13,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+_cache = tempfile.mkdtemp(prefix="cogflow-cache-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 _extensions = tempfile.mkdtemp(prefix="cogflow-extensions-")
 # A process killed while it builds an extension leaves a lock that would hang every later start: not in the user's cache.
 atexit.register(shutil.rmtree, _extensions, ignore_errors=True)
@@ -26,6 +28,7 @@ os.environ.update(
     WANDB_MODE="offline",
     WANDB_SILENT="true",
     TORCH_EXTENSIONS_DIR=_extensions,
+    XDG_CACHE_HOME=_cache,
     PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 )
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):

@@ -67,6 +67,22 @@ def keys_of(kind: type, prefix: str) -> list[str]:
     return keys
 
 
+def is_open(key: str, stage: type | None) -> bool:
+    """Whether ``key`` lies below one that takes any names, such as ``stage.set``."""
+    return any(key.startswith(f"{name}.") for name in (open_keys(stage, "stage") if stage else []))
+
+
+def open_keys(kind: type, prefix: str) -> list[str]:
+    """Dotted keys below a dataclass whose values are mappings of names that the schema does not know."""
+    keys = []
+    for name, hint in typing.get_type_hints(kind).items():
+        if _is_section(hint):
+            keys += open_keys(hint, f"{prefix}.{name}")
+        elif typing.get_origin(hint) is dict:
+            keys.append(f"{prefix}.{name}")
+    return keys
+
+
 def section_names(kind: type = Config) -> dict[str, type]:
     """The dataclasses nested in one, by field name; of ``Config`` all but the stage."""
     return {name: hint for name, hint in typing.get_type_hints(kind).items() if _is_section(hint)}
@@ -111,6 +127,8 @@ def show(value: Any) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(show, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{show(item)}" for name, item in value.items()) + "}"
     return str(value)
 
 
@@ -132,6 +150,12 @@ def convert(value: Any, hint: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"it should be a list, as [{show(value)}].")
         return [convert(item, inner) for item in value]
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError("its keys are given one by one, such as stage.set.vae.scaling_factor=0.7.")
+        return {str(name): convert(item, typing.get_args(hint)[1]) for name, item in value.items()}
+    if hint is Any:
+        return value
     if isinstance(value, bool):
         if hint is bool:
             return value

@@ -110,6 +110,16 @@ def distinct(value: list[int]) -> str | None:
     )
 
 
+def of_components(value: dict[str, Any]) -> str | None:
+    names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    wrong = next((name for name in value if name not in names), None)
+    return f"{wrong} is no component; one of {', '.join(names)}, as stage.set.vae.scaling_factor=0.7." if wrong else None
+
+
+def repository(value: str) -> str | None:
+    return None if re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII) else "it should be OWNER/NAME."
+
+
 RULES: dict[str, dict[str, Rule]] = {
     "RunConfig": {"root": filled, "name": folder_name},
     "ModelConfig": {"name": one_of(*MODELS), "dtype": one_of(*DTYPES)},
@@ -147,13 +157,17 @@ RULES: dict[str, dict[str, Rule]] = {
         )
     }
     | {"dtype": optional(one_of(*DTYPES[1:]))},
+    "AssembleStage": {
+        "weights": one_of("auto", "model", "ema"), "dtype": one_of(*DTYPES), "link": one_of("auto", "hard", "copy"), "set": of_components,
+        "push_to_hub": optional(repository),
+    },
     "PretrainStage": {
         "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
         "check_repeats": at_least(0), "clips": at_least(1),
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("export", "panel", "separation", "watch", "indicator"), "share": above(0),
+        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator"), "share": above(0),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip

@@ -53,7 +53,7 @@ def compose(overrides: Sequence[str]) -> Config:
     for key, value in values:
         if key == "stage.name":
             problems.append(Problem(f"stage.name={build.show(value)}: choose a stage with stage={build.show(value)}.", (key,)))
-        elif key in known:
+        elif key in known or build.is_open(key, build.stage_class(raw.get("stage"))):
             _put(raw, key, value)
         elif "stage" in raw or not key.startswith("stage."):  # without a stage its keys cannot be judged
             problems.append(_unknown(key, value, known))

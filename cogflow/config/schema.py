@@ -7,6 +7,7 @@ checking live in :mod:`cogflow.config.build` and :mod:`cogflow.config.check`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,23 @@ class ExportStage:
 class AssembleStage:
     name: str = "assemble"  # chosen by stage=assemble
     output: str | None = None  # default <run>/pipeline
-    base: str | None = None  # pipeline folder for every component that is not named; default: the model's own
-    transformer: str | None = None  # default <run>/export
-    vae: str | None = None  # folder of the component; default: that of base, as for the next three
-    text_encoder: str | None = None  # folder of the component
-    tokenizer: str | None = None  # folder of the component
-    scheduler: str | None = None  # folder of the component
+    base: str | None = None  # pipeline folder or run for every component that is not named; default: the model's own
+    transformer: str | None = None  # component, pipeline, export, run, checkpoint, SAT folder or .pt file; default <run>/export
+    vae: str | None = None  # the same; default: that of base, as for the next three
+    text_encoder: str | None = None  # the same
+    tokenizer: str | None = None  # folder of the component, pipeline or run
+    scheduler: str | None = None  # folder of the component, pipeline or run; of a SAT checkpoint: the one it was trained with
+    weights: str = "auto"  # of a run or checkpoint that is exported on the way: auto (EMA where there is one) | model | ema
+    dtype: str = "auto"  # of a transformer that is exported on the way, as at stage=export
+    config: list[str] = field(default_factory=list)  # SAT yaml files beside those that are found, as at stage=export
+    facts: FactsConfig = field(default_factory=FactsConfig)  # what no file of a SAT checkpoint tells, as at stage=export
+    set: dict[str, dict[str, Any]] = field(default_factory=dict)  # values set on the way: stage.set.vae.scaling_factor=0.7
+    force: list[str] = field(default_factory=list)  # contradictions passed over and recorded: [vae.scaling_factor]
+    link: str = "auto"  # how weights get there: auto (reflink, else hard link, else copy) | hard | copy
+    rehash: bool = False  # read files again that are unchanged, by inode, size and time, since they were hashed before
     verify: bool = True  # load the folder in a fresh process and compare its samples with the run's
+    push_to_hub: str | None = None  # OWNER/NAME at Hugging Face's hub to upload the finished folder to; default: nowhere
+    hub_private: bool = True  # a repository that push_to_hub makes is seen by nobody else
 
 
 @dataclass(frozen=True)
@@ -229,7 +240,9 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | panel (its cost) | separation (what it tells apart) | watch (its alarms) | indicator (its cost)
+    what: str = (
+        "export"  # export | assemble | panel (its cost) | separation (what it tells apart) | watch (its alarms) | indicator (its cost)
+    )
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file

@@ -1,4 +1,4 @@
-"""Write a pipeline folder from checked components. Weights are never loaded: they are hard links where possible, else copies."""
+"""Write a pipeline folder from checked components. Weights are never loaded: they are reflinks or hard links, or else copies."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from typing import Any
 import diffusers
 
 from cogflow.errors import QualityGateError
+from cogflow.files.linking import can_link, place_file
 from cogflow.files.manifest import hash_file
 from cogflow.files.publish import publish_folder, require_space, write_json, write_text
 from cogflow.pipeline.card import card
-from cogflow.pipeline.parts import WEIGHTS, Part
+from cogflow.pipeline.hashes import hash_parts
+from cogflow.pipeline.parts import CONFIGS, WEIGHTS, Part
+from cogflow.pipeline.story import Story, take_along
+from cogflow.pipeline.values import config_text
+from cogflow.tracking.progress import progress
 
 LIBRARY = {
     "transformer": "diffusers",
@@ -28,23 +33,31 @@ Check = Callable[[Path], dict[str, Any]]
 
 
 def assemble(
-    output: Path, parts: Mapping[str, Part], expected: Mapping[str, Any], samples: Mapping[str, Any], check: Check
-) -> dict[str, Any]:
+    output: Path, parts: Mapping[str, Part], expected: Mapping[str, Any], samples: Mapping[str, Any], check: Check, *,
+    link: str = "auto", hashes: Mapping[Path, str] | None = None, story: Story | None = None, told: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Publish ``parts`` as the pipeline folder ``output``; returns its assembly.json. An earlier one is replaced at the end.
 
-    ``expected``: the facts the parts were checked against. ``samples``: how to sample, for the model card (height, width,
-    frames, fps, steps, guidance_scale, use_dynamic_cfg, dtype). ``check`` is given the unpublished folder and returns what it
-    found; when it raises :class:`QualityGateError` the folder is kept as ``<output>.rejected`` and nothing is published.
+    ``expected``: the facts the parts were checked against. ``samples``: how to sample, for the model card (height, width, frames, fps,
+    steps, guidance_scale, use_dynamic_cfg, dtype). ``check`` is given the unpublished folder and returns what it found; when it raises
+    :class:`QualityGateError` the folder is kept as ``<output>.rejected`` and nothing is published. ``link``: how weights get there, one
+    of :data:`cogflow.files.linking.MODES`; ``hashes``: their sha256 by path, where known. ``story``: of the training, for the card.
+    ``told``: more for assembly.json. Memory: a few MiB; weights are never loaded.
     """
-    require_space(output, sum(_weight_of_copies(part, output) for part in parts.values()))
-    with publish_folder(output, replace=True) as partial:
-        components = {name: _place(part, partial / name) for name, part in sorted(parts.items())}
+    hashes = hash_parts(parts)[0] if hashes is None else hashes
+    require_space(output, _bytes_of_copies(parts, output, link))
+    known: dict[str, str] = {}
+    with publish_folder(output, replace=True, known=known) as partial:
+        components = _place_parts(parts, partial, link, hashes, known)
         write_json(partial / "model_index.json", model_index(parts))
+        forced = {"forced": expected["forced"]} if expected.get("forced") else {}
         assembly: dict[str, Any] = {
             "components": components,
             "made": parts["transformer"].made,
-            "checked_against": dict(expected),
-            "sampling": {key: value for key, value in samples.items() if key != "text"},
+            "checked_against": {key: value for key, value in expected.items() if key not in ("forced", "not_needed")},
+            **forced,
+            "sampling": dict(samples),
+            **(told or {}),
             "diffusers": diffusers.__version__,
         }
         write_json(partial / "assembly.json", assembly)
@@ -56,7 +69,7 @@ def assemble(
             error.hint += f" The folder is kept apart as {_reject(partial, output)}."
             raise
         write_json(partial / "assembly.json", assembly)
-        write_text(partial / "README.md", card(output.name, parts, assembly, samples))
+        write_text(partial / "README.md", card(output.name, parts, assembly, samples, take_along(story, partial)))
     return assembly
 
 
@@ -78,32 +91,52 @@ def pipeline_class(parts: Mapping[str, Part]) -> str:
     return "CogVideoXImageToVideoPipeline" if from_image else "CogVideoXPipeline"
 
 
-def _place(part: Part, folder: Path) -> dict[str, Any]:
-    """Fill ``folder`` with the files of ``part``; returns where they came from and their hashes."""
-    folder.mkdir()
-    files = {}
-    for name, source in sorted(part.files.items()):
-        target = folder / name
-        # Small files are copied, so that an edit of a config here never changes the place it came from.
-        if not (name.endswith(WEIGHTS) and _linked(source, target)):
-            shutil.copyfile(source, target)
-        files[name] = {"sha256": hash_file(target), "bytes": target.stat().st_size}
-    return {"class": part.class_name, "from": str(part.folder.absolute()), "files": files}
+def _place_parts(parts: Mapping[str, Part], partial: Path, link: str, hashes: Mapping[Path, str], known: dict[str, str]) -> dict[str, Any]:
+    """Every file of every component in its place: class, origin, how the weights got there, hash and size of each file, and set values."""
+    copies = _bytes_of_copies(parts, partial / "model_index.json", link)
+    components = {}
+    with progress(copies, "copied", unit="bytes") if copies else contextlib.nullcontext() as bar:
+
+        def advance(count: int, name: str) -> None:
+            if bar is not None:
+                bar.advance(count, note=name)
+
+        for name, part in sorted(parts.items()):
+            (partial / name).mkdir()
+            files, ways = {}, set()
+            for file, source in sorted(part.files.items()):
+                target = partial / name / file
+                if file == CONFIGS[name] and part.set:
+                    write_text(target, config_text(part))
+                    sha256 = hash_file(target)
+                elif file.endswith(WEIGHTS):
+                    ways.add(place_file(source, target, link, hashes[source], advance))
+                    sha256 = hashes[source]
+                else:
+                    # Small files are copied, so that an edit of a config here never changes the place it came from.
+                    shutil.copyfile(source, target)
+                    sha256 = hash_file(target)
+                files[file] = {"sha256": sha256, "bytes": target.stat().st_size}
+                known[f"{name}/{file}"] = sha256
+            components[name] = {"class": part.class_name, "from": str(part.folder.absolute()), "files": files}
+            if ways:
+                components[name]["link"] = ", ".join(sorted(ways))
+            if part.set:
+                components[name]["set"] = {key: {"before": before, "now": now} for key, (before, now) in part.set.items()}
+    return components
 
 
-def _linked(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links, or a file of another owner
-        return False
-    return True
-
-
-def _weight_of_copies(part: Part, output: Path) -> int:
-    """Bytes that cannot be linked."""
-    existing = next(parent for parent in output.absolute().parents if parent.is_dir())
-    device = existing.stat().st_dev
-    return sum(path.stat().st_size for path in part.files.values() if path.stat().st_dev != device)
+def _bytes_of_copies(parts: Mapping[str, Part], output: Path, link: str) -> int:
+    """Bytes of weights that cannot be linked, or shall not be."""
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    linked: dict[int, bool] = {}
+    total = 0
+    for path in (path for part in parts.values() for name, path in part.files.items() if name.endswith(WEIGHTS)):
+        facts = path.stat()
+        if link == "auto" and facts.st_dev not in linked:
+            linked[facts.st_dev] = can_link(path, folder)
+        total += facts.st_size if link == "copy" or (link == "auto" and not linked[facts.st_dev]) else 0
+    return total
 
 
 def _reject(partial: Path, output: Path) -> Path:

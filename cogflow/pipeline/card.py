@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from cogflow.pipeline.parts import Part
 DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
-def card(title: str, parts: Mapping[str, Part], assembly: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
-    """README.md. ``samples``: height, width, frames, fps, steps, guidance_scale, use_dynamic_cfg, dtype and perhaps text."""
+def card(
+    title: str, parts: Mapping[str, Part], assembly: Mapping[str, Any], samples: Mapping[str, Any], told: Mapping[str, Any] | None = None
+) -> str:
+    """README.md. ``samples``: height, width, frames, fps, steps, guidance_scale, use_dynamic_cfg, dtype and perhaps text. ``told``: as
+    :func:`cogflow.pipeline.story.take_along` gives it."""
     transformer, made = parts["transformer"], parts["transformer"].made
     from_image = transformer.settings.get("in_channels") != parts["vae"].settings.get("latent_channels")
     pipeline, tag = ("CogVideoXImageToVideoPipeline", "image-to-video") if from_image else ("CogVideoXPipeline", "text-to-video")
@@ -61,7 +64,7 @@ export_to_video(frames, "video.mp4", fps={round(float(samples["fps"]))})
 | setting | value |
 | --- | --- |
 {_facts(parts)}
-
+{_forced(assembly.get("forced") or [])}{_story(told or {})}
 ## Origin
 
 | component | class | from | sha256 of its largest file |
@@ -69,7 +72,7 @@ export_to_video(frames, "video.mp4", fps={round(float(samples["fps"]))})
 {_origins(assembly["components"])}
 
 {_verified(assembly["verify"])} Every file's hash is in `assembly.json`.
-"""
+{_command(told or {})}"""
 
 
 def _step(made: Mapping[str, Any]) -> str:
@@ -89,7 +92,43 @@ def _facts(parts: Mapping[str, Part]) -> str:
     rows = [(f"{name}.{key}", parts[name].settings.get(key)) for name, keys in FACTS.items() for key in keys]
     trained = parts["transformer"].made.get("trained_with") or {}
     rows += [("trained in", trained["dtype"])] if trained.get("dtype") else []
-    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+    given = {f"{name}.{key}" for name, part in parts.items() for key in part.set}
+    return "\n".join(f"| {name} | {value}{', set by hand' if name in given else ''} |" for name, value in rows)
+
+
+def _forced(forced: Sequence[Mapping[str, Any]]) -> str:
+    """What was assembled against better knowledge stands where the values stand."""
+    if not forced:
+        return ""
+    lines = [f"- **{one['key']} is {one['value']}**; {one['why']} {one['needed']}." for one in forced]
+    return "\nAssembled with `stage.force`, in spite of:\n\n" + "\n".join(lines) + "\n"
+
+
+def _story(told: Mapping[str, Any]) -> str:
+    text = ""
+    if rows := told.get("training"):
+        text += "\n## Training\n\n" + _table(("setting", "value"), rows)
+    if videos := told.get("videos"):
+        sheet = f"![one frame of each sample]({told['sheet']})\n\n" if told.get("sheet") else ""
+        text += "\n## Samples\n\nOf the training run, with these weights:\n\n" + sheet
+        text += "".join(f"- [{_plain(prompt)}]({path})\n" for path, prompt in videos)
+    if ladder := told.get("ladder"):
+        text += "\n## The sharpness ladder\n\nChanges are medians over pairs of clips, with their 95 % interval; below zero is softer.\n\n"
+        text += _table(*ladder)
+    return text
+
+
+def _command(told: Mapping[str, Any]) -> str:
+    return f"\nAssembled by\n\n```bash\n{told['command']}\n```\n" if told.get("command") else ""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(_plain(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _plain(cell: Any) -> str:
+    return str(cell).replace("|", "\\|").replace("\n", " ").replace("[", "\\[").replace("]", "\\]")
 
 
 def _origins(components: Mapping[str, Any]) -> str:

@@ -31,6 +31,8 @@ CLASSES = {
 }
 WEIGHTS = ".safetensors"
 KEPT = (".json", ".txt", ".model", WEIGHTS)
+MADE = ("source", "step", "weights", "family", "model", "trained_with", "facts", "dtype", "source_weights_sha256", "weights_sha256")
+"""Keys of an export's report that its pipeline passes on."""
 STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
 """Component with weights -> how its safetensors are called, in diffusers and in transformers."""
 
@@ -39,7 +41,8 @@ STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
 class Part:
     """One component. ``settings``: its config with diffusers' defaults for what it leaves out, which are named in ``unset``.
 
-    ``files``: relative name -> path. ``made``: what export.json or assembly.json says of how a transformer was trained.
+    ``files``: relative name -> path. ``made``: what export.json or assembly.json says of how a transformer was trained, ``told_by``: that
+    file. ``set``: values that were given on the way: key -> (before, now).
     """
 
     name: str
@@ -49,11 +52,20 @@ class Part:
     unset: frozenset[str] = frozenset()
     files: dict[str, Path] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    told_by: Path | None = None
+    set: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def shown(self, key: str) -> str:
         """``key`` and its value, for messages."""
         default = ", the class's default, which the file leaves unset" if key in self.unset else ""
         return f"{self.name}'s {key} is {self.settings.get(key)}{default}"
+
+    def said(self, key: str) -> str:
+        """Where the value of ``key`` comes from, for messages."""
+        if key in self.set:
+            return f"stage.set.{self.name}.{key}"
+        file = str(self.folder / CONFIGS[self.name])
+        return f"{file} leaves it unset: the class's default" if key in self.unset else file
 
 
 def locate(name: str, place: Path) -> Path:
@@ -68,8 +80,11 @@ def locate(name: str, place: Path) -> Path:
     )
 
 
-def read_part(name: str, place: Path) -> tuple[Part, list[str]]:
-    """The component and what is wrong with it by itself: code, another class, pickled weights, files that lead outside."""
+def read_part(name: str, place: Path, *, hashes: bool = True) -> tuple[Part, list[str]]:
+    """The component and what is wrong with it by itself: code, another class, pickled weights, files that lead outside.
+
+    ``hashes``: hold an export's files against its manifest, too, which reads them all.
+    """
     folder = locate(name, place)
     try:
         config = read_json(folder / CONFIGS[name])
@@ -81,9 +96,10 @@ def read_part(name: str, place: Path) -> tuple[Part, list[str]]:
         problems.append(f"{name}: {folder} is of class {class_name!r}, not {' or '.join(CLASSES[name])}")
         return Part(name, folder, str(class_name), config), problems
     files, refused = _files(name, folder)
-    refused += _altered(name, folder)
+    refused += _altered(name, folder) if hashes else []
     settings, unset = _settings(class_name, config)
-    return Part(name, folder, str(class_name), settings, unset, files, _made(name, folder)), problems + refused
+    made, told_by = _made(name, folder)
+    return Part(name, folder, str(class_name), settings, unset, files, made, told_by), problems + refused
 
 
 def _class_name(name: str, config: dict[str, Any]) -> Any:
@@ -149,15 +165,12 @@ def _altered(name: str, folder: Path) -> list[str]:
     return [f"transformer: {export} is not as it was exported: {problem}" for problem in check_manifest(export)]
 
 
-def _made(name: str, folder: Path) -> dict[str, Any]:
-    """What is known of the training of a transformer: export.json beside it, or the assembly.json of an earlier pipeline."""
-    if name != "transformer":
-        return {}
-    if (folder.parent / "export.json").is_file():
-        report = read_json(folder.parent / "export.json")
-    elif (folder.parent / "assembly.json").is_file():
-        report = read_json(folder.parent / "assembly.json").get("made") or {}
-    else:
-        return {}
-    keys = ("source", "step", "weights", "family", "model", "trained_with", "dtype", "source_weights_sha256", "weights_sha256")
-    return {key: report[key] for key in keys if report.get(key) is not None}
+def _made(name: str, folder: Path) -> tuple[dict[str, Any], Path | None]:
+    """What is known of the training of a transformer, and where it stands: export.json beside it, or the assembly.json of an earlier
+    pipeline."""
+    for file in (folder.parent / "export.json", folder.parent / "assembly.json"):
+        if name == "transformer" and file.is_file():
+            report = read_json(file)
+            report = report if file.name == "export.json" else report.get("made") or {}
+            return {key: report[key] for key in MADE if report.get(key) is not None}, file
+    return {}, None

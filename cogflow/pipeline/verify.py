@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from cogflow.errors import QualityGateError
 from cogflow.pipeline.parts import Part
-from cogflow.sampling.gallery import FRAMES, newest, read_record
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
+from cogflow.sampling.records import FRAMES, newest, read_record
 from cogflow.weights.fingerprint import fingerprint
 from cogflow.weights.reader import WeightsFolder, listed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from cogflow import ranks
 from cogflow.data.video import write_video
 from cogflow.files.publish import publish_folder, write_json
 from cogflow.models.components import dtype_name
+from cogflow.sampling.records import FRAMES as FRAMES
+from cogflow.sampling.records import newest as newest
+from cogflow.sampling.records import read_record as read_record
 from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.panel import measure
 from cogflow.tracking.progress import progress
 from cogflow.tracking.sheet import contact_sheet
 
-FRAMES = "frames.safetensors"
 LATENTS = "latents.safetensors"
 SHEET_COLUMNS = 5
 
@@ -56,16 +57,6 @@ def mean_sharpness(record: dict[str, Any]) -> dict[str, float]:
     """The panel's mean over the samples, as ``sharpness/<metric>``."""
     panels = [sample["sharpness"] for sample in record["samples"]]
     return {f"sharpness/{name}": sum(panel[name] for panel in panels) / len(panels) for name in panels[0]}
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest ``step-...`` folder of samples below ``folder``."""
-    found = sorted((p for p in folder.glob("step-*") if (p / "samples.json").is_file()), key=lambda p: int(p.name[5:]))
-    return found[-1] if found else None
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "samples.json").read_text())
 
 
 def drop_frames(folder: Path, keep: Path) -> None:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogflow import ranks
-from cogflow.config.schema import AssembleStage, Config, ModelConfig
+from cogflow.config.schema import AssembleStage, Config
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
-from cogflow.models.components import model_folder
-from cogflow.pipeline.assemble import assemble, pipeline_class
+from cogflow.models.family import FAMILY
+from cogflow.pipeline import hub
+from cogflow.pipeline.assemble import assemble
 from cogflow.pipeline.consistency import check_parts
-from cogflow.pipeline.parts import CONFIGS, Part, read_part
+from cogflow.pipeline.hashes import altered, hash_parts, total_bytes
+from cogflow.pipeline.parts import CONFIGS, Part
+from cogflow.pipeline.sampling import how_to_sample
+from cogflow.pipeline.sources import Source, Wishes, base_of, find, read_parts
+from cogflow.pipeline.story import Story
+from cogflow.pipeline.values import set_values
 from cogflow.pipeline.verify import Reference, find_reference, verify
-from cogflow.rungs import report as ladder
-from cogflow.rungs import samples
-from cogflow.sharpness.panel import measure
 from cogflow.tracking.console import say, table
+from cogflow.tracking.progress import progress
+from cogflow.tracking.record import command_line
 from cogflow.tracking.report import record_stage
-from cogflow.tracking.tracker import open_tracker
+from cogflow.tracking.tracker import Tracker, open_tracker
 
 
 def run(config: Config) -> None:
@@ -39,103 +45,122 @@ def _assemble(config: Config) -> None:
         raise TypeError(f"the assemble stage was started with the settings of {stage.name}")
     folder = run_folder(config.run)
     output = Path(stage.output).expanduser() if stage.output else folder / "pipeline"
-    parts, problems = read_parts(config, stage, folder)
-    expected = check_parts(parts, problems)
+    parts, problems = gather(config, stage, folder)
+    parts = set_values(parts, stage.set)
+    with progress(total_bytes(parts), "hashed", unit="bytes") as bar:
+        hashes, known = hash_parts(parts, lambda count, name: bar.advance(count, note=name), rehash=stage.rehash)
+    if known:
+        say(f"{known / 1e9:.2f} GB of them were not read again: unchanged since they were hashed before (stage.rehash=true reads them)")
+    changed = [one for part in parts.values() for one in altered(part, hashes)]
+    expected = check_parts(parts, problems, found=changed, force=stage.force, family=FAMILY.get(config.model.name))
+    _warn(expected, parts)
     reference, reason = find_reference(_runs(folder, parts["transformer"]), parts["transformer"])
 
     def check(partial: Path) -> dict[str, Any]:
         if not stage.verify:
             return {"status": "skipped", "reason": "stage.verify=false"}
-        if pipeline_class(parts) != "CogVideoXPipeline":
-            return {"status": "skipped", "reason": "image-to-video pipelines are not sampled yet"}
         if reference is None:
             return {"status": "skipped", "reason": reason}
         say(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was")
-        of_run = reference.folder.parent.parent
+
+        from cogflow.rungs import samples
+        from cogflow.sharpness.panel import measure
 
         def measured(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-            samples.exported(of_run, found, expected, {name: measure(frames) for name, frames in found.items()}, facts)
+            samples.exported(_run_of(reference), found, expected, {name: measure(frames) for name, frames in found.items()}, facts)
 
         return verify(partial, reference, parts["transformer"].made.get("dtype"), measured)
 
+    story = Story(_trained_in(folder, parts["transformer"]), reference.folder if reference else None, command_line())
     try:
-        assembly = assemble(output, parts, expected, sample_settings(config, reference), check)
+        how = how_to_sample(config, reference, parts["transformer"])
+        assembly = assemble(output, parts, expected, how, check, link=stage.link, hashes=hashes, story=story)
     except QualityGateError:
         with open_tracker(config, "assemble", folder) as tracker:
-            ladder.tell(tracker, _ladder_of(reference, folder), _step(reference))
+            _tell_ladder(tracker, reference)
         raise
     _tell(config, folder, output, assembly, reference, started)
 
 
-def read_parts(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict[str, Part], list[str]]:
+def gather(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict[str, Part], list[str]]:
     """Each component from its own place, from the export, or from the base; and what is wrong with each by itself."""
-    base: Path | None = Path(stage.base).expanduser() if stage.base else None
-    parts: dict[str, Part] = {}
+    facts = {key: value for key, value in asdict(stage.facts).items() if value is not None}
+    wishes = Wishes(config.model.name, stage.weights, stage.dtype, facts, tuple(stage.config))
+    sources: dict[str, Source] = {}
     problems: list[str] = []
-    for name in CONFIGS:
-        named = getattr(stage, name)
-        if named is not None:
-            place = Path(named)
-        elif name == "transformer":
-            place = folder / "export"
-            if not place.is_dir():
-                raise PipelineError(f"{place} does not exist.", "Run stage=export first, or name stage.transformer=FOLDER.")
-        else:
-            base = place = base or model_base(config.model, parts["transformer"])
+    parts: dict[str, Part] = {}
+
+    def look(name: str, key: str, place: Path) -> None:
         try:
-            parts[name], found = read_part(name, place)
+            sources[name] = find(name, key, place)
         except PipelineError as error:
-            found = [error.message]
+            problems.append(error.message)
             parts[name] = Part(name, place, "", {})
-        problems += found
-    return parts, problems
 
-
-def model_base(model: ModelConfig, transformer: Part) -> Path:
-    """The pipeline folder of the model: as the config names it, or for model=auto the one that the transformer was trained from."""
-    if model.name == "auto" and model.path is None:
-        trained = transformer.made.get("model")
-        if not isinstance(trained, dict) or not trained.get("name"):
-            raise PipelineError(
-                f"{transformer.folder} does not say which model it was trained from.",
-                "Give stage.base=FOLDER, a pipeline folder, or model=NAME.",
-            )
-        path = trained.get("path")
-        model = ModelConfig(name=str(trained["name"]), path=str(path) if path else None)
-    return model_folder(model)
-
-
-def sample_settings(config: Config, reference: Reference | None) -> dict[str, Any]:
-    """How the model card says to sample: as the run's samples were, or as this config says."""
-    if reference is not None:
-        record = reference.record
-        facts = {key: record[key] for key in ("height", "width", "frames", "fps", "dtype")}
-        return {**facts, **record["sampling"], "text": record["samples"][0]["text"]}
-    data, sampling = config.data, config.sampling
-    how = {"steps": sampling.steps, "guidance_scale": sampling.guidance_scale, "use_dynamic_cfg": sampling.use_dynamic_cfg}
-    return {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps, "dtype": config.model.dtype, **how}
+    for name in CONFIGS:
+        if (named := getattr(stage, name)) is not None:
+            look(name, f"stage.{name}", Path(named))
+        elif name == "transformer":
+            if not (folder / "export").is_dir():
+                raise PipelineError(f"{folder / 'export'} does not exist.", "Run stage=export first, or name stage.transformer=FOLDER.")
+            look(name, "the run's export", folder / "export")
+    made, found = read_parts(sources, folder / "parts", wishes)
+    parts |= made
+    problems += found
+    left = [name for name in CONFIGS if name not in parts]
+    base, key = Path(stage.base or "").expanduser(), f"stage.base={stage.base}"
+    if left and stage.base is None:
+        if parts["transformer"].class_name == "":
+            raise PipelineError("These components do not make one pipeline:\n" + "\n".join(f"  {line}" for line in problems))
+        base, key = base_of(parts["transformer"], config.model), "the model that was trained"
+    sources.clear()
+    for name in left:
+        look(name, key, base)
+    made, found = read_parts(sources, folder / "parts", wishes)
+    return {name: (parts | made)[name] for name in CONFIGS}, [*problems, *found]
 
 
 def _runs(folder: Path, transformer: Part) -> list[Path]:
     """Runs whose samples may be of this transformer: the one its checkpoint lies in, and this one."""
+    trained = _trained_in(folder, transformer)
+    return list(dict.fromkeys([*([trained] if trained else []), folder.absolute()]))
+
+
+def _trained_in(folder: Path, transformer: Part) -> Path | None:
+    """The run that the transformer's checkpoint lies in."""
     source = Path(str(transformer.made.get("source", "")))
-    trained = [source.parent.parent] if source.parent.name == "checkpoints" else []
-    return list(dict.fromkeys([*trained, folder.absolute()]))
+    return source.parent.parent if source.parent.name == "checkpoints" else None
 
 
-def _ladder_of(reference: Reference | None, folder: Path) -> Path:
+def _run_of(reference: Reference) -> Path:
     """The run that the samples belong to: its ladder gets the last rung."""
-    return folder if reference is None else reference.folder.parent.parent
+    return reference.folder.parent.parent
 
 
-def _step(reference: Reference | None) -> int:
-    return int(reference.record.get("step") or 0) if reference is not None else 0
+def _tell_ladder(tracker: Tracker, reference: Reference | None) -> None:
+    from cogflow.rungs import report  # with all of the statistics, which an assembly without samples need not hold
+
+    if reference is not None:
+        report.tell(tracker, _run_of(reference), int(reference.record.get("step") or 0))
+
+
+def _warn(expected: dict[str, Any], parts: dict[str, Part]) -> None:
+    """What was decided by hand never passes silently."""
+    for one in expected.get("forced", []):
+        say(f"warning: stage.force: {one['key']} is {one['value']}; {one['why']} {one['needed']} ({one['needed_source']})")
+    for key in expected.get("not_needed", []):
+        say(f"note: stage.force={key}: nothing contradicts it")
+    for part in parts.values():
+        for key, (before, now) in part.set.items():
+            say(f"note: stage.set: {part.name}.{key} is {now}; {part.folder} has {before}")
 
 
 def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], reference: Reference | None, started: float) -> None:
-    verified = assembly["verify"]
-    rows = [[name, part["class"], part["from"]] for name, part in assembly["components"].items()]
-    table(rows, ["component", "class", "from"])
+    stage, verified = config.stage, assembly["verify"]
+    assert isinstance(stage, AssembleStage)
+    rows = [[name, part["class"], part.get("link", ""), part["from"]] for name, part in assembly["components"].items()]
+    columns = ["component", "class", "weights", "from"]
+    table(rows, columns)
     if verified["status"] == "passed":
         lowest = min(sample["psnr"] for sample in verified["samples"])
         line = f"{len(verified['samples'])} samples of a fresh process equal the run's (lowest PSNR {lowest:.1f} dB)"
@@ -143,12 +168,18 @@ def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], 
         line = f"assembled; not compared with samples: {verified['reason']}"
         say(f"warning: {line}")
     with open_tracker(config, "assemble", folder) as tracker:
-        if verified["status"] == "passed":
+        if verified["status"] == "passed" and reference is not None:
             tracker.log(verified["step"] or 0, {"assemble/psnr": lowest})
-            ladder.tell(tracker, _ladder_of(reference, folder), _step(reference))
-        tracker.table("assemble/components", ["component", "class", "from"], rows)
+            _tell_ladder(tracker, reference)
+        tracker.table("assemble/components", columns, rows)
         tracker.artifact("pipeline", "pipeline", output, uses=["export"])
     inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}
-    results = {"summary": line, "where": str(output), "verify": verified, "checked_against": assembly["checked_against"]}
+    results: dict[str, Any] = {"summary": line, "where": str(output), "verify": verified, "checked_against": assembly["checked_against"]}
+    results |= {key: assembly[key] for key in ("forced",) if key in assembly}
     record_stage(folder, "assemble", config, inputs, results, started=started)
     say(f"{line}\npipeline: {output}\nreport:   {folder / 'report.html'}")
+    if stage.push_to_hub:
+        say(f"uploading to {stage.push_to_hub}")
+        results["hub"] = hub.push(output, stage.push_to_hub, stage.hub_private, f"{output.name}: {line}")
+        record_stage(folder, "assemble", config, inputs, results, started=started)
+        say(f"uploaded: {results['hub']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -11,6 +11,7 @@ from typing import Any
 
 from cogflow import ranks
 from cogflow.benchmarking import alarm
+from cogflow.benchmarking.assemble import compare_assemble
 from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
@@ -61,6 +62,19 @@ def export(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[st
     line = f"export: {shown(ours['ratio_to_cp'])} x cp, {shown(ours['peak_anonymous_gb'])} GB anonymous"
     cells = [[way, *(values[name] for name in FIGURES)] for way, values in medians.items()]
     return {"summary": line, "rows": rows, "medians": medians}, (["way", *FIGURES], cells)
+
+
+def assemble(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """Time and memory of putting a whole pipeline together, linked and copied, beside cp and save_pretrained."""
+    place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
+    size, rows = compare_assemble(place, config.model.name, stage.layers, stage.repeats, stage.keep)
+    names = [name for name in FIGURES if name != "ratio_to_cp"]
+    medians = {way: middle([row for row in rows if row["way"] == way], names) for way in dict.fromkeys(row["way"] for row in rows)}
+    ours = medians["cogflow, linked"]
+    line = f"assemble: {size / 1e9:.1f} GB linked in {shown(ours['seconds'])} s with {shown(ours['peak_anonymous_gb'])} GB anonymous"
+    return {"summary": line, "bytes": size, "rows": rows, "medians": medians}, (
+        ["way", *names], [[way, *values.values()] for way, values in medians.items()],
+    )  # fmt: skip
 
 
 def panel(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
@@ -133,6 +147,7 @@ def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict
 
 WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
     "export": export,
+    "assemble": assemble,
     "panel": panel,
     "separation": separation,
     "watch": watch,
@@ -140,9 +155,9 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
 }
 
 
-def middle(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+def middle(rows: list[dict[str, Any]], names: Sequence[str] = FIGURES) -> dict[str, float | None]:
     """Median of each figure over the repeats that ended well."""
-    found = {name: [row[name] for row in rows if row[name] is not None] for name in FIGURES}
+    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     return {name: median(values) if values else None for name, values in found.items()}
 
 

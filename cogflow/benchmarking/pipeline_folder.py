@@ -1,0 +1,72 @@
+"""A pipeline folder of a member of the family at its real size, with random values: right names, shapes, dtypes and shards, and T5-XXL."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogflow.conversion import configs
+from cogflow.conversion.export_sat import PUBLISHED_VAE
+from cogflow.conversion.facts import of_family
+from cogflow.files.publish import publish_folder, write_json
+from cogflow.models.components import DTYPES
+from cogflow.models.family import FAMILY
+from cogflow.pretraining.text import make_tokenizer
+from cogflow.tracking.progress import progress
+from cogflow.weights.strict import STEMS, expected_shapes, skeleton
+from cogflow.weights.writer import Output, write_weights
+
+POOL = 1 << 24
+T5_XXL: dict[str, Any] = {
+    "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "vocab_size": 32128, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "tie_word_embeddings": False, "use_cache": False,
+    "is_encoder_decoder": False,
+}  # fmt: skip
+"""google/t5-v1_1-xxl's encoder: 4.76e9 parameters, 19 GB in fp32."""
+
+
+def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
+    """Publish the folder and return its bytes: the transformer in the family's dtype, T5-XXL and the VAE in fp32.
+
+    ``layers``: fewer of the transformer, and of T5 in proportion, for small disks. Memory: a pool of values and one tensor.
+    """
+    member = FAMILY[family]
+    facts = of_family(family)
+    count = layers or member.layers
+    facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=count)})
+    t5 = T5_XXL | {"num_layers": max(1, round(T5_XXL["num_layers"] * count / member.layers)), "d_model": member.text_width}
+    vae = {
+        "_class_name": "AutoencoderKLCogVideoX", **PUBLISHED_VAE, "scaling_factor": member.scaling_factor,
+        "invert_scale_latents": member.invert_scale_latents,
+    }  # fmt: skip
+    with publish_folder(folder, replace=True) as partly:
+        _component(partly, "transformer", configs.transformer_config(facts), DTYPES[member.dtype])
+        _component(partly, "vae", vae, torch.float32)
+        _component(partly, "text_encoder", t5, torch.float32)
+        make_tokenizer(partly / "tokenizer")
+        (partly / "scheduler").mkdir()
+        write_json(partly / "scheduler" / "scheduler_config.json", configs.scheduler_config(facts))
+        write_json(partly / "model_index.json", configs.model_index(facts))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    shapes = expected_shapes(skeleton(config, "the family's config", name))
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+    def values(tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
+        count = int(torch.Size(shape).numel())
+        start = zlib.crc32(tensor.encode()) % (POOL // 2)
+        return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
+
+    outputs = [Output(tensor, shape, dtype, partial(values, tensor, shape)) for tensor, shape in shapes.items()]
+    sizes = {one.name: one.bytes(dtype) for one in outputs}
+    with progress(sum(sizes.values()), name, unit="bytes") as bar:
+        write_weights(outputs, dtype, folder / name, STEMS[name], "5GB", lambda fact: bar.advance(sizes[fact.name]))
+    write_json(folder / name / "config.json", dict(config))

@@ -78,7 +78,7 @@ def weigh_evidence(
 
 
 def _config(component: str, field: str, mine: float, theirs: float, side: Side, why: str) -> Finding:
-    fix = f"stage.set={{{component}.{field}: {theirs:g}}}"
+    fix = f"stage.set.{component}.{field}={theirs:g}"
     return Finding("evidence", component, "config", field, False, mine, theirs, side.rung, 0.85, why, fix)
 
 

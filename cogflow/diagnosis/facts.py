@@ -56,7 +56,13 @@ def _pairs(candidate: Side, reference: Side) -> Iterator[Finding]:
 
 def _finding(side: Side, component: str, key: str, mine: Any, other: Any, folder: Path) -> Finding:
     harm, why = HARM.get((component, key), OTHER)
-    return Finding("facts", component, "config", key, False, mine, other, side.rung, harm, why, f"stage.{component}={folder}")
+    return Finding("facts", component, "config", key, False, mine, other, side.rung, harm, why, setting(component, key, other))
+
+
+def setting(component: str, key: str, value: Any) -> str:
+    """Words for stage=assemble that set a field."""
+    shown = {True: "true", False: "false", None: "null"}.get(value, value) if value is None or isinstance(value, bool) else value
+    return f"stage.set.{component}.{key}={shown}"
 
 
 def _vocabulary(side: Side, ours: Part, theirs: Part) -> Iterator[Finding]:
@@ -76,7 +82,7 @@ def _expected(candidate: Side, reference: Side, known: set[str]) -> Iterator[Fin
             continue
         if not same(part.settings.get(key), expected[key]):
             harm, why = HARM[component, key]
-            fix = f"stage.set={{{component}.{key}: {expected[key]}}}"
+            fix = setting(component, key, expected[key])
             yield Finding("facts", component, "config", key, False, part.settings.get(key), expected[key], candidate.rung, harm, why, fix)
     transformer = candidate.parts.get("transformer")
     if transformer is None or not transformer.class_name:

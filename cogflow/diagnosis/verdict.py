@@ -79,7 +79,9 @@ def weigh(finding: Finding, shows: Mapping[str, Tried], evidence: Mapping[str, F
 
 
 def fix_of(finding: Finding, reference: Side, command: str) -> str:
-    """Words for stage=assemble where the reference has the component; else the command that mends everything."""
+    """Words for stage=assemble: the field set right, or the component from the reference; else the command that mends everything."""
+    if finding.kind == "config" and finding.fix:
+        return finding.fix
     part = reference.parts.get(finding.component)
     return f"stage.{finding.component}={part.folder}" if part is not None and part.class_name else command
 

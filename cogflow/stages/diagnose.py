@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,13 @@ def diagnose(config: Config) -> None:
 
 def mended(output: Path, examination: Examination, verdict: Verdict) -> dict[str, Any]:
     """Write the mended folder; what proved it."""
-    with tempfile.TemporaryDirectory(prefix="cogflow-mended-") as scratch:
-        assembly = mend(
-            output, Path(scratch), examination.candidate, examination.reference, verdict.findings, examination.called(), examination.prove
-        )
+    assembly, left = mend(
+        output, examination.candidate, examination.reference, verdict.findings, examination.called(), examination.prove
+    )  # fmt: skip
+    for finding in left:
+        say(f"  left as it is, for want of a reference: {finding.line()}")
     say(f"  mended: {output} ({assembly['verify']['line']})")
-    return {"where": str(output), **assembly["verify"]}
+    return {"where": str(output), **assembly["verify"], "left": [finding.place for finding in left]}
 
 
 def conclusion(

@@ -59,7 +59,7 @@ def memory(pid: int) -> tuple[int, int]:
         children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
     except (OSError, ValueError):
         return anonymous, resident
-    for child in children:
-        one, other = memory(int(child))
-        anonymous, resident = anonymous + one, resident + other
-    return anonymous, resident
+    found = [memory(int(child)) for child in children]
+    # A child that was only just made by vfork is its parent still, page by page, until it becomes another program.
+    found = [each for each in found if each != (anonymous, resident)]
+    return anonymous + sum(one for one, _ in found), resident + sum(other for _, other in found)

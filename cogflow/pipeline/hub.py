@@ -60,7 +60,8 @@ def _link(source: str, target: str) -> None:
 
 def _shortened(value: Any) -> Any:
     if isinstance(value, str):
-        return without_places(value)
+        whole = value.startswith("/") and " /" not in value and "\n" not in value
+        return ".../" + "/".join(Path(value).parts[-2:]) if whole and len(Path(value).parts) > 3 else without_places(value)
     if isinstance(value, dict):
         return {key: _shortened(item) for key, item in value.items()}
     return [_shortened(item) for item in value] if isinstance(value, list) else value

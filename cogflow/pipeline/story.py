@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def take_along(story: Story | None, partial: Path) -> dict[str, Any]:
     (columns and rows) and ``command``."""
     if story is None:
         return {}
-    found: dict[str, Any] = {"command": without_places(story.command), "training": training(story.run)}
+    found: dict[str, Any] = {"command": command_without_places(story.command), "training": training(story.run)}
     if story.samples is not None:
         record = read_record(story.samples)
         (partial / FOLDER).mkdir()
@@ -91,6 +92,12 @@ def training(run: Path | None) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value is not None] if record else []
 
 
-def without_places(command: str) -> str:
-    """A command without where somebody's disk is mounted: of each absolute path the last two names."""
-    return re.sub(r"(?<![\w.])~?/(?:[^\s'\"/,\]]+/)+([^\s'\"/,\]]+/[^\s'\"/,\]]+)", r".../\1", command)
+def without_places(text: str) -> str:
+    """A text without where somebody's disk is mounted: of each absolute path the last two names."""
+    return re.sub(r"(?<![\w.~])/(?:[^\s'\"/,\]]+/)+([^\s'\"/,\]]+/[^\s'\"/,\]]+)", r".../\1", text)
+
+
+def command_without_places(command: str) -> str:
+    """As :func:`without_places`; a path with spaces is one word of a command, and known by that."""
+    words = [re.sub(r"(?<![\w.~])/(?:[^/,\]]+/)+([^/,\]]+/[^/,\]]+)", r".../\1", word) for word in shlex.split(command)]
+    return shlex.join(words)

@@ -22,9 +22,10 @@ from cogflow.pipeline.parts import Part
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.records import FRAMES, newest, read_record
 from cogflow.weights.fingerprint import fingerprint
-from cogflow.weights.reader import WeightsFolder, listed
+from cogflow.weights.reader import WeightsFolder, contained_file, listed
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
+FROM_IMAGE = "CogVideoXImageToVideoPipeline"
 IDENTICAL = 100.0  # dB, instead of infinity
 
 
@@ -90,8 +91,10 @@ def verify(folder: Path, reference: Reference, export_dtype: str | None, measure
     record, began = reference.record, time.monotonic()
     if record["device"] == "cuda" and not torch.cuda.is_available():
         return {"status": "skipped", "reason": f"{reference.folder} was sampled on a GPU and there is none here"}
+    if _class(folder) == FROM_IMAGE and not all(sample.get("image") for sample in record["samples"]):
+        return {"status": "skipped", "reason": f"{reference.folder} names no image to each prompt, which image to video starts from"}
     expected = reference.frames()
-    found = sample_afresh(folder, record)
+    found = sample_afresh(folder, record, reference.folder)
     dtype = max((name for name in (record["dtype"], export_dtype) if name in COARSENESS), key=COARSENESS.index)
     tolerance = TOLERANCES[dtype]
     samples: list[dict[str, Any]] = [{"name": name, **difference(found.get(name), frames)} for name, frames in sorted(expected.items())]
@@ -120,26 +123,35 @@ def verify(folder: Path, reference: Reference, export_dtype: str | None, measure
     }
 
 
-def sample_afresh(folder: Path, record: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """uint8 frames ``[T, H, W, 3]`` by name, from ``folder`` in a process that has diffusers alone."""
+def sample_afresh(folder: Path, record: Mapping[str, Any], images: Path | None = None) -> dict[str, torch.Tensor]:
+    """uint8 frames ``[T, H, W, 3]`` by name, from ``folder`` in a process that has diffusers alone. ``images``: the folder in which the
+    record's ``image`` of each sample lies, for image to video."""
     vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     channels, ratio = int(vae.get("latent_channels", 16)), int(vae.get("temporal_compression_ratio", 4))
     transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     frames, _ = latent_frames(record["frames"], ratio, transformer.get("patch_size_t"))
     shape = (1, frames, channels, record["height"] // 8, record["width"] // 8)
-    samples = [{"name": f"{s['id']}-seed{s['seed']}", "text": s["text"], "id": s["id"], "seed": s["seed"]} for s in record["samples"]]
+    samples = [(f"{sample['id']}-seed{sample['seed']}", sample) for sample in record["samples"]]
     with tempfile.TemporaryDirectory(prefix="cogflow-verify-") as temporary:
         place = Path(temporary)
         # init_noise_sigma is 1 for CogVideoX's schedulers: the noise is the initial latents.
-        save_file({s["name"]: noise_for(s["seed"], s["id"], shape) for s in samples}, place / "noise.safetensors")
+        save_file({name: noise_for(sample["seed"], sample["id"], shape) for name, sample in samples}, place / "noise.safetensors")
         request = {
             "folder": str(folder.absolute()),
-            "pipeline": "CogVideoXPipeline",
+            "pipeline": _class(folder),
             "dtype": record["dtype"],
             "device": record["device"],
             "noise": str(place / "noise.safetensors"),
             "frames": str(place / FRAMES),
-            "samples": [{"name": s["name"], "text": s["text"], "seed": step_generator(s["seed"], s["id"]).initial_seed()} for s in samples],
+            "samples": [
+                {
+                    "name": name,
+                    "text": sample["text"],
+                    "seed": step_generator(sample["seed"], sample["id"]).initial_seed(),
+                    "image": str(contained_file(images, sample["image"]).absolute()) if images and sample.get("image") else None,
+                }
+                for name, sample in samples
+            ],
             "call": {
                 "num_inference_steps": record["sampling"]["steps"],
                 "guidance_scale": record["sampling"]["guidance_scale"],
@@ -153,6 +165,11 @@ def sample_afresh(folder: Path, record: Mapping[str, Any]) -> dict[str, torch.Te
         (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
         _run(place)
         return load_file(place / FRAMES)
+
+
+def _class(folder: Path) -> str:
+    """The pipeline's class by its model_index.json."""
+    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
 
 
 def difference(found: torch.Tensor | None, expected: torch.Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ def incident(work: Work) -> None:
     work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(snr_shift_scale=3.0))
 
 
+@pytest.mark.slow
 def test_the_words_of_the_message_make_it_right(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
     incident(work)
     with pytest.raises(PipelineError) as caught:

@@ -240,9 +240,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = (
-        "export"  # export | assemble | panel (its cost) | separation (what it tells apart) | watch (its alarms) | indicator (its cost)
-    )
+    what: str = "export"  # export | assemble | panel, indicator (their cost) | separation (what the panel tells apart) | watch (its alarms)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file

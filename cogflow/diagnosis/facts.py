@@ -45,13 +45,18 @@ def _pairs(candidate: Side, reference: Side) -> Iterator[Finding]:
         if ours.class_name != theirs.class_name and name == "scheduler":
             yield _finding(candidate, name, "_class_name", ours.class_name, theirs.class_name, theirs.folder)
         for key in sorted((ours.settings.keys() | theirs.settings.keys()) - IGNORED):
-            if key.startswith("_") or (name == "tokenizer" and key.endswith("_token")):
+            if key.startswith("_"):
                 continue
-            mine, other = ours.settings.get(key), theirs.settings.get(key)
+            mine, other = (_content(settings.get(key)) for settings in (ours.settings, theirs.settings))
             if not same(mine, other):
                 yield _finding(candidate, name, key, mine, other, theirs.folder)
         if name == "tokenizer":
             yield from _vocabulary(candidate, ours, theirs)
+
+
+def _content(value: Any) -> Any:
+    """A special token as text, whether its file has it as text or with its flags."""
+    return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def _finding(side: Side, component: str, key: str, mine: Any, other: Any, folder: Path) -> Finding:

@@ -12,9 +12,9 @@ IGNORED = {
     "n_positions", "task_specific_params", "return_dict", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
     "decoder_start_token_id", "bos_token_id", "sep_token_id", "cls_token_id", "tie_word_embeddings", "tie_encoder_decoder",
     "output_hidden_states", "output_attentions", "num_decoder_layers", "scale_decoder_outputs",
-    "force_upcast", "sample_height", "sample_width", "sample_frames", "sample_size",
+    "force_upcast", "sample_size",
 }  # fmt: skip
-"""Fields that decide nothing about a sample's picture: who wrote the file, what training used, sizes that a call overrides."""
+"""Fields that decide nothing about a sample's picture: who wrote the file, what only training reads."""
 
 HARM: dict[tuple[str, str], tuple[float, str]] = {
     ("vae", "scaling_factor"): (
@@ -62,6 +62,14 @@ HARM: dict[tuple[str, str], tuple[float, str]] = {
     ("transformer", "freq_shift"): (0.8, "Timesteps are told in another code."),
     ("transformer", "timestep_activation_fn"): (0.9, "Timesteps are told in another code."),
     ("transformer", "activation_fn"): (0.9, "Every feed-forward layer computes something else."),
+    ("transformer", "sample_height"): (0.8, "Rotary positions are read off another grid: patches believe to be elsewhere."),
+    ("transformer", "sample_width"): (0.8, "Rotary positions are read off another grid: patches believe to be elsewhere."),
+    ("transformer", "sample_frames"): (0.6, "Positions in time are those of clips of another length."),
+    ("vae", "sample_height"): (0.2, "Read for tiles only."),
+    ("vae", "sample_width"): (0.2, "Read for tiles only."),
+    ("tokenizer", "pad_token"): (0.8, "CogVideoX encodes the padding, too: captions are followed by other tokens."),
+    ("tokenizer", "padding_side"): (0.8, "CogVideoX encodes the padding, too: captions stand elsewhere."),
+    ("tokenizer", "truncation_side"): (0.3, "Long captions lose their other end."),
     ("transformer", "max_text_seq_length"): (0.7, "Captions are padded or cut to another length than in training."),
     ("text_encoder", "layer_norm_epsilon"): (0.6, "Captions are encoded a little otherwise."),
     ("text_encoder", "relative_attention_max_distance"): (0.7, "Captions are encoded otherwise."),

@@ -90,7 +90,8 @@ def judge(
     different = [pair for pair in sound if not pair.equal]
     yield from _rounded(name, side, different)
     odd = [pair for pair in different if pair.constant is not None or pair.cosine < ANOTHER]
-    if len(odd) > 0.5 * len([pair for pair in sound if len(pair.shape) > 1]):
+    matrices = [pair for pair in sound if len(pair.shape) > 1]
+    if sum(pair in odd for pair in matrices) > 0.6 * len(matrices):
         yield _whole(name, side, odd, different)
         return
     doubtful = [pair for pair in different if pair.cosine < DOUBTFUL]

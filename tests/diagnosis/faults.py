@@ -103,6 +103,16 @@ def swap_block_adaln(weights: dict[str, torch.Tensor], _: World) -> None:
         weights[name] = torch.cat([parts[1], parts[0], *parts[2:]])
 
 
+def exchange_blocks(weights: dict[str, torch.Tensor], _: World) -> None:
+    for name in [name for name in weights if name.startswith("transformer_blocks.1.")]:
+        other = name.replace("blocks.1.", "blocks.3.")
+        weights[name], weights[other] = weights[other], weights[name]
+
+
+def scale_a_matrix(weights: dict[str, torch.Tensor], _: World) -> None:
+    weights[f"{BLOCK}attn1.to_out.0.weight"] = 1.3 * weights[f"{BLOCK}attn1.to_out.0.weight"]
+
+
 def block_of_another_step(weights: dict[str, torch.Tensor], world: World) -> None:
     weights |= {name: value for name, value in world.weights(world.run, step=6).items() if name.startswith(BLOCK)}
 
@@ -171,6 +181,10 @@ FAULTS = [
     Fault("last norm's eps", field("transformer", "norm_eps", 1e-2), "transformer", "norm_eps"),
     Fault("EMA and raw weights mixed", tensors("transformer", mix_averages), "transformer", ""),
     Fault("tokenizer's length", field("tokenizer", "model_max_length", 8), "tokenizer", "model_max_length"),
+    Fault("rotary positions of another size", field("transformer", "sample_width", 48), "transformer", "sample_width"),
+    Fault("another padding token", field("tokenizer", "pad_token", "</s>"), "tokenizer", "pad_token"),
+    Fault("two blocks exchanged", tensors("transformer", exchange_blocks), "transformer", "transformer_blocks."),
+    Fault("one matrix scaled", tensors("transformer", scale_a_matrix), "transformer", "transformer_blocks.2"),
     Fault("text encoder through bf16", tensors("text_encoder", twice_through_bf16), "text_encoder", ""),
     Fault("transformer at its initialisation", tensors("transformer", initialised), "transformer", ""),
     Fault("transformer of the wrong run", tensors("transformer", wrong_run), "transformer", ""),

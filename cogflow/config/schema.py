@@ -223,9 +223,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = (
-        "export"  # export | assemble | panel (its cost) | separation (what it tells apart) | watch (its alarms) | indicator (its cost)
-    )
+    what: str = "export"  # export | assemble | panel (its cost) | separation (by the panel) | watch (its alarms) | indicator (its cost)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file

@@ -14,9 +14,10 @@ from cogflow import ranks
 from cogflow.config.schema import Config, DataConfig, DiagnoseStage, ModelConfig
 from cogflow.diagnosis import clips
 from cogflow.diagnosis.evidence import weigh_evidence
-from cogflow.diagnosis.facts import compare_facts, dtype_of
+from cogflow.diagnosis.facts import compare_facts
 from cogflow.diagnosis.finding import StepResult
 from cogflow.diagnosis.precision import compare_precision
+from cogflow.diagnosis.probes import probes_of
 from cogflow.diagnosis.render import Mix, Rendered, Renderer, mix_of, swapped
 from cogflow.diagnosis.rungs import compare_rungs
 from cogflow.diagnosis.side import Side, resolve
@@ -52,9 +53,10 @@ class Examination:
             return "needs a complete pipeline on both sides"
         if name == "precision" and not self.candidate.complete:
             return "needs a complete pipeline"
-        part = {"precision": "vae", "evidence": "transformer"}.get(name)
-        if part is not None and self._broken(steps, part):
-            return f"the {part} is not whole"
+        if name in ("rungs", "swaps") and self._from_image():
+            return "image-to-video pipelines are not sampled yet"
+        if name in ("precision", "evidence") and self._broken(steps, "text_encoder" if name == "precision" else "transformer"):
+            return "what it would run is not whole"
         if self.stage.full:
             return ""
         if name in ("rungs", "swaps", "precision", "evidence") and equal and self.reference.parts:
@@ -90,11 +92,11 @@ class Examination:
         return result
 
     def precision(self, steps: Sequence[StepResult]) -> StepResult:
-        part = self.candidate.parts["vae"]
-        vae = AutoencoderKLCogVideoX.from_pretrained(part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
-        latents, _ = self._clips()
-        scaled = float(part.settings.get("scaling_factor") or 1.0) * latents[0].transpose(0, 1)
-        return compare_precision(self.candidate, vae.eval().to(self.device), scaled, dtype_of(part, STEMS["vae"]))
+        latents, captions = self._clips()
+        embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions[:1])
+        whole = {name for name in STEMS if not self._broken(steps, name)}
+        probes = probes_of(self.candidate, latents[0], captions[0], embeds[0], self.device, whole)
+        return compare_precision(probes, self.candidate.rung, self.device.type == "cpu")
 
     def evidence(self, steps: Sequence[StepResult]) -> StepResult:
         part = self.candidate.parts["transformer"]
@@ -186,6 +188,10 @@ class Examination:
         return component not in self.candidate.parts or any(
             one.component == component and one.guilty and one.kind in kinds for step in steps for one in step.findings
         )
+
+    def _from_image(self) -> bool:
+        settings = self.candidate.parts["transformer"].settings
+        return bool(settings.get("in_channels") != settings.get("out_channels"))
 
     def _moved(self, steps: Sequence[StepResult], name: str) -> bool:
         return name in self._changed(steps)

@@ -62,8 +62,10 @@ def explain(
 
 
 def _short_of(partners: dict[str, str]) -> str:
-    """One name for tensors that changed places: the first one's, without weight or bias."""
+    """One name for tensors that changed places: the block, where most of it did; the module for weight and bias; the tensor."""
     first = sorted(partners)[0]
+    if len(partners) > 4:
+        return block(first)
     return first.rsplit(".", 1)[0] if len(partners) > 1 else first
 
 

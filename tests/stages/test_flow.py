@@ -25,12 +25,12 @@ print(video.shape, bool((video == video).all()))
 
 
 def test_every_stage_leaves_its_record_and_its_result(flow: Path) -> None:
-    for stage in ("prepare", "train", "export", "assemble", "flow"):
+    for stage in ("prepare", "train", "export", "assemble", "diagnose", "flow"):
         assert json.loads((flow / f"{stage}.json").read_text())["status"] == "done"
     for name in ("pipeline/model_index.json", "pipeline/assembly.json", "export/transformer/config.json", "report.html", "wandb"):
         assert (flow / name).exists(), name
     table = json.loads((flow / "flow.json").read_text())["results"]["table"]
-    assert [row[0] for row in table] == ["prepare", "train", "export", "assemble"]
+    assert [row[0] for row in table] == ["prepare", "train", "export", "assemble", "diagnose"]
     assert all(check_manifest(path) == [] for path in (flow / "checkpoints").glob("step-*"))
 
 

@@ -19,7 +19,7 @@ from cogflow.diagnosis.finding import StepResult
 from cogflow.diagnosis.precision import compare_precision
 from cogflow.diagnosis.probes import probes_of
 from cogflow.diagnosis.render import Mix, Rendered, Renderer, mix_of, swapped
-from cogflow.diagnosis.rungs import compare_rungs
+from cogflow.diagnosis.rungs import compare_rungs, compare_trainings
 from cogflow.diagnosis.side import Side, resolve
 from cogflow.diagnosis.swaps import SAME, Suspect, Tried, attempt, psnr, shown, suspects_of, try_swaps
 from cogflow.diagnosis.weights import compare_weights
@@ -75,7 +75,12 @@ class Examination:
         render, target = self.renderer(), self.target(steps)
         self.goal = render(target)
         self.found, failed = attempt(render, mix_of(self.candidate, self.config.sampling))
-        return compare_rungs(self.candidate, self.found, self.goal, failed)
+        result = compare_rungs(self.candidate, self.found, self.goal, failed)
+        if self.found is not None and self._transformer_is_its_own(steps):
+            # In the reference's surroundings: what is wrong with the candidate's own is not training's fault.
+            trained = compare_trainings(self.goal, render(mix_of(self.reference, self.config.sampling)))
+            result = replace(result, findings=[*result.findings, *trained.findings], lines=[*result.lines, *trained.lines])
+        return result
 
     def swaps(self, steps: Sequence[StepResult]) -> StepResult:
         findings = [finding for step in steps for finding in step.findings]

@@ -14,6 +14,22 @@ BY_EYE = 60.0
 """dB from which frames differ by rounding alone, and the panel is not asked what it would call that."""
 
 
+LOST = ("soft", "smeared", "frozen", "identical", "black", "non_finite")
+"""Kinds that no style is: training lost something. Contrast, colour and grain may be what the clips have."""
+
+
+def compare_trainings(found: Rendered, other: Rendered) -> StepResult:
+    """Samples of one training against those of another, prompt by prompt: rung 4. Contents may differ as takes of one content do."""
+    why = "Its samples against the reference's: {}. Training did that, not the pipeline around it."
+    findings = [
+        Finding("rungs", "transformer", one.kind, rung=4, confidence=0.6 if one.kind in LOST else 0.3, why=why.format(one.line()))
+        for one in compare(found.panels, other.panels).findings
+        if one.level == "alarm"
+    ]
+    lines = [f"rung 4: against the reference's own training: {finding.kind}, {finding.why}" for finding in findings]
+    return StepResult("rungs", findings, lines or ["rung 4: as sharp as the reference's own training"], {})
+
+
 def compare_rungs(candidate: Side, found: Rendered | None, goal: Rendered, failed: str) -> StepResult:
     """What the panel calls the candidate's samples, at the rung on which they stand."""
     if found is None:

@@ -39,9 +39,11 @@ def conclude(candidate: Side, reference: Side, steps: Sequence[StepResult], trie
     evidence = {one.place: one for one in by_name["evidence"].findings} if "evidence" in by_name else {}
     weighed: dict[str, Finding] = {}
     for step in steps:
-        if step.name in ("swaps", "rungs"):
+        if step.name == "swaps":
             continue
         for finding in step.findings:
+            if step.name == "rungs" and finding.component == "pipeline" and finding.kind != "broken":
+                continue  # how it looks; why is for the other steps to say
             judged = weigh(finding, shows, evidence)
             fixed = replace(judged, fix=fix_of(judged, reference, command), rung=judged.rung or candidate.rung)
             if judged.place not in weighed or weighed[judged.place].confidence < judged.confidence:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -169,11 +168,11 @@ def _another_run(name: str, side: Side, reference: Side, rest: list[Pair], usual
     if name == "transformer":
         if theirs.get("source") is None:
             return  # held against a base model: a finetune of it
-        same = ours.get("source") is not None and Path(str(ours["source"])).name == Path(str(theirs["source"])).name
-        if ours.get("source") is not None and not same:
-            told = f"its record names {ours['source']}, the reference's {theirs['source']}"
-        else:
-            told = "its record names the reference's own training" if same else "it has no record of its training"
+        if ours.get("source") is not None and ours["source"] != theirs["source"]:
+            why = f"Another training than the reference's: {ours['source']}, not {theirs['source']}."
+            yield Finding("weights", name, "training", "", False, round(usual, 6), 0.0, side.rung, 0.2, why)
+            return
+        told = "its record names the reference's own training" if ours.get("source") is not None else "it has no record of its training"
         why = f"{len(rest)} tensors differ by {usual:.2g} of their size, and {told}: weights of another run or step."
         yield Finding("weights", name, "replaced", "", False, round(usual, 6), 0.0, side.rung, 0.75, why, _swap(name))
         return
@@ -203,10 +202,3 @@ def told(pairs: list[Pair]) -> str:
 
 def _swap(name: str) -> str:
     return f"stage.{name}=REFERENCE"
-
-
-def with_reference(fix: str, places: Mapping[str, Path]) -> str:
-    """Words that :func:`_swap` left open, with the reference's own folder."""
-    for name, place in places.items():
-        fix = fix.replace(f"stage.{name}=REFERENCE", f"stage.{name}={place}")
-    return fix

@@ -40,6 +40,11 @@ def test_a_finetune_of_the_base_is_no_fault(world: World) -> None:
     assert [one.line() for one in accused(world.pipeline, world.base)] == []
 
 
+def test_another_training_is_no_fault_of_the_pipeline(world: World) -> None:
+    """Whether it is blurrier is for its samples to say; the same weights under the record of this training are accused (wrong run)."""
+    assert [one.line() for one in accused(world.other / "pipeline", world.pipeline)] == []
+
+
 def test_a_planted_pipeline_still_loads(world: World, tmp_path: Path) -> None:
     """The faults are of the silent kind: diffusers takes them without a word."""
     folder = spoiled(tmp_path / "candidate", FAULTS[0].plant, world)

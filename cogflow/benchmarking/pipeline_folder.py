@@ -31,6 +31,9 @@ T5_XXL: dict[str, Any] = {
 """google/t5-v1_1-xxl's encoder: 4.76e9 parameters, 19 GB in fp32."""
 
 
+SMALL_VAE = {"block_out_channels": [8, 16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8}
+
+
 def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     """Publish the folder and return its bytes: the transformer in the family's dtype, T5-XXL and the VAE in fp32.
 
@@ -44,7 +47,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     vae = {
         "_class_name": "AutoencoderKLCogVideoX", **PUBLISHED_VAE, "scaling_factor": member.scaling_factor,
         "invert_scale_latents": member.invert_scale_latents,
-    }  # fmt: skip
+    } | (SMALL_VAE if family == "tiny" else {})  # fmt: skip
     with publish_folder(folder, replace=True) as partly:
         _component(partly, "transformer", configs.transformer_config(facts), DTYPES[member.dtype])
         _component(partly, "vae", vae, torch.float32)

@@ -27,7 +27,7 @@ def total_bytes(parts: Mapping[str, Part]) -> int:
 def altered(part: Part, hashes: Mapping[Path, str]) -> Iterator[Contradiction]:
     """Files that are not as ``part``'s folder was published: by the manifest of an export, a pipeline or a checkpoint, or by the names
     that Hugging Face's cache gives to large files, which are their sha256."""
-    again = f"publish it again, or stage.{part.name}=FOLDER of another one"
+    again = f"bring the published file back, or stage.{part.name}=FOLDER of another one"
     for root, entries in _manifests(part.folder):
         if entries is None:
             yield Contradiction(f"{part.name}.{MANIFEST}", "unreadable", str(root / MANIFEST), "it should be", "JSON", "cogflow", again)
@@ -43,7 +43,9 @@ def altered(part: Part, hashes: Mapping[Path, str]) -> Iterator[Contradiction]:
             if published != hashes[path]:
                 found = f"sha256 {hashes[path]}"
                 needed = f"sha256 {published}" if published else "no such file"
-                yield Contradiction(f"{part.name}.{name}", found, str(path), "it was published with", needed, str(root / MANIFEST), again)
+                key = f"{part.name}.{name}"
+                meant = f"; stage.force=[{key}] if it was changed on purpose" if name.endswith(".json") else ""
+                yield Contradiction(key, found, str(path), "it was published with", needed, str(root / MANIFEST), again + meant)
     for name, path in sorted(part.files.items()):
         if path.parent.name == "blobs" and len(path.name) == HEX and path.name != hashes[path]:
             needed = f"sha256 {path.name}"

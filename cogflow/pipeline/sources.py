@@ -61,6 +61,9 @@ def find(name: str, key: str, place: Path) -> Source:
         return Source(name, key, _pipeline(place) or _trained_from(place, key))
     if any((folder / CONFIGS[name]).is_file() for folder in (place / name, place)):
         return Source(name, key, place)
+    for part in ("export", "pipeline"):  # of a run that trained nothing itself
+        if (place / part / name / CONFIGS[name]).is_file():
+            return Source(name, key, place / part)
     if name in (*STEMS, "scheduler") and not (place / MODEL).is_file() and _foreign(place):
         return Source(name, key, place, exported=True)
     raise PipelineError(

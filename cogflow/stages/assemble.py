@@ -171,6 +171,8 @@ def _tell(config: Config, folder: Path, output: Path, assembly: dict[str, Any], 
         if verified["status"] == "passed" and reference is not None:
             tracker.log(verified["step"] or 0, {"assemble/psnr": lowest})
             _tell_ladder(tracker, reference)
+        for one in assembly.get("forced", []):
+            tracker.alert("assembled in spite of a contradiction", f"{one['key']} is {one['value']}; {one['why']} {one['needed']}")
         tracker.table("assemble/components", columns, rows)
         tracker.artifact("pipeline", "pipeline", output, uses=["export"])
     inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}

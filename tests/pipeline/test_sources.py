@@ -128,6 +128,13 @@ def test_the_runs_own_export_is_taken_when_it_is_of_the_newest_checkpoint(checkp
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
+def test_a_run_that_only_exported_and_assembled(work: Work) -> None:
+    assembled(work)
+    assembly = assembled(work, transformer=str(work.run), vae=str(work.run), output=str(work.run / "pipeline"))
+    origins = {name: Path(part["from"]).parent.name for name, part in assembly["components"].items()}
+    assert (origins["transformer"], origins["vae"], origins["scheduler"]) == ("export", "pipeline", "base")
+
+
 def test_places_that_hold_nothing_are_all_named(work: Work, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     torch.save({"module": {"nothing": torch.ones(1)}}, tmp_path / "other.pt")

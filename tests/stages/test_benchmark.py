@@ -48,6 +48,18 @@ def test_export_beside_cp(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / "benchmark").exists()
 
 
+@pytest.mark.slow
+def test_assemble_beside_cp_and_save_pretrained(tmp_path: Path) -> None:
+    words = ["stage=benchmark", "stage.what=assemble", "model=tiny", "stage.layers=1", f"run.root={tmp_path}", "run.name=b"]
+    load("benchmark").run(compose([*words, "tracking.wandb=disabled"]))
+    results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
+    assert [row["failed"] for row in results["rows"]] == [None] * 5
+    assert {"cp -r + sync", "cogflow, linked", "cogflow, copied", "save_pretrained"} < set(results["medians"])
+    assert results["bytes"] > 20e6 and not (tmp_path / "b" / "benchmark").exists()
+    # What an assembly holds for itself is the libraries: weights add nothing to it, whatever their size.
+    assert results["medians"]["cogflow, linked"]["peak_anonymous_gb"] < 0.5
+
+
 def test_a_clone_that_is_none(tmp_path: Path) -> None:
     config = compose(["stage=benchmark", "model=tiny", f"stage.vs={tmp_path}", f"run.root={tmp_path}", "tracking.wandb=disabled"])
     with pytest.raises(ConfigError, match="convert_weight_sat2hf"):

@@ -170,7 +170,7 @@ def test_an_export_passes_the_pipeline_checks(name: str) -> None:
     expected = check_parts(parts, [])
     assert expected["scaling_factor"] == FAMILY[name].scaling_factor
     parts["scheduler"].settings["snr_shift_scale"] = 2.0
-    with pytest.raises(PipelineError, match="snr_shift_scale is 2.0; the transformer was trained with"):
+    with pytest.raises(PipelineError, match=r"snr_shift_scale is 2.0 .*; the transformer was trained with"):
         check_parts(parts, [])
 
 

@@ -104,7 +104,7 @@ def scale_at(
     alphas = _alphas(shift)
     product = own = 0.0
     for index, (clip, text) in enumerate(zip(latents, embeds, strict=True)):
-        x0 = (factor * clip.float()).transpose(0, 1)[None].to(device)
+        x0 = (factor * whole_patches(clip, transformer.config.patch_size_t or 1).float()).transpose(0, 1)[None].to(device)
         noise = noise_for(0, f"evidence:{index}", x0.shape).to(device)
         for level in SCALE_LEVELS:
             timestep = int((alphas.sqrt() - level).abs().argmin())
@@ -113,6 +113,11 @@ def scale_at(
             low_guess, low_true = low(guess), low(x0)
             product, own = product + float((low_guess * low_true).sum()), own + float(low_guess.square().sum())
     return round(product / own, 4) if product > 0 and own > 0 else None
+
+
+def whole_patches(clip: torch.Tensor, patch: int) -> torch.Tensor:
+    """As many latent frames ``[channels, frames, h, w]`` as a transformer that patches ``patch`` of them together (1.5) takes."""
+    return clip[:, : max(patch, clip.shape[1] // patch * patch)]
 
 
 def low(latents: torch.Tensor) -> torch.Tensor:
@@ -129,7 +134,7 @@ def shift_errors(
     tables = {shift: _alphas(shift) for shift in shifts}
     errors: dict[float, list[float]] = {shift: [] for shift in shifts}
     for index, (clip, text) in enumerate(zip(latents, embeds, strict=True)):
-        x0 = (factor * clip.float()).transpose(0, 1)[None].to(device)
+        x0 = (factor * whole_patches(clip, transformer.config.patch_size_t or 1).float()).transpose(0, 1)[None].to(device)
         noise = noise_for(0, f"evidence:{index}", x0.shape).to(device)
         for level in LEVELS:
             noisy = level * x0 + math.sqrt(1 - level**2) * noise

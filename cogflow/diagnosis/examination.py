@@ -105,8 +105,8 @@ class Examination:
 
     def evidence(self, steps: Sequence[StepResult]) -> StepResult:
         part = self.candidate.parts["transformer"]
-        if part.settings.get("in_channels") != part.settings.get("out_channels") or (part.settings.get("patch_size_t") or 1) > 1:
-            return StepResult("evidence", [], ["not for models that take an image, or patch over time"], {})
+        if self._from_image():
+            return StepResult("evidence", [], ["not for models that take an image"], {})
         transformer = CogVideoXTransformer3DModel.from_pretrained(part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
         latents, captions = self._clips()
         embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions)

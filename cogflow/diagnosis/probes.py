@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
-from cogflow.diagnosis.evidence import velocity
+from cogflow.diagnosis.evidence import velocity, whole_patches
 from cogflow.diagnosis.facts import dtype_of
 from cogflow.diagnosis.precision import Probe
 from cogflow.diagnosis.side import Side
@@ -34,7 +34,8 @@ def probes_of(side: Side, latents: torch.Tensor, caption: str, embeds: torch.Ten
         name: sum(math.prod(info.shape) for info in WeightsFolder(folder, STEMS[name]).tensors.values()) for name, folder in folders.items()
     }
     length, factor = embeds.shape[0], float(side.parts["vae"].settings.get("scaling_factor") or 1.0)
-    scaled = (factor * latents.float()).transpose(0, 1)[None].to(device)
+    patch = side.parts["transformer"].settings.get("patch_size_t") or 1
+    scaled = (factor * whole_patches(latents, patch).float()).transpose(0, 1)[None].to(device)
     noisy = LEVEL * scaled + math.sqrt(1 - LEVEL**2) * noise_for(0, "precision", scaled.shape).to(device)
 
     def encode(model: Any, dtype: torch.dtype) -> torch.Tensor:

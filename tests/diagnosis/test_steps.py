@@ -88,9 +88,10 @@ def test_the_weights_know_what_they_were_trained_with(
     assert result.facts["scaling_factor"]["best"] == 0.7 and result.facts["snr_shift_scale"]["best"] == 1.0
 
 
-def test_weights_that_know_nothing_stay_silent(world: World, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("over_time", [{}, {"patch_size_t": 2, "patch_bias": False}])
+def test_weights_that_know_nothing_stay_silent(world: World, asked: dict[str, Any], over_time: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    fresh = CogVideoXTransformer3DModel.from_config(asked["transformer"].config).eval()
+    fresh = CogVideoXTransformer3DModel.from_config({**asked["transformer"].config, **over_time}).eval()
     side = with_fields(resolve(world.base, AUTO, "candidate"), 1.15258426, 3.0)
     result = weigh_evidence(side, **{**asked, "transformer": fresh}, factors=[], shifts=[], device=CPU, dtype=torch.float32)
     assert result.findings == [] and result.facts["scaling_factor"]["best"] is None and result.facts["snr_shift_scale"]["best"] is None

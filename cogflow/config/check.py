@@ -75,6 +75,16 @@ def frames(value: int) -> str | None:
     return None if value > 0 and value % 4 == 1 else f"it should be 4k+1, such as {max(1, round((value - 1) / 4) * 4 + 1)}."
 
 
+def sizes(value: list[str]) -> str | None:
+    for bucket in value:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", bucket, re.ASCII):
+            return f"{bucket} should be frames x height x width, such as 49x480x720."
+        count, *sides = map(int, bucket.split("x"))
+        if wrong := frames(count) or each(multiple_of(16))(sides):
+            return f"{bucket}: {wrong}"
+    return "each bucket should be there once." if len(set(value)) < len(value) else None
+
+
 def folder_name(value: str) -> str | None:
     return None if re.fullmatch(r"[^./\s\x00][^/\x00]*", value) else "it should be a plain folder name without slashes or a leading dot."
 
@@ -127,7 +137,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "name": one_of("shapes", "folder"), "frames": frames, "height": multiple_of(16), "width": multiple_of(16), "fps": above(0),
         "resize": one_of("cover", "stretch", "none"), "crop": one_of("center", "random"),
         "window": one_of("start", "center", "random"), "holdout": at_least(0), "max_bad_share": within(0, 1),
-        "max_bad_in_a_row": at_least(1), "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
+        "max_bad_in_a_row": at_least(1), "buckets": sizes, "image_variants": at_least(1),
+        "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
@@ -138,7 +149,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "steps": at_least(1), "batch_size": at_least(1), "gradient_accumulation": at_least(1), "learning_rate": at_least(0),
         "betas": two_betas, "eps": above(0), "weight_decay": at_least(0), "gradient_clipping": at_least(0),
         "warmup_steps": at_least(0), "schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": within(0, 1),
-        "text_dropout": within(0, 1), "ema_decay": below_one, "seed": at_least(0), "resume": filled, "save_every": at_least(0),
+        "text_dropout": within(0, 1), "image_dropout": within(0, 1),
+        "ema_decay": below_one, "seed": at_least(0), "resume": filled, "save_every": at_least(0),
         "sample_every": at_least(0), "evaluate_every": at_least(0), "keep_last": at_least(1),
         "keep_best": at_least(0), "on_blur": one_of("warn", "stop", "rollback"),
     },
@@ -209,9 +221,12 @@ def _between(config: Config) -> Iterator[Problem]:
             ("data.holdout", "data.clips"),
         )
     step = 16 if model.name.startswith("cogvideox1.5") else 8
-    if model.name.startswith("cogvideox") and data.frames % step != 1:
-        good = max(1, round((data.frames - 1) / step)) * step + 1
-        yield Problem(f"data.frames={data.frames}: {model.name} takes {step}k+1 frames, such as {good}.", ("data.frames", "model.name"))
+    asked = [("data.frames", show(data.frames), data.frames)]
+    asked += [("data.buckets", bucket, int(bucket.split("x")[0])) for bucket in data.buckets if sizes([bucket]) is None]
+    for key, shown, count in asked:
+        if model.name.startswith("cogvideox") and count % step != 1:
+            good = max(1, round((count - 1) / step)) * step + 1
+            yield Problem(f"{key}={shown}: {model.name} takes {step}k+1 frames, such as {good}.", (key, "model.name"))
     sampling = config.sampling
     if sampling.sampler.startswith("sat_") and not 2 <= sampling.steps <= 999:
         yield Problem(

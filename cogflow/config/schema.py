@@ -33,8 +33,12 @@ class DataConfig:
     fps: float = 8.0  # clips are resampled to this rate
     resize: str = "cover"  # cover (fill, then crop) | stretch | none (crop only)
     crop: str = "center"  # center | random (seeded by the clip's content)
+    buckets: list[str] = field(
+        default_factory=list
+    )  # sizes as 49x480x720; each clip goes where it fits best. Empty: frames x height x width
     window: str = "start"  # which frames of a longer clip: start | center | random (seeded by the clip's content)
     soft_style: bool = False  # the clips are soft on purpose: that they look scaled up is told, and no alarm
+    image_variants: int = 8  # image to video: noised first frames that are encoded of each clip, of which each step draws one
     holdout: int = 8  # clips kept away from training, for the held-out loss
     max_bad_share: float = 0.1  # more unreadable clips than this stop the run
     max_bad_in_a_row: int = 16  # so does this many, one after another, at the start
@@ -110,6 +114,7 @@ class TrainStage:
     schedule: str = "cosine"  # constant | linear | cosine
     min_lr_ratio: float = 0.1  # where linear and cosine end, as a share of learning_rate
     text_dropout: float = 0.1  # share of samples trained without their caption
+    image_dropout: float = 0.05  # image to video: share of samples trained without their first frame
     ema_decay: float = 0.0  # 0: off
     ema_warmup: bool = True  # let the decay grow in the first updates; without, slow averages stay at the start for long
     seed: int = 0  # of sample order, noise, timesteps and dropped captions

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cogflow.config.schema import DataConfig
+from cogflow.data import first_frame
+from cogflow.data.buckets import in_order
 from cogflow.data.clips import SETTINGS
 from cogflow.data.shards import ShardReader
 from cogflow.errors import DataError
 
 INDEX = "index.json"
 VERSION = 1
+SIZE = ("frames", "height", "width")
+
+Pair = TypeVar("Pair", bound=tuple[int, ...])
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class LatentCache:
                 f"{len(missing)} files of {folder} are gone, first {missing[0]}", "run stage=prepare again, it makes what is missing"
             )
         self.folder = folder
+        self._groups: list[list[int]] | None = None
         self._reader = ShardReader(folder)
 
     def __len__(self) -> int:
@@ -82,7 +89,48 @@ class LatentCache:
 
     def mismatches(self, data: DataConfig) -> list[str]:
         """Settings of ``data`` that differ from those the clips were prepared with, one line each."""
-        return [f"data.{k}={getattr(data, k)}, prepared with {self.settings[k]}" for k in SETTINGS if getattr(data, k) != self.settings[k]]
+        # With buckets the one size is that of the samples, and shapes no clip.
+        then = {k: self.settings[k] for k in SETTINGS if k not in SIZE or not data.buckets} | {"buckets": self.settings.get("buckets", [])}
+        if self.image_variants:
+            then["image_variants"] = self.image_variants
+        return [f"data.{k}={getattr(data, k)}, prepared with {value}" for k, value in then.items() if getattr(data, k) != value]
+
+    @property
+    def image_variants(self) -> int:
+        """Noised first frames that are stored of each clip, for image to video; 0 for text to video."""
+        return int(self.settings.get("image_variants", 0))
+
+    def image(self, position: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log variance of a noised first frame of the clip at ``position``: fp32 ``[16, 1, h, w]``, not scaled."""
+        mean, logvar = (self._clip_tensor(position, name) for name in first_frame.names(variant))
+        return mean, logvar
+
+    def first_frame(self, position: int) -> torch.Tensor:
+        """The first frame of the clip at ``position`` as the loader gives it, without noise: uint8 ``[H, W, 3]``."""
+        return self._clip_tensor(position, first_frame.FRAME)
+
+    def _clip_tensor(self, position: int, name: str) -> torch.Tensor:
+        entry = self._entries[position]
+        return self._reader.read(entry["clip_shard"], f"{entry['clip']}.{name}")
+
+    def bucket(self, position: int) -> str | None:
+        """The bucket of the clip at ``position``; ``None`` when all clips have one size."""
+        return self._entries[position].get("bucket")
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """``train`` by bucket, longest sequences first; empty when all clips have one size."""
+        if self._groups is None:
+            alike = self.alike([(position,) for position in self.train]) if self.settings.get("buckets") else []
+            self._groups = [[position for (position,) in one] for one in alike]
+        return self._groups
+
+    def alike(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
+        """``pairs``, which begin with a position, in lists of one size each, in their order."""
+        if not self.settings.get("buckets"):
+            return [list(pairs)]
+        held = in_order([str(self.bucket(pair[0])) for pair in pairs])
+        return [[pair for pair in pairs if self.bucket(pair[0]) == bucket] for bucket in held]
 
     def entry(self, position: int) -> CachedClip:
         """The clip at ``position`` (0 to len - 1), its tensors mapped from the file on the CPU."""
@@ -122,6 +170,12 @@ def split(sources: Sequence[str], holdout: int) -> tuple[list[int], list[int]]:
         if len(held) + len(groups[source]) <= limit:
             held += groups[source]
     return sorted(set(range(len(sources))) - set(held)), sorted(held)
+
+
+def by_bucket(index: Mapping[str, Any]) -> dict[str, int]:
+    """How many clips to train on each bucket has, by the prepared ``index``; unused buckets, too."""
+    counts = Counter(index["entries"][position].get("bucket") for position in index["train"])
+    return {bucket: counts[bucket] for bucket in index["settings"].get("buckets", [])}
 
 
 def fingerprint(keys: Sequence[str], holdout: Sequence[str]) -> str:

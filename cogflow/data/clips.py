@@ -13,6 +13,8 @@ import torch
 from torch.nn import functional
 
 from cogflow.config.schema import DataConfig
+from cogflow.data.scan import TOLERANCE, Scan, as_clip_errors, file_size, scan_packets
+from cogflow.data.scan import ClipError as ClipError
 from cogflow.data.video import to_rgb
 from cogflow.files.manifest import hash_file
 
@@ -22,18 +24,8 @@ VERSION = 1
 SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "seed")
 """The fields of :class:`DataConfig` that decide what :func:`read_clip` returns."""
 
-_TOLERANCE = 1e-3  # seconds; webm and mkv round times to milliseconds
-_MAX_PIXELS = 8192 * 8192
 _SEEK_FROM = 4.0  # seconds; below, decoding from the start is as quick
 _KEPT = 4  # frames kept at their own size, evenly spread
-
-
-class ClipError(Exception):
-    """This clip cannot be used; ``reason`` says why in a few words. The caller decides whether that ends the run."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -52,18 +44,6 @@ class Clip:
     source_at: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """What the packets of a file say, whatever its header claims. Times in seconds; ``end`` is where the last frame ends."""
-
-    times: np.ndarray
-    end: float
-
-    @property
-    def fps(self) -> float:
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
-
-
 def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
     """``data.frames`` frames of the video at ``data.fps``, each ``data.height`` x ``data.width``.
 
@@ -71,75 +51,18 @@ def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
     is no special case). Sizes change by antialiased bicubic interpolation. ``content`` is the SHA-256 of the file
     where it is already known; random windows and crops follow from it. Raises :class:`ClipError`.
     """
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ClipError("the file is missing") from None
-    except OSError as error:
-        raise ClipError(f"cannot be opened: {error.strerror}") from None
-    if size == 0:
-        raise ClipError("0 bytes")
+    size = file_size(path)
     if content is None and "random" in (data.crop, data.window):
         content = hash_file(path)
-    try:
-        scan = _scan(path, size)
+    with as_clip_errors():
+        scan = scan_packets(path, size)
         start = _window_start(scan, data, content or "")
         wanted = start + np.arange(data.frames) / data.fps
         picked = _pick(path, scan, wanted, data, content or "")
-    except av.error.FFmpegError as error:
-        raise ClipError(f"not a readable video (truncated, damaged or of another kind): {error.strerror}") from None
-    except OSError as error:
-        raise ClipError(f"cannot be read: {error.strerror or error}") from None
     own = (picked.source[0].shape[0], picked.source[0].shape[1])
     upscaled = any(after > before for after, before in zip(scaled_size(own, data), own, strict=True))
     source = torch.from_numpy(np.stack(picked.source))
     return Clip(torch.stack(picked.frames), own, scan.fps, len(scan.times), upscaled, source, tuple(picked.places))
-
-
-def _scan(path: Path, size: int) -> _Scan:
-    """Walk through the packets without decoding them."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ClipError("holds no video stream (or its header is damaged)")
-        stream = container.streams.video[0]
-        codec = stream.codec_context
-        if codec is None:
-            raise ClipError("truncated, or of a codec that is not known here")
-        if codec.width * codec.height > _MAX_PIXELS:
-            raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
-        index = getattr(stream, "index_entries", ())  # older PyAV: incomplete packets still tell most truncations
-        if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
-            raise ClipError("truncated: the header lists frames beyond the end of the file")
-        claimed = _claimed_seconds(stream)
-        base = float(stream.time_base or 0)
-        times, ends = [], []
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise ClipError("truncated or damaged: a frame is incomplete")
-            if packet.pts is None or packet.is_discard:
-                continue
-            times.append(packet.pts * base)
-            ends.append((packet.pts + (packet.duration or 0)) * base)
-    if not times:
-        raise ClipError("holds no frame")
-    stamps = np.unique(np.array(times))
-    if len(stamps) == 1:
-        raise ClipError("one frame only")
-    typical = float(np.median(np.diff(stamps)))
-    end = max(max(ends), float(stamps[-1]) + typical)
-    if claimed is not None and end - stamps[0] < 0.95 * claimed - 2 * typical:
-        raise ClipError(f"truncated or lying header: claims {claimed:.2f} s, holds {end - stamps[0]:.2f} s")
-    return _Scan(stamps, end)
-
-
-def _claimed_seconds(stream: av.VideoStream) -> float | None:
-    """The length Matroska and WebM write beside each stream. MP4 is checked by its own table, frame by frame."""
-    text = stream.metadata.get("DURATION", "")
-    try:
-        hours, minutes, seconds = text.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except ValueError:
-        return None
 
 
 def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
@@ -147,11 +70,11 @@ def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
-def _window_start(scan: _Scan, data: DataConfig, content: str) -> float:
+def _window_start(scan: Scan, data: DataConfig, content: str) -> float:
     """When the first wanted frame is shown; always the time of a real frame."""
     span = (data.frames - 1) / data.fps
     first, last = float(scan.times[0]), float(scan.times[-1])
-    if first + span >= scan.end - _TOLERANCE and first + span > last + _TOLERANCE:
+    if not scan.holds(data.frames, data.fps):
         needs = data.frames / data.fps
         raise ClipError(f"too short: has {scan.end - first:.2f} s, needs {needs:.2f} s ({data.frames} frames at {data.fps:g} a second)")
     slack = max(0.0, last - first - span)
@@ -159,7 +82,7 @@ def _window_start(scan: _Scan, data: DataConfig, content: str) -> float:
     if share is None:
         share = _rng(data, content, "window").random()
     at = first + share * slack
-    return float(scan.times[np.searchsorted(scan.times, at + _TOLERANCE, side="right") - 1])
+    return float(scan.times[np.searchsorted(scan.times, at + TOLERANCE, side="right") - 1])
 
 
 @dataclass
@@ -171,7 +94,7 @@ class _Picked:
     places: list[int]
 
 
-def _pick(path: Path, scan: _Scan, wanted: np.ndarray, data: DataConfig, content: str) -> _Picked:
+def _pick(path: Path, scan: Scan, wanted: np.ndarray, data: DataConfig, content: str) -> _Picked:
     """Decode once and keep only what is wanted, each frame shrunk at once: a long 4K clip never lies in memory."""
     keep = set(np.linspace(0, len(wanted) - 1, min(len(wanted), _KEPT)).round().astype(int).tolist())
     picked = _Picked([], [], [])
@@ -194,7 +117,7 @@ def _pick(path: Path, scan: _Scan, wanted: np.ndarray, data: DataConfig, content
     return picked
 
 
-def _select(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[tuple[av.VideoFrame, int]]:
+def _select(path: Path, scan: Scan, wanted: np.ndarray) -> Iterator[tuple[av.VideoFrame, int]]:
     """The frames shown at the ``wanted`` times, each with the number of times it is wanted."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -210,10 +133,10 @@ def _select(path: Path, scan: _Scan, wanted: np.ndarray) -> Iterator[tuple[av.Vi
             if frame.pts is None:
                 raise ClipError("frames carry no time stamps")
             upcoming = frame.pts * base
-            if shown is None and upcoming > wanted[0] + _TOLERANCE:
+            if shown is None and upcoming > wanted[0] + TOLERANCE:
                 raise ClipError("damaged: the first wanted frame does not decode")
             # `shown` stays on screen until `upcoming`: it serves all wanted times before that.
-            until = int(np.searchsorted(wanted, upcoming - _TOLERANCE, side="left"))
+            until = int(np.searchsorted(wanted, upcoming - TOLERANCE, side="left"))
             if shown is not None and until > done:
                 yield shown, until - done
                 done = until

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from cogflow.config.schema import DataConfig
-from cogflow.data import clips, softness
+from cogflow.data import buckets, clips, first_frame, softness
 from cogflow.data.index import ClipEntry
 from cogflow.data.shards import ShardWriter
 from cogflow.errors import DataError, QualityGateError
@@ -45,18 +45,22 @@ Embed = Callable[[Sequence[str]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Item:
-    """One clip of the index with the hash of its bytes, or the reason why it has none."""
+    """One clip of the index with the hash of its bytes and its bucket where there are any, or the reason why it has none."""
 
     entry: ClipEntry
     content: str | None
     stamp: tuple[int, int] | None
     reason: str | None
+    bucket: str | None = None
 
 
-def read_item(entry: ClipEntry) -> Item:
+def read_item(entry: ClipEntry, data: DataConfig) -> Item:
     try:
         stamp = _stamp(entry.path)
-        return Item(entry, hash_file(entry.path), stamp, None)
+        bucket = buckets.assign(entry.path, data) if data.buckets else None
+        return Item(entry, hash_file(entry.path), stamp, None, bucket)
+    except clips.ClipError as error:
+        return Item(entry, None, None, error.reason)
     except FileNotFoundError:
         return Item(entry, None, None, "the file is missing")
     except OSError as error:
@@ -80,8 +84,10 @@ def clip_settings(data: DataConfig) -> dict[str, Any]:
     return settings
 
 
-def clip_key(content: str, data: DataConfig, vae_hash: str) -> str:
-    return digest("clip", clips.VERSION, content, clip_settings(data), vae_hash)
+def clip_key(content: str, data: DataConfig, vae_hash: str, images: int = 0) -> str:
+    """``images``: noised first frames that are stored beside the clip; none for text to video."""
+    more = [["first frame", first_frame.VERSION, images]] if images else []
+    return digest("clip", clips.VERSION, content, clip_settings(data), vae_hash, *more)
 
 
 def text_key(text: str, text_hashes: Mapping[str, str], max_length: int) -> str:
@@ -128,7 +134,7 @@ def probe(items: Sequence[Item], data: DataConfig, quarantine: Quarantine) -> No
         reason = item.reason
         if reason is None:
             try:
-                clips.read_clip(item.entry.path, data, item.content)
+                clips.read_clip(item.entry.path, buckets.sized(data, item.bucket), item.content)
                 return
             except clips.ClipError as error:
                 reason = error.reason
@@ -163,13 +169,14 @@ def encode_clips(
     data: DataConfig,
     quarantine: Quarantine,
     *,
+    images: int,
     shard: int,
     report: Report,
 ) -> None:
     """Encode ``items`` (by clip key) one by one into shards of ``folder``; unreadable ones go to ``quarantine``.
 
     ``names`` are the index's names of each key: several files may have one content. The VAE is loaded only when there
-    is work. Clips are decoded a little ahead, in threads.
+    is work. Clips are decoded a little ahead, in threads. ``images``: noised first frames to encode besides, for image to video.
     """
     if not items:
         return
@@ -195,7 +202,10 @@ def encode_clips(
             }
             if measured:
                 facts |= measured | {"panel": measure(clip.frames.to(vae.device))}
-            writer.add(key, {"mean": mean, "logvar": logvar}, facts)
+            tensors = {"mean": mean, "logvar": logvar}
+            if images:
+                tensors |= first_frame.encode(vae, clip.frames[0], item.content or "", images)
+            writer.add(key, tensors, facts)
             bar.advance(1)
 
 
@@ -203,8 +213,7 @@ def encode_clips(
 def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t, h, w]``, not scaled."""
     pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1.0
-    posterior = vae.encode(pixels).latent_dist
-    return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
+    return first_frame.moments(vae, pixels)
 
 
 Decoded = tuple[clips.Clip | clips.ClipError, dict[str, Any]]
@@ -215,11 +224,12 @@ def _decoded(
     items: Mapping[str, Item], data: DataConfig, compared: set[str]
 ) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError, dict[str, Any]]]:
     def read(key: str, item: Item) -> Decoded:
+        at_size = buckets.sized(data, item.bucket)
         try:
-            clip = clips.read_clip(item.entry.path, data, item.content)
+            clip = clips.read_clip(item.entry.path, at_size, item.content)
         except clips.ClipError as error:
             return error, {}
-        return clip, softness.measured(clip, data, item.content or "", resampled=key in compared)
+        return clip, softness.measured(clip, at_size, item.content or "", resampled=key in compared)
 
     ahead: deque[tuple[str, Item, Future[Decoded]]] = deque()
     with ThreadPoolExecutor(max_workers=2) as pool:

@@ -9,26 +9,67 @@ import numpy as np
 
 
 def indices(
-    step: int, micro: int, *, train: Sequence[int], batch_size: int, accumulation: int, rank: int, world: int, seed: int
-) -> list[int]:
+    step: int, micro: int, *, train: Sequence[int], batch_size: int, accumulation: int, rank: int, world: int, seed: int,
+    groups: Sequence[Sequence[int]] = (),
+) -> list[int]:  # fmt: skip
     """The ``batch_size`` elements of ``train`` for micro step ``micro`` of step ``step`` (both from 0) on ``rank`` of ``world``.
 
     All ranks together walk through one endless line of epochs; each epoch is a new order of all of ``train``, and
     batches run on over the edge between two. The clips of one step as a set depend on accumulation * world only through
     their product, so one rank with two micro steps trains on the same clips as two ranks with one.
+
+    ``groups``: ``train`` divided into clips that fit into one batch (buckets, longest first); all elements are then of one group. Each
+    group has an endless line of its own, and what is left of it at the end of an epoch is carried into the next: no clip is dropped, and
+    in each epoch a group gives as many batches as its share of the clips, in a new order. Within a step the longest come first, so that
+    ranks of one micro step wait little for each other.
     """
     if not train:
         raise ValueError("no clip to train on")
     if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < world or batch_size < 1:
         raise ValueError(f"out of range: step {step}, micro {micro} of {accumulation}, rank {rank} of {world}, batch size {batch_size}")
-    first = ((step * accumulation + micro) * world + rank) * batch_size
+    filled = [group for group in groups if group]
+    if len(filled) > 1:
+        in_step = accumulation * world
+        counts = tuple(len(group) for group in filled)
+        batches = sorted(_batch(step * in_step + place, counts, batch_size, seed) for place in range(in_step))
+        group, turn = batches[micro * world + rank]
+        return _take(filled[group], turn * batch_size, batch_size, seed, group)
+    return _take(train, ((step * accumulation + micro) * world + rank) * batch_size, batch_size, seed, 0)
+
+
+def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) -> list[int]:
+    """``count`` elements from place ``first`` of the endless line of epochs of ``line``."""
     picked = []
-    for position in range(first, first + batch_size):
-        epoch, place = divmod(position, len(train))
-        picked.append(train[int(_permutation(seed, epoch, len(train))[place])])
+    for position in range(first, first + count):
+        epoch, place = divmod(position, len(line))
+        picked.append(line[int(_permutation(seed, epoch, len(line), group)[place])])
     return picked
 
 
-@lru_cache(maxsize=4)  # a batch touches two epochs at most, unless the set is smaller than the batch
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 0x0DDE]).permutation(count)
+def _batch(number: int, counts: tuple[int, ...], batch_size: int, seed: int) -> tuple[int, int]:
+    """(group, which of the group's batches) of batch ``number`` from 0 over all steps and ranks."""
+    epoch = max(0, number * batch_size // sum(counts) - 1)  # never too late: no epoch has given more than its share by its end
+    while sum(_given(counts, epoch + 1, batch_size)) <= number:
+        epoch += 1
+    before = _given(counts, epoch, batch_size)
+    labels, place = _labels(seed, epoch, counts, batch_size), number - sum(before)
+    group = int(labels[place])
+    return group, before[group] + int((labels[:place] == group).sum())
+
+
+def _given(counts: tuple[int, ...], epochs: int, batch_size: int) -> list[int]:
+    """Batches that each group has given after so many epochs: whole ones, the rest is carried on."""
+    return [epochs * count // batch_size for count in counts]
+
+
+@lru_cache(maxsize=4)
+def _labels(seed: int, epoch: int, counts: tuple[int, ...], batch_size: int) -> np.ndarray:
+    """The group of each batch of an epoch, in a new order each epoch."""
+    before, after = _given(counts, epoch, batch_size), _given(counts, epoch + 1, batch_size)
+    labels = np.repeat(np.arange(len(counts)), [then - now for now, then in zip(before, after, strict=True)])
+    return np.random.default_rng([seed, epoch, 0xB0C7]).permutation(labels)
+
+
+@lru_cache(maxsize=16)  # a batch touches two epochs at most, unless the set is smaller than the batch; each group has its own
+def _permutation(seed: int, epoch: int, count: int, group: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, 0x0DDE, *([group] if group else [])]).permutation(count)

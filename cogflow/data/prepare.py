@@ -18,7 +18,7 @@ import av
 
 from cogflow import ranks
 from cogflow.config.schema import Config, DataConfig, PrepareStage
-from cogflow.data import cache, shards, softness
+from cogflow.data import buckets, cache, shards, softness
 from cogflow.data.clips import SETTINGS
 from cogflow.data.encode import (
     CLIPS,
@@ -59,6 +59,7 @@ class PrepareResult:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     softness: dict[str, Any] = field(default_factory=dict)  # see cogflow.data.softness.summary
+    buckets: dict[str, int] = field(default_factory=dict)  # clips to train on by bucket; empty without buckets
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,14 @@ def prepare(
     model_hashes: Mapping[str, str],
     max_length: int,
     report: Report,
+    images: int = 0,
 ) -> PrepareResult:
     """Bring ``folder`` (``<run>/cache``) in line with the clips in ``clips_folder``; ``config.stage`` is the prepare stage.
 
     ``load_vae`` and ``load_text`` are called on a rank only when it has something to encode, first the captions, then
     the clips, never both models at once. ``model_hashes`` has "vae", which names clips, and whatever else determines
-    the embeddings. Called by every rank of a process group; the work is split over them.
+    the embeddings. ``images``: noised first frames to store of each clip, for image to video; 0: none. Called by every rank of a
+    process group; the work is split over them.
 
     Raises :class:`DataError` for an index that cannot work, too many unreadable clips, or none that is readable. While
     the folder does not match the data it has no index, so that training cannot take what it holds.
@@ -110,7 +113,7 @@ def prepare(
     data, options = config.data, config.stage
     if not isinstance(options, PrepareStage):
         raise TypeError(f"config.stage must be PrepareStage, not {type(options).__name__}")
-    plan = _make_plan(data, clips_folder, model_hashes, max_length)
+    plan = _make_plan(data, clips_folder, model_hashes, max_length, images)
     known_clips, known_texts, current = ranks.broadcast(_survey(folder, plan) if ranks.is_main() else None)
     if current is not None:
         return _result(folder, current, 0, 0, started)
@@ -131,29 +134,35 @@ def prepare(
     my_texts = {key: texts[key] for key in new_texts[ranks.rank() :: ranks.world_size()]}
     my_clips = {key: first[key] for key in new_clips[ranks.rank() :: ranks.world_size()]}
     encode_captions(my_texts, load_text, folder, batch=options.batch_size, shard=options.shard_clips, report=report)
-    encode_clips(my_clips, names, load_vae, folder, data, quarantine, shard=options.shard_clips, report=report)
+    encode_clips(my_clips, names, load_vae, folder, data, quarantine, images=images, shard=options.shard_clips, report=report)
 
     for rows in ranks.gather(quarantine.rows):
         for name, reason in rows.items():
             quarantine.add(name, reason)
-    index = ranks.broadcast(_finish(folder, plan, data, model_hashes, max_length, quarantine) if ranks.is_main() else None)
+    index = ranks.broadcast(_finish(folder, plan, data, model_hashes, max_length, quarantine, images) if ranks.is_main() else None)
     unreadable_keys = {key for key in new_clips if names[key][0] in quarantine.rows}
     return _result(folder, index, len(new_clips) - len(unreadable_keys), len(new_texts), started)
 
 
-def _make_plan(data: DataConfig, clips_folder: Path, model_hashes: Mapping[str, str], max_length: int) -> _Plan:
+def _make_plan(data: DataConfig, clips_folder: Path, model_hashes: Mapping[str, str], max_length: int, images: int) -> _Plan:
     entries = read_index(clips_folder)
-    mine = [read_item(entry) for entry in entries[ranks.rank() :: ranks.world_size()]]
+    mine = [read_item(entry, data) for entry in entries[ranks.rank() :: ranks.world_size()]]
     shares = [iter(share) for share in ranks.gather(mine)]
     items = [next(shares[position % len(shares)]) for position in range(len(entries))]
     text_hashes = {name: value for name, value in model_hashes.items() if name != "vae"}
-    clip_keys = [clip_key(item.content, data, model_hashes["vae"]) if item.content else None for item in items]
+    vae = model_hashes["vae"]
+    clip_keys = [clip_key(item.content, buckets.sized(data, item.bucket), vae, images) if item.content else None for item in items]
     text_keys = [text_key(item.entry.text, text_hashes, max_length) for item in items]
     empty = text_key("", text_hashes, max_length)
     named = [[item.entry.name, clip, text] for item, clip, text in zip(items, clip_keys, text_keys, strict=True)]
     # PyAV's version is in: another one may read what this one could not.
-    settings = {name: getattr(data, name) for name in (*SETTINGS, "holdout", "max_bad_share")}
+    settings = {name: getattr(data, name) for name in (*SETTINGS, "holdout", "max_bad_share")} | _more_settings(data, images)
     return _Plan(items, clip_keys, text_keys, empty, digest(cache.VERSION, named, settings, dict(model_hashes), av.__version__))
+
+
+def _more_settings(data: DataConfig, images: int) -> dict[str, Any]:
+    """Settings that shape clips where they are used: without buckets and images a folder is named as it was before there were any."""
+    return ({"buckets": list(data.buckets)} if data.buckets else {}) | ({"image_variants": images} if images else {})
 
 
 def _survey(folder: Path, plan: _Plan) -> tuple[set[str], set[str], dict[str, Any] | None]:
@@ -174,7 +183,7 @@ def _survey(folder: Path, plan: _Plan) -> tuple[set[str], set[str], dict[str, An
 
 
 def _finish(
-    folder: Path, plan: _Plan, data: DataConfig, model_hashes: Mapping[str, str], max_length: int, quarantine: Quarantine
+    folder: Path, plan: _Plan, data: DataConfig, model_hashes: Mapping[str, str], max_length: int, quarantine: Quarantine, images: int
 ) -> dict[str, Any]:
     """Write the index over all shards, and remove the shards that nothing names any more."""
     stored_clips, stored_texts = shards.scan(folder, CLIPS), shards.scan(folder, TEXTS)
@@ -186,7 +195,8 @@ def _finish(
         if clip is None or clip not in stored_clips or item.entry.name in quarantine.rows:
             continue
         stored = stored_clips[clip]
-        facts[item.entry.name] = stored.facts
+        bucket = {"bucket": item.bucket} if item.bucket else {}
+        facts[item.entry.name] = stored.facts | bucket
         upscaled += bool(stored.facts["upscaled"])
         slower += stored.facts["fps"] < 0.99 * data.fps
         sources.append(item.content or "")
@@ -199,6 +209,7 @@ def _finish(
                 "clip_shard": stored.shard,
                 "caption": text,
                 "text_shard": stored_texts[text].shard,
+                **bucket,
             }
         )
     quarantine.write()
@@ -210,7 +221,7 @@ def _finish(
         "version": cache.VERSION,
         "plan": plan.identity,
         "fingerprint": cache.fingerprint([entry["key"] for entry in entries], [entries[position]["key"] for position in holdout]),
-        "settings": {**{name: getattr(data, name) for name in SETTINGS}, "max_length": max_length},
+        "settings": {**{name: getattr(data, name) for name in SETTINGS}, "max_length": max_length, **_more_settings(data, images)},
         "models": dict(model_hashes),
         "counts": {"unreadable": len(quarantine.rows), "upscaled": upscaled, "slower": slower},
         "softness": softness.summary(facts, data),
@@ -233,7 +244,7 @@ def _result(folder: Path, index: dict[str, Any], encoded_clips: int, encoded_cap
     if counts["unreadable"]:
         warnings.append(f"{counts['unreadable']} clips are unreadable and left out; {folder / QUARANTINE} says why")
     if counts["upscaled"]:
-        size = f"{settings['width']}x{settings['height']}"
+        size = "their bucket" if settings.get("buckets") else f"{settings['width']}x{settings['height']}"
         own = ", ".join(f"{count} of {one}" for one, count in list(index.get("softness", {}).get("upscaled", {}).items())[:4])
         warnings.append(
             f"{counts['upscaled']} of {total} clips are smaller than {size} and were upscaled{f' ({own})' if own else ''}: they are soft, "
@@ -254,5 +265,6 @@ def _result(folder: Path, index: dict[str, Any], encoded_clips: int, encoded_cap
         seconds=time.monotonic() - started,
         warnings=warnings,
         softness=index.get("softness", {}),
+        buckets=cache.by_bucket(index),
         **counts,
     )

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cogflow.config.schema import DataConfig
+from cogflow.data.buckets import sized
 from cogflow.data.clips import Clip, corner, scaled_size
 from cogflow.sharpness.dataset import resolution, two_groups
 from cogflow.sharpness.panel import CHANNELS, change, measure
@@ -64,7 +65,7 @@ def lanczos(source: torch.Tensor, data: DataConfig, content: str) -> torch.Tenso
 
 
 def summary(facts: Mapping[str, Mapping[str, Any]], data: DataConfig) -> dict[str, Any]:
-    """What the clips' facts (by name) say together.
+    """What the clips' facts (by name; with their ``bucket`` where there are buckets) say together.
 
     ``measured``: how many were. ``upscaled``: sizes (``WxH``) of clips smaller than wanted, with their counts. ``scaled_up``: by name the
     size that clips look scaled up from. ``groups``: the softer of two groups, or ``None``. ``loader``: median change by channel against the
@@ -75,7 +76,7 @@ def summary(facts: Mapping[str, Mapping[str, Any]], data: DataConfig) -> dict[st
     scaled_up = {}
     for name, one in known.items():
         size, effective = one["size"], one["source"]["effective"]
-        wanted = scaled_size((size[0], size[1]), data)
+        wanted = scaled_size((size[0], size[1]), sized(data, one.get("bucket")))
         if one["source"]["scaled_up"] and all(part < ENOUGH * whole for part, whole in zip(effective, wanted, strict=True)):
             scaled_up[name] = f"{effective[1]}x{effective[0]}"
     groups = two_groups({name: one["detail"] for name, one in known.items()})

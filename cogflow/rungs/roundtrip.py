@@ -13,6 +13,7 @@ import torch
 
 from cogflow import ranks
 from cogflow.config.schema import Config
+from cogflow.data.buckets import sized
 from cogflow.data.cache import LatentCache
 from cogflow.data.clips import ClipError, read_clip
 from cogflow.data.encode import clip_key
@@ -107,7 +108,10 @@ def clips_folder(folder: Path, config: Config) -> Path:
 
 def _read(folder: Path, config: Config, cache: LatentCache) -> Iterator[Read]:
     """Clips evenly spread over the cache. One whose file is gone or another by now is passed over with a line, and the next one taken."""
-    wanted = min(config.sampling.roundtrip_clips, len(cache))
+    # With buckets the clips of the samples' size, since samples are held against them; of all sizes where there is none.
+    size = f"{config.data.frames}x{config.data.height}x{config.data.width}"
+    places = [index for index in range(len(cache)) if cache.bucket(index) in (None, size)] or list(range(len(cache)))
+    wanted = min(config.sampling.roundtrip_clips, len(places))
     if not wanted:
         return
     try:
@@ -115,18 +119,19 @@ def _read(folder: Path, config: Config, cache: LatentCache) -> Iterator[Read]:
     except CogflowError as error:
         say(f"note: no round trip of the clips: {error.message.splitlines()[0]}")
         return
-    order = sorted(range(len(cache)), key=lambda index: (index * wanted % len(cache) >= wanted, index))
+    order = sorted(range(len(places)), key=lambda place: (place * wanted % len(places) >= wanted, place))
     done, missed = 0, 0
-    for index in order:
+    for index in (places[place] for place in order):
         if done == wanted or missed == 2 * wanted:
             break
         entry = cache.entry(index)
         try:
             path = paths[entry.name]
             content = hash_file(path)
-            if clip_key(content, config.data, cache.model_hashes["vae"]) != cache.clip_of(index):
+            data = sized(config.data, cache.bucket(index))
+            if clip_key(content, data, cache.model_hashes["vae"], cache.image_variants) != cache.clip_of(index):
                 raise ClipError("it is not the file that was prepared")
-            clip = read_clip(path, config.data, content)
+            clip = read_clip(path, data, content)
         except (KeyError, OSError, ClipError) as error:
             missed += 1
             say(f"note: {entry.name} has no round trip: {error.reason if isinstance(error, ClipError) else 'its file is gone'}")

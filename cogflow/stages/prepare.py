@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cogflow import ranks
 from cogflow.config.schema import Config
+from cogflow.data import buckets
 from cogflow.data.encode import QUARANTINE, Embed
 from cogflow.data.index import LAYOUTS
 from cogflow.data.prepare import PrepareResult, prepare
@@ -20,7 +22,7 @@ from cogflow.data.shapes_folder import draw_folder
 from cogflow.errors import ConfigError, DataError
 from cogflow.files.manifest import hash_file
 from cogflow.files.paths import run_folder
-from cogflow.models import components
+from cogflow.models import components, inputs
 from cogflow.rungs import report as ladder
 from cogflow.rungs import source
 from cogflow.tracking.console import say
@@ -42,6 +44,8 @@ def run(config: Config) -> None:
     dtype = components.resolve_dtype(config.model, device)
     hashes = ranks.broadcast(model_hashes(model, dtype) if ranks.is_main() else None)
     max_length = caption_length(model)
+    transformer = read_transformer_config(model)
+    inputs.check_sizes(transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)})
 
     def load_text() -> Embed:
         tokenizer = components.load_tokenizer(model)
@@ -61,6 +65,7 @@ def run(config: Config) -> None:
         model_hashes=hashes,
         max_length=max_length,
         report=progress,
+        images=config.data.image_variants if inputs.takes_image(transformer) else 0,
     )
     if ranks.is_main():
         _tell(config, folder, clips_folder, hashes, result, started)
@@ -91,9 +96,16 @@ def model_hashes(model: Path, text_dtype: torch.dtype) -> dict[str, str]:
 
 def caption_length(model: Path) -> int:
     """Tokens that captions are padded to, as the transformer's own config says."""
+    return int(read_transformer_config(model)["max_text_seq_length"])
+
+
+def read_transformer_config(model: Path) -> dict[str, Any]:
+    """The transformer's config.json, which must say how long captions are. Raises :class:`ConfigError`."""
     config_file = model / "transformer" / "config.json"
     try:
-        return int(json.loads(config_file.read_text(encoding="utf-8"))["max_text_seq_length"])
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        int(config["max_text_seq_length"])
+        return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{config_file} does not say max_text_seq_length", "it should be a CogVideoX transformer's config.json"
@@ -114,6 +126,8 @@ def _tell(config: Config, folder: Path, clips_folder: Path, hashes: dict[str, st
         f"{result.clips} clips ({result.train} to train on, {result.holdout} held out): {result.encoded_clips} encoded, {reused} reused; "
         f"{result.encoded_captions} captions encoded"
     )
+    if result.buckets:
+        summary += "; to train on by bucket: " + ", ".join(f"{bucket} {count}" for bucket, count in result.buckets.items())
     for warning in result.warnings:
         say(f"warning: {warning}")
     with open_tracker(config, "prepare", folder) as tracker:

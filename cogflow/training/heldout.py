@@ -8,13 +8,14 @@ import torch
 
 from cogflow import ranks
 from cogflow.data.cache import LatentCache
+from cogflow.models.inputs import Inputs
 from cogflow.training import figures
 from cogflow.training.batch import HELDOUT_TIMESTEPS, Batch, heldout_batch
 
 
 @torch.no_grad()
 def heldout_table(
-    cache: LatentCache, compute: Callable[[Batch], torch.Tensor], batch_size: int, scaling_factor: float, device: torch.device
+    cache: LatentCache, compute: Callable[[Batch], torch.Tensor], batch_size: int, inputs: Inputs, device: torch.device
 ) -> torch.Tensor | None:
     """The table of :mod:`cogflow.training.figures` over all pairs of a held-out clip and a fixed timestep; ``None`` without such clips.
 
@@ -25,11 +26,11 @@ def heldout_table(
     if not pairs:
         return None
     world, rank = ranks.world_size(), ranks.rank()
-    chunks = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    chunks = [chunk for alike in cache.alike(pairs) for chunk in (alike[at : at + batch_size] for at in range(0, len(alike), batch_size))]
     sums = figures.empty(device)
     for turn in range(-(-len(chunks) // world)):
         place = turn * world + rank
-        batch = heldout_batch(cache, chunks[min(place, len(chunks) - 1)], scaling_factor=scaling_factor)
+        batch = heldout_batch(cache, chunks[min(place, len(chunks) - 1)], inputs=inputs)
         table = compute(batch.to(device))
         if place < len(chunks):
             sums += table

@@ -16,6 +16,7 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
+from cogflow.models.inputs import Inputs
 from cogflow.models.rotary import rotary_tables
 from cogflow.sharpness import spectrum
 from cogflow.sharpness.trend import Trend
@@ -52,14 +53,14 @@ class Trainer:
 
     def __init__(
         self, config: Config, engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
-        scaling_factor: float, device: torch.device, dtype: torch.dtype,
+        inputs: Inputs, device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         if not isinstance(config.stage, TrainStage):
             raise TypeError("training needs the settings of stage=train")
         self.stage: TrainStage = config.stage
         self.engine, self.ema, self.cache = engine, ema, cache
         self.alphas_cumprod = alphas_cumprod.to(device)
-        self.scaling_factor, self.device, self.dtype = scaling_factor, device, dtype
+        self.inputs, self.device, self.dtype = inputs, device, dtype
         self.log_every = config.tracking.log_every
         self.spectrum, self.trend = spectrum.Spectrum(), Trend()
         self.averages = Averages()
@@ -122,11 +123,12 @@ class Trainer:
         """Forward pass and objective of ``batch``, which lies on the device."""
         x_t = noised(batch.latents, batch.noise, self.alphas_cumprod, batch.timesteps)
         v = self.engine.forward(
-            hidden_states=x_t.to(self.dtype),
+            hidden_states=batch.seen(x_t).to(self.dtype),
             encoder_hidden_states=batch.embeds.to(self.dtype),
             timestep=batch.timesteps,
             image_rotary_emb=self._tables(batch.latents.shape),
             return_dict=False,
+            **self.inputs.extra(self.device, self.dtype),
         )[0]
         return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
 
@@ -134,7 +136,7 @@ class Trainer:
         """The table of figures on the held-out clips with the weights of this moment; ``None`` without such clips. Collective."""
         self.engine.module.eval()
         table = heldout_table(
-            self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.scaling_factor, self.device
+            self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.inputs, self.device
         )
         self.engine.module.train()
         return table
@@ -209,13 +211,14 @@ class Trainer:
         stage, rank, world = self.stage, ranks.rank(), ranks.world_size()
         chosen = indices(
             step, micro, train=self.cache.train, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation,
-            rank=rank, world=world, seed=stage.seed,
+            rank=rank, world=world, seed=stage.seed, groups=self.cache.groups,
         )  # fmt: skip
         # The slot is counted over accumulation and ranks, so that 2 ranks draw what 1 rank with 2 micro steps draws.
         first = (micro * world + rank) * stage.batch_size
         batch = training_batch(
-            self.cache, chosen, (stage.seed, step), first, text_dropout=stage.text_dropout, scaling_factor=self.scaling_factor
-        )
+            self.cache, chosen, (stage.seed, step), first, inputs=self.inputs, text_dropout=stage.text_dropout,
+            image_dropout=stage.image_dropout,
+        )  # fmt: skip
         return batch.to(self.device)
 
     def _tables(self, shape: Sequence[int]) -> Any:

@@ -34,8 +34,8 @@ def main(words: Sequence[str]) -> int:
             config = compose(choices)
             print(build.as_yaml(config), end="") if "--cfg" in flags else load(config.stage.name).run(config)
     except CogflowError as error:
-        if rank == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if rank == "0" or error.rank is not None:
+            print(f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

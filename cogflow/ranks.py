@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def setup(timeout_minutes: int = 60) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank; the same answer on every rank. Goes over the hosts, so that no GPU is waited for."""
+    if not dist.is_initialized() or world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)])
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_hosts())
+    return bool(box.item())
+
+
+@lru_cache(maxsize=1)
+def _hosts() -> Any:
+    """A group of all ranks that works on host memory: the default one where that is gloo. Collective the first time."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def close() -> None:

@@ -130,7 +130,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "max_bad_in_a_row": at_least(1), "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(1), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1)},
@@ -140,7 +140,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "warmup_steps": at_least(0), "schedule": one_of("constant", "linear", "cosine"), "min_lr_ratio": within(0, 1),
         "text_dropout": within(0, 1), "ema_decay": below_one, "seed": at_least(0), "resume": filled, "save_every": at_least(0),
         "sample_every": at_least(0), "evaluate_every": at_least(0), "keep_last": at_least(1),
-        "keep_best": at_least(0), "on_blur": one_of("warn", "stop", "rollback"),
+        "keep_best": at_least(0), "keep_every": at_least(0), "weights_every": at_least(0),
+        "on_blur": one_of("warn", "stop", "rollback"), "on_not_finite": one_of("stop", "skip", "rollback"),
+        "on_spike": one_of("log", "skip"), "ema_every": at_least(1), "ema_device": one_of("auto", "cpu"), "stall_minutes": at_least(0),
     },
     "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
     "SampleStage": {"fail_on": each(one_of(*WORSE, "over_sharpened"))},
@@ -236,11 +238,13 @@ def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
                 f"{max(1, train.steps // 4)}.",
                 (f"{path}.{key}", f"{path}.sample_every"),
             )
-    if train.on_blur == "rollback" and not train.save_every:
-        yield Problem(
-            f"{path}.on_blur=rollback: there is no checkpoint to go back to; give {path}.save_every, such as {max(1, train.sample_every)}.",
-            (f"{path}.on_blur", f"{path}.save_every"),
-        )
+    for key in ("on_blur", "on_not_finite"):
+        if getattr(train, key) == "rollback" and not train.save_every:
+            yield Problem(
+                f"{path}.{key}=rollback: there is no checkpoint to go back to; give {path}.save_every, such as "
+                f"{max(1, train.sample_every or train.steps // 4)}.",
+                (f"{path}.{key}", f"{path}.save_every"),
+            )
 
 
 def _deepspeed(deepspeed: Any) -> Iterator[Problem]:

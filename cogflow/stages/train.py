@@ -16,8 +16,10 @@ from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
+from cogflow.tracking.standing import Watchdog
 from cogflow.tracking.tracker import Tracker, open_tracker
-from cogflow.training import checkpoint, policy
+from cogflow.training import checkpoint, policy, retention
+from cogflow.training.breakdown import told
 from cogflow.training.identity import check_same
 from cogflow.training.loop import Hooks
 from cogflow.training.prepared import Prepared
@@ -36,6 +38,7 @@ def run(config: Config) -> None:
     ranks.setup()
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
+    retention.sweep_all(folder / "checkpoints")
     found, passed = checkpoint.find(stage.resume, folder / "checkpoints")
     for line in passed:
         say(f"warning: checkpoint passed over: {line}")
@@ -45,9 +48,10 @@ def run(config: Config) -> None:
         if before["step"] >= stage.steps:
             say(f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; give more stage.steps to go on")
             return
-    with open_tracker(config, "train", folder) as tracker:
-        prepared = Prepared(config, cache, folder, tracker)
-        train(prepared, tracker, found, rollbacks)
+    with open_tracker(config, "train", folder) as tracker, Watchdog(folder, 60 * stage.stall_minutes) as watchdog:
+        with told(config, watchdog):
+            prepared = Prepared(config, cache, folder, tracker)
+            train(prepared, tracker, found, rollbacks)
         tracker.artifact(
             "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]
         )
@@ -84,20 +88,23 @@ def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: l
             log=tracker.log,
             validate=validate,
             save=prepared.save,
-            stop=lambda: request.anywhere(prepared.device),
+            stopped=lambda done: prepared.save(done, owed=True),
+            save_weights=prepared.save_weights,
+            stop=request.anywhere,
             advance=lambda note: bar.advance(1, note),
             warn=tracker.alert,
+            not_finite=lambda step, line: policy.not_finite(step, line, stage, folder, prepared.save, tracker.alert),
         )
         if stage.text_dropout > MOST_DROPPED:
             tracker.alert("few captions are trained on", few_captions(stage.text_dropout))
         while True:
-            step = prepared.resume(found, rollbacks)
+            step, owed = prepared.resume(found, rollbacks)
             tracker.rewind(step)
             bar.advance(step - reached)
             if step:
                 say(f"resuming {folder} after step {step}")
             try:
-                prepared.trainer.run(step, hooks)
+                prepared.trainer.run(step, hooks, owed=owed)
                 return
             except policy.GoBack as back:
                 found, rollbacks, reached = back.path, back.rollbacks, back.start

@@ -11,7 +11,7 @@ from typing import Any
 
 from cogflow.files.publish import write_text
 
-TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/")
+TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/", "checkpoint/")
 """Names that belong to a step of training. On resume, lines that hold one are dropped beyond the checkpoint's step."""
 
 EVENTS = "events.jsonl"

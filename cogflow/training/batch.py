@@ -6,8 +6,8 @@ runs in between (a validation, a checkpoint, another rank count) can change what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -29,7 +29,15 @@ class Batch:
     timesteps: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.latents, self.noise, self.embeds, self.timesteps)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU copies from by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if value is None else change(value) for name, value in values.items()})
 
 
 def training_batch(

@@ -28,6 +28,7 @@ from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.redeal import redeal
 from cogflow.training.saved_weights import read_weights, save_weights
+from cogflow.weights.zero_files import read_states
 
 STEP = re.compile(r"step-(\d{6,})$")
 LATEST = "latest.json"
@@ -89,8 +90,14 @@ def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict
     part("verifying")
     size = sum((target / name).stat().st_size for name in files_below(target)) if ranks.is_main() else 0
     if ranks.is_main() and states:
-        write_json(folder / LATEST, {"step": step, "checkpoint": target.name, "bytes": size})
+        point_at(target)
     return Saved(target, time.perf_counter() - began, parts, size)
+
+
+def point_at(path: Path) -> None:
+    """Have ``latest.json`` name a checkpoint that was verified. Rank 0 only."""
+    size = sum((path / name).stat().st_size for name in files_below(path))
+    write_json(path.parent / LATEST, {"step": int(path.name[5:]), "checkpoint": path.name, "bytes": size})
 
 
 def agreed(work: Callable[[], T]) -> T:
@@ -153,6 +160,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     for path in ranks.broadcast(paths):
         problems = verified(path)
         if not problems:
+            if ranks.is_main():
+                point_at(path)
             return path, passed
         passed.append(f"{path.name}: {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else ""))
     return None, passed
@@ -182,6 +191,7 @@ def load(path: Path, engine: Engine, ema: EMA | None, *, same_layout: bool = Tru
     """
     trainer = read_trainer(path)
     if same_layout:
+        check_pickles(path / "deepspeed")
         engine.load(path / "deepspeed")
     else:
         redeal(path, engine)
@@ -190,6 +200,17 @@ def load(path: Path, engine: Engine, ema: EMA | None, *, same_layout: bool = Tru
             raise CheckpointError(f"{path} holds no averaged weights.", "It was trained with stage.ema_decay=0; resume with that.")
         ema.load(read_weights(path / "ema"), int(trainer["ema_updates"]))
     return trainer
+
+
+def check_pickles(folder: Path) -> None:
+    """DeepSpeed unpickles freely what it loads: have a reader that builds nothing look at every file first. Collective.
+
+    Raises :class:`CheckpointError` for a file that holds more than tensors and plain values.
+    """
+    files = sorted(folder.rglob("*.pt"))
+    for file in files[ranks.rank() :: ranks.world_size()]:
+        read_states(file)
+    ranks.barrier()
 
 
 def read_trainer(path: Path) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Engine:
                 "Use deepspeed=zero1, zero2 or zero3, which train the same, or model.dtype=fp32.",
             )
         deepspeed = start_deepspeed()
+        _supported(dtype)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = _optimizer(trained, deepspeed_settings, stage)
         self.zero_stage, self.dtype, self._stage = deepspeed_settings.zero_stage, dtype, stage
@@ -240,6 +241,27 @@ class Engine:
             self.optimizer.clip_grad = stage.gradient_clipping
 
 
+@contextlib.contextmanager
+def sharded_init(deepspeed_settings: DeepSpeedConfig, stage: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Have a model that is made inside the block be dealt out over the ranks, layer by layer, under ZeRO-3; else nothing."""
+    if deepspeed_settings.zero_stage < 3:
+        yield
+        return
+    deepspeed = start_deepspeed()
+    with deepspeed.zero.Init(config_dict_or_path=settings(deepspeed_settings, stage, dtype), dtype=dtype):
+        yield
+
+
+@contextlib.contextmanager
+def whole_on_main(target: Any) -> Iterator[None]:
+    """Have a parameter that is dealt out over the ranks whole inside the block; what rank 0 makes of it is dealt out again."""
+    if not hasattr(target, "ds_id"):
+        yield
+        return
+    with start_deepspeed().zero.GatheredParameters([target], modifier_rank=0):
+        yield
+
+
 def start_deepspeed() -> Any:
     """Import and start DeepSpeed, quietly, with one process group for one process, too."""
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank()))  # DeepSpeed insists on it, for one process, too
@@ -265,6 +287,19 @@ def start_deepspeed() -> Any:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def _supported(dtype: torch.dtype) -> None:
+    """Raise :class:`ConfigError` when DeepSpeed does not train in ``dtype`` on this device."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    wanted = {torch.float16: device.is_fp16_supported, torch.bfloat16: device.is_bf16_supported}.get(dtype, lambda: True)
+    if not wanted():
+        raise ConfigError(
+            f"model.dtype={str(dtype).removeprefix('torch.')}: DeepSpeed does not train in it on this {device.device_name()}.",
+            "Use model.dtype=fp32 here, or bf16 where it is supported.",
+        )
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], deepspeed_settings: DeepSpeedConfig, stage: TrainStage) -> torch.optim.Optimizer:

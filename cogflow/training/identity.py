@@ -107,7 +107,7 @@ def check_facts(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
         )
 
 
-def trained_with(vae: Any, scheduler: Any, transformer: Any, dtype: torch.dtype) -> dict[str, Any]:
+def trained_with(vae: Any, scheduler: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The facts an export must carry: with other values the same weights give blurred or broken videos."""
     names = ("snr_shift_scale", "prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
     return {
@@ -115,5 +115,4 @@ def trained_with(vae: Any, scheduler: Any, transformer: Any, dtype: torch.dtype)
         "invert_scale_latents": bool(vae.config.get("invert_scale_latents", False)),
         **{name: scheduler.config[name] for name in names},
         "dtype": components.dtype_name(dtype),
-        "max_sequence_length": transformer.config.max_text_seq_length,
     }

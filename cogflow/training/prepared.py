@@ -20,6 +20,7 @@ from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.identity import TUNABLE, check_facts, identity, layout_of, same_states, trained_with
 from cogflow.training.loop import Trainer
+from cogflow.training.parts import freeze, recompute
 from cogflow.training.validation import Validation
 
 
@@ -38,11 +39,12 @@ class Prepared:
         wanted = self._requests(prompts)
         vae = components.load_vae(self.source)
         scheduler = components.load_scheduler(self.source)
-        transformer = start.build(config, self.source, self.dtype, self.device)
-        start.freeze(transformer, self.stage.freeze)
-        start.recompute(transformer, config.deepspeed)
+        facts = trained_with(vae, scheduler, self.dtype)
+        transformer = start.build(config, self.source, self.dtype, self.device, facts)
+        freeze(transformer, self.stage.freeze)
+        recompute(transformer, config.deepspeed)
         transformer.train()
-        self.trained_with = trained_with(vae, scheduler, transformer, self.dtype)
+        self.trained_with = facts | {"max_sequence_length": transformer.config.max_text_seq_length}
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)
         self.ema = self._averages()
         factor = float(vae.config.scaling_factor)

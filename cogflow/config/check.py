@@ -169,7 +169,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator"), "share": above(0),
+        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator", "overhead"), "share": above(0),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip

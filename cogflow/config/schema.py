@@ -251,7 +251,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | assemble | panel, indicator (their cost) | separation (what the panel tells apart) | watch (its alarms)
+    what: str = "export"  # export | assemble | panel | indicator | overhead (of a step) | separation (by the panel) | watch (its alarms)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file

@@ -121,6 +121,11 @@ class TrainStage:
     keep_best: int = 0  # checkpoints kept besides: the best by the watch over the samples, ties by held-out loss
     on_blur: str = "warn"  # on an alarm over the samples: warn | stop (exit code 3) | rollback (to the last sharp checkpoint)
     rollback: RollbackConfig = field(default_factory=RollbackConfig)  # of on_blur=rollback
+    plan: bool = False  # print memory, time, disk and what would fit, and train nothing; needs neither weights nor clips
+    plan_gpus: int = 0  # GPUs to plan for; 0: as many as there are processes
+    plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
+    plan_host_gb: float = 0.0  # memory of one machine of up to 8 GPUs; 0: of this one where it has a GPU, else not judged
+    plan_tflops: float = 0.0  # TFLOP/s that training reaches on one GPU; 0: assumed from its data sheet, else from an H200's
 
 
 WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")

@@ -76,7 +76,7 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
 
 def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words: list[str]) -> Option:
     if layout.gpus != plan.setting.gpus:
-        words = [f"{layout.gpus} GPUs (stage.plan_gpus={layout.gpus})", *words]
+        words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
     step = flops.step(plan.shape, plan.tokens, checkpointing=layout.checkpointing).total * layout.batch * layout.accumulation
     seconds = step / (plan.device.tflops * 1e12) + traffic.traffic(plan.shape, layout).seconds
     encoder = plan.encoder
@@ -99,10 +99,8 @@ def notes(plan: Plan) -> list[str]:
     lines = []
     if plan.gpu.peak > plan.device.memory:
         if plan.setting.batch > 1:
-            lines.append(
-                f"stage.batch_size=1 stage.gradient_accumulation={plan.setting.batch * plan.setting.accumulation}: as many clips a step with "
-                "less memory"
-            )
+            words = f"stage.batch_size=1 stage.gradient_accumulation={plan.setting.batch * plan.setting.accumulation}"
+            lines.append(f"{words}: as many clips a step with less memory")
         lines.append("data.frames, data.height and data.width smaller: activations shrink with the tokens")
     if plan.device.host is not None and plan.host.peak > plan.device.host and plan.setting.ema:
         lines.append(

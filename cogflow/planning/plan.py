@@ -12,6 +12,13 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
 from cogflow.planning import data, disk, flops, memory, setting, shape, traffic
+from cogflow.planning.data import Clips
+from cogflow.planning.disk import Disk
+from cogflow.planning.flops import Forward, Step
+from cogflow.planning.memory import Memory, Sampling
+from cogflow.planning.setting import Setting
+from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.traffic import Traffic
 
 REACHED = 0.8
 """Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
@@ -43,20 +50,20 @@ class Plan:
 
     config: Config
     stage: TrainStage
-    shape: shape.Shape
+    shape: Shape
     model_source: str
     dtype: str
-    tokens: shape.Tokens
+    tokens: Tokens
     device: Device
-    setting: setting.Setting
-    sampling: memory.Sampling | None
-    gpu: memory.Memory
-    host: memory.Memory
-    forward: flops.Forward
-    sample: flops.Step
-    traffic: traffic.Traffic
-    disk: disk.Disk
-    clips: data.Clips
+    setting: Setting
+    sampling: Sampling | None
+    gpu: Memory
+    host: Memory
+    forward: Forward
+    sample: Step
+    traffic: Traffic
+    disk: Disk
+    clips: Clips
     prompts: int
     prompts_source: str
     encoder: int
@@ -138,7 +145,7 @@ def plan(config: Config) -> Plan:
         forward=flops.forward(own, tokens),
         sample=flops.step(own, tokens, checkpointing=layout.checkpointing),
         traffic=traffic.traffic(own, layout),
-        disk=disk.Disk(*disk.checkpoint(own, layout), disk.at_once(**written), disk.free(run)),
+        disk=Disk(*disk.checkpoint(own, layout), disk.at_once(**written), disk.free(run)),
         clips=data.clips(config, run),
         prompts=count,
         prompts_source=prompts_source,
@@ -154,11 +161,11 @@ def dtype_of(config: Config) -> str:
     return "fp32" if on_cpu or config.model.name not in FAMILY else FAMILY[config.model.name].dtype
 
 
-def sampling_of(config: Config) -> memory.Sampling:
+def sampling_of(config: Config) -> Sampling:
     """How a validation of ``config`` samples and decodes."""
     wanted, data_ = config.sampling, config.data
     size = 4 if wanted.vae_dtype == "auto" else setting.BYTES[wanted.vae_dtype]
-    return memory.Sampling(data_.frames, data_.height, data_.width, 2 if wanted.guidance_scale > 1 else 1, size, wanted.vae_tiling)
+    return Sampling(data_.frames, data_.height, data_.width, 2 if wanted.guidance_scale > 1 else 1, size, wanted.vae_tiling)
 
 
 def local_gpus(stage: TrainStage) -> int | None:

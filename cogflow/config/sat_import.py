@@ -179,7 +179,7 @@ def _average(flat: Mapping[str, Any], problems: list[Problem]) -> list[Setting]:
         own = "deepspeed.optimizer.params.ema_decay"
         decay = flat.get(own, EMA_DECAY)
         grows = bool(flat.get("deepspeed.optimizer.params.use_num_upates", True))
-        note = "samples and exports take the averages; SAT keeps and never uses them"
+        note = "samples and exports take the averages; SAT writes them beside, as <iteration>-ema"
         source = (own, decay) if own in flat else (key, name)
         return [Setting(*source, "stage.ema_decay", decay, note), Setting(key, name, "stage.ema_warmup", grows)]
     if last not in ("adam", "adamw", "fusedadam"):

@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {"args.warmup": 0.01, "args.lr_decay_style": "linear"
 
 EMA_DECAY = 0.9999
 """Of SAT's ``FusedEmaAdam``. Its decay grows as (1 + n) / (10 + n), as ours does with ``stage.ema_warmup``; 0.999 is reached after 9,000
-updates. SAT keeps the averages in the optimizer's states and never writes them out as weights."""
+updates. SAT saves the averages beside the weights, as ``<iteration>-ema``."""
 
 HELD_BACK = 100
 """Steps for which SAT's finetuning holds the learning rate at a twentieth; here it rises over them."""

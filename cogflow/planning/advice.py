@@ -11,6 +11,7 @@ from cogflow.planning.plan import Plan
 from cogflow.planning.setting import NODE, Setting
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
+TILING = "sampling.vae_tiling=true"
 PRESETS: dict[str, dict[str, bool | int]] = {
     "zero2": {"zero_stage": 2, "offload_optimizer": False, "offload_parameters": False},
     "zero3": {"zero_stage": 3, "offload_optimizer": False, "offload_parameters": False},
@@ -26,6 +27,7 @@ class Option:
 
     gpus: int
     words: tuple[str, ...]
+    setting: Setting
     gpu: memory.Memory
     host: memory.Memory
     seconds: float
@@ -35,12 +37,17 @@ def options(plan: Plan) -> list[Option]:
     """Ways that fit, those on as many GPUs as asked for first, then the quickest on each other number of them; no more than six."""
     found = []
     for gpus in dict.fromkeys((plan.setting.gpus, *WORLDS)):
-        fitting = [option for option in _at(plan, gpus) if _fits(plan, option)]
-        # What fits as it samples now need not sample otherwise.
-        fitting = [one for one in fitting if not any({*other.words} < {*one.words} for other in fitting)]
-        fitting.sort(key=lambda option: (option.seconds, len(option.words)))
-        found += fitting[: 2 if gpus == plan.setting.gpus else 1]
+        found += at(plan, gpus)[: 2 if gpus == plan.setting.gpus else 1]
     return found[:6]
+
+
+def at(plan: Plan, gpus: int) -> list[Option]:
+    """Ways that fit on ``gpus`` GPUs, the quickest first."""
+    fitting = [option for option in _at(plan, gpus) if _fits(plan, option)]
+    # What fits as it samples now need not sample otherwise.
+    known = {option.words for option in fitting}
+    fitting = [one for one in fitting if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known]
+    return sorted(fitting, key=lambda option: (option.seconds, len(option.words)))
 
 
 def _at(plan: Plan, gpus: int) -> Iterator[Option]:
@@ -53,7 +60,7 @@ def _at(plan: Plan, gpus: int) -> Iterator[Option]:
                 if checkpointing != plan.setting.checkpointing:
                     words.append(f"deepspeed.activation_checkpointing={str(checkpointing).lower()}")
                 if sampling is not plan.sampling:
-                    words.append("sampling.vae_tiling=true")
+                    words.append(TILING)
                 yield _option(plan, layout, sampling, words)
 
 
@@ -83,6 +90,7 @@ def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words
     return Option(
         gpus=layout.gpus,
         words=tuple(words),
+        setting=layout,
         gpu=memory.gpu(plan.shape, plan.tokens, layout, sampling, encoder=encoder),
         host=memory.host(plan.shape, layout, validates=sampling is not None, encoder=encoder),
         seconds=seconds,

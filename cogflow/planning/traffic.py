@@ -41,5 +41,20 @@ def traffic(shape: Shape, setting: Setting) -> Traffic:
         host += (micro + 1) * shape.trained * setting.bytes / setting.gpus
     if setting.offload_parameters:
         host += 2 * micro * shape.parameters * setting.bytes / setting.gpus
-    speed = BETWEEN if setting.nodes > 1 else INSIDE
-    return Traffic(reduced, gathered, averages, host, (reduced + gathered + averages) / speed + host / TO_HOST)
+    return Traffic(reduced, gathered, averages, host, (reduced + gathered + averages) / speed(setting) + host / TO_HOST)
+
+
+def speed(setting: Setting) -> float:
+    """Bytes per second from each GPU to the next of its ring: the slowest link of the way."""
+    return BETWEEN if setting.nodes > 1 else INSIDE
+
+
+def exposed(sent: Traffic, setting: Setting, *, backward: float, compute: float) -> float:
+    """Seconds of a step that wait for communication. Gradients are reduced while the last backward pass goes on (``overlap_comm``), and
+    ZeRO-3 fetches weights ahead; what is gathered after the update, and what goes to the host, nothing hides."""
+    reducing, gathering = sent.gradients / speed(setting), sent.weights / speed(setting)
+    hidden = backward if setting.overlap else 0.0
+    after = sent.averages / speed(setting) + sent.host / TO_HOST
+    if setting.zero_stage == 3:
+        return max(0.0, reducing + gathering - compute) + after
+    return max(0.0, reducing - hidden) + gathering + after

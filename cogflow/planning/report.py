@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cogflow.config.schema import Config
 from cogflow.errors import ConfigError
-from cogflow.planning import advice, memory
+from cogflow.planning import advice, memory, traffic
 from cogflow.planning.plan import Plan, plan
 from cogflow.tracking.console import say
 
@@ -96,7 +97,11 @@ def _traffic(plan: Plan) -> list[str]:
         between = f"{gb(sent.between_gpus)} from each GPU (gradients {gb(sent.gradients)}, weights {gb(sent.weights)}"
         between += f", averages {gb(sent.averages)})" if sent.averages else ")"
     host = f", {gb(sent.host)} between GPU and host" if sent.host else ""
-    return [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
+    lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
+    if plan.setting.gpus > 1:
+        others = {stage: traffic.traffic(plan.shape, replace(plan.setting, zero_stage=stage)).between_gpus for stage in range(4)}
+        lines.append("  by ZeRO stage: " + ", ".join(f"{stage}: {gb(sent)}" for stage, sent in others.items()))
+    return lines
 
 
 def _disk(plan: Plan) -> list[str]:

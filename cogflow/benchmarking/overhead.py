@@ -192,4 +192,5 @@ def _nothing(*_: Any) -> None:
 
 def told(row: dict[str, Any]) -> str:
     """A row in words."""
-    return f"{row['model']}: {1000 * row['cogflow']:.0f} ms a step, {row['ratio'] - 1:+.1%} beside bare DeepSpeed ({row['ratio of core time'] - 1:+.1%} of core time)"
+    more = f"{row['ratio'] - 1:+.1%} beside bare DeepSpeed ({row['ratio of core time'] - 1:+.1%} of core time)"
+    return f"{row['model']}: {1000 * row['cogflow']:.0f} ms a step, {more}"

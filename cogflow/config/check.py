@@ -143,6 +143,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "keep_best": at_least(0), "keep_every": at_least(0), "weights_every": at_least(0),
         "on_blur": one_of("warn", "stop", "rollback"), "on_not_finite": one_of("stop", "skip", "rollback"),
         "on_spike": one_of("log", "skip"), "ema_every": at_least(1), "ema_device": one_of("auto", "cpu"), "stall_minutes": at_least(0),
+        "plan_gpus": at_least(0), "plan_memory_gb": at_least(0), "plan_host_gb": at_least(0), "plan_tflops": at_least(0),
     },
     "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
     "SampleStage": {"fail_on": each(one_of(*WORSE, "over_sharpened"))},
@@ -196,14 +197,15 @@ def _between(config: Config) -> Iterator[Problem]:
     trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)
     if model.name == "auto" and (trains or stage.name in ("pretrain", "benchmark")):
         yield Problem(f"model=auto: stage={stage.name} must know its model: {', '.join(MODELS[:-1])}.", ("model.name",))
-    if trains and model.name not in ("tiny", "auto") and model.path is None:
+    planned = isinstance(stage, TrainStage) and stage.plan  # which needs neither weights nor clips
+    if trains and not planned and model.name not in ("tiny", "auto") and model.path is None:
         yield Problem(
             f"model.path is missing: model={model.name} has no weights here; give the diffusers pipeline folder to start from.",
             ("model.name", "model.path"),
         )
     if stage.name == "pretrain" and model.name not in ("tiny", "auto"):
         yield Problem(f"model={model.name}: stage=pretrain makes the tiny model only.", ("model.name",))
-    if trains and data.name == "folder" and data.path is None:
+    if trains and not planned and data.name == "folder" and data.path is None:
         yield Problem("data.path is missing: data=folder needs the folder of your clips.", ("data.name", "data.path"))
     if data.name == "shapes" and data.holdout >= data.clips:
         yield Problem(
@@ -221,6 +223,8 @@ def _between(config: Config) -> Iterator[Problem]:
             ("sampling.steps", "sampling.sampler"),
         )
     yield from _deepspeed(deepspeed)
+    if isinstance(stage, FlowStage) and stage.train.plan:
+        yield Problem("stage.train.plan=true: a plan trains nothing to go on with; use stage=train stage.plan=true.", ("stage.train.plan",))
     train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
     if isinstance(train, TrainStage) and train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
         guess = did_you_mean(nearest(train.resume, ("auto", "never")))

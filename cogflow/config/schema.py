@@ -132,6 +132,11 @@ class TrainStage:
     stall_minutes: float = 30.0  # when nothing has moved for so long, the rank at fault is named and the run ends; 0: never
     freeze: list[str] = field(default_factory=list)  # names of weights that are not trained, as patterns: [patch_embed.*]
     start: str | None = None  # weights to start from: run, checkpoint, SAT or diffusers folder; default: those of model.path
+    plan: bool = False  # print memory, time, disk and what would fit, and train nothing; needs neither weights nor clips
+    plan_gpus: int = 0  # GPUs to plan for; 0: as many as there are processes
+    plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
+    plan_host_gb: float = 0.0  # memory of one machine of up to 8 GPUs; 0: of this one where it has a GPU, else not judged
+    plan_tflops: float = 0.0  # TFLOP/s that training reaches on one GPU; 0: assumed from its data sheet, else from an H200's
 
 
 WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")

@@ -11,6 +11,7 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
+from cogflow.planning import report as planning
 from cogflow.sampling import gallery
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
@@ -34,6 +35,8 @@ def run(config: Config) -> None:
     stage = config.stage
     if not isinstance(stage, TrainStage):
         raise TypeError("stages.train needs the settings of stage=train")
+    if stage.plan:
+        return planning.show(config)
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)

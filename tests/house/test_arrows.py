@@ -12,7 +12,7 @@ import pytest
 
 MIDDLE = {
     "training", "sampling", "sharpness", "rungs", "pipeline", "conversion", "weights", "data", "tracking", "pretraining", "benchmarking",
-    "diagnosis",
+    "diagnosis", "planning",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),

@@ -108,3 +108,22 @@ relay() {
   if [ "$code" != 0 ] && [ "${written:-0}" != 0 ]; then code=$written; fi
   return "$code"
 }
+
+# Sets how a SLURM job runs its program: $containers (options of srun), $inside (what stands before the program), $once (what runs it once,
+# on the first node) and $python.
+in_container() {
+  containers=() inside=() once=()
+  if [ -z "${CONTAINER:-}" ]; then
+    find_python
+    return
+  fi
+  python=${COGFLOW_PYTHON:-python3}
+  case $CONTAINER in
+    *.sif) inside=(apptainer exec --nv --bind "$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD" "$CONTAINER") ;;
+    *)
+      containers=(--container-image="$CONTAINER" --container-workdir="$PWD")
+      containers+=(--container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+      once=(srun --nodes 1 --ntasks 1 "${containers[@]}")
+      ;;
+  esac
+}

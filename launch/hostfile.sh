@@ -31,8 +31,9 @@ fi
 
 # The environment does not travel by ssh. No secrets here: a command line can be read by all on the machine.
 words=$(printf '%q ' "HOSTFILE=$hostfile" "MASTER_ADDR=$master" "MASTER_PORT=$port" "COGFLOW_PYTHON=$python" "STAGE=${STAGE:-train}")
+passed='^(NCCL_.*|UCX_.*|GLOO_.*|OMP_NUM_THREADS|PYTHONPATH|HF_HUB_OFFLINE|WANDB_MODE)$'
 for name in $(compgen -e); do
-  if [[ $name =~ ^(NCCL_|UCX_|GLOO_|OMP_NUM_THREADS$|PYTHONPATH$|HF_HUB_OFFLINE$|WANDB_MODE$) ]]; then words+=$(printf '%q ' "$name=${!name}"); fi
+  if [[ $name =~ $passed ]]; then words+=$(printf '%q ' "$name=${!name}"); fi
 done
 command="cd $(printf '%q' "$PWD") && env $words"
 arguments=$(printf '%q ' bash launch/hostfile.sh "$@")

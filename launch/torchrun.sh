@@ -12,7 +12,8 @@ if [ "$nodes" = 1 ]; then
   meeting=(--standalone)
 else
   find_python
-  meeting=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id cogflow --rdzv-endpoint "${MASTER:?set MASTER=host:port, the same on every node}")
+  master=${MASTER:?set MASTER=host:port, the same on every node}
+  meeting=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id cogflow --rdzv-endpoint "$master")
 fi
 gpus=${GPUS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 relay "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$gpus" --no-python \

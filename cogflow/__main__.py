@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from cogflow import __version__
 from cogflow.config import build, help, problems
@@ -49,4 +50,8 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code, note = main(sys.argv[1:]), os.environ.get("COGFLOW_EXIT_FILE")
+    # For launchers that make another code of it. The first rank to fail is the cause, the others follow it.
+    if note and (code or os.environ.get("RANK", "0") == "0") and not os.path.exists(note):
+        append(Path(note), str(code))
+    sys.exit(code)

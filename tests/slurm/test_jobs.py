@@ -1,0 +1,108 @@
+"""``launch/slurm.sh`` and ``launch/slurm_seeds.sh`` on a real SLURM: time limit, failing node, array, a user's mistake."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, environment, processes, until
+from tests.slurm.conftest import STEPS, Words, steps, weights
+
+pytestmark = pytest.mark.slow
+TWO = ("--nodes=2", "--ntasks-per-node=1")
+
+
+def submit(cluster: Cluster, repository: Path, log: Path, *words: str, script: str = "slurm.sh") -> str:
+    options = [word for word in words if word.startswith("--")]
+    rest = [word for word in words if not word.startswith("--")]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return cluster.submit(
+        *options, f"--output={log}", f"launch/{script}", *rest, cwd=repository, COGFLOW_PYTHON=sys.executable, MASTER_PORT=""
+    )
+
+
+def ranks_of(job: str) -> dict[int, int]:
+    """Rank to the id of the process that trains as this rank of ``job``."""
+    found = {}
+    for pid in processes():
+        known = environment(pid)
+        if known.get("SLURM_JOB_ID") == job and "RANK" in known and b"\0-m\0cogflow\0" in command(pid):
+            found[int(known["RANK"])] = pid
+    return found
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_time_limit_that_expires(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    mine = words("limited", "stage.save_every=0")
+    run = undisturbed.parent / "limited"
+    job = submit(cluster, repository, log, *TWO, "--time=1", "--signal=B:USR1@50", *mine)
+    until(lambda: steps(run), "the first step", 60, log.read_text)
+    # Held until SLURM's own signal comes, so that a fast machine is not done before.
+    held = ranks_of(job)[1]
+    os.kill(held, signal.SIGSTOP)
+    try:
+        until(lambda: "time limit is near" in log.read_text(), "SLURM's signal", 50, log.read_text)
+    finally:
+        os.kill(held, signal.SIGCONT)
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again", 60, log.read_text)
+    assert 1 <= len(steps(run)) < STEPS
+    # A limit once is enough.
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    end = cluster.ended(job)
+    said = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "training ended with 75" in said and "start 2" in said and "resuming" in said
+    assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
+
+
+def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    mine = words("failing", "stage.save_every=2")
+    run = undisturbed.parent / "failing"
+    job = submit(cluster, repository, log, *TWO, *mine)
+    until(lambda: (run / "checkpoints/step-000002").exists() and len(steps(run)) >= 3, "three steps", 60, log.read_text)
+    assert len(ranks_of(job)) == 2
+    cluster.kill_node("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=killed")
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again", 60, log.read_text)
+    cluster.start_node("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    end = cluster.ended(job)
+    said = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "start 2" in said and "resuming" in said
+    assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
+
+
+def test_an_array_of_seeds(cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path) -> None:
+    mine = words("clips", "stage.steps=2", "stage.save_every=0")
+    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1")
+    job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_seeds.sh")
+    for seed in (0, 1):
+        assert cluster.ended(f"{job}_{seed}")["ExitCode"] == "0:0", (tmp_path / str(seed)).read_text()
+    runs = [clips.parent / f"clips-seed-{seed}" for seed in (0, 1)]
+    assert [len(steps(run)) for run in runs] == [2, 2]
+    assert steps(runs[0]) != steps(runs[1])
+    assert not (clips / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("mistake", ["stage.stepps=3", "data.clips=13"])
+def test_a_mistake_is_not_queued_again(cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str) -> None:
+    """One in the words, which is found before any task starts; one that only training can find, on both ranks."""
+    log = tmp_path / "log"
+    job = submit(cluster, repository, log, *TWO, *words(f"mistaken-{mistake[:5]}", mistake))
+    end = cluster.ended(job)
+    said = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0"), said
+    assert said.count("ConfigError:") == 1

@@ -5,11 +5,16 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,6 +38,22 @@ os.environ.update(
 )
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def cogflow() -> Command:
+    """Runs ``python -m cogflow`` with the words given, under ``torchrun`` when ``ranks`` is more than 1."""
+
+    def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-m"]
+        if ranks > 1:
+            start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        done = subprocess.run([*start, "cogflow", *words], capture_output=True, text=True, timeout=timeout, env=dict(os.environ))
+        if code is not None:
+            assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

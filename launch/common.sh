@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What the launchers share; sourced by them, from the repository.
+# shellcheck disable=SC2034 # what is set here is used there
 set -euo pipefail
 
 # fail MESSAGE: a mistake of the user, exit code 2.
@@ -58,14 +59,16 @@ keep_asking() {
   done
 }
 
-# ask_to_stop NAME: the first signal asks training to save and end; Ctrl-C after that ends it without.
+# ask_to_stop NAME: the first signal asks training to save and end; TERM or Ctrl-C after that, but not as its echo, ends it at once.
 ask_to_stop() {
   interrupted=1
   if [ -z "$asking" ]; then
     echo "$(basename "$0"): asked to stop by SIG$1; training saves a checkpoint after its step" >&2
     keep_asking signal_workers USR1 &
-    asking=$!
-  elif [ "$1" = INT ]; then
+    asking=$! asked_at=$SECONDS
+  elif [[ $1 = INT || $1 = TERM ]] && [ $((SECONDS - asked_at)) -gt 3 ]; then
+    echo "$(basename "$0"): SIG$1 after that: ending at once; no checkpoint of this moment" >&2
+    ended=$((128 + $(kill -l "$1")))
     signal_workers KILL
   fi
 }
@@ -91,9 +94,12 @@ relay() {
   folder=$(mktemp -d)
   export COGFLOW_EXIT_FILE=$folder/code
   unset RANK LOCAL_RANK WORLD_SIZE
-  asking="" launcher=""
-  local name
-  for name in USR1 TERM HUP INT; do trap "ask_to_stop $name" "$name"; done
+  export COGFLOW_REPEATED=SIGUSR1
+  asking="" launcher="" ended=""
+  trap 'ask_to_stop USR1' USR1
+  trap 'ask_to_stop TERM' TERM
+  trap 'ask_to_stop HUP' HUP
+  trap 'ask_to_stop INT' INT
   # -m: a process group of its own, which Ctrl-C in the terminal does not reach.
   # USR1 stays ignored in the workers until training listens to it: one that comes while torch is loaded does not kill them.
   set -m
@@ -105,7 +111,7 @@ relay() {
   if [ -n "$asking" ]; then kill "$asking" 2>/dev/null || true; fi
   written=$(head -n 1 "$COGFLOW_EXIT_FILE" 2>/dev/null || true)
   rm -rf "$folder"
-  if [ "$code" != 0 ] && [ "${written:-0}" != 0 ]; then code=$written; fi
+  if [ -n "$ended" ]; then code=$ended; elif [ "$code" != 0 ] && [ "${written:-0}" != 0 ]; then code=$written; fi
   return "$code"
 }
 

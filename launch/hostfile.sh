@@ -21,9 +21,10 @@ if [ -n "${HOSTFILE_NODE:-}" ]; then # on one of the hosts, started by the part 
   # Signals come as words on stdin, which ssh carries. When it closes, whoever started this is gone.
   {
     while read -r word; do kill -s "$word" $$; done
-    kill -s TERM $$
+    kill -s USR1 $$
   } <&0 2>/dev/null &
-  trap "kill $! 2>/dev/null || true" EXIT
+  listener=$!
+  trap 'kill "$listener" 2>/dev/null || true' EXIT
   relay "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh --node_rank "$node" --master_addr "$master" \
     --master_port "$port" --no_python --no_local_rank "${rank[@]}" "$python" -m cogflow "stage=${STAGE:-train}" "$@"
   exit
@@ -57,7 +58,10 @@ tell() { # NAME, to every host that still runs
   done
 }
 trap '' PIPE
-for name in USR1 TERM HUP INT; do trap "tell $name" "$name"; done
+trap 'tell USR1' USR1
+trap 'tell TERM' TERM
+trap 'tell HUP' HUP
+trap 'tell INT' INT
 
 # One that fails leaves the others waiting for it: they are asked to stop, and killed when that does not help.
 result=0 failed="" left=${#hosts[@]}
@@ -70,7 +74,7 @@ while [ "$left" -gt 0 ]; do
     left=$((left - 1))
     if [ "${codes[node]}" = 0 ]; then continue; fi
     echo "hostfile.sh: ${hosts[node]} ended with ${codes[node]}" >&2
-    if [ "$result" = 0 ]; then result=${codes[node]} failed=$SECONDS; tell TERM; fi
+    if [ "$result" = 0 ]; then result=${codes[node]} failed=$SECONDS; tell USR1; fi
   done
   if [ -n "$failed" ] && [ $((SECONDS - failed)) -gt 60 ]; then tell INT; fi
 done

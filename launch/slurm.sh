@@ -14,8 +14,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 [ -f launch/common.sh ] || { echo "slurm.sh: submit it from the repository, not from $PWD" >&2; exit 2; }
 source launch/common.sh
-asked="" step=""
-trap on_signal USR1
+asked="" asking="" step=""
 on_signal() {
   interrupted=1 asked=1
   if [ -n "$step" ] && [ -z "$asking" ]; then
@@ -24,12 +23,13 @@ on_signal() {
     asking=$!
   fi
 }
+trap on_signal USR1
 
 in_container
 # On this node, before any task starts: a mistake in the settings is said once, and the run's folder is known.
 settings=$("${once[@]}" "${inside[@]}" "$python" -m cogflow --cfg "stage=${STAGE:-train}" "$@") || exit $?
 run=$(setting "$settings" run root)/$(setting "$settings" run name)
-export COGFLOW_EXIT_FILE=$run/slurm/$SLURM_JOB_ID.code
+export COGFLOW_EXIT_FILE=$run/slurm/$SLURM_JOB_ID.code COGFLOW_REPEATED=SIGUSR1
 starts=$run/slurm/$SLURM_JOB_ID.starts
 mkdir -p "$run/slurm"
 rm -f "$COGFLOW_EXIT_FILE"
@@ -50,20 +50,23 @@ echo "slurm.sh: job $SLURM_JOB_ID, start $(wc -l <"$starts"), on $SLURM_JOB_NODE
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
-MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 export MASTER_ADDR MASTER_PORT
 
 # No torchrun between: each rank is a task. The shell of a task outlives TERM, which training answers with a checkpoint. USR1 stays ignored
 # until training listens to it. 75 is kept from srun, and every other failure for ten seconds: it would kill the ranks that are still
-# closing their files or saying what is wrong.
+# closing their files or saying what is wrong. A task that SLURM shows its own GPU only (--gpus-per-task) finds it under number 0.
+# shellcheck disable=SC2016 # the tasks expand it
 task='
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  if [ "${CUDA_VISIBLE_DEVICES:+one}" ] && [ "$CUDA_VISIBLE_DEVICES" = "${CUDA_VISIBLE_DEVICES%,*}" ]; then LOCAL_RANK=0; fi
   trap "" USR1; trap : TERM
   code=0; "$@" || code=$?
   case $code in 0 | 75) exit 0 ;; esac
   if [ "$RANK" != 0 ]; then sleep 10; fi
   exit "$code"'
-asking=""
+# srun takes it no more from sbatch by itself, and each rank would be left with one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 command=("${inside[@]}" "$python" -m cogflow "stage=${STAGE:-train}" "$@")
 (trap '' USR1; exec srun --kill-on-bad-exit=1 "${containers[@]}" bash -c "$task" task "${command[@]}") &
 step=$! launcher=$!
@@ -82,19 +85,26 @@ again() { # MESSAGE: queue the job again
 answering() { # whether every node of the job still runs what it is told
   timeout 300 srun --overlap --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 true
 }
+preempted() { # whether SLURM takes the nodes away for another job: it tells the tasks, and queues only those again that it has to kill
+  scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
 case $code in
-  75) # Only when SLURM asked this script to stop: not after scancel, which signals the tasks.
-    if [ -z "$asked" ]; then
+  75) # Only when SLURM asked for it: not after scancel, which signals the tasks.
+    if [ -z "$asked" ] && ! preempted; then
       echo "slurm.sh: SLURM did not ask for this stop; the job is not queued again." >&2
     elif [ "$(newest)" = "$before" ]; then
       echo "slurm.sh: this start brought no new checkpoint; the job is not queued again." >&2
     else
-      again "stopped for the time limit; the job is queued again and goes on."
+      again "stopped in time; the job is queued again and goes on."
     fi
     ;;
   0 | 2 | 3) ;;
-  *) # The ranks notice before SLURM does that a node is gone, each with an error of its own.
-    if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! answering; then again "a node does not answer; the job is queued again and goes on."; fi
+  *) # Cut short while it started; or a node is gone, which the ranks notice before SLURM does, each with an error of its own.
+    if preempted; then
+      again "the nodes are given to another job; the job is queued again and goes on."
+    elif [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! answering; then
+      again "a node does not answer; the job is queued again and goes on."
+    fi
     ;;
 esac
 exit "$code"

@@ -51,10 +51,14 @@ def run(config: Config) -> None:
         if before["step"] >= stage.steps:
             say(f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; give more stage.steps to go on")
             return
-    with open_tracker(config, "train", folder) as tracker, Watchdog(folder, 60 * stage.stall_minutes) as watchdog:
+    with (
+        open_tracker(config, "train", folder) as tracker,
+        Watchdog(folder, 60 * stage.stall_minutes) as watchdog,
+        StopRequest() as request,  # up to the report: after the last step a signal has nothing left to stop
+    ):
         with told(config, watchdog):
             prepared = Prepared(config, cache, folder, tracker)
-            train(prepared, tracker, found, rollbacks)
+            train(prepared, tracker, request, found, rollbacks)
         tracker.artifact(
             "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]
         )
@@ -78,7 +82,7 @@ def where_to_start(found: Path | None, stage: TrainStage, folder: Path) -> tuple
         return back.path, checkpoint.read_trainer(back.path), back.rollbacks
 
 
-def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: list[Rollback]) -> None:
+def train(prepared: Prepared, tracker: Tracker, request: StopRequest, found: Path | None, rollbacks: list[Rollback]) -> None:
     """Go on from ``found`` to the last step, going back where ``stage.on_blur=rollback`` says so."""
     stage, folder, reached = prepared.stage, prepared.folder, 0
 
@@ -86,7 +90,7 @@ def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: l
         outcome = prepared.validation(done)
         policy.act(outcome, stage, folder, prepared.validation.quiet, prepared.save)
 
-    with StopRequest() as request, progress(stage.steps, "training") as bar:
+    with progress(stage.steps, "training") as bar:
         hooks = Hooks(
             log=tracker.log,
             validate=validate,

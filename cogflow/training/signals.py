@@ -14,6 +14,9 @@ from cogflow import ranks
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 3.0
 """A terminal's Ctrl-C reaches every process of the group, and torchrun sends it to its workers once more: so long that is one request."""
+REPEATED = "COGFLOW_REPEATED"
+"""Variable with the names of signals that are one request however often they come: a launcher cannot know whether training listens yet, and
+sends its own again until training ends."""
 
 
 class StopRequest:
@@ -23,6 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: str | None = None
         self._when = 0.0
+        self._repeated = os.environ.get(REPEATED, "").split(",")
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -39,11 +43,11 @@ class StopRequest:
         return ranks.anywhere(self.received is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
         if self.received is None:
-            self.received, self._when = signal.Signals(number).name, now
-        elif now - self._when > ECHO_SECONDS:
+            self.received, self._when = name, now
+        elif name not in self._repeated and now - self._when > ECHO_SECONDS:
             # Not through Python's own end: another rank may be waited for in a collective, and threads may be writing.
             sys.stdout.flush()
-            os.write(2, f"{signal.Signals(number).name} after {self.received}: ending at once; no checkpoint of this moment\n".encode())
+            os.write(2, f"{name} after {self.received}: ending at once; no checkpoint of this moment\n".encode())
             os._exit(128 + number)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults.server import Server
 from tests.slurm.cluster import Cluster, missing
 
 STEPS = 6
@@ -24,17 +23,31 @@ Words = Callable[..., list[str]]
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
-        pytest.skip(reason)
+        # Where these tests have to run, being skipped is a failure.
+        (pytest.fail if os.environ.get("COGFLOW_REQUIRE_SLURM") else pytest.skip)(reason)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def clips(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run whose clips all others train on; its name is ``clips``."""
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two ranks that nobody stops. Its clips are those of the run beside it that is called ``clips``."""
     root = tmp_path_factory.mktemp("runs")
-    cogflow("stage=prepare", "debug=quick", "tracking=off", f"run.root={root}", "run.name=clips")
-    return root / "clips"
+    with Server(root) as server:
+        words = ["debug=quick", "tracking=off", f"run.root={root}"]
+        done = server.run("stage=prepare", *words, "run.name=clips", env={"WANDB_MODE": "disabled"})
+        assert done.code == 0, done.text[-5000:]
+        shutil.copytree(root / "clips/cache", root / "undisturbed/cache")
+        more = [*SETTINGS[2:], f"data.path={root / 'clips/data'}", "run.name=undisturbed"]
+        done = server.run("stage=train", *words, *more, ranks=2, env={"WANDB_MODE": "disabled"})
+        assert done.codes == [0, 0], done.text[-5000:]
+    return root / "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def clips(undisturbed: Path) -> Path:
+    """The run whose clips all others train on."""
+    return undisturbed.parent / "clips"
 
 
 @pytest.fixture(scope="session")
@@ -49,21 +62,6 @@ def words(clips: Path) -> Words:
         return [*settings, f"run.root={clips.parent}", f"run.name={name}", f"data.path={clips / 'data'}", *more]
 
     return beside
-
-
-@pytest.fixture(scope="session")
-def undisturbed(clips: Path, words: Words) -> Path:
-    """The run folder of two ranks that nobody stops, started by torchrun alone."""
-    cogflow("stage=train", *words("undisturbed"), ranks=2)
-    return clips.parent / "undisturbed"
-
-
-def cogflow(*words: str, ranks: int = 1) -> None:
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    done = subprocess.run([*start, "cogflow", *words], capture_output=True, text=True, timeout=300, env=dict(os.environ))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
 
 
 def steps(run: Path) -> list[tuple[int, float, float]]:

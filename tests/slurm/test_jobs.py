@@ -20,9 +20,8 @@ def submit(cluster: Cluster, repository: Path, log: Path, *words: str, script: s
     options = [word for word in words if word.startswith("--")]
     rest = [word for word in words if not word.startswith("--")]
     log.parent.mkdir(parents=True, exist_ok=True)
-    return cluster.submit(
-        *options, f"--output={log}", f"launch/{script}", *rest, cwd=repository, COGFLOW_PYTHON=sys.executable, MASTER_PORT=""
-    )
+    env = {"COGFLOW_PYTHON": sys.executable, "MASTER_PORT": "", "WANDB_MODE": "disabled"}
+    return cluster.submit(*options, f"--output={log}", f"launch/{script}", *rest, cwd=repository, **env)
 
 
 def ranks_of(job: str) -> dict[int, int]:
@@ -85,19 +84,26 @@ def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, und
     assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
 
 
-def test_an_array_of_seeds(cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path) -> None:
-    mine = words("clips", "stage.steps=2", "stage.save_every=0")
-    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1")
+def test_an_array_of_seeds_of_which_one_gives_way(cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path) -> None:
+    mine = words("clips", "stage.steps=4", "stage.save_every=0")
+    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2")  # each has a node of its own
     job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_seeds.sh")
-    for seed in (0, 1):
-        assert cluster.ended(f"{job}_{seed}")["ExitCode"] == "0:0", (tmp_path / str(seed)).read_text()
-    runs = [clips.parent / f"clips-seed-{seed}" for seed in (0, 1)]
-    assert [len(steps(run)) for run in runs] == [2, 2]
+    runs, logs = [clips.parent / f"clips-seed-{seed}" for seed in (0, 1)], [tmp_path / str(seed) for seed in (0, 1)]
+    until(lambda: logs[0].exists() and steps(runs[0]), "the first step", 60, cluster.logs)
+    # Held until SLURM's TERM comes, which brings CONT along, so that it is not done before.
+    first = cluster.job(f"{job}_0")
+    os.kill(ranks_of(first["JobId"])[0], signal.SIGSTOP)
+    urgent = cluster.submit("--partition=urgent", "--exclusive", f"--nodelist={first['NodeList']}", "--output=/dev/null", "--wrap=true", cwd=clips)
+    assert cluster.ended(urgent)["ExitCode"] == "0:0", logs[0].read_text() + cluster.logs()
+    ends = [cluster.ended(f"{job}_{seed}") for seed in (0, 1)]
+    assert [(end["ExitCode"], end["Restarts"]) for end in ends] == [("0:0", "1"), ("0:0", "0")], logs[0].read_text()
+    assert "training ended with 75" in logs[0].read_text() and "resuming" in logs[0].read_text()
+    assert [[step for step, *_ in steps(run)] for run in runs] == [[1, 2, 3, 4]] * 2
     assert steps(runs[0]) != steps(runs[1])
     assert not (clips / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("mistake", ["stage.stepps=3", "data.clips=13"])
+@pytest.mark.parametrize("mistake", ["stage.stepps=3", "data.frames=5"])
 def test_a_mistake_is_not_queued_again(cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str) -> None:
     """One in the words, which is found before any task starts; one that only training can find, on both ranks."""
     log = tmp_path / "log"

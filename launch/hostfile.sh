@@ -32,7 +32,7 @@ fi
 
 # The environment does not travel by ssh. No secrets here: a command line can be read by all on the machine.
 words=$(printf '%q ' "HOSTFILE=$hostfile" "MASTER_ADDR=$master" "MASTER_PORT=$port" "COGFLOW_PYTHON=$python" "STAGE=${STAGE:-train}")
-passed='^(NCCL_.*|UCX_.*|GLOO_.*|OMP_NUM_THREADS|PYTHONPATH|HF_HUB_OFFLINE|WANDB_MODE)$'
+passed='^(NCCL_.*|TORCH_.*|UCX_.*|FI_.*|GLOO_.*|OMP_NUM_THREADS|PYTHONPATH|HF_HUB_OFFLINE|WANDB_MODE)$'
 for name in $(compgen -e); do
   if [[ $name =~ $passed ]]; then words+=$(printf '%q ' "$name=${!name}"); fi
 done

@@ -1,4 +1,4 @@
-"""``launch/slurm.sh`` and ``launch/slurm_seeds.sh`` on a real SLURM: time limit, failing node, array, a user's mistake."""
+"""``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, a user's mistake."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, und
 def test_an_array_of_seeds_of_which_one_gives_way(cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path) -> None:
     mine = words("clips", "stage.steps=4", "stage.save_every=0")
     options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2")  # each has a node of its own
-    job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_seeds.sh")
+    job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_array.sh")
     runs, logs = [clips.parent / f"clips-seed-{seed}" for seed in (0, 1)], [tmp_path / str(seed) for seed in (0, 1)]
     until(lambda: logs[0].exists() and steps(runs[0]), "the first step", 60, cluster.logs)
     # Held until SLURM's TERM comes, which brings CONT along, so that it is not done before.

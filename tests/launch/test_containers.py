@@ -1,0 +1,52 @@
+"""``CONTAINER=`` of ``launch/slurm.sh``: which words are run inside of which. Stand-ins for srun, scontrol and apptainer run what they are given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STANDINS = {
+    "srun": 'while [[ $1 = -* ]]; do case $1 in --nodes|--ntasks) shift ;; esac; shift; done\nSLURM_PROCID=0 SLURM_LOCALID=3 exec "$@"',
+    "scontrol": 'case "$*" in "show hostnames "*) echo n1 ;; *"show node n1") echo "NodeName=n1 NodeAddr=127.0.0.1 X=1" ;; esac',
+    "apptainer": 'while [ "$1" != image.sif ]; do shift; done\nshift\nexec "$@"',
+    "python-inside": 'env | grep -E "^(LOCAL_)?RANK=" >>"$WORDS"\nexec PYTHON "$@"',
+}
+
+
+def run(folder: Path, repository: Path, **env: str) -> list[str]:
+    """What the job of a plan runs, one line for each call of a stand-in; the plan itself is real."""
+    calls = folder / "calls"
+    for name, body in STANDINS.items():
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >>"$WORDS"\n{body.replace("PYTHON", sys.executable)}\n')
+        path.chmod(0o755)
+    given = {
+        **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "WORDS": str(calls), "COGFLOW_PYTHON": "python-inside",
+        "SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1",
+    }  # fmt: skip
+    words = ["stage.plan=true", f"run.root={folder}", "run.name=plan"]
+    done = subprocess.run(["bash", "launch/slurm.sh", *words], cwd=repository, env={**given, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "training ended with 0" in done.stdout, done.stdout + done.stderr
+    return calls.read_text().splitlines()
+
+
+def test_apptainer(tmp_path: Path, repository: Path) -> None:
+    calls = run(tmp_path, repository, CONTAINER="image.sif", CONTAINER_MOUNTS="/clips:/clips", CUDA_VISIBLE_DEVICES="5")
+    inside = f"apptainer exec --nv --bind {repository},/clips:/clips --pwd {repository} image.sif python-inside -m cogflow"
+    assert [call for call in calls if call.startswith("apptainer")] == [
+        f"{inside} --cfg stage=train stage.plan=true run.root={tmp_path} run.name=plan",
+        f"{inside} stage=train stage.plan=true run.root={tmp_path} run.name=plan",
+    ]
+    # A task that is shown one GPU only finds it under number 0.
+    assert "RANK=0" in calls and "LOCAL_RANK=0" in calls
+
+
+def test_pyxis(tmp_path: Path, repository: Path) -> None:
+    calls = run(tmp_path, repository, CONTAINER="image.sqsh", CUDA_VISIBLE_DEVICES="0,1,2,3")
+    options = f"--container-image=image.sqsh --container-workdir={repository} --container-mounts={repository}:{repository}"
+    first, second = (call for call in calls if call.startswith("srun"))
+    assert first.startswith(f"srun --nodes 1 --ntasks 1 {options} python-inside -m cogflow --cfg stage=train")
+    assert second.startswith(f"srun --kill-on-bad-exit=1 {options} bash -c")
+    assert "LOCAL_RANK=3" in calls

@@ -69,7 +69,7 @@ class Place:
         """Step and ranks of the only checkpoint of a run."""
         (folder,) = (self.root / name / "checkpoints").glob("step-*")
         trainer = json.loads((folder / "trainer.json").read_text())
-        return int(trainer["step"]), int(trainer["identity"]["world size"])
+        return int(trainer["step"]), int(trainer["layout"]["world size"])
 
 
 @pytest.fixture(scope="module")

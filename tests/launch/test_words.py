@@ -1,4 +1,4 @@
-"""``CONTAINER=`` of ``launch/slurm.sh``: which words are run inside of which. Stand-ins for srun, scontrol and apptainer run what they are given."""
+"""What ``launch/slurm.sh`` runs, and inside of what. Stand-ins for srun, scontrol and apptainer run what they are given, up to the training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ STANDINS = {
     "srun": 'while [[ $1 = -* ]]; do case $1 in --nodes|--ntasks) shift ;; esac; shift; done\nSLURM_PROCID=0 SLURM_LOCALID=3 exec "$@"',
     "scontrol": 'case "$*" in "show hostnames "*) echo n1 ;; *"show node n1") echo "NodeName=n1 NodeAddr=127.0.0.1 X=1" ;; esac',
     "apptainer": 'while [ "$1" != image.sif ]; do shift; done\nshift\nexec "$@"',
-    "python-inside": 'env | grep -E "^(LOCAL_)?RANK=" >>"$WORDS"\nexec PYTHON "$@"',
+    "python-inside": 'env | grep -E "^(LOCAL_)?RANK=" >>"$WORDS"\ncase "$*" in *--cfg*) exec PYTHON "$@" ;; esac',
 }
 
 
-def run(folder: Path, repository: Path, **env: str) -> list[str]:
-    """What the job of a plan runs, one line for each call of a stand-in; the plan itself is real."""
+def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) -> list[str]:
+    """What the job runs, one line for each call of a stand-in."""
     calls = folder / "calls"
     for name, body in STANDINS.items():
         path = folder / name
@@ -26,8 +26,8 @@ def run(folder: Path, repository: Path, **env: str) -> list[str]:
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "WORDS": str(calls), "COGFLOW_PYTHON": "python-inside",
         "SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1",
     }  # fmt: skip
-    words = ["stage.plan=true", f"run.root={folder}", "run.name=plan"]
-    done = subprocess.run(["bash", "launch/slurm.sh", *words], cwd=repository, env={**given, **env}, capture_output=True, text=True, timeout=120)
+    command = ["bash", f"launch/{script}", f"run.root={folder}", "run.name=mine", "stage.steps=9"]
+    done = subprocess.run(command, cwd=repository, env={**given, **env}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "training ended with 0" in done.stdout, done.stdout + done.stderr
     return calls.read_text().splitlines()
 
@@ -36,8 +36,8 @@ def test_apptainer(tmp_path: Path, repository: Path) -> None:
     calls = run(tmp_path, repository, CONTAINER="image.sif", CONTAINER_MOUNTS="/clips:/clips", CUDA_VISIBLE_DEVICES="5")
     inside = f"apptainer exec --nv --bind {repository},/clips:/clips --pwd {repository} image.sif python-inside -m cogflow"
     assert [call for call in calls if call.startswith("apptainer")] == [
-        f"{inside} --cfg stage=train stage.plan=true run.root={tmp_path} run.name=plan",
-        f"{inside} stage=train stage.plan=true run.root={tmp_path} run.name=plan",
+        f"{inside} --cfg stage=train run.root={tmp_path} run.name=mine stage.steps=9",
+        f"{inside} stage=train run.root={tmp_path} run.name=mine stage.steps=9",
     ]
     # A task that is shown one GPU only finds it under number 0.
     assert "RANK=0" in calls and "LOCAL_RANK=0" in calls
@@ -50,3 +50,13 @@ def test_pyxis(tmp_path: Path, repository: Path) -> None:
     assert first.startswith(f"srun --nodes 1 --ntasks 1 {options} python-inside -m cogflow --cfg stage=train")
     assert second.startswith(f"srun --kill-on-bad-exit=1 {options} bash -c")
     assert "LOCAL_RANK=3" in calls
+
+
+def test_a_sweep(tmp_path: Path, repository: Path) -> None:
+    """A task's own words take the place of those of all tasks; its clips are those of the run it is named after."""
+    (tmp_path / "mine/cache").mkdir(parents=True)
+    (tmp_path / "sweep").write_text("stage.steps=7\nstage.learning_rate=1e-5 stage.steps=8\n")
+    calls = run(tmp_path, repository, "slurm_array.sh", SWEEP=str(tmp_path / "sweep"), SLURM_ARRAY_TASK_ID="1")
+    last = next(call for call in reversed(calls) if call.startswith("python-inside"))
+    assert last == f"python-inside -m cogflow stage=train run.root={tmp_path} run.name=mine-1 stage.learning_rate=1e-5 stage.steps=8"
+    assert (tmp_path / "mine-1/cache").samefile(tmp_path / "mine/cache")

@@ -1,4 +1,4 @@
-"""``launch/torchrun.sh`` and ``launch/hostfile.sh`` with real ranks: a signal to the script stops training, and its exit code comes back."""
+"""``launch/torchrun.sh`` and ``launch/hostfile.sh`` with real ranks: a signal to the script stops training, whose exit code comes back."""
 
 from __future__ import annotations
 
@@ -138,12 +138,11 @@ def test_a_second_signal_ends_at_once(place: Place) -> None:
 
 def running(run: Path) -> bool:
     """Whether any rank of a run is there."""
+    wanted = {b"cogflow", f"run.name={run.name}".encode(), f"run.root={run.parent}".encode()}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            if f"run.name={run.name}".encode() in words and f"run.root={run.parent}".encode() in words and b"cogflow" in words:
-                if b"\0RANK=" in (path / "environ").read_bytes():
-                    return True
+            if wanted <= set((path / "cmdline").read_bytes().split(b"\0")) and b"\0RANK=" in (path / "environ").read_bytes():
+                return True
         except OSError:
             continue
     return False

@@ -1,4 +1,4 @@
-"""What ``launch/slurm.sh`` runs, and inside of what. Stand-ins for srun, scontrol and apptainer run what they are given, up to the training."""
+"""What ``launch/slurm.sh`` runs, and inside of what. Stand-ins for srun, scontrol and apptainer run what they get, up to the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) ->
         path.chmod(0o755)
     given = {
         **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "WORDS": str(calls), "COGFLOW_PYTHON": "python-inside",
-        "SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1",
+        "SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS": "1",
     }  # fmt: skip
     command = ["bash", f"launch/{script}", f"run.root={folder}", "run.name=mine", "stage.steps=9"]
     done = subprocess.run(command, cwd=repository, env={**given, **env}, capture_output=True, text=True, timeout=120)

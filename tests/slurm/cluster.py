@@ -138,7 +138,7 @@ class Cluster:
         line = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def ended(self, job: str, seconds: float = 120) -> dict[str, str]:
+    def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
         """Wait for a job's end. A job that was queued again starts at once: the pause SLURM makes first is cut short."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

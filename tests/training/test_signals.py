@@ -34,7 +34,9 @@ def send(first: signal.Signals, second: signal.Signals, monkeypatch: pytest.Monk
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 
 
-@pytest.mark.parametrize(("repeated", "first", "second", "pause"), [("SIGUSR1", USR1, USR1, 60), ("SIGUSR1", TERM, USR1, 60), ("", USR1, USR1, 2)])
+@pytest.mark.parametrize(
+    ("repeated", "first", "second", "pause"), [("SIGUSR1", USR1, USR1, 60), ("SIGUSR1", TERM, USR1, 60), ("", USR1, USR1, 2)]
+)
 def test_the_same_request(
     monkeypatch: pytest.MonkeyPatch, repeated: str, first: signal.Signals, second: signal.Signals, pause: float
 ) -> None:

@@ -55,7 +55,7 @@ def test_a_share_of_weights_on_a_rank_may_be_empty() -> None:
     """As ZeRO-3 leaves it on the last of many ranks."""
     module = model()
     for parameter in module.parameters():
-        parameter.ds_tensor = torch.empty(0)  # type: ignore[attr-defined]
+        parameter.ds_tensor = torch.empty(0)
     movement = Movement(module)
     movement.before()
     assert float(movement.unchanged()) == pytest.approx(0.0)

@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import Command
 
 
-
 @pytest.fixture(scope="session")
 def flow(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of ``stage=flow debug=quick``; tests must not change it."""

@@ -14,11 +14,12 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 [ -f launch/common.sh ] || { echo "slurm.sh: submit it from the repository, not from $PWD" >&2; exit 2; }
 source launch/common.sh
+say() { echo "slurm.sh $(date +%T): $*" >&2; }
 asked="" asking="" step=""
 on_signal() {
   interrupted=1 asked=1
   if [ -n "$step" ] && [ -z "$asking" ]; then
-    echo "slurm.sh: the time limit is near; training saves a checkpoint after its step"
+    say "the time limit is near; training saves a checkpoint after its step"
     keep_asking kill -s USR1 "$step" 2>/dev/null & # srun passes it on to every task
     asking=$!
   fi
@@ -43,10 +44,10 @@ before=$(newest)
 echo "$before" >>"$starts"
 fruitless=$(tac "$starts" | awk -v now="$before" '$0 != now {exit} {n++} END {print n - 1}')
 if [ "$fruitless" -ge "${COGFLOW_FRUITLESS:-3}" ]; then
-  echo "slurm.sh: $fruitless starts in a row brought no checkpoint newer than: $before. The job is given up; the log above says why." >&2
+  say "$fruitless starts in a row brought no checkpoint newer than: $before. The job is given up; the log above says why."
   exit 1
 fi
-echo "slurm.sh: job $SLURM_JOB_ID, start $(wc -l <"$starts"), on $SLURM_JOB_NODELIST, newest checkpoint: $before"
+say "job $SLURM_JOB_ID, start $(wc -l <"$starts"), on $SLURM_JOB_NODELIST, newest checkpoint: $before"
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
@@ -76,11 +77,11 @@ if [ -n "$asking" ]; then kill "$asking" 2>/dev/null || true; fi
 # The ranks write down what they end with; srun tells the highest of what it saw, which may be that of its own kill.
 written=$(head -n 1 "$COGFLOW_EXIT_FILE" 2>/dev/null || true)
 if [ "${written:-0}" != 0 ]; then code=$written; fi
-echo "slurm.sh: training ended with $code, newest checkpoint: $(newest)"
+say "training ended with $code, newest checkpoint: $(newest)"
 
 again() { # MESSAGE: queue the job again
-  echo "slurm.sh: $1" >&2
-  scontrol requeue "$SLURM_JOB_ID" || echo "slurm.sh: SLURM does not queue the job again; submit it again and it goes on." >&2
+  say "$1"
+  scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not queue the job again; submit it again and it goes on."
 }
 answering() { # whether every node of the job still runs what it is told
   timeout 300 srun --overlap --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 true
@@ -91,9 +92,9 @@ preempted() { # whether SLURM takes the nodes away for another job: it tells the
 case $code in
   75) # Only when SLURM asked for it: not after scancel, which signals the tasks.
     if [ -z "$asked" ] && ! preempted; then
-      echo "slurm.sh: SLURM did not ask for this stop; the job is not queued again." >&2
+      say "SLURM did not ask for this stop; the job is not queued again."
     elif [ "$(newest)" = "$before" ]; then
-      echo "slurm.sh: this start brought no new checkpoint; the job is not queued again." >&2
+      say "this start brought no new checkpoint; the job is not queued again."
     else
       again "stopped in time; the job is queued again and goes on."
     fi

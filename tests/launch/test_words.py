@@ -29,7 +29,7 @@ def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) ->
     }  # fmt: skip
     command = ["bash", f"launch/{script}", f"run.root={folder}", "run.name=mine", "stage.steps=9"]
     done = subprocess.run(command, cwd=repository, env={**given, **env}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "training ended with 0" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "training ended with 0" in done.stderr, done.stdout + done.stderr
     return calls.read_text().splitlines()
 
 

@@ -15,8 +15,8 @@ STANDINS = {
 }
 
 
-def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) -> list[str]:
-    """What the job runs, one line for each call of a stand-in."""
+def job(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """How the job ended, and what it ran: one line for each call of a stand-in."""
     calls = folder / "calls"
     for name, body in STANDINS.items():
         path = folder / name
@@ -29,8 +29,14 @@ def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) ->
     }  # fmt: skip
     command = ["bash", f"launch/{script}", f"run.root={folder}", "run.name=mine", "stage.steps=9"]
     done = subprocess.run(command, cwd=repository, env={**given, **env}, capture_output=True, text=True, timeout=120)
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) -> list[str]:
+    """What a job that ends well runs."""
+    done, calls = job(folder, repository, script, **env)
     assert done.returncode == 0 and "training ended with 0" in done.stderr, done.stdout + done.stderr
-    return calls.read_text().splitlines()
+    return calls
 
 
 def test_apptainer(tmp_path: Path, repository: Path) -> None:
@@ -61,3 +67,22 @@ def test_a_sweep(tmp_path: Path, repository: Path) -> None:
     last = next(call for call in reversed(calls) if call.startswith("python-inside"))
     assert last == f"python-inside -m cogflow stage=train run.root={tmp_path} run.name=mine-1 stage.learning_rate=1e-5 stage.steps=8"
     assert (tmp_path / "mine-1/cache").samefile(tmp_path / "mine/cache")
+
+
+def test_fruitless_starts(tmp_path: Path, repository: Path) -> None:
+    """As often as is allowed without a newer checkpoint, and not once more; a checkpoint in between makes good for those before it."""
+    starts, checkpoint = tmp_path / "mine/slurm/7.starts", tmp_path / "mine/checkpoints/step-000100"
+    for _ in range(3):
+        run(tmp_path, repository)
+    done, calls = job(tmp_path, repository)
+    assert done.returncode == 1 and "3 starts in a row brought no checkpoint" in done.stderr, done.stderr
+    assert calls[-1].startswith("python-inside -m cogflow --cfg"), "it trains though"
+    checkpoint.mkdir(parents=True)
+    run(tmp_path, repository)
+    assert starts.read_text().split() == ["none"] * 4 + ["step-000100"]
+
+
+def test_a_sweep_without_a_line_for_the_task(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "sweep").write_text("stage.steps=7\n")
+    done, calls = job(tmp_path, repository, "slurm_array.sh", SWEEP=str(tmp_path / "sweep"), SLURM_ARRAY_TASK_ID="1")
+    assert (done.returncode, calls) == (2, []) and "has no line for task 1" in done.stderr

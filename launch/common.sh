@@ -27,7 +27,7 @@ setting() {
   sed -n "/^$2:/,/^[^ ]/{s/^  $3: //p}" <<<"$1" | sed "s/^'\(.*\)'$/\1/; s/''/'/g; s:^~/:$HOME/:"
 }
 
-# workers PID: the processes below PID that have a rank, which are those that train. Read from /proc: images may lack ps.
+# workers PID: the processes below PID that train, which are those that $rank started. Read from /proc: images may lack ps.
 workers() {
   local -A children=()
   local stat line fields pid child queue=("$1")
@@ -40,7 +40,7 @@ workers() {
     pid=${queue[0]}
     queue=("${queue[@]:1}")
     for child in ${children[$pid]:-}; do
-      if grep -qszE '^RANK=' "/proc/$child/environ"; then echo "$child"; else queue+=("$child"); fi
+      if grep -qszE '^COGFLOW_RANK=' "/proc/$child/environ"; then echo "$child"; else queue+=("$child"); fi
     done
   done
 }
@@ -67,7 +67,7 @@ ask_to_stop() {
     keep_asking signal_workers USR1 &
     asking=$! asked_at=$SECONDS
   elif [[ $1 = INT || $1 = TERM ]] && [ $((SECONDS - asked_at)) -gt 3 ]; then
-    echo "$(basename "$0"): SIG$1 after that: ending at once; no checkpoint of this moment" >&2
+    if [ -z "$ended" ]; then echo "$(basename "$0"): SIG$1 after that: ending at once; no checkpoint of this moment" >&2; fi
     ended=$((128 + $(kill -l "$1")))
     signal_workers KILL
   fi
@@ -83,8 +83,14 @@ await() {
 }
 
 # What a launcher starts as each rank, before its words. TERM is ignored but while training listens to it: launchers send it when the first
-# rank has ended, and the rank that is still closing its files, or saying what is wrong, would be cut short.
-rank=(bash -c 'trap "" TERM; exec "$@"' rank)
+# rank has ended, and the rank that is still closing its files, or saying what is wrong, would be cut short. DeepSpeed sends it to the
+# children of ranks as well, W&B's among them: the others let rank 0 end first.
+# shellcheck disable=SC2016 # the ranks expand it
+rank=(bash -c '
+  trap "" TERM
+  code=0; COGFLOW_RANK=$RANK "$@" || code=$?
+  if [ "$RANK" != 0 ] && [ "$RANK" = "${LOCAL_RANK:-}" ] && [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; then sleep 10; fi
+  exit "$code"' rank)
 
 # relay COMMAND ...: run a launcher that starts the ranks (torchrun, deepspeed), and return what training returned.
 #   Launchers kill their workers half a minute after a signal: it goes to the workers instead, and the launcher learns nothing of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -78,8 +79,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
     prepared = place.start("torchrun.sh", "clips", STAGE="prepare", GPUS="1")
     assert prepared.code() == 0, prepared.text()
     yield place
-    for one in place.all:
-        one.process.kill()
+    for pid in running(place.root):  # of a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -126,23 +128,23 @@ def test_a_hostfile_of_two(place: Place) -> None:
 def test_a_second_signal_ends_at_once(place: Place) -> None:
     """The first comes before training listens, and is neither lost nor the end of it."""
     training = place.start("torchrun.sh", "twice", GPUS="1")
-    training.until(lambda: running(place.root / "twice"))
+    training.until(lambda: running(place.root, "twice"))
     training.process.send_signal(signal.SIGTERM)
     time.sleep(4.5)
     began = time.monotonic()
     training.process.send_signal(signal.SIGTERM)
     assert training.code() == 128 + signal.SIGTERM and "at once" in training.text(), training.text()
-    assert time.monotonic() - began < 30 and not running(place.root / "twice")
+    assert time.monotonic() - began < 30 and not running(place.root, "twice")
     assert not (place.root / "twice/checkpoints").exists()
 
 
-def running(run: Path) -> bool:
-    """Whether any rank of a run is there."""
-    wanted = {b"cogflow", f"run.name={run.name}".encode(), f"run.root={run.parent}".encode()}
+def running(root: Path, name: str = "") -> list[int]:
+    """The processes of the runs below ``root``, launchers and ranks; with ``name`` the ranks of that run."""
+    found = []
+    wanted = {f"run.root={root}".encode(), *([b"cogflow", f"run.name={name}".encode()] if name else [])}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted <= set((path / "cmdline").read_bytes().split(b"\0")) and b"\0RANK=" in (path / "environ").read_bytes():
-                return True
-        except OSError:
-            continue
-    return False
+        with contextlib.suppress(OSError):
+            words, known = ((path / file).read_bytes().split(b"\0") for file in ("cmdline", "environ"))
+            if wanted <= set(words) and (not name or b"COGFLOW_RANK=0" in known):
+                found.append(int(path.name))
+    return found

@@ -13,7 +13,7 @@ import pytest
 from cogflow.files.manifest import check_manifest
 from tests.faults.conftest import World, server_says
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 LIVES = int(os.environ.get("COGFLOW_SOAK", "100"))
 SEED = int(os.environ.get("COGFLOW_SOAK_SEED", "1"))

@@ -12,10 +12,10 @@ from tests.conftest import Command
 
 
 @pytest.fixture(scope="session")
-def flow(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def flow(started: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of ``stage=flow debug=quick``; tests must not change it."""
     root = tmp_path_factory.mktemp("runs")
-    cogflow("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
+    started("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
     return root / "flow"
 
 

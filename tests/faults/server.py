@@ -55,7 +55,8 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
-        env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+        # WANDB_MODE wins over tracking.wandb, and a run that does not test it need not wait for its service.
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )

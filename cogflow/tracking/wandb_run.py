@@ -32,7 +32,7 @@ ARTIFACT_SECONDS = 300.0
 MOST_FAILURES = 3
 """After this many failed calls W&B is left alone."""
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",
     # Neither code nor git remotes nor the command's raw words are taken: our records say what is needed, without secrets.

@@ -84,7 +84,7 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
 def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words: list[str]) -> Option:
     if layout.gpus != plan.setting.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
-    step = flops.step(plan.shape, plan.tokens, checkpointing=layout.checkpointing).total * layout.batch * layout.accumulation
+    step = flops.step(plan.shape, plan.tokens, recomputed=layout.recomputed(plan.shape.layers)).total * layout.batch * layout.accumulation
     seconds = step / (plan.device.tflops * 1e12) + traffic.traffic(plan.shape, layout).seconds
     encoder = plan.encoder
     return Option(
@@ -109,6 +109,8 @@ def notes(plan: Plan) -> list[str]:
         if plan.setting.batch > 1:
             words = f"stage.batch_size=1 stage.gradient_accumulation={plan.setting.batch * plan.setting.accumulation}"
             lines.append(f"{words}: as many clips a step with less memory")
+        if plan.gpu.parts["EMA"]:
+            lines.append(f"stage.ema_device=cpu takes {plan.gpu.parts['EMA'] / 1e9:.0f} GB off each GPU, at the price of a copy a step")
         lines.append("data.frames, data.height and data.width smaller: activations shrink with the tokens")
     if plan.device.host is not None and plan.host.peak > plan.device.host and plan.setting.ema:
         lines.append(

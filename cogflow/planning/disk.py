@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogflow.config.schema import TrainStage
 from cogflow.planning.setting import Setting
 from cogflow.planning.shape import Shape
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. ``most``: checkpoints at once, the one that is being written included."""
+    """Bytes. ``most``: checkpoints at once, the one that is being written included. ``alone``: folders of weights for an export."""
 
     deepspeed: float
     weights: float
     averages: float
     most: int
+    alone: int
     free: float | None
 
     @property
@@ -26,7 +29,7 @@ class Disk:
 
     @property
     def needed(self) -> float:
-        return self.most * self.checkpoint
+        return self.most * self.checkpoint + self.alone * self.weights
 
     @property
     def full(self) -> bool:
@@ -46,11 +49,17 @@ def checkpoint(shape: Shape, setting: Setting) -> tuple[float, float, float]:
     return states, weights, 4.0 * shape.parameters if setting.ema else 0.0
 
 
-def at_once(*, steps: int, save_every: int, keep_last: int, keep_best: int, sample_every: int) -> int:
+def at_once(stage: TrainStage) -> int:
     """Checkpoints on the disk at the worst moment: a new one is whole before an old one goes."""
-    written = max(1, -(-steps // save_every)) if save_every else 1
-    sharp = 1 if sample_every else 0
-    return min(written, keep_last + keep_best + sharp + 1)
+    written = max(1, -(-stage.steps // stage.save_every)) if stage.save_every else 1
+    sharp = 1 if stage.sample_every else 0
+    kept = stage.steps // math.lcm(stage.keep_every, stage.save_every) if stage.keep_every and stage.save_every else 0
+    return min(written, stage.keep_last + stage.keep_best + sharp + 1 + kept)
+
+
+def weights_alone(stage: TrainStage) -> int:
+    """Folders of weights at the end: none of them is deleted."""
+    return stage.steps // stage.weights_every if stage.weights_every else 0
 
 
 def free(folder: Path) -> float | None:

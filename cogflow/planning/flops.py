@@ -25,7 +25,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Step:
-    """Operations of one training sample: forward, backward (twice that), and the blocks once more where activations are recomputed."""
+    """Operations of one training sample: forward, backward (twice that), and once more the blocks whose activations are recomputed."""
 
     forward: float
     backward: float
@@ -54,7 +54,10 @@ def forward(shape: Shape, tokens: Tokens) -> Forward:
     )
 
 
-def step(shape: Shape, tokens: Tokens, *, checkpointing: bool) -> Step:
-    """Of one sample. Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted."""
+def step(shape: Shape, tokens: Tokens, *, recomputed: int) -> Step:
+    """Of one sample, with so many blocks computed again.
+
+    Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted.
+    """
     one = forward(shape, tokens)
-    return Step(one.total, 2 * one.total - one.inputs, one.total - one.outside if checkpointing else 0.0)
+    return Step(one.total, 2 * one.total - one.inputs, (one.total - one.outside) * recomputed / shape.layers)

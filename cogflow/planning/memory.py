@@ -81,13 +81,16 @@ def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | Non
     parts["optimizer states"] = 0.0 if setting.offload_optimizer else 8 * trained * sharded
     parts["gradients"] = _gradients(trained, setting)
     doubled = 2 if setting.overlap and whole else 1
-    parts["buckets"] = setting.reduce_bucket * size * doubled if setting.zero_stage > 0 else 0.0
+    carried = setting.reduced_bytes if setting.reduced_bytes > size and setting.gpus > 1 else 0  # a copy of the bucket that is sent
+    parts["buckets"] = setting.reduce_bucket * (size * doubled + carried) if setting.zero_stage > 0 else 0.0
     hidden = tokens.total * shape.width * size * setting.batch
-    parts["activations"] = shape.layers * hidden * (1.0 if setting.checkpointing else SAVED)
-    parts["temporary peak"] = WORKING * hidden if setting.checkpointing else (WORKING - SAVED) * hidden
+    again = setting.recomputed(shape.layers)
+    parts["activations"] = hidden * (again + (shape.layers - again) * SAVED)
+    parts["temporary peak"] = WORKING * hidden if again else (WORKING - SAVED) * hidden
     parts["optimizer step"] = _step(trained, setting)
+    parts["EMA"] = 0.0 if not setting.ema or setting.ema_on_host else 4 * shape.parameters * share
     parts["sampling"] = _sampling(shape, tokens, setting, sampling) if sampling else 0.0
-    resident = parts["weights"] + parts["fp32 master"] + parts["optimizer states"]
+    resident = parts["weights"] + parts["fp32 master"] + parts["optimizer states"] + parts["EMA"]
     phases = {
         "start": max(encoder * size, _start(shape, setting)),
         "forward and backward": resident
@@ -120,9 +123,9 @@ def _step(trained: int, setting: Setting) -> float:
 
 
 def _start(shape: Shape, setting: Setting) -> float:
-    """While DeepSpeed is built: the weights whole, also under ZeRO-3, and once more flat where they stay whole."""
+    """While DeepSpeed is built: each rank's share under ZeRO-3, else the weights whole, and once more flat in ZeRO-1 and 2."""
     weights = shape.parameters * setting.bytes
-    return float(2 * weights if setting.zero_stage in (1, 2) else weights)
+    return float(2 * weights if setting.zero_stage in (1, 2) else weights / setting.gpus if setting.zero_stage == 3 else weights)
 
 
 def _sampling(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling) -> float:
@@ -151,11 +154,12 @@ def host(shape: Shape, setting: Setting, *, validates: bool, encoder: float = EN
     parts["weights"] = (
         size * trained * share if setting.offload_parameters or (setting.offload_optimizer and setting.zero_stage < 3) else 0.0
     )
-    parts["EMA"] = 4 * trained * share if setting.ema else 0.0
+    parts["EMA"] = 4 * shape.parameters * share if setting.ema and setting.ema_on_host else 0.0
     parts["VAE"] = local * VAE * 4.0 if validates else 0.0
-    parts["loading"] = local * max(encoder, shape.parameters) * size
-    # The averages take the weights' place at a validation; every process keeps a copy of the weights meanwhile.
-    parts["weights set aside"] = local * shape.parameters * size if setting.ema and validates else 0.0
+    # One process loads the text encoder for all; the transformer's weights come one by one.
+    parts["loading"] = encoder * size
+    # The averages take the weights' place at a validation; each process keeps its share of the weights meanwhile.
+    parts["weights set aside"] = shape.parameters * size * share if setting.ema and validates else 0.0
     steady = sum(parts[name] for name in ("processes", "optimizer states", "gradients", "weights", "EMA", "VAE"))
     return Memory(
         parts,

@@ -122,14 +122,13 @@ def plan(config: Config) -> Plan:
     if not isinstance(stage, TrainStage):
         raise TypeError("a plan needs the settings of stage=train")
     run = run_folder(config.run)
-    own, model_source = shape.of_model(config.model)
+    own, model_source = shape.of_model(config.model, stage.freeze)
     tokens = shape.tokens(own, config.data.frames, config.data.height, config.data.width)
     dtype = dtype_of(config)
     layout = setting.of_config(config, dtype, stage.plan_gpus or ranks.world_size(), local_gpus(stage))
     count, prompts_source = data.prompts(config)
     sampling = sampling_of(config) if stage.sample_every else None
-    encoder = 0 if config.model.name == "tiny" else memory.ENCODER
-    written = {name: getattr(stage, name) for name in ("steps", "save_every", "keep_last", "keep_best", "sample_every")}
+    encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
     return Plan(
         config=config,
         stage=stage,
@@ -143,9 +142,9 @@ def plan(config: Config) -> Plan:
         gpu=memory.gpu(own, tokens, layout, sampling, encoder=encoder),
         host=memory.host(own, layout, validates=sampling is not None, encoder=encoder),
         forward=flops.forward(own, tokens),
-        sample=flops.step(own, tokens, checkpointing=layout.checkpointing),
+        sample=flops.step(own, tokens, recomputed=layout.recomputed(own.layers)),
         traffic=traffic.traffic(own, layout),
-        disk=Disk(*disk.checkpoint(own, layout), disk.at_once(**written), disk.free(run)),
+        disk=Disk(*disk.checkpoint(own, layout), disk.at_once(stage), disk.weights_alone(stage), disk.free(run)),
         clips=data.clips(config, run),
         prompts=count,
         prompts_source=prompts_source,

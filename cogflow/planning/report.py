@@ -47,9 +47,16 @@ def _model(plan: Plan) -> list[str]:
         f"({data.frames} frames of {data.height} x {data.width})",
         f"layout       {plan.setting.gpus} GPU{'s' if plan.setting.gpus > 1 else ''} on {plan.setting.nodes} "
         f"machine{'s' if plan.setting.nodes > 1 else ''}, ZeRO-{plan.setting.zero_stage}{_offloaded(plan)}, activation checkpointing "
-        f"{'on' if plan.setting.checkpointing else 'off'}, {plan.setting.batch} clip{'s' if plan.setting.batch > 1 else ''} x "
+        f"{_recomputed(plan)}, {plan.setting.batch} clip{'s' if plan.setting.batch > 1 else ''} x "
         f"{plan.setting.accumulation} micro step{'s' if plan.setting.accumulation > 1 else ''} a GPU",
     ]
+
+
+def _recomputed(plan: Plan) -> str:
+    if not plan.setting.checkpointing:
+        return "off"
+    again = plan.setting.recomputed(plan.shape.layers)
+    return "on" if again == plan.shape.layers else f"of {again} in {plan.shape.layers} blocks"
 
 
 def _offloaded(plan: Plan) -> str:
@@ -108,9 +115,10 @@ def _disk(plan: Plan) -> list[str]:
     disk = plan.disk
     there = f"{gb(disk.free)} are free" if disk.free is not None else "what is free is not known"
     averages = f", averages {gb(disk.averages)}" if disk.averages else ""
+    alone = f" and {disk.alone} folders of weights alone" if disk.alone else ""
     return [
         f"one checkpoint: {gb(disk.checkpoint)} (DeepSpeed's states {gb(disk.deepspeed)}, weights {gb(disk.weights)}{averages}); "
-        f"up to {disk.most} at once: {gb(disk.needed)}; {there}",
+        f"up to {disk.most} at once{alone}: {gb(disk.needed)}; {there}",
         *(["  warning: they do not fit there: stage.keep_last=1, stage.keep_best=0, or run.root on a larger disk"] if disk.full else []),
     ]
 

@@ -52,7 +52,7 @@ def row(model: str, gpus: int, memory: int) -> Row:
     words = [f"stage.plan_gpus={gpus}", f"stage.plan_memory_gb={memory}", f"stage.plan_host_gb={HOST}", f"stage.plan_tflops={speed}"]
     asked = plan(compose(["stage=train", "stage.plan=true", f"model={model}", "data=folder", "stage.ema_decay=0.9999", *words]))
     best = advice.at(asked, gpus)[0]
-    step = flops.step(asked.shape, asked.tokens, checkpointing=best.setting.checkpointing)
+    step = flops.step(asked.shape, asked.tokens, recomputed=best.setting.recomputed(asked.shape.layers))
     compute = step.total / (speed * 1e12)
     backward = (step.backward + step.recomputation) / (speed * 1e12)
     waiting = traffic.exposed(traffic.traffic(asked.shape, best.setting), best.setting, backward=backward, compute=compute)

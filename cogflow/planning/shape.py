@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from cogflow.config.schema import ModelConfig
 from cogflow.conversion import configs, facts
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
+from cogflow.training import parts
 
 COMPRESSION = 8
 """Pixels per latent, along height and along width."""
@@ -52,10 +53,11 @@ class Tokens:
         return self.text + self.video
 
 
-def of_config(config: Mapping[str, Any]) -> Shape:
-    """The shape of the transformer that a ``config.json`` of diffusers describes."""
+def of_config(config: Mapping[str, Any], freeze: Sequence[str] = ()) -> Shape:
+    """The shape of the transformer that a ``config.json`` of diffusers describes; what matches ``freeze`` is not trained."""
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(dict(config))
+    parts.freeze(model, freeze)
     parameters = list(model.parameters())
     own = model.config
     return Shape(
@@ -76,16 +78,16 @@ def of_config(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def of_model(model: ModelConfig) -> tuple[Shape, str]:
+def of_model(model: ModelConfig, freeze: Sequence[str] = ()) -> tuple[Shape, str]:
     """The shape that ``model.path`` holds, else the family's, and where it comes from. The folder need not be there yet."""
     folder = tiny.folder() if model.name == "tiny" and model.path is None else None
     if model.path is not None:
         folder = Path(model.path).expanduser()
     file = folder / "transformer" / "config.json" if folder else None
     if file is None or not file.is_file():
-        return of_config(configs.transformer_config(facts.of_family(model.name))), f"model={model.name}, at its published size"
+        return of_config(configs.transformer_config(facts.of_family(model.name)), freeze), f"model={model.name}, at its published size"
     try:
-        return of_config(json.loads(file.read_text(encoding="utf-8"))), str(file)
+        return of_config(json.loads(file.read_text(encoding="utf-8")), freeze), str(file)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} describes no CogVideoX transformer: {error}", "Give the folder of a diffusers pipeline.") from error
 

@@ -30,13 +30,13 @@ class Traffic:
 def traffic(shape: Shape, setting: Setting) -> Traffic:
     """Rings: reducing or gathering M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice that."""
     around = (setting.gpus - 1) / setting.gpus
-    weights, gradients = shape.parameters * setting.bytes * around, shape.trained * setting.bytes * around
+    weights, gradients = shape.parameters * setting.bytes * around, shape.trained * setting.reduced_bytes * around
     micro = setting.accumulation
     reduced = {0: 2 * gradients, 1: gradients, 2: micro * gradients, 3: micro * gradients}[setting.zero_stage]
     # ZeRO-3 gathers for the forward and again for the backward pass; recomputation finds the weights that the backward pass needs.
     gathered = {0: 0.0, 1: weights, 2: weights, 3: 2 * micro * weights}[setting.zero_stage]
-    averages = weights if setting.ema and setting.zero_stage == 3 else 0.0
-    host = 4 * shape.trained / setting.gpus if setting.ema else 0.0
+    averages = weights / setting.ema_every if setting.ema and setting.zero_stage == 3 else 0.0
+    host = 4 * shape.trained / setting.gpus / setting.ema_every if setting.ema and setting.ema_on_host else 0.0
     if setting.offload_optimizer:
         host += (micro + 1) * shape.trained * setting.bytes / setting.gpus
     if setting.offload_parameters:

@@ -98,6 +98,7 @@ def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: l
             warn=tracker.alert,
             not_finite=lambda step, line: policy.not_finite(step, line, stage, folder, prepared.save, tracker.alert),
         )
+        prepared.validation.stop = request.anywhere
         if stage.text_dropout > MOST_DROPPED:
             tracker.alert("few captions are trained on", few_captions(stage.text_dropout))
         while True:

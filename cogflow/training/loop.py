@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
 from cogflow.models.rotary import rotary_tables
+from cogflow.sampling.sampler import Interrupted
 from cogflow.sharpness import spectrum
 from cogflow.tracking.standing import mark
 from cogflow.training import figures
@@ -165,6 +167,7 @@ class Trainer:
         """What is due after ``done`` steps. A validation comes before the save: its result is known when the checkpoint is kept."""
         stage = self.stage
         sampled = due(done, stage.sample_every, stage.steps)
+        before = copy.deepcopy(self.state()) if sampled else {}
         if due(done, stage.evaluate_every, stage.steps):
             mark(f"step {done}: held-out loss")
             self.evaluation(done, self.following.trend, hooks.log, hooks.warn)
@@ -172,7 +175,15 @@ class Trainer:
             self.following.moved(done, hooks)
         if sampled:
             mark(f"step {done}: validation")
-            hooks.validate(done)
+            try:
+                hooks.validate(done)
+            except Interrupted:
+                # Nothing of it counts: the run that goes on looks at the held-out clips again, too.
+                self.load(before)
+                if done > 0:
+                    hooks.stopped(done)
+                saved = "a checkpoint is saved" if done > 0 else "nothing is trained yet"
+                raise Stopped(f"Stopped in the validation after step {done} of {stage.steps}; {saved}.", GO_ON) from None
         if done > 0 and due(done, stage.weights_every, stage.steps):
             mark(f"step {done}: saving weights")
             hooks.save_weights(done)

@@ -36,7 +36,7 @@ class Prepared:
         self.source = components.model_folder(config.model)
         torch.manual_seed(self.stage.seed)
         prompts = prompts_for(config.sampling.prompts, config.data.name, [cache.texts[i] for i in cache.holdout or cache.train])
-        wanted = self._requests(prompts)
+        wanted = self._requests(prompts) if self.stage.sample_every else []
         vae = components.load_vae(self.source)
         scheduler = components.load_scheduler(self.source)
         facts = trained_with(vae, scheduler, self.dtype)
@@ -115,9 +115,11 @@ class Prepared:
         }
 
     def _requests(self, prompts: Any) -> list[Request]:
-        """Embed the prompts, and let the text encoder go before the transformer comes."""
-        length = int(self.cache.empty_embeds.shape[0])
-        tokenizer = components.load_tokenizer(self.source)
-        encoder = components.load_text_encoder(self.source, self.dtype, self.device)
-        embeds = components.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts], length).cpu()
-        return requests(prompts, embeds, self.config.sampling.seeds)
+        """Embed the prompts, on one rank, since T5 is as large as the model, and let it go before the transformer comes. Collective."""
+        embeds = None
+        if ranks.is_main():
+            tokenizer = components.load_tokenizer(self.source)
+            encoder = components.load_text_encoder(self.source, self.dtype, self.device)
+            length = int(self.cache.empty_embeds.shape[0])
+            embeds = components.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts], length).cpu()
+        return requests(prompts, ranks.broadcast(embeds), self.config.sampling.seeds)

@@ -10,6 +10,7 @@ from cogflow import ranks
 from cogflow.errors import CheckpointError
 from cogflow.tracking.progress import progress
 from cogflow.training.engine import TAG, Engine
+from cogflow.training.optimizer_states import count_steps, put_states
 from cogflow.training.saved_weights import read_weights
 from cogflow.weights.zero_moments import MOMENTS, SavedStates
 
@@ -33,10 +34,10 @@ def redeal(path: Path, engine: Engine) -> None:
             with engine.whole([parameter], modifier_rank=0), torch.no_grad():
                 parameter.copy_(master)
             if parameter.requires_grad:
-                engine.put_states(parameter, {"fp32": master, **{key: saved.read(name, key) for key in MOMENTS}})
+                put_states(engine, parameter, {"fp32": master, **{key: saved.read(name, key) for key in MOMENTS}})
             bar.advance()
     _buffers(path, engine)
-    engine.count_steps(saved.steps)
+    count_steps(engine, saved.steps)
     ranks.barrier()
 
 

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -24,7 +24,7 @@ from cogflow.conversion.origin import find_origin
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
-from cogflow.training.engine import sharded_init, whole_on_main
+from cogflow.training.deepspeed_start import sharded_init, whole_on_main
 from cogflow.weights.reader import WeightsFolder, listed, read_json
 from cogflow.weights.strict import expected_shapes, skeleton
 from cogflow.weights.tensors import Tensors
@@ -48,12 +48,13 @@ def build(config: Config, source: Path, dtype: torch.dtype, device: torch.device
     ``facts``: of the VAE and scheduler in ``source``. Raises :class:`ConversionError` for tensors that are not those of its
     config.json, and :class:`ConfigError` when ``stage.start`` was trained for other facts.
     """
+    stage = cast(TrainStage, config.stage)
     shape_of = read_json(source / "transformer" / "config.json")
     outline = skeleton(shape_of, source / "transformer" / "config.json")
     weights = find_weights(config, source)
     _check(outline, weights)
     _agree(weights, facts)
-    with sharded_init(config.deepspeed, config.stage, dtype), _no_random_weights():
+    with sharded_init(config.deepspeed, stage, dtype), _no_random_weights():
         transformer = CogVideoXTransformer3DModel.from_config(shape_of) if config.deepspeed.zero_stage == 3 else _without_weights(shape_of)
     _place(transformer, shape_of, dtype, device)
     _stream(transformer, weights, dtype)

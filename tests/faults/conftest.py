@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,6 @@ import pytest
 from cogflow.weights.zero_moments import MOMENTS, SavedStates
 from tests.faults.server import Done, Server
 from tests.training.resuming import parameter_names
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("logs")) as server:
-        yield server
 
 
 class World:

@@ -28,6 +28,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "update": ("cogflow.training.engine", "Engine.step", "before"),
     "updated": ("cogflow.training.engine", "Engine.step", "after"),
     "evaluation": ("cogflow.training.evaluation", "Evaluation.__call__", "before"),
+    "denoising": ("cogflow.sampling.sampler", "Sampler._give_up_if_asked", "before"),
     "validation": ("cogflow.training.validation", "Validation.__call__", "before"),
     "validated": ("cogflow.training.validation", "Validation.__call__", "after"),
     "states": ("cogflow.training.engine", "Engine.save", "before"),

@@ -6,6 +6,7 @@ line (see :class:`Order`) and answers with one; :class:`Server` is the other end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -32,14 +33,17 @@ class Order:
     largest_file: int | None = None
     seconds: float = 120.0
     env: dict[str, str] = field(default_factory=dict)
+    cwd: str = "."
 
 
 @dataclass(frozen=True)
 class Done:
-    """``codes``: of each rank, negative for the signal that killed it. ``text``: what all of them wrote. ``fired``: faults that did."""
+    """``codes``: of each rank, negative for the signal that killed it. ``out``, ``err``: what all of them wrote, rank by rank. ``fired``:
+    faults that did."""
 
     codes: list[int]
-    text: str
+    out: str
+    err: str
     fired: list[str]
     seconds: float
     timed_out: bool
@@ -49,14 +53,18 @@ class Done:
         """That of rank 0."""
         return self.codes[0]
 
+    @property
+    def text(self) -> str:
+        """All that was written, messages first."""
+        return self.err + self.out
+
 
 class Server:
     """The asking end; use it as a context manager. ``folder``: for logs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
-        # WANDB_MODE wins over tracking.wandb, and a run that does not test it need not wait for its service.
-        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}  # a service to start each time
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
@@ -77,9 +85,12 @@ class Server:
         self._process.stdin.write(json.dumps(asdict(Order(words, str(log), **order))) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        text = "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{log.name}.*")))
+        out, err = (
+            "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{log.name}.*.{kind}")))
+            for kind in ("out", "err")
+        )
         fired = Path(f"{log}-fired")
-        return Done(text=text, fired=fired.read_text().split() if fired.is_file() else [], **answer)
+        return Done(out=out, err=err, fired=fired.read_text().split() if fired.is_file() else [], **answer)
 
 
 def serve() -> None:
@@ -96,8 +107,10 @@ def serve() -> None:
     import cogflow.pipeline.assemble
     import cogflow.stages.export
     import cogflow.stages.prepare
-    import cogflow.stages.train  # noqa: F401
+    import cogflow.stages.train
 
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        cogflow.__main__.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
     for line in sys.stdin:
         order = Order(**json.loads(line))
         began = time.monotonic()
@@ -123,10 +136,11 @@ def _start(order: Order) -> list[int]:
 
 def _run(order: Order, rank: int, port: int) -> None:
     os.setsid()
-    log = os.open(f"{order.log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{order.log}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(order.env)
+    os.chdir(order.cwd)
+    sys.argv = ["cogflow", *order.words]
     if order.ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if order.largest_file is not None:

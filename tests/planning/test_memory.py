@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogflow.config.compose import compose
+from cogflow.config.schema import TrainStage
 from cogflow.models import tiny
 from cogflow.planning import disk, memory, plan
 
@@ -129,8 +131,28 @@ def test_activation_checkpointing_keeps_one_input_a_block() -> None:
 
 
 def test_checkpoints_on_the_disk() -> None:
-    every = {"steps": 1000, "save_every": 100, "keep_last": 2, "keep_best": 1, "sample_every": 100}
-    assert disk.at_once(**every) == 5
-    assert disk.at_once(**{**every, "sample_every": 0, "keep_best": 0}) == 3
-    assert disk.at_once(**{**every, "save_every": 0}) == 1
-    assert disk.at_once(**{**every, "steps": 150}) == 2
+    every = TrainStage(steps=1000, save_every=100, keep_last=2, keep_best=1, sample_every=100)
+    assert disk.at_once(every) == 5
+    assert disk.at_once(replace(every, sample_every=0, keep_best=0)) == 3
+    assert disk.at_once(replace(every, save_every=0)) == 1
+    assert disk.at_once(replace(every, steps=150)) == 2
+    assert disk.at_once(replace(every, keep_every=250)) == 5 + 2  # at 500 and 1000, where there are checkpoints
+    assert disk.weights_alone(every) == 0 and disk.weights_alone(replace(every, weights_every=300)) == 3
+
+
+def test_averages_lie_where_they_are_asked_for_once_over_all_ranks() -> None:
+    words = ["stage=train", "stage.plan=true", "model=cogvideox-5b", "deepspeed=zero3", "stage.plan_gpus=16", "stage.ema_decay=0.999"]
+    beside, on_host = (plan.plan(compose([*words, f"stage.ema_device={where}"])) for where in ("auto", "cpu"))
+    assert 16 * beside.gpu.parts["EMA"] == pytest.approx(4 * beside.shape.parameters) == 2 * on_host.host.parts["EMA"]
+    assert beside.host.parts["EMA"] == on_host.gpu.parts["EMA"] == 0
+    assert beside.gpu.peak > on_host.gpu.peak and beside.host.phases["training"] < on_host.host.phases["training"]
+
+
+def test_every_other_block_recomputed_keeps_half_and_what_is_frozen_has_no_states() -> None:
+    words = ["stage=train", "stage.plan=true", "model=cogvideox-5b", "deepspeed=zero2", "stage.plan_gpus=8"]
+    full, half = plan.plan(compose(words)), plan.plan(compose([*words, "deepspeed.checkpoint_every_block=2"]))
+    assert half.gpu.parts["activations"] == pytest.approx(full.gpu.parts["activations"] * (21 + 21 * memory.SAVED) / 42)
+    assert half.sample.recomputation == pytest.approx(full.sample.recomputation / 2)
+    frozen = plan.plan(compose([*words, "stage.freeze=[transformer_blocks.*.ff.*]"]))
+    assert frozen.shape.trained < 0.6 * full.shape.trained and frozen.shape.parameters == full.shape.parameters
+    assert frozen.gpu.parts["optimizer states"] == pytest.approx(8 * frozen.shape.trained / 8)

@@ -124,7 +124,9 @@ class Cluster:
 
     def submit(self, *words: str, cwd: Path, **env: str) -> str:
         """The id of the job that ``sbatch words`` makes in ``cwd``."""
-        done = subprocess.run(["sbatch", "--parsable", *words], env={**self.env, **env}, cwd=cwd, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *words], env={**self.env, **env}, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
@@ -147,7 +149,7 @@ class Cluster:
 
     def states(self) -> dict[str, str]:
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %t", check=False).splitlines()
-        return {name: state for name, state in (line.split() for line in lines)}
+        return dict(line.split() for line in lines)
 
     def logs(self) -> str:
         """The last words of every daemon."""

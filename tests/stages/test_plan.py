@@ -8,7 +8,7 @@ import pytest
 
 from cogflow.config.compose import compose
 from cogflow.planning.plan import plan
-from tests.stages.conftest import Command
+from tests.conftest import Command
 from tests.stages.test_resume import beside
 
 

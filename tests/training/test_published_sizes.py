@@ -14,7 +14,7 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.conversion import configs, facts
 from cogflow.models.components import DTYPES
 from cogflow.models.rotary import rotary_tables
-from cogflow.training import engine
+from cogflow.training import deepspeed_start
 
 MODELS = {
     # parameters of the published checkpoint, dtype of training, tokens of a clip of the native size
@@ -70,7 +70,7 @@ def test_deepspeed_reads_the_settings_as_they_are_meant(model: str, sharing: str
     config = composed(model, sharing)
     assert isinstance(config.stage, TrainStage)
     dtype = MODELS[model][1]
-    given = engine.settings(config.deepspeed, config.stage, DTYPES[dtype])
+    given = deepspeed_start.settings(config.deepspeed, config.stage, DTYPES[dtype])
     read = DeepSpeedConfig(given | {"train_batch_size": config.stage.batch_size * config.stage.gradient_accumulation})
     zero = read.zero_config
     assert int(zero.stage) == int(sharing[4])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.stages.conftest import Command
+from tests.conftest import Command
 
 pytestmark = pytest.mark.slow
 

@@ -20,14 +20,14 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 300.0
 """How long the last uploads may take. What is not sent by then stays on disk for ``wandb sync``."""
 
-USE_SECONDS = 60.0
+USE_SECONDS = 30.0
 """How long W&B may look for an input artifact on its server."""
 
 CALL_SECONDS = 30.0
 """How long its service may take for a row, a picture or an alert: it only takes them over, whatever the network does."""
 
-ARTIFACT_SECONDS = 300.0
-"""How long it may take for an artifact, whose files it copies."""
+ARTIFACT_SECONDS = 120.0
+"""How long it may take for an artifact, of which it asks its server."""
 
 MOST_FAILURES = 3
 """After this many failed calls W&B is left alone."""

@@ -62,7 +62,7 @@ def arm(faults: str, rank: int, fired: Path) -> None:
             from cogflow.tracking import wandb_run
 
             wandb_run.SETTINGS.update(init_timeout=3.0, finish_timeout=3.0)
-            wandb_run.USE_SECONDS, wandb_run.CALL_SECONDS, wandb_run.FINISH_SECONDS, wandb_run.ARTIFACT_SECONDS = 1.0, 2.0, 3.0, 20.0
+            wandb_run.USE_SECONDS, wandb_run.CALL_SECONDS, wandb_run.FINISH_SECONDS, wandb_run.ARTIFACT_SECONDS = 1.0, 2.0, 3.0, 5.0
             continue
         if fault == "fp16":
             from deepspeed.accelerator import get_accelerator

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from cogflow.errors import CogflowError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -80,6 +86,31 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, on every rank; the error that it raises there, too. Collective."""
+    value: Any = None
+    error: CogflowError | None = None
+    if is_main():
+        try:
+            value = work()
+        except CogflowError as raised:
+            error = raised
+    value, error = broadcast((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Have an error that this rank alone may meet say so: it is not rank 0 that will tell it."""
+    try:
+        yield
+    except CogflowError as error:
+        error.rank = rank()
+        raise
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:

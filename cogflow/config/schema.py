@@ -87,6 +87,7 @@ class PrepareStage:
     name: str = "prepare"  # chosen by stage=prepare
     batch_size: int = 4  # captions encoded at once; clips are encoded one by one
     shard_clips: int = 64  # clips per safetensors shard
+    stall_minutes: float = 60.0  # when nothing has moved for so long, the rank at fault is named and the run ends; 0: never
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cogflow.files.publish import storage_errors, sync
+from cogflow.files.publish import require_space, storage_errors, sync
 
 _FACTS = "facts"
 _PARTIAL = ".partial"
@@ -63,6 +63,7 @@ class ShardWriter:
         target = self._folder / name
         beside = self._folder / f".{name}{_PARTIAL}-{os.getpid()}"
         try:
+            require_space(target, sum(tensor.nbytes for tensor in self._tensors.values()))
             with storage_errors(target):
                 save_file(self._tensors, beside, metadata={_FACTS: json.dumps(self._facts)})
                 sync(beside)

@@ -22,16 +22,26 @@ CONNECTION = re.compile(
 
 @contextlib.contextmanager
 def told(config: Config, watchdog: Watchdog) -> Iterator[None]:
-    """Turn an error of memory into :class:`MemoryExhausted` with what would need less, and one of the network into :class:`RankLost`
-    that names the rank. All else passes as it is."""
+    """Turn an error of memory into :class:`MemoryExhausted` with what would need less; and see :func:`lost_told`."""
+    with lost_told(watchdog):
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            text = str(error)
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not NO_MEMORY.search(text):
+                raise
+            exhausted = MemoryExhausted(f"Out of memory: {text.splitlines()[0] if text else type(error).__name__}", less_memory(config))
+            exhausted.rank = ranks.rank()
+            raise exhausted from error
+
+
+@contextlib.contextmanager
+def lost_told(watchdog: Watchdog) -> Iterator[None]:
+    """Turn an error of the network between the ranks into :class:`RankLost` that names the rank. All else passes as it is."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         text = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(text):
-            lost = MemoryExhausted(f"Out of memory: {text.splitlines()[0] if text else type(error).__name__}", less_memory(config))
-            lost.rank = ranks.rank()
-            raise lost from error
         if ranks.world_size() == 1 or not CONNECTION.search(text):
             raise
         raise rank_lost(watchdog, text.splitlines()[0]) from error
@@ -45,7 +55,7 @@ def rank_lost(watchdog: Watchdog, reason: str) -> RankLost:
         here = watchdog.others(wait=SILENT_BEATS * BEAT_SECONDS if len({place.host for place in watchdog.others()}) > 1 else 1.0)
     gone = [place for place in here if place.gone]
     named = "; ".join(place.line() for place in gone) or "no rank is known to be gone"
-    lost = RankLost(f"The ranks lost each other: {named} ({reason}).", "Run the same command again: it goes on from the last checkpoint.")
+    lost = RankLost(f"The ranks lost each other: {named} ({reason}).", "Run the same command again: it goes on from what was saved.")
     lost.rank = ranks.rank()
     return lost
 

@@ -14,13 +14,13 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cogflow import ranks
-from cogflow.errors import CheckpointError, CogflowError, StorageError
+from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.manifest import check_manifest, files_below, hash_files, share_of
 from cogflow.files.publish import publish_folder, require_space, storage_errors, sync, write_json
 from cogflow.tracking.standing import mark
@@ -32,8 +32,6 @@ from cogflow.weights.zero_files import read_states
 
 STEP = re.compile(r"step-(\d{6,})$")
 LATEST = "latest.json"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,10 @@ def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict
         mark(f"step {step}: saving, after its {name}")
 
     needed = needed_bytes(folder, engine, ema, states=states)
-    agreed(lambda: require_space(target, needed))
+    ranks.agreed(lambda: require_space(target, needed))
     known: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        partial: Path = agreed(lambda: stack.enter_context(publish_folder(target, replace=True, known=known)))
+        partial: Path = ranks.agreed(lambda: stack.enter_context(publish_folder(target, replace=True, known=known)))
         if states:
             with own_errors(target):
                 engine.save(partial / "deepspeed")
@@ -100,30 +98,11 @@ def point_at(path: Path) -> None:
     write_json(path.parent / LATEST, {"step": int(path.name[5:]), "checkpoint": path.name, "bytes": size})
 
 
-def agreed(work: Callable[[], T]) -> T:
-    """What ``work`` gives on rank 0, on every rank; the error that it raises there, too. Collective."""
-    value: Any = None
-    error: CogflowError | None = None
-    if ranks.is_main():
-        try:
-            value = work()
-        except CogflowError as raised:
-            error = raised
-    value, error = ranks.broadcast((value, error))
-    if error is not None:
-        raise error
-    return value
-
-
 @contextlib.contextmanager
-def own_errors(path: Path) -> Any:
-    """Have an error of this rank alone say so: it is not rank 0 that will tell it."""
-    try:
-        with storage_errors(path):
-            yield
-    except CogflowError as error:
-        error.rank = ranks.rank()
-        raise
+def own_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses this rank alone, as an error that names ``path`` and is told by this rank."""
+    with ranks.own_errors(), storage_errors(path):
+        yield
 
 
 def needed_bytes(folder: Path, engine: Engine, ema: EMA | None, *, states: bool) -> int:

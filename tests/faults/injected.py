@@ -46,15 +46,24 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),
     "shard": ("cogflow.data.shards", "save_file", "after"),
     "index": ("cogflow.data.prepare", "write_json", "before"),
-    "exporting": ("cogflow.weights.writer", "ShardedWriter.add", "before"),
+    "exporting": ("cogflow.weights.writer", "stream_tensor", "before"),
+    "exported": ("cogflow.weights.shards", "Stream.close", "after"),
+    "placing": ("cogflow.pipeline.assemble", "place_file", "before"),
 }
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 
 
 def arm(faults: str, rank: int, fired: Path) -> None:
-    """Have the ``faults`` of this rank happen. ``fp16``: let DeepSpeed train in it on a CPU, which it refuses though torch can."""
+    """Have the ``faults`` of this rank happen. ``fp16``: let DeepSpeed train in it on a CPU, which it refuses though torch can.
+    ``impatient``: W&B is waited for a few seconds where it would be minutes."""
     for fault in filter(None, faults.split(",")):
+        if fault == "impatient":
+            from cogflow.tracking import wandb_run
+
+            wandb_run.SETTINGS.update(init_timeout=3.0, finish_timeout=3.0)
+            wandb_run.USE_SECONDS, wandb_run.CALL_SECONDS, wandb_run.FINISH_SECONDS, wandb_run.ARTIFACT_SECONDS = 1.0, 2.0, 3.0, 5.0
+            continue
         if fault == "fp16":
             from deepspeed.accelerator import get_accelerator
 
@@ -97,6 +106,9 @@ def _act(action: str, fault: str, fired: Path) -> Callable[[Any], Any]:
         if action in SIGNALS:
             sys.stdout.flush()
             os.kill(os.getpid(), SIGNALS[action])
+        elif action in ("unserve", "freeze"):
+            for pid in _services():
+                os.kill(pid, signal.SIGKILL if action == "unserve" else signal.SIGSTOP)
         elif action == "twice":
             # As people do when nothing seems to happen: more than the echo of the first one.
             os.kill(os.getpid(), signal.SIGTERM)
@@ -121,3 +133,12 @@ def _act(action: str, fault: str, fired: Path) -> Callable[[Any], Any]:
         return value
 
     return act
+
+
+def _services() -> list[int]:
+    """W&B's service that this process started: it must be there."""
+    from cogflow.tracking.wandb_service import children
+
+    if not (found := children()):
+        raise RuntimeError("no service of W&B to kill")
+    return found

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "config": {"files", "errors"},
-    "ranks": set(),
+    "ranks": {"errors"},
     "models": {"config", "files", "errors", "ranks"},
     "stages": MIDDLE | {"models", "config", "files", "errors", "ranks"},
     "__main__": {"stages", "config", "files", "errors"},

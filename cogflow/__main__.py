@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from cogflow import __version__
 from cogflow.config import build, help, problems
@@ -34,8 +35,8 @@ def main(words: Sequence[str]) -> int:
             config = compose(choices)
             print(build.as_yaml(config), end="") if "--cfg" in flags else load(config.stage.name).run(config)
     except CogflowError as error:
-        if rank == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if rank == "0" or error.rank is not None:
+            print(f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -49,4 +50,8 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code, note = main(sys.argv[1:]), os.environ.get("COGFLOW_EXIT_FILE")
+    # For launchers that make another code of it. The first rank to fail is the cause, the others follow it.
+    if note and (code or os.environ.get("RANK", "0") == "0") and not os.path.exists(note):
+        append(Path(note), str(code))
+    sys.exit(code)

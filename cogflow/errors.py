@@ -15,6 +15,7 @@ class CogflowError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.rank: int | None = None  # of the only one that knows of it; None: all raise the same
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
@@ -50,10 +51,18 @@ class StorageError(UserError):
     """A path cannot be written, or holds too little free space."""
 
 
+class MemoryExhausted(UserError):
+    """The settings need more memory than there is."""
+
+
 class QualityGateError(CogflowError):
     """A result is worse than it may be. It is kept apart and never published."""
 
     exit_code = 3
+
+
+class RankLost(CogflowError):
+    """Another process of the group is gone, or stands still; what it had saved is whole, and the same command goes on from there."""
 
 
 class Stopped(CogflowError):

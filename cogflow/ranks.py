@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from cogflow.errors import CogflowError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -38,6 +45,21 @@ def setup(timeout_minutes: int = 60) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank; the same answer on every rank. Goes over the hosts, so that no GPU is waited for."""
+    if not dist.is_initialized() or world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)])
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_hosts())
+    return bool(box.item())
+
+
+@lru_cache(maxsize=1)
+def _hosts() -> Any:
+    """A group of all ranks that works on host memory: the default one where that is gloo. Collective the first time."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
 def close() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -64,6 +86,31 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, on every rank; the error that it raises there, too. Collective."""
+    value: Any = None
+    error: CogflowError | None = None
+    if is_main():
+        try:
+            value = work()
+        except CogflowError as raised:
+            error = raised
+    value, error = broadcast((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Have an error that this rank alone may meet say so: it is not rank 0 that will tell it."""
+    try:
+        yield
+    except CogflowError as error:
+        error.rank = rank()
+        raise
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:

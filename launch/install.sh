@@ -9,6 +9,7 @@ venv=${COGFLOW_VENV:-.venv}
 if [ -n "$(command -v sha256sum)" ]; then hash="sha256sum"; else hash="shasum -a 256"; fi
 stamp=$({ cat pyproject.toml constraints.txt launch/install.sh; pwd; } | $hash)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then
+  # shellcheck disable=SC2317 # reached when it is run, not sourced
   return 0 2>/dev/null || exit 0
 fi
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.faults.server import Server
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,6 +40,42 @@ os.environ.update(
 )
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("logs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cogflow(server: Server) -> Command:
+    """Runs cogflow with the words given, on ``ranks`` processes, each forked from one that has imported everything already."""
+
+    def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+        done = server.run(*words, ranks=ranks, seconds=timeout, env=dict(os.environ), cwd=os.getcwd())
+        ended = next((one for one in done.codes if one), 0)
+        if code is not None:
+            assert ended == code and not done.timed_out, f"exit codes {done.codes}\n{done.out[-3000:]}\n{done.err[-5000:]}"
+        return subprocess.CompletedProcess(words, ended, done.out, done.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def started() -> Command:
+    """Runs ``python -m cogflow`` with the words given, under ``torchrun`` when ``ranks`` is more than 1: as users start it."""
+
+    def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-m"]
+        if ranks > 1:
+            start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        done = subprocess.run([*start, "cogflow", *words], capture_output=True, text=True, timeout=timeout, env=dict(os.environ))
+        if code is not None:
+            assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

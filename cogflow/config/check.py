@@ -141,10 +141,10 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1)},
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(1), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
-    "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1)},
+    "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1), "stall_minutes": at_least(0)},
     "TrainStage": {
         "steps": at_least(1), "batch_size": at_least(1), "gradient_accumulation": at_least(1), "learning_rate": at_least(0),
         "betas": two_betas, "eps": above(0), "weight_decay": at_least(0), "gradient_clipping": at_least(0),
@@ -152,7 +152,10 @@ RULES: dict[str, dict[str, Rule]] = {
         "text_dropout": within(0, 1), "image_dropout": within(0, 1),
         "ema_decay": below_one, "seed": at_least(0), "resume": filled, "save_every": at_least(0),
         "sample_every": at_least(0), "evaluate_every": at_least(0), "keep_last": at_least(1),
-        "keep_best": at_least(0), "on_blur": one_of("warn", "stop", "rollback"),
+        "keep_best": at_least(0), "keep_every": at_least(0), "weights_every": at_least(0),
+        "on_blur": one_of("warn", "stop", "rollback"), "on_not_finite": one_of("stop", "skip", "rollback"),
+        "on_spike": one_of("log", "skip"), "ema_every": at_least(1), "ema_device": one_of("auto", "cpu"), "stall_minutes": at_least(0),
+        "plan_gpus": at_least(0), "plan_memory_gb": at_least(0), "plan_host_gb": at_least(0), "plan_tflops": at_least(0),
     },
     "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
     "SampleStage": {"fail_on": each(one_of(*WORSE, "over_sharpened"))},
@@ -179,7 +182,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator"), "share": above(0),
+        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator", "overhead"), "share": above(0),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip
@@ -206,14 +209,15 @@ def _between(config: Config) -> Iterator[Problem]:
     trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)
     if model.name == "auto" and (trains or stage.name in ("pretrain", "benchmark")):
         yield Problem(f"model=auto: stage={stage.name} must know its model: {', '.join(MODELS[:-1])}.", ("model.name",))
-    if trains and model.name not in ("tiny", "auto") and model.path is None:
+    planned = isinstance(stage, TrainStage) and stage.plan  # which needs neither weights nor clips
+    if trains and not planned and model.name not in ("tiny", "auto") and model.path is None:
         yield Problem(
             f"model.path is missing: model={model.name} has no weights here; give the diffusers pipeline folder to start from.",
             ("model.name", "model.path"),
         )
     if stage.name == "pretrain" and model.name not in ("tiny", "auto"):
         yield Problem(f"model={model.name}: stage=pretrain makes the tiny model only.", ("model.name",))
-    if trains and data.name == "folder" and data.path is None:
+    if trains and not planned and data.name == "folder" and data.path is None:
         yield Problem("data.path is missing: data=folder needs the folder of your clips.", ("data.name", "data.path"))
     if data.name == "shapes" and data.holdout >= data.clips:
         yield Problem(
@@ -234,6 +238,8 @@ def _between(config: Config) -> Iterator[Problem]:
             ("sampling.steps", "sampling.sampler"),
         )
     yield from _deepspeed(deepspeed)
+    if isinstance(stage, FlowStage) and stage.train.plan:
+        yield Problem("stage.train.plan=true: a plan trains nothing to go on with; use stage=train stage.plan=true.", ("stage.train.plan",))
     train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
     if isinstance(train, TrainStage) and train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
         guess = did_you_mean(nearest(train.resume, ("auto", "never")))
@@ -251,11 +257,13 @@ def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
                 f"{max(1, train.steps // 4)}.",
                 (f"{path}.{key}", f"{path}.sample_every"),
             )
-    if train.on_blur == "rollback" and not train.save_every:
-        yield Problem(
-            f"{path}.on_blur=rollback: there is no checkpoint to go back to; give {path}.save_every, such as {max(1, train.sample_every)}.",
-            (f"{path}.on_blur", f"{path}.save_every"),
-        )
+    for key in ("on_blur", "on_not_finite"):
+        if getattr(train, key) == "rollback" and not train.save_every:
+            yield Problem(
+                f"{path}.{key}=rollback: there is no checkpoint to go back to; give {path}.save_every, such as "
+                f"{max(1, train.sample_every or train.steps // 4)}.",
+                (f"{path}.{key}", f"{path}.save_every"),
+            )
 
 
 def _deepspeed(deepspeed: Any) -> Iterator[Problem]:

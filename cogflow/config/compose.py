@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cogflow
-from cogflow.config import build
+from cogflow.config import build, imported
 from cogflow.config.check import find_problems
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
 from cogflow.config.schema import STAGES, Config, FlowStage
@@ -47,8 +47,12 @@ def compose(overrides: Sequence[str]) -> Config:
     """
     problems: list[Problem] = []
     choices, values = _split(overrides, problems)
+    recipe = imported.take(choices, values, problems)
     raw = _compose_groups(choices, problems)
     raw = _place_stages(raw, problems)
+    if recipe is not None:
+        for key, value in imported.lay(recipe, raw, configs_folder(), choices, values, problems):
+            _put(raw, key, value)
     known = build.known_keys(build.stage_class(raw.get("stage")))
     for key, value in values:
         if key == "stage.name":

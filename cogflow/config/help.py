@@ -14,6 +14,7 @@ from functools import cache
 from cogflow.config import schema
 from cogflow.config.build import no_stage, section_names, show
 from cogflow.config.compose import configs_folder, groups
+from cogflow.config.imported import STAGES as RECIPES
 from cogflow.config.problems import fail
 from cogflow.config.schema import STAGES
 
@@ -51,6 +52,8 @@ def for_stage(name: str, summaries: Mapping[str, str]) -> str:
     lines += ["", "groups (group=choice), laid over each other in the order of configs/config.yaml:"]
     for group, choices in groups().items():
         lines += [f"  {group}=", *(f"    {choice:<22} {_comment(group, choice)}" for choice in choices)]
+    if STAGES[name] in RECIPES:
+        lines += ["", "import=[sft.yaml,model.yaml]: CogVideo's SAT recipe as settings; what the command line says wins over it"]
     return "\n".join(line.rstrip() for line in lines)
 
 

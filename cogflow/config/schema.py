@@ -58,6 +58,8 @@ class DeepSpeedConfig:
     allgather_bucket_size: int = 200_000  # elements; large models want 5e8
     overlap_comm: bool = False  # reduce gradients while the backward pass goes on
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    checkpoint_every_block: int = 1  # with activation_checkpointing: 1 all blocks, 2 every other one, 3 every third
+    reduce_dtype: str = "fp32"  # gradients are summed over the ranks in: fp32 | model (its own: half the traffic, more rounding)
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,12 @@ class PrepareStage:
     name: str = "prepare"  # chosen by stage=prepare
     batch_size: int = 4  # captions encoded at once; clips are encoded one by one
     shard_clips: int = 64  # clips per safetensors shard
+    stall_minutes: float = 60.0  # when nothing has moved for so long, the rank at fault is named and the run ends; 0: never
 
 
 @dataclass(frozen=True)
 class RollbackConfig:
-    """What is changed when stage.on_blur=rollback goes back to the last sharp checkpoint."""
+    """What is changed when a run goes back to the last sharp checkpoint."""
 
     learning_rate_ratio: float = 1.0  # the learning rate is multiplied by it; 1: nothing is changed, so the run stops there
     most: int = 2  # times a run goes back; the next alarm stops it
@@ -116,16 +119,30 @@ class TrainStage:
     text_dropout: float = 0.1  # share of samples trained without their caption
     image_dropout: float = 0.05  # image to video: share of samples trained without their first frame
     ema_decay: float = 0.0  # 0: off
+    ema_every: int = 1  # steps between updates of the averages; the decay is that of so many steps
+    ema_device: str = "auto"  # where each rank keeps its share of the averages: auto (beside the model) | cpu (in host memory)
     ema_warmup: bool = True  # let the decay grow in the first updates; without, slow averages stay at the start for long
     seed: int = 0  # of sample order, noise, timesteps and dropped captions
     resume: str = "auto"  # auto | never | PATH of a checkpoint folder
     save_every: int = 75  # 0: only at the end
+    weights_every: int = 0  # weights alone, for export, into <run>/weights; 0: never
     sample_every: int = 75  # 0: never
     evaluate_every: int = 25  # held-out loss; 0: never
     keep_last: int = 2  # checkpoints kept; the newest that a quiet validation proved sharp is kept besides
+    keep_every: int = 0  # checkpoints kept besides: those at a multiple of so many steps
     keep_best: int = 0  # checkpoints kept besides: the best by the watch over the samples, ties by held-out loss
     on_blur: str = "warn"  # on an alarm over the samples: warn | stop (exit code 3) | rollback (to the last sharp checkpoint)
-    rollback: RollbackConfig = field(default_factory=RollbackConfig)  # of on_blur=rollback
+    on_not_finite: str = "stop"  # a loss or gradient that is not finite changes no weight; then: stop | skip (go on) | rollback
+    on_spike: str = "log"  # a loss over 6 deviations above its last 128 steps: log | skip (leave the step out)
+    rollback: RollbackConfig = field(default_factory=RollbackConfig)  # of on_blur=rollback and on_not_finite=rollback
+    stall_minutes: float = 30.0  # when nothing has moved for so long, the rank at fault is named and the run ends; 0: never
+    freeze: list[str] = field(default_factory=list)  # names of weights that are not trained, as patterns: [patch_embed.*]
+    start: str | None = None  # weights to start from: run, checkpoint, SAT or diffusers folder; default: those of model.path
+    plan: bool = False  # print memory, time, disk and what would fit, and train nothing; needs neither weights nor clips
+    plan_gpus: int = 0  # GPUs to plan for; 0: as many as there are processes
+    plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
+    plan_host_gb: float = 0.0  # memory of one machine of up to 8 GPUs; 0: of this one where it has a GPU, else not judged
+    plan_tflops: float = 0.0  # TFLOP/s that training reaches on one GPU; 0: assumed from its data sheet, else from an H200's
 
 
 WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")
@@ -245,7 +262,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | assemble | panel, indicator (their cost) | separation (what the panel tells apart) | watch (its alarms)
+    what: str = "export"  # export | assemble | panel | indicator | overhead (of a step) | separation (by the panel) | watch (its alarms)
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file

@@ -149,6 +149,10 @@ class LatentCache:
         """The key of the clip at ``position``: of its file's content, the settings that shape it, and the VAE (``encode.clip_key``)."""
         return str(self._entries[position]["clip"])
 
+    def name_of(self, position: int) -> str:
+        """What the data's index calls the clip at ``position``."""
+        return str(self._entries[position]["name"])
+
     @property
     def empty_embeds(self) -> torch.Tensor:
         empty = self._index["empty"]

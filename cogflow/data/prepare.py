@@ -39,6 +39,7 @@ from cogflow.data.encode import (
 from cogflow.data.index import read_index
 from cogflow.errors import DataError
 from cogflow.files.publish import write_json
+from cogflow.tracking.standing import mark
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def prepare(
     if not isinstance(options, PrepareStage):
         raise TypeError(f"config.stage must be PrepareStage, not {type(options).__name__}")
     plan = _make_plan(data, clips_folder, model_hashes, max_length, images)
-    known_clips, known_texts, current = ranks.broadcast(_survey(folder, plan) if ranks.is_main() else None)
+    known_clips, known_texts, current = ranks.agreed(lambda: _survey(folder, plan))
     if current is not None:
         return _result(folder, current, 0, 0, started)
 
@@ -133,13 +134,17 @@ def prepare(
     new_clips = [key for key in first if key not in known_clips]
     my_texts = {key: texts[key] for key in new_texts[ranks.rank() :: ranks.world_size()]}
     my_clips = {key: first[key] for key in new_clips[ranks.rank() :: ranks.world_size()]}
-    encode_captions(my_texts, load_text, folder, batch=options.batch_size, shard=options.shard_clips, report=report)
-    encode_clips(my_clips, names, load_vae, folder, data, quarantine, images=images, shard=options.shard_clips, report=report)
+    with ranks.own_errors():
+        mark("encoding captions")
+        encode_captions(my_texts, load_text, folder, batch=options.batch_size, shard=options.shard_clips, report=report)
+        mark("encoding clips")
+        encode_clips(my_clips, names, load_vae, folder, data, quarantine, images=images, shard=options.shard_clips, report=report)
 
+    mark("waiting until all have encoded")
     for rows in ranks.gather(quarantine.rows):
         for name, reason in rows.items():
             quarantine.add(name, reason)
-    index = ranks.broadcast(_finish(folder, plan, data, model_hashes, max_length, quarantine, images) if ranks.is_main() else None)
+    index = ranks.agreed(lambda: _finish(folder, plan, data, model_hashes, max_length, quarantine, images))
     unreadable_keys = {key for key in new_clips if names[key][0] in quarantine.rows}
     return _result(folder, index, len(new_clips) - len(unreadable_keys), len(new_texts), started)
 

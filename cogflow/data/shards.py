@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cogflow.files.publish import storage_errors, sync
+from cogflow.files.publish import require_space, storage_errors, sync
 
 _FACTS = "facts"
 _PARTIAL = ".partial"
@@ -62,6 +63,7 @@ class ShardWriter:
         target = self._folder / name
         beside = self._folder / f".{name}{_PARTIAL}-{os.getpid()}"
         try:
+            require_space(target, sum(tensor.nbytes for tensor in self._tensors.values()))
             with storage_errors(target):
                 save_file(self._tensors, beside, metadata={_FACTS: json.dumps(self._facts)})
                 sync(beside)
@@ -108,17 +110,19 @@ def prune(folder: Path, used: set[str]) -> int:
 
 
 class ShardReader:
-    """Reads tensors by shard and name, mapped from the file. Keeps at most ``open_files`` mapped."""
+    """Reads tensors by shard and name, mapped from the file. Keeps at most ``open_files`` mapped. Threads may share one."""
 
     def __init__(self, folder: Path, open_files: int = 64) -> None:
         self._folder, self._limit = folder, open_files
         self._open: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, shard: str, name: str) -> torch.Tensor:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            self._open[shard] = safe_open(self._folder / shard, framework="pt")
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return self._open[shard].get_tensor(name)
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+            else:
+                self._open[shard] = safe_open(self._folder / shard, framework="pt")
+                if len(self._open) > self._limit:
+                    self._open.popitem(last=False)
+            return self._open[shard].get_tensor(name)

@@ -23,6 +23,11 @@ from cogflow.files.manifest import write_manifest
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+DISK_TEXT = re.compile(
+    r"No space left on device|File too large|os error (27|28|122)\b|Disk quota exceeded|"
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+|iostream error"
+)
+"""What safetensors and torch make of a full disk."""
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)$")
 
 
@@ -112,7 +117,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(f"{path} cannot be written: {error}", "Choose a place where you may make files and folders.") from error
         raise
     except Exception as error:
-        if re.search(r"No space left on device|File too large|os error (27|28|122)\b|Disk quota exceeded", str(error)):
+        if DISK_TEXT.search(str(error)):
             raise _full(path, str(error).splitlines()[0]) from error
         raise
 

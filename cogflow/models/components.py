@@ -16,6 +16,7 @@ from cogflow.config.schema import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.models.family import FAMILY
+from cogflow.models.untrusted import refuse_code
 
 transformers_logging.disable_progress_bar()  # a bar for each file read tells nothing
 
@@ -26,7 +27,7 @@ SAFETENSORS_ONLY = {"use_safetensors": True, "local_files_only": True}
 def model_folder(model: ModelConfig) -> Path:
     """The pipeline folder training starts from.
 
-    Raises :class:`ConfigError` when it is not named or has no transformer in it.
+    Raises :class:`ConfigError` when it is not named or has no transformer in it, :class:`PipelineError` for code in it.
     """
     if model.path is None:
         if model.name != "tiny":
@@ -39,6 +40,7 @@ def model_folder(model: ModelConfig) -> Path:
             f"model.path={folder} is not a diffusers pipeline folder: transformer/config.json is missing.",
             "It should hold transformer/, vae/, text_encoder/, tokenizer/ and scheduler/.",
         )
+    refuse_code(folder)
     return folder
 
 
@@ -72,7 +74,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32, device: 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
 
 
 def load_scheduler(folder: Path) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:

@@ -11,16 +11,8 @@ import diffusers
 
 from cogflow.errors import CogflowError, PipelineError
 from cogflow.files.manifest import MANIFEST, check_manifest
+from cogflow.models.untrusted import CONFIGS, code_in
 from cogflow.weights.reader import STEM, WeightsFolder, contained_file, read_json
-
-CONFIGS = {
-    "transformer": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
-"""Component -> the file that says what it is."""
 
 CLASSES = {
     "transformer": ("CogVideoXTransformer3DModel",),
@@ -90,7 +82,7 @@ def read_part(name: str, place: Path, *, hashes: bool = True) -> tuple[Part, lis
         config = read_json(folder / CONFIGS[name])
     except CogflowError as error:
         return Part(name, folder, "", {}), [f"{name}: {error.message}"]
-    problems = [f"{name}: {problem}" for problem in _code(folder, config)]
+    problems = [f"{name}: {problem}" for problem in code_in(folder, config)]
     class_name = _class_name(name, config)
     if class_name not in CLASSES[name]:
         problems.append(f"{name}: {folder} is of class {class_name!r}, not {' or '.join(CLASSES[name])}")
@@ -108,16 +100,6 @@ def _class_name(name: str, config: dict[str, Any]) -> Any:
         architectures = config.get("architectures") or [None]
         return "T5EncoderModel" if config.get("model_type") == "t5" and len(architectures) == 1 else architectures
     return config.get("tokenizer_class" if name == "tokenizer" else "_class_name")
-
-
-def _code(folder: Path, config: dict[str, Any]) -> list[str]:
-    found = [f"{path.relative_to(folder)} in {folder} is code" for path in sorted(folder.rglob("*.py*"))]
-    found += [
-        f"{folder} asks for code of its own ({key})" for key in ("auto_map", "custom_pipeline", "trust_remote_code") if config.get(key)
-    ]
-    if isinstance(config.get("_class_name"), list):
-        found.append(f"{folder} names a class in a code file: {config['_class_name']}")
-    return found
 
 
 def _files(name: str, folder: Path) -> tuple[dict[str, Path], list[str]]:

@@ -4,7 +4,7 @@ for, by SAT's samplers, so that they can be compared with CogVideo's own code (d
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Request:
         return f"{self.prompt.id}-seed{self.seed}"
 
 
+class Interrupted(Exception):
+    """Sampling was given up because :attr:`Sampler.stop` said so; on every rank after the same step."""
+
+
 class Sampler:
     """Denoises and decodes one request at a time.
 
@@ -64,6 +68,8 @@ class Sampler:
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae, self.empty_embeds, self.settings = transformer, vae, empty_embeds, settings
         self.frames, self.height, self.width, self.device, self.dtype = frames, height, width, device, dtype
+        self.stop: Callable[[], bool] | None = None
+        """Asked after every step, the same answer on every rank: whether to give up with :class:`Interrupted`."""
 
     def about(self) -> dict[str, Any]:
         """How samples are made, for records."""
@@ -107,6 +113,7 @@ class Sampler:
             latents=self.noise(request).to(self.device, self.dtype), generator=step_generator(request.seed, request.prompt.id),
             num_frames=self.frames, height=self.height, width=self.width, num_inference_steps=self.settings.steps,
             guidance_scale=self.settings.guidance_scale, use_dynamic_cfg=self.settings.use_dynamic_cfg, output_type="latent",
+            callback_on_step_end=self._give_up_if_asked,
         ).frames  # fmt: skip
         return result
 
@@ -122,7 +129,18 @@ class Sampler:
             settings.sampler, scale=settings.guidance_scale, dynamic=settings.use_dynamic_cfg,
             noises=step_generator(request.seed, request.prompt.id),
         )  # fmt: skip
-        return sat.final(trajectory)
+        return sat.final(self._stoppable(trajectory))
+
+    def _stoppable(self, trajectory: Iterable[sat.Step]) -> Iterator[sat.Step]:
+        for step in trajectory:
+            self._give_up_if_asked()
+            yield step
+
+    def _give_up_if_asked(self, *_: Any) -> dict[str, Any]:
+        """A callback of diffusers' pipeline, which changes nothing."""
+        if self.stop is not None and self.stop():
+            raise Interrupted
+        return {}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cogflow import ranks
-from cogflow.config.schema import Config
+from cogflow.config.schema import Config, PrepareStage
 from cogflow.data import buckets
 from cogflow.data.encode import QUARANTINE, Embed
 from cogflow.data.index import LAYOUTS
@@ -28,13 +28,18 @@ from cogflow.rungs import source
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 from cogflow.tracking.report import record_stage
+from cogflow.tracking.standing import Watchdog, mark
 from cogflow.tracking.tracker import open_tracker
+from cogflow.training.breakdown import lost_told
 
 CACHE = "cache"
 
 
 def run(config: Config) -> None:
     """Prepare ``config.data`` into ``<run>/cache`` and write ``<run>/prepare.json``. Works alone and under torchrun."""
+    stage = config.stage
+    if not isinstance(stage, PrepareStage):
+        raise TypeError(f"the prepare stage was started with the settings of {stage.name}")
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
@@ -42,7 +47,7 @@ def run(config: Config) -> None:
     clips_folder = find_clips(config, folder)
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
-    hashes = ranks.broadcast(model_hashes(model, dtype) if ranks.is_main() else None)
+    hashes = ranks.agreed(lambda: model_hashes(model, dtype))
     max_length = caption_length(model)
     transformer = read_transformer_config(model)
     inputs.check_sizes(transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)})
@@ -56,20 +61,22 @@ def run(config: Config) -> None:
 
         return embed
 
-    result = prepare(
-        config,
-        load_vae=lambda: components.load_vae(model, torch.float32, device),
-        load_text=load_text,
-        folder=folder / CACHE,
-        clips_folder=clips_folder,
-        model_hashes=hashes,
-        max_length=max_length,
-        report=progress,
-        images=config.data.image_variants if inputs.takes_image(transformer) else 0,
-    )
-    if ranks.is_main():
-        _tell(config, folder, clips_folder, hashes, result, started)
-    ranks.barrier()
+    with Watchdog(folder, 60 * stage.stall_minutes) as watchdog, lost_told(watchdog):
+        result = prepare(
+            config,
+            load_vae=lambda: components.load_vae(model, torch.float32, device),
+            load_text=load_text,
+            folder=folder / CACHE,
+            clips_folder=clips_folder,
+            model_hashes=hashes,
+            max_length=max_length,
+            report=progress,
+            images=config.data.image_variants if inputs.takes_image(transformer) else 0,
+        )
+        mark("telling what was prepared")
+        if ranks.is_main():
+            _tell(config, folder, clips_folder, hashes, result, started)
+        ranks.barrier()
 
 
 def find_clips(config: Config, folder: Path) -> Path:
@@ -82,9 +89,7 @@ def find_clips(config: Config, folder: Path) -> Path:
     else:
         raise DataError("data=folder needs data.path", LAYOUTS)
     if data.name == "shapes":
-        if ranks.is_main():
-            draw_folder(clips_folder, data)
-        ranks.barrier()
+        ranks.agreed(lambda: draw_folder(clips_folder, data))
     return clips_folder
 
 

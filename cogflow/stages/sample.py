@@ -11,6 +11,7 @@ from cogflow.config.schema import Config, SampleStage
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.models import components
+from cogflow.models.untrusted import refuse_code
 from cogflow.sampling import gallery
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Sampler, requests
@@ -58,6 +59,7 @@ def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> dic
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     if (source / "model_index.json").is_file():
+        refuse_code(source)
         base, transformer_folder = source, source
     else:
         base = components.model_folder(config.model)

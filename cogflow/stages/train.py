@@ -11,13 +11,16 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
+from cogflow.planning import report as planning
 from cogflow.sampling import gallery
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
+from cogflow.tracking.standing import Watchdog
 from cogflow.tracking.tracker import Tracker, open_tracker
-from cogflow.training import checkpoint, policy
+from cogflow.training import checkpoint, policy, retention
+from cogflow.training.breakdown import told
 from cogflow.training.identity import check_same
 from cogflow.training.loop import Hooks
 from cogflow.training.prepared import Prepared
@@ -32,10 +35,13 @@ def run(config: Config) -> None:
     stage = config.stage
     if not isinstance(stage, TrainStage):
         raise TypeError("stages.train needs the settings of stage=train")
+    if stage.plan:
+        return planning.show(config)
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
+    retention.sweep_all(folder / "checkpoints")
     found, passed = checkpoint.find(stage.resume, folder / "checkpoints")
     for line in passed:
         say(f"warning: checkpoint passed over: {line}")
@@ -45,9 +51,14 @@ def run(config: Config) -> None:
         if before["step"] >= stage.steps:
             say(f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; give more stage.steps to go on")
             return
-    with open_tracker(config, "train", folder) as tracker:
-        prepared = Prepared(config, cache, folder, tracker)
-        train(prepared, tracker, found, rollbacks)
+    with (
+        open_tracker(config, "train", folder) as tracker,
+        Watchdog(folder, 60 * stage.stall_minutes) as watchdog,
+        StopRequest() as request,  # up to the report: after the last step a signal has nothing left to stop
+    ):
+        with told(config, watchdog):
+            prepared = Prepared(config, cache, folder, tracker)
+            train(prepared, tracker, request, found, rollbacks)
         tracker.artifact(
             "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]
         )
@@ -71,7 +82,7 @@ def where_to_start(found: Path | None, stage: TrainStage, folder: Path) -> tuple
         return back.path, checkpoint.read_trainer(back.path), back.rollbacks
 
 
-def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: list[Rollback]) -> None:
+def train(prepared: Prepared, tracker: Tracker, request: StopRequest, found: Path | None, rollbacks: list[Rollback]) -> None:
     """Go on from ``found`` to the last step, going back where ``stage.on_blur=rollback`` says so."""
     stage, folder, reached = prepared.stage, prepared.folder, 0
 
@@ -79,25 +90,29 @@ def train(prepared: Prepared, tracker: Tracker, found: Path | None, rollbacks: l
         outcome = prepared.validation(done)
         policy.act(outcome, stage, folder, prepared.validation.quiet, prepared.save)
 
-    with StopRequest() as request, progress(stage.steps, "training") as bar:
+    with progress(stage.steps, "training") as bar:
         hooks = Hooks(
             log=tracker.log,
             validate=validate,
             save=prepared.save,
-            stop=lambda: request.anywhere(prepared.device),
+            stopped=lambda done: prepared.save(done, owed=True),
+            save_weights=prepared.save_weights,
+            stop=request.anywhere,
             advance=lambda note: bar.advance(1, note),
             warn=tracker.alert,
+            not_finite=lambda step, line: policy.not_finite(step, line, stage, folder, prepared.save, tracker.alert),
         )
+        prepared.validation.stop = request.anywhere
         if stage.text_dropout > MOST_DROPPED:
             tracker.alert("few captions are trained on", few_captions(stage.text_dropout))
         while True:
-            step = prepared.resume(found, rollbacks)
+            step, owed = prepared.resume(found, rollbacks)
             tracker.rewind(step)
             bar.advance(step - reached)
             if step:
                 say(f"resuming {folder} after step {step}")
             try:
-                prepared.trainer.run(step, hooks)
+                prepared.trainer.run(step, hooks, owed=owed)
                 return
             except policy.GoBack as back:
                 found, rollbacks, reached = back.path, back.rollbacks, back.start

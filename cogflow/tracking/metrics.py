@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogflow.files.publish import write_text
+from cogflow.files.publish import storage_errors, write_text
 
-TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/")
+TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/", "checkpoint/")
 """Names that belong to a step of training. On resume, lines that hold one are dropped beyond the checkpoint's step."""
 
 EVENTS = "events.jsonl"
@@ -60,9 +62,20 @@ def number(value: Any) -> int | float | None:
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Append ``line`` with a single write, so that a reader sees all of it or, after a kill, a torn end."""
-    with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    """Append ``line`` with a single write, so that a reader sees all of it or, after a kill, a torn end.
+
+    What a full disk took of it is taken back. Raises :class:`~cogflow.errors.StorageError`.
+    """
+    left = memoryview(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    with storage_errors(path), path.open("ab", buffering=0) as file:
+        whole = file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(whole)
+            raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cogflow import ranks
+from cogflow.tracking.standing import touch
 
 EVERY_SECONDS = 10.0
 """At most one line in a log per this many seconds, and the last one."""
@@ -26,7 +27,7 @@ class Advancing(Protocol):
 
 class _Silent:
     def advance(self, n: int = 1, note: str = "") -> None:
-        pass
+        touch()
 
 
 class _Bar:
@@ -35,6 +36,7 @@ class _Bar:
         self._task = bar.add_task(description, total=total, note="")
 
     def advance(self, n: int = 1, note: str = "") -> None:
+        touch()
         if note:
             self._bar.update(self._task, advance=n, note=note)
         else:
@@ -48,6 +50,7 @@ class _Lines:
         self._started = self._spoke = time.monotonic()
 
     def advance(self, n: int = 1, note: str = "") -> None:
+        touch()
         self._done += n
         self._note = note or self._note
         now = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
-import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cogflow.tracking.console import say
+from cogflow.tracking.wandb_service import NoAnswer, end_service, within
 
 INIT_SECONDS = 30.0
 """How long an online run may take to be accepted before it goes on offline."""
@@ -19,13 +20,19 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 300.0
 """How long the last uploads may take. What is not sent by then stays on disk for ``wandb sync``."""
 
-USE_SECONDS = 60.0
+USE_SECONDS = 30.0
 """How long W&B may look for an input artifact on its server."""
+
+CALL_SECONDS = 30.0
+"""How long its service may take for a row, a picture or an alert: it only takes them over, whatever the network does."""
+
+ARTIFACT_SECONDS = 120.0
+"""How long it may take for an artifact, of which it asks its server."""
 
 MOST_FAILURES = 3
 """After this many failed calls W&B is left alone."""
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",
     # Neither code nor git remotes nor the command's raw words are taken: our records say what is needed, without secrets.
@@ -81,25 +88,6 @@ def _hosts() -> list[str]:
     import wandb
 
     return [urlsplit(wandb.Settings().base_url).netloc, "api.wandb.ai"]
-
-
-def _within(seconds: float, action: Callable[[str], object], name: str) -> None:
-    """``action(name)``, waited for no longer than ``seconds``: W&B repeats requests for hours when the network is gone."""
-    errors: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            action(name)
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
-            errors.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
-    if errors:
-        raise errors[0]
 
 
 class WandbRun:
@@ -164,13 +152,7 @@ class WandbRun:
         """An id to go on with offline: W&B's service holds on to the one that could not go online until it is ended."""
         if WandbRun.alive:  # ending it would end other stages' runs, too
             return f"{run_id}-offline"
-
-        def end() -> None:
-            import wandb
-
-            wandb.teardown()
-
-        self._try("did not end", end)
+        end_service(at_once=True)
         return run_id
 
     @property
@@ -249,10 +231,12 @@ class WandbRun:
                     artifact.add_reference(path.resolve().as_uri(), name=inside, checksum=False)
             if self.online:  # offline, W&B refuses to take an input: the lineage stands in the metadata
                 for used in uses:
-                    self._try(f"did not find the input {used}", partial(_within, USE_SECONDS, self.run.use_artifact, f"{used}:latest"))
+                    self._try(
+                        f"did not find the input {used}", partial(within, USE_SECONDS, partial(self.run.use_artifact, f"{used}:latest"))
+                    )
             self.run.log_artifact(artifact)
 
-        self.call(f"did not take the artifact {name}", build)
+        self.call(f"did not take the artifact {name}", build, ARTIFACT_SECONDS)
 
     def alert(self, title: str, text: str, level: str) -> None:
         self.call("did not take an alert", lambda: self.run.alert(title=title, text=text, level=level))
@@ -261,19 +245,37 @@ class WandbRun:
         run, place = self.run, self.place
         if run is None:
             return
-        self.call("did not finish", lambda: run.finish(exit_code=exit_code))
+        folder = self._try("did not tell its place", lambda: str(run.settings.sync_dir)) or ""
+        began = time.monotonic()
+        self.call("did not finish", lambda: run.finish(exit_code=exit_code), FINISH_SECONDS + CALL_SECONDS)
         self._let_go()
+        if self.online and time.monotonic() - began >= SETTINGS["finish_timeout"]:
+            say(f"warning: W&B did not take everything in {time.monotonic() - began:.0f} s; to upload the rest: wandb sync {folder}")
         if not self.online and place:
             say(f"W&B offline: {place} (to upload it: wandb sync {place})")
 
-    def call(self, failure: str, action: Callable[[], T]) -> T | None:
-        """``action()``, or ``None`` and a warning. Once too much has failed, nothing is called any more."""
+    def call(self, failure: str, action: Callable[[], T], seconds: float | None = None) -> T | None:
+        """``action()``, or ``None`` and a warning. Once too much has failed, or one took longer than ``seconds`` (default
+        ``CALL_SECONDS``), nothing is called any more."""
         if self.run is None:
             return None
-        result = self._try(failure, action)
-        if self._failures >= MOST_FAILURES:
-            say("warning: W&B failed too often and is left alone; metrics.jsonl and report.html hold everything")
+        hung = False
+
+        def bounded() -> T:
+            nonlocal hung
+            try:
+                return within(CALL_SECONDS if seconds is None else seconds, action)
+            except NoAnswer:
+                hung = True
+                raise
+
+        result = self._try(failure, bounded)
+        if hung or self._failures >= MOST_FAILURES:
+            why = "does not answer" if hung else "failed too often"
+            say(f"warning: W&B {why} and is left alone; metrics.jsonl and report.html hold everything")
             self._let_go()
+            if not WandbRun.alive:  # ending it would end other stages' runs, too
+                end_service(at_once=hung)
         return result
 
     def _let_go(self) -> None:

@@ -6,8 +6,8 @@ runs in between (a validation, a checkpoint, another rank count) can change what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -31,8 +31,15 @@ class Batch:
     image: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.latents, self.noise, self.embeds, self.timesteps, self.image)
-        return Batch(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In memory that a GPU copies from by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if value is None else change(value) for name, value in values.items()})
 
     def seen(self, x_t: torch.Tensor) -> torch.Tensor:
         """The noised latents ``x_t`` with what stands beside them: the transformer's input."""

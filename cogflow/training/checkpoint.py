@@ -1,8 +1,11 @@
-"""Checkpoints that are whole or not there: saved beside, hashed, renamed; the newest verified one is resumed.
+"""Checkpoints that are whole or not there: saved beside, hashed, synced, renamed, read again; then the pointer, then the old ones go.
 
 A checkpoint folder ``step-000100`` holds ``deepspeed/`` (everything needed to go on), ``transformer/`` (and ``ema/``: weights in
 diffusers' layout, for export and for people), ``trainer.json`` (where training stood and what it was trained with) and
-``manifest.json``.
+``manifest.json``. ``latest.json`` beside them names the newest that was read back as it was written.
+
+What a kill at each point leaves: a hidden folder that the next save sweeps away; or a whole checkpoint that the pointer does not name
+yet, which is resumed all the same, because resuming goes by what the manifests prove and not by the pointer.
 """
 
 from __future__ import annotations
@@ -10,76 +13,167 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from cogflow import ranks
-from cogflow.errors import CheckpointError
-from cogflow.files.manifest import check_manifest
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.errors import CheckpointError, StorageError
+from cogflow.files.manifest import check_manifest, files_below, hash_files, share_of
+from cogflow.files.publish import publish_folder, require_space, storage_errors, sync, write_json
+from cogflow.tracking.standing import mark
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
+from cogflow.training.redeal import redeal
+from cogflow.training.saved_weights import read_weights, save_weights
+from cogflow.weights.zero_files import read_states
 
 STEP = re.compile(r"step-(\d{6,})$")
-SHARD_BYTES = 4 * 1024**3
+LATEST = "latest.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint and what saving it cost: seconds for which training stood still, in all and by part; bytes on the disk."""
+
+    path: Path
+    seconds: float
+    parts: dict[str, float]
+    bytes: int
 
 
 def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict[str, Any]) -> Path:
-    """Publish ``folder/step-...`` and return it. Collective; a step that is already there is replaced."""
-    target = folder / step_name(step)
+def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict[str, Any], *, states: bool = True) -> Saved:
+    """Publish ``folder/step-...``, read it back, and point ``latest.json`` at it. Collective; a step that is already there is replaced.
+
+    ``states``: DeepSpeed's states, too; without them it is for export, and cannot be resumed. Raises :class:`StorageError` when the
+    disk has no room or came back changed, and :class:`CheckpointError` for what cannot be written as a whole.
+    """
+    target, began = folder / step_name(step), time.perf_counter()
+    parts: dict[str, float] = {}
+
+    def part(name: str) -> None:
+        parts[name] = time.perf_counter() - began - sum(parts.values())
+        mark(f"step {step}: saving, after its {name}")
+
+    needed = needed_bytes(folder, engine, ema, states=states)
+    ranks.agreed(lambda: require_space(target, needed))
+    known: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        partial = ranks.broadcast(stack.enter_context(publish_folder(target, replace=True)) if ranks.is_main() else None)
-        engine.save(partial / "deepspeed")
-        _save_weights(partial / "transformer", engine, engine.weights())
-        if ema is not None:
-            _save_weights(partial / "ema", engine, ema.weights(engine))
-        if ranks.is_main():
-            write_json(partial / "trainer.json", trainer)
+        partial: Path = ranks.agreed(lambda: stack.enter_context(publish_folder(target, replace=True, known=known)))
+        if states:
+            with own_errors(target):
+                engine.save(partial / "deepspeed")
+            part("states")
+        with own_errors(target):
+            save_weights(partial / "transformer", engine, engine.weights())
+            if ema is not None:
+                save_weights(partial / "ema", engine, ema.weights(engine))
+            if ranks.is_main():
+                write_json(partial / "trainer.json", trainer)
         ranks.barrier()
+        part("weights")
+        known.update(hash_together(partial))
+        part("hashes")
+    part("publishing")
     # The renaming is done when rank 0 left the block.
     ranks.barrier()
-    return target
+    if problems := verified(target):
+        raise StorageError(f"{target} came back from the disk changed: {problems[0]}", "The disk is failing; older checkpoints are kept.")
+    part("verifying")
+    size = sum((target / name).stat().st_size for name in files_below(target)) if ranks.is_main() else 0
+    if ranks.is_main() and states:
+        point_at(target)
+    return Saved(target, time.perf_counter() - began, parts, size)
+
+
+def point_at(path: Path) -> None:
+    """Have ``latest.json`` name a checkpoint that was verified. Rank 0 only."""
+    size = sum((path / name).stat().st_size for name in files_below(path))
+    write_json(path.parent / LATEST, {"step": int(path.name[5:]), "checkpoint": path.name, "bytes": size})
+
+
+@contextlib.contextmanager
+def own_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses this rank alone, as an error that names ``path`` and is told by this rank."""
+    with ranks.own_errors(), storage_errors(path):
+        yield
+
+
+def needed_bytes(folder: Path, engine: Engine, ema: EMA | None, *, states: bool) -> int:
+    """Of a checkpoint beside ``folder``'s others: what the last one took, or what the parameters tell."""
+    if states and ranks.is_main():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(1.02 * int(json.loads((folder / LATEST).read_text())["bytes"]))
+    trained, total, size = engine.sizes()
+    weights = total * size + (4 * total if ema is not None else 0)
+    return weights + (trained * 12 + total * size if states else 0)
+
+
+def hash_together(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder`` by relative path, synced and hashed by all ranks side by side. Collective."""
+    sizes = ranks.broadcast({name: (folder / name).stat().st_size for name in files_below(folder)} if ranks.is_main() else None)
+    mine = share_of(sizes, ranks.rank(), ranks.world_size())
+    with own_errors(folder):
+        for name in mine:
+            sync(folder / name)
+        hashes = hash_files([folder / name for name in mine])
+    return {name: sha256 for some in ranks.gather(dict(zip(mine, hashes, strict=True))) for name, sha256 in some.items()}
+
+
+def verified(path: Path) -> list[str]:
+    """What of ``path`` is not as its manifest says, the same on every rank; each reads a share. Collective."""
+    found = ranks.gather(check_manifest(path, ranks.rank(), ranks.world_size()) if path.is_dir() else ["there is no such folder"])
+    return sorted({problem for problems in found for problem in problems})
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that its manifest proves whole, and a line for each newer one that was passed over."""
+    """The newest checkpoint that its manifest proves whole, and a line for each newer one that was passed over. Collective."""
     passed: list[str] = []
-    for path in sorted((p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True):
-        problems = check_manifest(path)
+    paths = sorted((p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True)
+    for path in ranks.broadcast(paths):
+        problems = verified(path)
         if not problems:
+            if ranks.is_main():
+                point_at(path)
             return path, passed
         passed.append(f"{path.name}: {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else ""))
     return None, passed
 
 
 def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that ``stage.resume`` means (auto, never or a path), the same on every rank."""
+    """The checkpoint that ``stage.resume`` means (auto, never or a path), the same on every rank. Collective."""
     if resume == "never":
         return None, []
     if resume == "auto":
-        # One rank hashes; the others believe it.
-        return ranks.broadcast(newest(folder) if ranks.is_main() else None)
+        return newest(folder)
     path = Path(resume).expanduser()
-    problems = ranks.broadcast((check_manifest(path) if path.is_dir() else ["there is no such folder"]) if ranks.is_main() else None)
-    if problems:
+    if problems := verified(path):
         raise CheckpointError(f"stage.resume={resume} cannot be resumed: {problems[0]}", "Name a folder checkpoints/step-..., or use auto.")
+    if not (path / "deepspeed").is_dir():
+        raise CheckpointError(
+            f"stage.resume={resume} holds weights alone, without the optimizer's states.",
+            f"Start a new run from it with stage.start={resume}, or resume a folder checkpoints/step-...",
+        )
     return path, []
 
 
-def load(path: Path, engine: Engine, ema: EMA | None) -> dict[str, Any]:
-    """Bring engine and averages back to where ``path`` was saved; returns its ``trainer.json``. Collective."""
+def load(path: Path, engine: Engine, ema: EMA | None, *, same_layout: bool = True) -> dict[str, Any]:
+    """Bring engine and averages back to where ``path`` was saved; returns its ``trainer.json``. Collective.
+
+    ``same_layout``: whether world size and ZeRO stage are those it was saved with; else the states are dealt out anew.
+    """
     trainer = read_trainer(path)
-    engine.load(path / "deepspeed")
+    if same_layout:
+        check_pickles(path / "deepspeed")
+        engine.load(path / "deepspeed")
+    else:
+        redeal(path, engine)
     if ema is not None:
         if not (path / "ema").is_dir():
             raise CheckpointError(f"{path} holds no averaged weights.", "It was trained with stage.ema_decay=0; resume with that.")
@@ -87,64 +181,19 @@ def load(path: Path, engine: Engine, ema: EMA | None) -> dict[str, Any]:
     return trainer
 
 
+def check_pickles(folder: Path) -> None:
+    """DeepSpeed unpickles freely what it loads: have a reader that builds nothing look at every file first. Collective.
+
+    Raises :class:`CheckpointError` for a file that holds more than tensors and plain values.
+    """
+    files = sorted(folder.rglob("*.pt"))
+    for file in files[ranks.rank() :: ranks.world_size()]:
+        read_states(file)
+    ranks.barrier()
+
+
 def read_trainer(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "trainer.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'trainer.json'} cannot be read: {error}", "Resume from another checkpoint.") from error
-
-
-def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) from the safetensors files of ``folder``, one at a time."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                yield name, opened.get_tensor(name)
-
-
-def remove_old(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints. Called after a new one is published, so one is always there."""
-    if not ranks.is_main():
-        return
-    paths = sorted((p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]))
-    for path in paths[: -max(1, keep_last)]:
-        shutil.rmtree(path)
-
-
-def _save_weights(folder: Path, engine: Engine, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write ``weights`` in diffusers' layout. Every rank goes through the weights, rank 0 holds one shard of them at a time."""
-    shards: list[tuple[Path, list[str]]] = []
-    held: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal held, size
-        file = folder / f"part-{len(shards):05d}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
-        shards.append((file, list(held)))
-        held, size = {}, 0
-
-    if ranks.is_main():
-        engine.module.save_config(folder)
-    for name, weight in weights:
-        if not ranks.is_main():
-            continue
-        held[name] = weight.to("cpu", copy=True).contiguous()
-        size += held[name].nbytes
-        total += held[name].nbytes
-        if size >= SHARD_BYTES:
-            flush()
-    if not ranks.is_main():
-        return
-    if held:
-        flush()
-    stem = "diffusion_pytorch_model"
-    if len(shards) == 1:
-        shards[0][0].rename(folder / f"{stem}.safetensors")
-        return
-    places = {}
-    for index, (file, names) in enumerate(shards, start=1):
-        final = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
-        file.rename(folder / final)
-        places.update(dict.fromkeys(names, final))
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})

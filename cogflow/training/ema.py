@@ -1,4 +1,4 @@
-"""A moving average of the weights, in fp32 in host memory, each tensor kept by one rank only."""
+"""A moving average of the weights in fp32, each tensor kept by one rank only, beside the model or in host memory."""
 
 from __future__ import annotations
 
@@ -13,27 +13,36 @@ from cogflow.training.engine import Engine
 
 
 class EMA:
-    """``average = decay * average + (1 - decay) * weight`` after every update. Rank i keeps every world-th tensor.
+    """``average = decay * average + (1 - decay) * weight`` after every update. Rank i keeps every world-th tensor, on ``device``.
 
-    With ``warmup`` the decay grows as (1 + n) / (10 + n) in the first updates, so that the average does not stay at the start.
+    With ``warmup`` the decay grows as (1 + n) / (10 + n) in the first updates, so that the average does not stay at the start. ``every``:
+    steps from one update to the next, whose decay is that of so many steps.
     """
 
-    def __init__(self, engine: Engine, decay: float, *, warmup: bool = True) -> None:
-        self.decay, self.warmup = decay, warmup
+    def __init__(self, engine: Engine, decay: float, *, warmup: bool = True, every: int = 1, device: torch.device | str = "cpu") -> None:
+        self.decay, self.warmup, self.every = decay, warmup, every
         self.updates = 0
-        self.average = {name: weight.float().cpu().clone() for index, (name, weight) in self._trained(engine) if _mine(index)}
+        self.average = {
+            name: weight.to(device, torch.float32, copy=True) for index, (name, weight) in self._trained(engine) if _mine(index)
+        }
 
     @staticmethod
     def _trained(engine: Engine) -> Iterator[tuple[int, tuple[str, torch.Tensor]]]:
         parameters = dict(engine.module.named_parameters())
         return enumerate((name, weight) for name, weight in engine.weights() if name in parameters)
 
+    def after(self, step: int, engine: Engine) -> None:
+        """Take in the weights after ``step`` (from 1), where that is due. Collective."""
+        if step % self.every == 0:
+            self.update(engine)
+
     @torch.no_grad()
     def update(self, engine: Engine) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         for index, (name, weight) in self._trained(engine):
             if _mine(index):
-                self.average[name].lerp_(weight.float().cpu(), 1.0 - decay)
+                average = self.average[name]
+                average.lerp_(weight.to(average.device, torch.float32), 1.0 - decay**self.every)
         self.updates += 1
 
     def weights(self, engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
@@ -41,40 +50,52 @@ class EMA:
         names = [name for name, _ in engine.module.named_parameters()]
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
         for index, name in enumerate(names):
-            value = self.average[name] if _mine(index) else torch.empty(tuple(shapes[name]))
-            if ranks.world_size() > 1:
-                carried = value.to(ranks.device())
-                dist.broadcast(carried, src=index % ranks.world_size())
-                value = carried.cpu()
-            yield name, value
+            value = _from_owner(self.average.get(name), index, tuple(shapes[name]), torch.float32)
+            yield name, value.cpu()
         yield from ((name, weight) for name, weight in engine.weights() if name not in shapes)
 
     @contextlib.contextmanager
     def applied(self, engine: Engine) -> Iterator[None]:
-        """Have the averages in the module inside the block, and the trained weights back afterwards, bit for bit."""
+        """Have the averages in the module inside the block, and the trained weights back afterwards, bit for bit.
+
+        Meanwhile each rank keeps the trained weights of its share, in host memory: all ranks together hold them once.
+        """
         kept: dict[str, torch.Tensor] = {}
         parameters = dict(engine.module.named_parameters())
+        places = {name: index for index, name in enumerate(parameters)}
         engine.settle()
         for name, value in self.weights(engine):
             if name not in parameters:
                 continue
             with engine.whole([parameters[name]], modifier_rank=0), torch.no_grad():
-                kept[name] = parameters[name].detach().cpu().clone()
+                if _mine(places[name]):
+                    kept[name] = parameters[name].detach().to("cpu", copy=True)
                 parameters[name].copy_(value)
         try:
             yield
         finally:
             engine.settle()
-            for name, value in kept.items():
-                with engine.whole([parameters[name]], modifier_rank=0), torch.no_grad():
-                    parameters[name].copy_(value)
+            for name, parameter in parameters.items():
+                shape, index = tuple(getattr(parameter, "ds_shape", parameter.shape)), places[name]
+                value = _from_owner(kept.pop(name, None), index, shape, parameter.dtype)
+                with engine.whole([parameter], modifier_rank=0), torch.no_grad():
+                    parameter.copy_(value)
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]], updates: int) -> None:
         """Take over saved averages; ``weights`` gives all of them, each rank keeps its own."""
         for name, value in weights:
             if name in self.average:
-                self.average[name] = value.float().clone()
+                self.average[name].copy_(value)
         self.updates = updates
+
+
+def _from_owner(value: torch.Tensor | None, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that one rank keeps, on every rank. Collective."""
+    if ranks.world_size() == 1 and value is not None:
+        return value
+    carried = torch.empty(shape, dtype=dtype, device=ranks.device()) if value is None else value.to(ranks.device())
+    dist.broadcast(carried, src=index % ranks.world_size())
+    return carried
 
 
 def _mine(index: int) -> bool:

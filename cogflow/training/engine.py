@@ -1,70 +1,42 @@
-"""DeepSpeed behind one door: its settings, its start, its weights. The only module that imports it."""
+"""DeepSpeed behind one door: its steps, its weights, its checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
-from cogflow.errors import CheckpointError
+from cogflow.errors import CheckpointError, ConfigError, QualityGateError
+from cogflow.training.deepspeed_start import check_dtype, make_optimizer, settings, start_deepspeed
 
 TAG = "state"
-
-
-def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a run. Learning rate and schedule are ours: see :mod:`cogflow.training.schedule`."""
-    zero: dict[str, Any] = {
-        "stage": deepspeed.zero_stage,
-        "contiguous_gradients": True,
-        "reduce_scatter": True,
-        "overlap_comm": deepspeed.overlap_comm,
-        "reduce_bucket_size": deepspeed.reduce_bucket_size,
-        "allgather_bucket_size": deepspeed.allgather_bucket_size,
-    }
-    if deepspeed.zero_stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": deepspeed.allgather_bucket_size,
-            "stage3_param_persistence_threshold": 10_000,
-            "stage3_max_live_parameters": max(deepspeed.allgather_bucket_size * 4, 1_000_000),
-        }
-    if deepspeed.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if deepspeed.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": stage.batch_size,
-        "gradient_accumulation_steps": stage.gradient_accumulation,
-        "gradient_clipping": stage.gradient_clipping,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
+SCALE_SPENT = "loss scale already at minimum"
+"""What DeepSpeed says when fp16 overflows at the smallest loss scale there is."""
 
 
 class Engine:
     """A transformer that DeepSpeed steps.
 
     ``forward`` runs the wrapped module; ``backward`` scales for gradient accumulation and reduces; ``step`` updates at the
-    last micro step only. ``module`` is the transformer itself, for sampling.
+    last micro step only. ``module`` is the transformer itself, for sampling. Raises :class:`ConfigError` for half precision
+    without ZeRO, which DeepSpeed trains by other rules.
     """
 
     def __init__(self, module: torch.nn.Module, deepspeed_settings: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> None:
-        deepspeed = _deepspeed()
+        if deepspeed_settings.zero_stage == 0 and dtype != torch.float32:
+            raise ConfigError(
+                f"deepspeed=zero0 trains in fp32 only, not in {str(dtype).removeprefix('torch.')}: fp32 masters need ZeRO.",
+                "Use deepspeed=zero1, zero2 or zero3, which train the same, or model.dtype=fp32.",
+            )
+        deepspeed = start_deepspeed()
+        check_dtype(dtype)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = _optimizer(trained, deepspeed_settings, stage)
-        self.zero_stage = deepspeed_settings.zero_stage
+        optimizer = make_optimizer(trained, deepspeed_settings, stage)
+        self.zero_stage, self.dtype, self._stage = deepspeed_settings.zero_stage, dtype, stage
         self._gathered = deepspeed.zero.GatheredParameters
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=trained, optimizer=optimizer, config=settings(deepspeed_settings, stage, dtype)
@@ -80,15 +52,58 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, *, skip: bool = False) -> bool:
+        """Update, when the last micro step is done; whether weights were changed. A gradient that is not finite on any rank changes
+        nothing, and no more does one that is to ``skip``: DeepSpeed's way of leaving out a step, without its lowering of the loss scale.
+
+        Raises :class:`QualityGateError` when fp16 has no smaller loss scale left.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.step()
+        try:
+            with self._overflowing() if skip else contextlib.nullcontext():
+                self.engine.step()
+        except Exception as error:  # DeepSpeed raises a bare one
+            if SCALE_SPENT not in str(error):
+                raise
+            raise QualityGateError(
+                "fp16 overflows at the smallest loss scale: the activations or gradients do not fit its range.",
+                "Train in bf16 (model.dtype=bf16), or lower stage.learning_rate and resume from an earlier checkpoint.",
+            ) from error
+        return bool(self.engine.was_step_applied())
 
-    def gradient_norm(self) -> float:
-        """L2 norm before clipping, over all ranks; NaN before the first update."""
+    @contextlib.contextmanager
+    def _overflowing(self) -> Iterator[None]:
+        """Have the optimizer take the step for one that overflowed. (Private names: DeepSpeed's version is pinned, and tests hold it.)"""
+        optimizer = self.optimizer
+        if self.zero_stage == 0:
+            optimizer.skip_next = True
+            yield
+            return
+        scaler = dict(vars(optimizer.loss_scaler))
+        checked, looked = getattr(optimizer, "check_grad_overflow", True), optimizer.has_overflow
+        optimizer.check_grad_overflow, optimizer.has_overflow = True, lambda *_, **__: True
+        try:
+            yield
+        finally:
+            optimizer.check_grad_overflow, optimizer.has_overflow = checked, looked
+            vars(optimizer.loss_scaler).update(scaler)
+
+    def gradient_norm(self) -> torch.Tensor | float:
+        """L2 norm before clipping, over all ranks, of the last step that was applied; it may still lie on the device."""
         norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float("nan") if norm is None else norm
+
+    def loss_scale(self) -> float | None:
+        """What fp16's losses are multiplied by at present; ``None`` in other dtypes."""
+        return float(self.optimizer.loss_scaler.loss_scale) if self.dtype == torch.float16 else None
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Elements that are trained, elements in all, and bytes of one as it is stored."""
+        parameters = list(self.module.parameters())
+        counts = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
+        trained = sum(count for count, parameter in zip(counts, parameters, strict=True) if parameter.requires_grad)
+        return trained, sum(counts), self.dtype.itemsize
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, weight) one after another, whole, on every rank, in the order of the state dict.
@@ -134,39 +149,12 @@ class Engine:
             ) from error
         if path is None:
             raise CheckpointError(f"DeepSpeed found no states in {folder}.", "Resume from another checkpoint.")
+        self.settings_win()
 
-
-def _deepspeed() -> Any:
-    """Import and start DeepSpeed, quietly, with one process group for one process, too."""
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank()))  # DeepSpeed insists on it, for one process, too
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch is renaming: a line for each of them in every log.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        # On a CPU init_distributed compiles a shared-memory extension for a minute, and a process killed meanwhile leaves a
-        # lock on which every later start hangs. Gloo does without. (Private table: DeepSpeed's version is pinned.)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        if ranks.world_size() > 1:
-            ranks.setup()
-        else:
-            # In memory: one process needs no port.
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
-    return deepspeed
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], deepspeed_settings: DeepSpeedConfig, stage: TrainStage) -> torch.optim.Optimizer:
-    arguments = {"lr": stage.learning_rate, "betas": tuple(stage.betas), "eps": stage.eps, "weight_decay": stage.weight_decay}
-    if deepspeed_settings.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **arguments)
+    def settings_win(self) -> None:
+        """Have the optimizer go by the run's settings: DeepSpeed brings back those that a checkpoint was saved with."""
+        stage = self._stage
+        for group in self.optimizer.param_groups:
+            group.update(betas=tuple(stage.betas), eps=stage.eps, weight_decay=stage.weight_decay)
+        if self.zero_stage:
+            self.optimizer.clip_grad = stage.gradient_clipping

@@ -35,6 +35,11 @@ def losses(table: torch.Tensor, prefix: str) -> dict[str, float]:
     return values
 
 
+def mean_loss(table: torch.Tensor) -> float:
+    """The mean over all quarters; waits for the device."""
+    return float(table[0].sum() / table[1].sum().clamp(min=1))
+
+
 def bands(table: torch.Tensor, prefix: str) -> dict[str, float]:
     """The flat names of :func:`cogflow.sharpness.spectrum.metrics`."""
     return spectrum.metrics(table[LOSS_ROWS:], prefix)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import resource
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,38 +16,30 @@ from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
 from cogflow.models.inputs import Inputs
 from cogflow.models.rotary import rotary_tables
+from cogflow.sampling.sampler import Interrupted
 from cogflow.sharpness import spectrum
-from cogflow.sharpness.trend import Trend
+from cogflow.tracking.standing import mark
 from cogflow.training import figures
-from cogflow.training.averages import Averages
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
+from cogflow.training.evaluation import Evaluation
+from cogflow.training.following import Following, Hooks, Update
+from cogflow.training.guards import MOST_SKIPPED, not_finite_line
 from cogflow.training.heldout import heldout_table
+from cogflow.training.loader import Loader
 from cogflow.training.objective import Losses, noised, velocity_loss
-from cogflow.training.overfitting import Overfitting
 from cogflow.training.rollback import Rollback, rate_factor
 from cogflow.training.schedule import learning_rate
 
-SCALE_OFF = 1.25
-"""The held-out latents may be this many times larger or smaller than the model takes them to be, before the first step; 5B's and 2B's
-scaling factors are 1.65 apart, which a tiny model sees as 1.44 or 1 / 1.49."""
-
-
-@dataclass
-class Hooks:
-    """What the stage does beside training. Each is called on every rank with the number of finished steps."""
-
-    log: Callable[[int, dict[str, float]], None]
-    validate: Callable[[int], None]
-    save: Callable[[int], None]
-    stop: Callable[[], bool]
-    advance: Callable[[str], None]
-    warn: Callable[[str, str], None]
+GO_ON = "Run the same command again to go on."
 
 
 class Trainer:
-    """Everything one step needs. ``alphas_cumprod``: fp32 ``[1000]`` of the scheduler the model is trained for."""
+    """Everything one step needs. ``alphas_cumprod``: fp32 ``[1000]`` of the scheduler the model is trained for.
+
+    Nothing is read from the device at a step that is not logged: DeepSpeed itself waits for the gradient's norm, and that is all.
+    """
 
     def __init__(
         self, config: Config, engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
@@ -62,57 +52,65 @@ class Trainer:
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.inputs, self.device, self.dtype = inputs, device, dtype
         self.log_every = config.tracking.log_every
-        self.spectrum, self.trend = spectrum.Spectrum(), Trend()
-        self.averages = Averages()
-        self.overfitting = Overfitting()
-        self._heldout: dict[str, Any] | None = None
+        self.spectrum = spectrum.Spectrum()
+        samples = self.stage.batch_size * self.stage.gradient_accumulation * ranks.world_size()
+        self.following = Following(engine, self.log_every, self.stage.steps, samples, device)
+        self.evaluation = Evaluation(engine, ema, self.evaluate)
         self.rollbacks: Sequence[Rollback] = ()
         self._rotary: dict[tuple[int, ...], Any] = {}
+        self._own: list[torch.Tensor] = []
 
-    def run(self, start: int, hooks: Hooks) -> None:
-        """Train from step ``start`` to ``stage.steps``."""
+    def run(self, start: int, hooks: Hooks, *, owed: bool = False) -> None:
+        """Train from step ``start`` to ``stage.steps``. ``owed``: what is due after ``start`` was left to this run."""
         stage = self.stage
-        if start == 0:
-            self._between(0, hooks)
-        for step in range(start, stage.steps):
-            began = time.perf_counter()
-            values, table = self.train_step(step)
-            done = step + 1
-            values |= self._follow(done, table, hooks)
-            if done % self.log_every == 0 or done == stage.steps:
-                hooks.log(done, {**values, **self._speed(time.perf_counter() - began)})
-            hooks.advance(f"loss {values['train/loss']:.4f}")
-            if done < stage.steps and hooks.stop():
-                # Nothing else that is due: the grace time may be short, and a resumed run does it.
-                hooks.save(done)
-                raise Stopped(f"Stopped after step {done} of {stage.steps}; a checkpoint is saved.", "Run the same command again to go on.")
-            self._between(done, hooks)
+        self.following.begin(start)
+        if start == 0 or owed:
+            self._between(start, hooks)
+        with Loader(self._batch, stage.gradient_accumulation, self.device) as loader:
+            for step in range(start, stage.steps):
+                update = self.train_step(step, loader)
+                done = step + 1
+                if not update.applied:
+                    self._left_out(update, hooks, loader)
+                elif self.ema is not None:
+                    self.ema.after(done, self.engine)
+                self.following.add(update)
+                stop = done < stage.steps and hooks.stop()
+                if stop or self._due(done):
+                    self.following.read(hooks, loader.spent())
+                hooks.advance(self.following.note)
+                if stop:
+                    # Nothing else that is due: the grace time may be short, and the run that goes on does it first.
+                    hooks.stopped(done)
+                    raise Stopped(f"Stopped after step {done} of {stage.steps}; a checkpoint is saved.", GO_ON)
+                self._between(done, hooks)
 
-    def train_step(self, step: int) -> tuple[dict[str, float], torch.Tensor]:
-        """One update; the loss is checked on all ranks before anything is changed by it. Also gives the step's table of figures."""
-        table = figures.empty()
-        for micro in range(self.stage.gradient_accumulation):
-            batch = self._batch(step, micro)
+    def train_step(self, step: int, loader: Loader) -> Update:
+        """One update, which a gradient that is not finite on any rank leaves out before anything is changed by it."""
+        stage, name = self.stage, f"step {step + 1}"
+        table = figures.empty(self.device)
+        self._own, applied, spike = [], False, False
+        rate = learning_rate(step, stage) * rate_factor(self.rollbacks, step)
+        looked_at = (step + 1) % self.log_every == 0
+        for micro in range(stage.gradient_accumulation):
+            mark(f"{name}: waiting for data")
+            batch = loader.take(step, micro)
+            mark(f"{name}: forward")
             losses = self.losses(batch)
-            # One collective and one wait for the device serve the log, the check and the indicator.
-            reduced = ranks.total(self.table(losses, batch)).cpu()
-            if not torch.isfinite(reduced[: figures.LOSS_ROWS]).all():
-                raise QualityGateError(
-                    f"The loss of step {step + 1} is not finite; the weights are still those of step {step}.",
-                    "Lower stage.learning_rate or look at the data; the last checkpoint is whole.",
-                )
-            table += reduced
+            table += self.table(losses, batch)
+            self._own.append(losses.per_sample.detach())
+            mark(f"{name}: backward")
             self.engine.backward(losses.mean)
-            rate = learning_rate(step, self.stage) * rate_factor(self.rollbacks, step)
-            self.engine.step(rate)
-        norm = self.engine.gradient_norm()
-        if not math.isfinite(norm) and self.dtype != torch.float16:
-            raise QualityGateError(
-                f"The gradient of step {step + 1} is not finite.", "Lower stage.learning_rate, then resume from the last checkpoint."
-            )
-        if self.ema is not None:
-            self.ema.update(self.engine)
-        return {**figures.losses(table, "train"), "train/grad_norm": norm, "train/lr": rate}, table
+            if micro == stage.gradient_accumulation - 1:
+                # One collective serves the log, the guards and the indicator.
+                table = ranks.total(table)
+                spike = stage.on_spike == "skip" and self.following.loss_spikes.is_spike(figures.mean_loss(table))
+                if looked_at:
+                    self.following.movement.before()
+            mark(f"{name}: update")
+            applied = self.engine.step(rate, skip=spike)
+        norm = self.engine.gradient_norm() if applied else math.inf
+        return Update(step + 1, table, norm, rate, applied, spike, self.following.movement.unchanged() if looked_at else None)
 
     def table(self, losses: Losses, batch: Batch) -> torch.Tensor:
         """This rank's figures of ``batch``, on the device: losses, and the prediction's bands against the true latents'."""
@@ -134,115 +132,97 @@ class Trainer:
 
     def evaluate(self) -> torch.Tensor | None:
         """The table of figures on the held-out clips with the weights of this moment; ``None`` without such clips. Collective."""
-        self.engine.module.eval()
-        table = heldout_table(
+        return heldout_table(
             self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.inputs, self.device
         )
-        self.engine.module.train()
-        return table
-
-    def _evaluate(self, done: int, hooks: Hooks) -> None:
-        """The held-out figures of the model, and of its averages where there are any."""
-        table = self.evaluate()
-        if table is None:
-            return
-        found = spectrum.bands(table[figures.LOSS_ROWS :])
-        values = figures.losses(table, "heldout") | figures.bands(table, "heldout")
-        if (scale := spectrum.scale_seen(found)) is not None:
-            values["heldout/scale"] = scale
-        if done == 0:
-            self.trend.anchor(found)
-            if scale is not None and not 1 / SCALE_OFF < scale < SCALE_OFF:
-                hooks.warn("latents at another scale than the model's", scale_line(scale, values["heldout/latent_std"]))
-        self._heldout = {"step": done, "loss": values["heldout/loss"]}
-        hooks.log(done, values)
-        if line := self.overfitting.update(done, values["heldout/loss"]):
-            hooks.warn("overfitting: the held-out loss rises", line)
-        if self.ema is None:
-            return
-        with self.ema.applied(self.engine):
-            averaged = self.evaluate()
-        if averaged is None:
-            return
-        averages = figures.losses(averaged, "ema/heldout") | figures.bands(averaged, "ema")
-        averages = {name.replace("ema/heldout/", "ema/heldout_"): value for name, value in averages.items()}
-        hooks.log(done, averages)
-        if line := self.averages.update(done, values["heldout/loss"], averages["ema/heldout_loss"]):
-            hooks.warn("ema_behind: the averages stay behind", line)
-
-    def heldout_loss(self, step: int) -> float | None:
-        """The held-out loss after ``step`` steps, when it was the last one to be measured."""
-        return self._heldout["loss"] if self._heldout and self._heldout["step"] == step else None
 
     def state(self) -> dict[str, Any]:
         """What the followers of the losses know, for a checkpoint's ``trainer.json``."""
-        return {
-            "trend": self.trend.state(),
-            "averages": self.averages.state(),
-            "overfitting": self.overfitting.state(),
-            "heldout": self._heldout,
-        }
+        return self.following.state() | self.evaluation.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
-        self.trend, self.averages = Trend(state.get("trend")), Averages(state.get("averages"))
-        self.overfitting = Overfitting(state.get("overfitting"))
-        self._heldout = state.get("heldout")
+        self.following.load(state)
+        self.evaluation.load(state)
 
-    def _follow(self, done: int, table: torch.Tensor, hooks: Hooks) -> dict[str, float]:
-        """The indicator's numbers after ``done`` steps; says what it finds. The same on every rank: the table is."""
-        clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
-        reading = self.trend.update(done, spectrum.bands(table[figures.LOSS_ROWS :]), clips)
-        for move in reading.moves:
-            hooks.warn(f"fine detail: {move.kind} ({move.level})", move.line())
-        return figures.bands(table, "spectrum") | {f"spectrum/{name}": value for name, value in reading.values.items()}
+    def _due(self, done: int) -> bool:
+        """Whether what the steps left on the device is to be read after ``done``: it is logged, or something follows that needs it."""
+        stage = self.stage
+        every = (self.log_every, stage.evaluate_every, stage.sample_every, stage.save_every, stage.weights_every)
+        return done == stage.steps or any(due(done, one, stage.steps) for one in every)
+
+    def _left_out(self, update: Update, hooks: Hooks, loader: Loader) -> None:
+        """A step that changed nothing: a spike that was to be left out, fp16 looking for its loss scale, or a fault."""
+        lost = [not bool(torch.isfinite(own).all()) for own in self._own]
+        if update.spike or not (ranks.anywhere(any(lost)) or self.dtype != torch.float16):
+            return
+        self.following.read(hooks, loader.spent())
+        mine = [name for micro, own in enumerate(lost) if own for name in self._names(update.done - 1, micro)]
+        line = not_finite_line(update.done, ranks.gather(mine[:4]))
+        if self.following.skipped.in_a_row + 1 >= MOST_SKIPPED:
+            raise QualityGateError(
+                f"{line}. It is the {MOST_SKIPPED}th step in a row that is left out.", "Lower stage.learning_rate or look at the data."
+            )
+        hooks.not_finite(update.done - 1, line)
 
     def _between(self, done: int, hooks: Hooks) -> None:
         """What is due after ``done`` steps. A validation comes before the save: its result is known when the checkpoint is kept."""
         stage = self.stage
+        sampled = due(done, stage.sample_every, stage.steps)
+        before = copy.deepcopy(self.state()) if sampled else {}
         if due(done, stage.evaluate_every, stage.steps):
-            self._evaluate(done, hooks)
-        if due(done, stage.sample_every, stage.steps):
-            hooks.validate(done)
+            mark(f"step {done}: held-out loss")
+            self.evaluation(done, self.following.trend, hooks.log, hooks.warn)
+        if done > 0 and (sampled or due(done, stage.evaluate_every, stage.steps)):
+            self.following.moved(done, hooks)
+        if sampled:
+            mark(f"step {done}: validation")
+            try:
+                hooks.validate(done)
+            except Interrupted:
+                # Nothing of it counts: the run that goes on looks at the held-out clips again, too.
+                self.load(before)
+                if done > 0:
+                    hooks.stopped(done)
+                saved = "a checkpoint is saved" if done > 0 else "nothing is trained yet"
+                raise Stopped(f"Stopped in the validation after step {done} of {stage.steps}; {saved}.", GO_ON) from None
+        if done > 0 and due(done, stage.weights_every, stage.steps):
+            mark(f"step {done}: saving weights")
+            hooks.save_weights(done)
         if done > 0 and (done == stage.steps or (stage.save_every and done % stage.save_every == 0)):
+            mark(f"step {done}: saving")
             hooks.save(done)
+        self.following.go_on()
+
+    def _chosen(self, step: int, micro: int) -> list[int]:
+        stage = self.stage
+        return indices(
+            step, micro, train=self.cache.train, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation,
+            rank=ranks.rank(), world=ranks.world_size(), seed=stage.seed, groups=self.cache.groups,
+        )  # fmt: skip
+
+    def _names(self, step: int, micro: int) -> list[str]:
+        return [self.cache.name_of(index) for index in self._chosen(step, micro)]
 
     def _batch(self, step: int, micro: int) -> Batch:
-        stage, rank, world = self.stage, ranks.rank(), ranks.world_size()
-        chosen = indices(
-            step, micro, train=self.cache.train, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation,
-            rank=rank, world=world, seed=stage.seed, groups=self.cache.groups,
-        )  # fmt: skip
+        stage = self.stage
         # The slot is counted over accumulation and ranks, so that 2 ranks draw what 1 rank with 2 micro steps draws.
-        first = (micro * world + rank) * stage.batch_size
-        batch = training_batch(
-            self.cache, chosen, (stage.seed, step), first, inputs=self.inputs, text_dropout=stage.text_dropout,
+        first = (micro * ranks.world_size() + ranks.rank()) * stage.batch_size
+        return training_batch(
+            self.cache,
+            self._chosen(step, micro),
+            (stage.seed, step),
+            first,
+            inputs=self.inputs,
+            text_dropout=stage.text_dropout,
             image_dropout=stage.image_dropout,
-        )  # fmt: skip
-        return batch.to(self.device)
+        )
 
     def _tables(self, shape: Sequence[int]) -> Any:
         key = (shape[1], shape[3], shape[4])
         if key not in self._rotary:
             self._rotary[key] = rotary_tables(self.engine.module, *key, device=self.device)
         return self._rotary[key]
-
-    def _speed(self, seconds: float) -> dict[str, float]:
-        stage = self.stage
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device) / 1e9
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        samples = stage.batch_size * stage.gradient_accumulation * ranks.world_size()
-        return {"train/step_time": seconds, "train/samples_per_second": samples / seconds, "train/memory_gb": memory}
-
-
-def scale_line(scale: float, deviation: float) -> str:
-    """What to say of latents at a scale that the model does not expect."""
-    return (
-        f"before the first step the model takes the clips' latents (deviation {deviation:.2f}) for {scale:.2f} times what it knows: were "
-        "they prepared with another scaling_factor, or another VAE? Training moves the model to that scale, and the loss will not tell."
-    )
 
 
 def due(done: int, every: int, steps: int) -> bool:

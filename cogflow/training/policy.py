@@ -1,4 +1,5 @@
-"""What an alarm over the samples leads to: ``stage.on_blur`` = warn, stop or rollback. All ranks decide alike, because rank 0 does."""
+"""What an alarm over the samples leads to (``stage.on_blur`` = warn, stop or rollback), and a step that is not finite
+(``stage.on_not_finite`` = stop, skip or rollback). All ranks decide alike, because rank 0 does."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from cogflow.tracking.console import say
 from cogflow.training import rollback
 from cogflow.training.checkpoint import step_name
 from cogflow.training.identity import changed
-from cogflow.training.retention import last_sharp, step_of
+from cogflow.training.retention import all_of, last_sharp, step_of
 from cogflow.training.validation import Outcome
 
 
@@ -41,6 +42,27 @@ def act(outcome: Outcome | None, stage: TrainStage, folder: Path, quiet: int | N
             f"{_go_on(sharp)} Or go on from here with stage.on_blur=warn.",
         )
     _back(folder, stage, outcome.step, sharp, outcome.line)
+
+
+def not_finite(
+    step: int, line: str, stage: TrainStage, folder: Path, save: Callable[[int], None], warn: Callable[[str, str], None]
+) -> None:
+    """Do what ``stage.on_not_finite`` says of the step after ``step``, which changed nothing; return when training goes on. Collective.
+
+    Raises :class:`QualityGateError` (stop) once a checkpoint of ``step`` is saved, or :class:`GoBack` to the newest checkpoint.
+    """
+    if stage.on_not_finite == "skip":
+        warn("a step was left out", line)
+        return
+    newest: Path | None = ranks.broadcast(next(reversed(all_of(folder / "checkpoints")), None) if ranks.is_main() else None)
+    if stage.on_not_finite == "rollback" and newest is not None:
+        _back(folder, stage, step, newest, line)
+    if step > 0 and (newest is None or step_of(newest) != step):
+        save(step)
+    raise QualityGateError(
+        f"{line}. {'A checkpoint is saved' if step else 'Nothing was trained yet'}.",
+        "Look at the clips, lower stage.learning_rate, or pass over such steps with stage.on_not_finite=skip.",
+    )
 
 
 def _back(folder: Path, stage: TrainStage, start: int, sharp: Path, line: str) -> None:

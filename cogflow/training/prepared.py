@@ -15,11 +15,12 @@ from cogflow.models import components
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Request, Sampler, requests
 from cogflow.tracking.tracker import Tracker
-from cogflow.training import checkpoint, retention, rollback
+from cogflow.training import checkpoint, retention, rollback, start
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
-from cogflow.training.identity import TUNABLE, identity, trained_with
+from cogflow.training.identity import TUNABLE, check_facts, identity, layout_of, same_states, trained_with
 from cogflow.training.loop import Trainer
+from cogflow.training.parts import freeze, recompute
 from cogflow.training.validation import Validation
 
 
@@ -29,22 +30,23 @@ class Prepared:
     def __init__(self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker) -> None:
         if not isinstance(config.stage, TrainStage):
             raise TypeError("training needs the settings of stage=train")
-        self.config, self.stage, self.cache, self.folder = config, config.stage, cache, folder
+        self.config, self.stage, self.cache, self.folder, self.tracker = config, config.stage, cache, folder, tracker
         self.device = ranks.device()
         self.dtype = components.resolve_dtype(config.model, self.device)
         self.source = components.model_folder(config.model)
         torch.manual_seed(self.stage.seed)
         prompts = prompts_for(config.sampling.prompts, config.data.name, [cache.texts[i] for i in cache.holdout or cache.train])
-        wanted = self._requests(prompts)
+        wanted = self._requests(prompts) if self.stage.sample_every else []
         vae = components.load_vae(self.source)
         scheduler = components.load_scheduler(self.source)
-        transformer = components.load_transformer(self.source, self.dtype, self.device)
-        if config.deepspeed.activation_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        facts = trained_with(vae, scheduler, self.dtype)
+        transformer = start.build(config, self.source, self.dtype, self.device, facts)
+        freeze(transformer, self.stage.freeze)
+        recompute(transformer, config.deepspeed)
         transformer.train()
-        self.trained_with = trained_with(vae, scheduler, transformer, self.dtype)
+        self.trained_with = facts | {"max_sequence_length": transformer.config.max_text_seq_length}
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)
-        self.ema = EMA(self.engine, self.stage.ema_decay, warmup=self.stage.ema_warmup) if self.stage.ema_decay > 0 else None
+        self.ema = self._averages()
         factor = float(vae.config.scaling_factor)
         self.trainer = Trainer(config, self.engine, self.ema, cache, scheduler.alphas_cumprod, factor, self.device, self.dtype)
 
@@ -57,42 +59,67 @@ class Prepared:
 
         self.validation = Validation(config, cache, folder, tracker, self.engine, self.ema, sampler, wanted, factor)
 
-    def resume(self, found: Path | None, rollbacks: list[rollback.Rollback]) -> int:
-        """Finished steps of the checkpoint ``found``, after loading it; 0 without one. Collective."""
+    def _averages(self) -> EMA | None:
+        stage = self.stage
+        if not stage.ema_decay:
+            return None
+        place = self.device if stage.ema_device == "auto" else "cpu"
+        return EMA(self.engine, stage.ema_decay, warmup=stage.ema_warmup, every=stage.ema_every, device=place)
+
+    def resume(self, found: Path | None, rollbacks: list[rollback.Rollback]) -> tuple[int, bool]:
+        """Finished steps of the checkpoint ``found``, after loading it, and whether what is due after them is still owed; 0 and nothing
+        without one. Collective."""
         self.trainer.rollbacks = rollbacks
         if found is None:
-            return 0
-        trainer = checkpoint.load(found, self.engine, self.ema)
+            return 0, False
+        trainer = checkpoint.read_trainer(found)
+        check_facts(trainer["trained_with"], self.trained_with, found)
+        checkpoint.load(found, self.engine, self.ema, same_layout=same_states(trainer, self.config))
         step = int(trainer["step"])
         self.trainer.load(trainer)
         self.validation.replay(step)
-        return step
+        return step, bool(trainer.get("owed"))
 
-    def save(self, done: int) -> None:
-        """Publish the checkpoint of ``done`` steps, and let old ones go. Collective."""
+    def save(self, done: int, *, owed: bool = False) -> None:
+        """Publish the checkpoint of ``done`` steps, and let old ones go. ``owed``: without what else is due after them. Collective."""
+        stage, folder = self.stage, self.folder / "checkpoints"
+        saved = checkpoint.save(folder, done, self.engine, self.ema, self._trainer(done) | {"owed": owed})
+        retention.remove_old(folder, last=stage.keep_last, every=stage.keep_every, best=stage.keep_best, quiet=self.validation.quiet)
+        self._tell(done, saved, "checkpoint")
+
+    def save_weights(self, done: int) -> None:
+        """Publish the weights of ``done`` steps alone, for export. Collective."""
+        saved = checkpoint.save(self.folder / "weights", done, self.engine, self.ema, self._trainer(done), states=False)
+        self._tell(done, saved, "checkpoint/weights")
+
+    def _tell(self, done: int, saved: checkpoint.Saved, name: str) -> None:
+        values = {f"{name}/seconds": saved.seconds, f"{name}/gb": saved.bytes / 1e9}
+        self.tracker.log(done, values | {f"{name}/{part}_seconds": seconds for part, seconds in saved.parts.items()})
+
+    def _trainer(self, done: int) -> dict[str, Any]:
         verdict = self.validation.verdict
         if verdict is not None:
-            verdict |= {"heldout_loss": self.trainer.heldout_loss(int(verdict["step"]))}
-        trainer = {
+            verdict |= {"heldout_loss": self.trainer.evaluation.loss(int(verdict["step"]))}
+        return {
             "step": done,
             "family": self.config.model.name,
             "model": asdict(self.config.model),
             "trained_with": self.trained_with,
             "identity": identity(self.config, self.cache),
+            "layout": layout_of(self.config),
             "settings": {key: getattr(self.stage, key) for key in TUNABLE},
             "ema_updates": self.ema.updates if self.ema is not None else 0,
             "validation": verdict,
             "quiet": self.validation.quiet,
             **self.trainer.state(),
         }
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, done, self.engine, self.ema, trainer)
-        retention.remove_old(folder, last=self.stage.keep_last, best=self.stage.keep_best, quiet=self.validation.quiet)
 
     def _requests(self, prompts: Any) -> list[Request]:
-        """Embed the prompts, and let the text encoder go before the transformer comes."""
-        length = int(self.cache.empty_embeds.shape[0])
-        tokenizer = components.load_tokenizer(self.source)
-        encoder = components.load_text_encoder(self.source, self.dtype, self.device)
-        embeds = components.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts], length).cpu()
-        return requests(prompts, embeds, self.config.sampling.seeds)
+        """Embed the prompts, on one rank, since T5 is as large as the model, and let it go before the transformer comes. Collective."""
+        embeds = None
+        if ranks.is_main():
+            tokenizer = components.load_tokenizer(self.source)
+            encoder = components.load_text_encoder(self.source, self.dtype, self.device)
+            length = int(self.cache.empty_embeds.shape[0])
+            embeds = components.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts], length).cpu()
+        return requests(prompts, ranks.broadcast(embeds), self.config.sampling.seeds)

@@ -1,8 +1,9 @@
-"""Which checkpoints stay: the newest, the best by what the watch saw, and the last one that is known to be sharp."""
+"""Which checkpoints stay: the newest, those at round numbers, the best by what the watch saw, and the last one known to be sharp."""
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from cogflow import ranks
 from cogflow.errors import CheckpointError
+from cogflow.files.publish import LEFTOVER, sweep
 from cogflow.training.checkpoint import STEP, read_trainer
 
 SHARP = ("quiet", "learning")
@@ -40,22 +42,34 @@ def rank(verdict: Mapping[str, Any] | None) -> tuple[float, float]:
 
 
 def to_delete(
-    paths: Sequence[Path], verdicts: Mapping[Path, Mapping[str, Any] | None], *, last: int, best: int, sharp: Path | None
+    paths: Sequence[Path], verdicts: Mapping[Path, Mapping[str, Any] | None], *, last: int, every: int, best: int, sharp: Path | None
 ) -> list[Path]:
     """Those of ``paths`` (oldest first) that nothing keeps. Of equally good ones the newer stays."""
     judged = [path for path in paths if rank(verdicts.get(path))[0] > -math.inf]
     judged.sort(key=lambda path: (*rank(verdicts[path]), step_of(path)), reverse=True)
-    kept = {*paths[-max(1, last) :], *judged[:best], *([sharp] if sharp else [])}
+    round_ones = [path for path in paths if every and step_of(path) % every == 0]
+    kept = {*paths[-max(1, last) :], *round_ones, *judged[:best], *([sharp] if sharp else [])}
     return [path for path in paths if path not in kept]
 
 
-def remove_old(folder: Path, *, last: int, best: int, quiet: int | None) -> None:
-    """Delete what nothing keeps. Called after a new checkpoint is published, so one is always there. Rank 0 works."""
+def remove_old(folder: Path, *, last: int, every: int, best: int, quiet: int | None) -> None:
+    """Delete what nothing keeps. Called after a new checkpoint was read back whole, so one is always there. Rank 0 works."""
     if not ranks.is_main():
         return
     paths = all_of(folder)
-    for path in to_delete(paths, {path: verdict_of(path) for path in paths}, last=last, best=best, sharp=last_sharp(folder, quiet)):
-        shutil.rmtree(path)
+    verdicts = {path: verdict_of(path) for path in paths}
+    for path in to_delete(paths, verdicts, last=last, every=every, best=best, sharp=last_sharp(folder, quiet)):
+        # Out of sight first: a kill in the middle leaves no broken checkpoint to be wondered at.
+        hidden = folder / f".{path.name}.partial-{os.getpid()}"
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep_all(folder: Path) -> None:
+    """Remove what a killed run left half-saved or half-deleted, and put back what it was replacing. Rank 0 works."""
+    if ranks.is_main() and folder.is_dir():
+        for name in {match["name"] for entry in folder.iterdir() if (match := LEFTOVER.match(entry.name))}:
+            sweep(folder / name)
 
 
 def verdict_of(path: Path) -> dict[str, Any] | None:

@@ -63,6 +63,8 @@ class Validation:
         self.ceiling: dict[str, dict[str, float]] | None = None
         self.last: Reading | None = None
         self.outcome: Outcome | None = None
+        self.stop: Callable[[], bool] | None = None
+        """Whether training is asked to stop: then sampling ends with :class:`~cogflow.sampling.sampler.Interrupted`. Collective."""
         self.quiet: int | None = None
         """Step of the last validation at which nothing was wrong; of the samples before the first step, too."""
 
@@ -129,9 +131,9 @@ class Validation:
                 "weights": "ema" if self.ema is not None else "model",
                 "weights_sha256": fingerprint(self.engine.weights()),
             }
-            return gallery.sample_into(
-                target, self.sampler(), self.wanted, fps=self.config.data.fps, facts=facts, title=f"samples at step {done}"
-            )
+            sampler = self.sampler()
+            sampler.stop = self.stop
+            return gallery.sample_into(target, sampler, self.wanted, fps=self.config.data.fps, facts=facts, title=f"samples at step {done}")
 
     def _tell_samples(self, done: int, target: Path, record: dict[str, Any], began: float) -> None:
         self.tracker.log(done, {**gallery.mean_sharpness(record), "validation/seconds": time.perf_counter() - began})

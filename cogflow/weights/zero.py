@@ -26,6 +26,7 @@ from cogflow.weights.zero_files import (
     SHARDED_MODEL,
     choose_part,
     flat_groups,
+    moments,
     of_ranks,
     optimizer_state,
     read_states,
@@ -53,16 +54,19 @@ class ZeroFolder:
 
     ``weights``: ``fp32``, the master weights that training went on from (parameters and floating buffers in fp32, frozen
     parameters as stored); ``bf16``, the module as stored, whatever its dtype. ``part``: which model-parallel part; with several
-    of them it must be given. ``metadata``: the plain values beside the weights, and ``zero_stage``, ``ranks``, ``masters``, ``tag``.
+    of them it must be given. ``moment``: read what the optimizer keeps under that name in the masters' place, for the trained
+    parameters alone; ``adam_steps`` are the updates it has counted. ``metadata``: the plain values beside the weights, and
+    ``zero_stage``, ``ranks``, ``masters``, ``tag``.
 
     Raises :class:`CheckpointError` for what is missing, does not fit together or does not hold the weights asked for.
     """
 
-    def __init__(self, folder: Path, weights: str = "fp32", part: int | None = None) -> None:
+    def __init__(self, folder: Path, weights: str = "fp32", part: int | None = None, moment: str | None = None) -> None:
         if weights not in ("fp32", "bf16"):
             raise ConfigError(f"Weights of kind {weights} are unknown.", "Choose fp32 or bf16.")
         self.folder = tagged(Path(folder))
         self.part = choose_part(self.folder, part)
+        self._moment, self.adam_steps = moment, 0
         self.notes: list[str] = []
         optimizer = of_ranks(self.folder, OPTIMIZER, self.part)
         sharded = of_ranks(self.folder, SHARDED_MODEL, self.part)
@@ -135,8 +139,12 @@ class ZeroFolder:
             )
         if counts != {len(files)}:
             raise CheckpointError(f"{self.folder} was saved by {counts.pop()} ranks; the optimizer states of {len(files)} are here.", AGAIN)
-        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        groups = [flat_groups(state.get(key), path) for state, path in zip(states, files, strict=True)]
+        if self._moment is None:
+            key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+            groups = [flat_groups(state.get(key), path) for state, path in zip(states, files, strict=True)]
+        else:
+            found = [moments(state, self._moment, path) for state, path in zip(states, files, strict=True)]
+            groups, self.adam_steps = [flat for flat, _ in found], found[0][1]
         if len({len(flat) for flat in groups}) > 1:
             raise CheckpointError(f"The ranks in {self.folder} have different numbers of groups.", AGAIN)
         shapes = self._models[0].get("param_shapes")
@@ -151,6 +159,8 @@ class ZeroFolder:
         else:
             paddings = states[0].get("param_alignment_paddings")
             self._cut_groups(groups, [{name: tuple(shape) for name, shape in group.items()} for group in shapes], paddings, files)
+        if self._moment is not None:
+            return stage
         self._take_frozen(stage)
         buffers = set(self._models[0].get("buffer_names") or ())
         self._rest({name: tensor for name, tensor in self._module.items() if isinstance(tensor, torch.Tensor)}, buffers)

@@ -119,3 +119,15 @@ def flat_groups(value: Any, path: Path) -> list[torch.Tensor]:
     if not isinstance(groups, (list, tuple)) or not groups or not all(isinstance(flat, torch.Tensor) for flat in groups):
         raise CheckpointError(f"{path} holds no flat groups of master weights.", "Take the weights as stored (masters=bf16).")
     return [flat.detach().reshape(-1) for flat in groups]
+
+
+def moments(state: dict[str, Any], name: str, path: Path) -> tuple[list[torch.Tensor], int]:
+    """What Adam keeps as ``name`` of each flat group, and the updates it has counted. :class:`CheckpointError` when there is none."""
+    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+    kept = base.get("state") if isinstance(base, dict) else None
+    if not isinstance(kept, dict) or not all(
+        isinstance(group, dict) and isinstance(group.get(name), torch.Tensor) for group in kept.values()
+    ):
+        raise CheckpointError(f"{path} holds no {name} of Adam for each of its groups.", "Another optimizer wrote it?")
+    groups = [kept[number] for number in sorted(kept)]
+    return flat_groups([group[name] for group in groups], path), int(groups[0].get("step", 0))

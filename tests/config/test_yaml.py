@@ -99,18 +99,6 @@ def test_the_defaults_are_sound() -> None:
         check.check(Config(stage=kind()))
 
 
-def test_the_5b_recipe_is_that_of_sat() -> None:
-    config = compose(["experiment=cogvideox_5b_sft", *PLACES])
-    stage = config.stage
-    assert isinstance(stage, TrainStage)
-    assert (stage.learning_rate, stage.betas, stage.eps, stage.weight_decay) == (1e-5, [0.9, 0.95], 1e-8, 1e-4)
-    assert stage.gradient_clipping == 0.1 and stage.text_dropout == 0.1 and stage.schedule == "constant"
-    assert (config.data.frames, config.data.height, config.data.width, config.data.fps) == (49, 480, 720, 8)
-    assert config.deepspeed.zero_stage == 2 and config.deepspeed.activation_checkpointing
-    assert config.deepspeed.reduce_bucket_size == config.deepspeed.allgather_bucket_size == 500_000_000
-    assert config.model.dtype == "bf16" and config.sampling.steps == 50
-
-
 def test_a_recipe_reaches_the_training_inside_flow() -> None:
     stage = compose(["experiment=cogvideox_5b_sft", "stage=flow", "stage.train.steps=7", *PLACES]).stage
     assert isinstance(stage, FlowStage)

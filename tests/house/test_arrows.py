@@ -12,13 +12,13 @@ import pytest
 
 MIDDLE = {
     "training", "sampling", "sharpness", "rungs", "pipeline", "conversion", "weights", "data", "tracking", "pretraining", "benchmarking",
-    "diagnosis",
+    "diagnosis", "planning",
 }  # fmt: skip
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "config": {"files", "errors"},
-    "ranks": set(),
+    "ranks": {"errors"},
     "models": {"config", "files", "errors", "ranks"},
     "stages": MIDDLE | {"models", "config", "files", "errors", "ranks"},
     "__main__": {"stages", "config", "files", "errors"},
@@ -58,7 +58,7 @@ def violations(package: Path) -> list[str]:
             found.append(f"{where}: {owner} has no place in the layout")
             continue
         for name in imported(path):
-            if name.split(".")[0] == "deepspeed" and where.as_posix() != "training/engine.py":
+            if name.split(".")[0] == "deepspeed" and where.as_posix() != "training/deepspeed_start.py":
                 found.append(f"{where} imports deepspeed")
             target = part(name)
             if target is None:
@@ -115,7 +115,7 @@ def test_the_check_finds_circles(tmp_path: Path) -> None:
 
 
 def test_what_is_permitted_passes(tmp_path: Path) -> None:
-    for path, line in (("training/engine.py", "import deepspeed"), ("stages/flow.py", "from cogflow.stages import train")):
+    for path, line in (("training/deepspeed_start.py", "import deepspeed"), ("stages/flow.py", "from cogflow.stages import train")):
         file = tmp_path / "cogflow" / path
         file.parent.mkdir(parents=True)
         file.write_text(line, encoding="utf-8")

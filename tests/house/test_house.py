@@ -54,7 +54,9 @@ def test_the_readme_gives_two_commands_that_exist(repository: Path) -> None:
     assert "pytest" in (repository / "launch/test.sh").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["demo.sh", "test.sh", "install.sh", "train_node.sh", "slurm.sh", "../.ci/run"])
+@pytest.mark.parametrize(
+    "name", ["demo.sh", "test.sh", "install.sh", "train_node.sh", "torchrun.sh", "hostfile.sh", "slurm.sh", "slurm_array.sh", "../.ci/run"]
+)
 def test_scripts_can_run(repository: Path, name: str) -> None:
     path = repository / "launch" / name
     assert os.access(path, os.X_OK)

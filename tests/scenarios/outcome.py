@@ -14,7 +14,7 @@ from cogflow.sharpness import CHANNELS, change
 from cogflow.sharpness.trend import STEP_CLIP, WEIGHT
 from cogflow.sharpness.watch import Watch
 from cogflow.tracking.metrics import read_lines
-from cogflow.training.loop import SCALE_OFF
+from cogflow.training.evaluation import SCALE_OFF
 
 SIGHT = {"wavelet_ratio": -0.35, "edge_sharpness": -0.08, "contrast": 0.35, "clipped": 0.15, "artefacts": 0.25, "saturation": 0.6}
 """What a person sees who compares two samples side by side: the change of a Gaussian of about one pixel, of a third in contrast, of

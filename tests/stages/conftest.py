@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+from tests.conftest import Command
 
 
 @pytest.fixture(scope="session")
-def cogflow() -> Command:
-    """Runs ``python -m cogflow`` with the words given, under ``torchrun`` when ``ranks`` is more than 1."""
-
-    def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-        start = [sys.executable, "-m"]
-        if ranks > 1:
-            start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        done = subprocess.run([*start, "cogflow", *words], capture_output=True, text=True, timeout=timeout, env=dict(os.environ))
-        if code is not None:
-            assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def flow(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def flow(started: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of ``stage=flow debug=quick``; tests must not change it."""
     root = tmp_path_factory.mktemp("runs")
-    cogflow("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
+    started("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
     return root / "flow"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from tests.stages.conftest import Command
+from tests.conftest import Command
 
 PAIR = 100.0  # dB: equal
 

@@ -12,7 +12,7 @@ from diffusers import CogVideoXPipeline
 from cogflow.models.tiny import folder
 from cogflow.pretraining import figures
 from cogflow.stages.pretrain import sampler
-from tests.stages.conftest import Command
+from tests.conftest import Command
 
 
 @pytest.mark.slow

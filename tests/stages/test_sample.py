@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.sampling.score import against, score
-from tests.stages.conftest import Command
+from tests.conftest import Command
 
 
 def clips(folder: Path, sigma: float = 0, *, contrast: float = 1.0, noise: float = 0, height: int = 128) -> Path:

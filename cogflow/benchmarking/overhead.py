@@ -1,0 +1,196 @@
+"""What cogflow's step costs beside a bare DeepSpeed loop: the same engine, the same clips, in turns.
+
+The bare loop is what one writes first: noise, forward, mean squared error of the velocity, ``engine.backward``, ``engine.step``, from
+batches that lie ready on the device; it logs nothing, checks nothing and reads nothing. Cogflow's is :meth:`Trainer.run` as stage=train
+runs it: it makes its batches, guards, follows the indicator, and writes every step to metrics.jsonl and W&B (offline).
+
+Beside the wall clock stands the time of all cores, threads that make batches included: on a machine that others use it is the steadier
+one, with one thread a process (OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from cogflow import ranks
+from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
+from cogflow.data.cache import CachedClip
+from cogflow.models import components, tiny
+from cogflow.models.rotary import rotary_tables
+from cogflow.tracking.tracker import Tracker
+from cogflow.training.batch import Batch, training_batch
+from cogflow.training.engine import Engine
+from cogflow.training.following import Hooks
+from cogflow.training.loop import Trainer
+from cogflow.training.objective import noised, velocity_loss
+
+CLIPS = 16
+LATENTS = (3, 8, 12)
+"""Latent frames, rows and columns of 9x64x96."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model to train: its heads of 64 (``None``: the shipped tiny one) and layers, and the clips of a step and steps of a turn."""
+
+    name: str
+    heads: int | None
+    layers: int
+    batch_size: int
+    turn: int
+
+
+SIZES = (Size("tiny", None, 5, 4, 8), Size("wide", 12, 8, 4, 2))
+
+
+class DrawnClips:
+    """What :class:`Trainer` needs of a latent cache: clips of noise of the right shape."""
+
+    holdout: tuple[int, ...] = ()
+
+    def __init__(self, text_tokens: int, text_width: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.train = list(range(CLIPS))
+        self.empty_embeds = torch.zeros(text_tokens, text_width)
+        self._clips = [
+            CachedClip(
+                str(number), f"clip {number}", "", torch.randn(16, *LATENTS, generator=generator), torch.full((16, *LATENTS), -6.0),
+                torch.randn(text_tokens, text_width, generator=generator),
+            )
+            for number in self.train
+        ]  # fmt: skip
+
+    def entry(self, position: int) -> CachedClip:
+        return self._clips[position]
+
+    def name_of(self, position: int) -> str:
+        return self._clips[position].name
+
+
+def compare(config: Config, stage: BenchmarkStage, tracker: Tracker, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    """One row a size: median seconds of a step of each loop, the median ratio of neighbouring turns, and the loader's share."""
+    return [_compare(config, size, max(3, stage.repeats), tracker, advance) for size in SIZES]
+
+
+def _compare(config: Config, size: Size, turns: int, tracker: Tracker, advance: Callable[[int], None]) -> dict[str, Any]:
+    device = ranks.device()
+    train = TrainStage(steps=10**6, batch_size=size.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0)
+    dtype = components.resolve_dtype(config.model, device)
+    transformer = _transformer(size).to(device, dtype).train()
+    engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
+    clips: Any = DrawnClips(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
+    alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
+    trainer = Trainer(replace(config, stage=train), engine, None, clips, alphas, 0.7, device, dtype)
+    waited: list[float] = []
+
+    def log(done: int, values: dict[str, float]) -> None:
+        waited.append(values["train/data_wait"])
+        tracker.log(done, values)
+
+    hooks = Hooks(
+        log=log, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.anywhere(False),
+        advance=_nothing, warn=_nothing, not_finite=_nothing,
+    )  # fmt: skip
+    bare = _bare_steps(engine, trainer, alphas.to(device), size.batch_size, dtype)
+    done = 0
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    for turn in range(turns + 1):
+        # Who goes first changes from turn to turn, so that a machine that warms up or slows down favours none.
+        order = [_timed_run(trainer, hooks, done, size.turn), _timed_bare(bare, size.turn, device)]
+        first, second = (work() for work in (order if turn % 2 else reversed(order)))
+        mine, other = (first, second) if turn % 2 else (second, first)
+        done += size.turn
+        advance(1)
+        if turn:
+            ours.append(mine)
+            theirs.append(other)
+    ratios = sorted(mine / other for (mine, _), (other, _) in zip(ours, theirs, strict=True))
+    return {
+        "model": size.name,
+        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "cogflow": median(wall for wall, _ in ours),
+        "bare DeepSpeed": median(wall for wall, _ in theirs),
+        "ratio": median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+        "ratio of core time": median(mine / other for (_, mine), (_, other) in zip(ours, theirs, strict=True)),
+        "data wait": median(waited) / median(wall for wall, _ in ours),
+        "turns": turns,
+    }
+
+
+def _transformer(size: Size) -> CogVideoXTransformer3DModel:
+    if size.heads is None:
+        return components.load_transformer(tiny.folder(), torch.float32)
+    shape = {**tiny.new_transformer().config, "num_attention_heads": size.heads, "attention_head_dim": 64, "num_layers": size.layers}
+    return CogVideoXTransformer3DModel.from_config({name: value for name, value in shape.items() if not name.startswith("_")})
+
+
+Timed = Callable[[], tuple[float, float]]
+"""A turn; gives seconds of a step by the clock, and of all cores."""
+
+
+def _timed_run(trainer: Trainer, hooks: Hooks, done: int, steps: int) -> Timed:
+    def work() -> None:
+        trainer.stage = replace(trainer.stage, steps=done + steps)
+        trainer.run(done, hooks)
+
+    return _timed(work, steps, trainer.device)
+
+
+def _timed_bare(loop: Iterator[None], steps: int, device: torch.device) -> Timed:
+    def work() -> None:
+        for _ in itertools.islice(loop, steps):
+            pass
+
+    return _timed(work, steps, device)
+
+
+def _timed(work: Callable[[], None], steps: int, device: torch.device) -> Timed:
+    def timed() -> tuple[float, float]:
+        began, cores = time.perf_counter(), time.process_time()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / steps, (time.process_time() - cores) / steps
+
+    return timed
+
+
+def _bare_steps(engine: Engine, trainer: Trainer, alphas: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Iterator[None]:
+    """The bare loop, a step for each value."""
+    batches = [_ready(trainer, number, batch_size) for number in range(CLIPS // batch_size)]
+    tables = rotary_tables(engine.module, *LATENTS, device=trainer.device)
+    for batch in itertools.cycle(batches):
+        x_t = noised(batch.latents, batch.noise, alphas, batch.timesteps)
+        v = engine.engine(
+            hidden_states=x_t.to(dtype), encoder_hidden_states=batch.embeds.to(dtype), timestep=batch.timesteps,
+            image_rotary_emb=tables, return_dict=False,
+        )[0]  # fmt: skip
+        engine.engine.backward(velocity_loss(v, batch.latents, x_t, alphas, batch.timesteps).mean)
+        engine.engine.step()
+        yield
+
+
+def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
+    chosen = range(number * batch_size, (number + 1) * batch_size)
+    return training_batch(trainer.cache, chosen, (0, number), 0, text_dropout=0.1, scaling_factor=0.7).to(trainer.device)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row in words."""
+    more = f"{row['ratio'] - 1:+.1%} beside bare DeepSpeed ({row['ratio of core time'] - 1:+.1%} of core time)"
+    return f"{row['model']}: {1000 * row['cogflow']:.0f} ms a step, {more}"

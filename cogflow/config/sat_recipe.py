@@ -1,0 +1,150 @@
+"""What the keys of CogVideo's SAT recipes (``sat/configs/sft.yaml`` and the model's yaml beside it) are called here.
+
+Every key of those files is in one of four tables: taken as it is, worked out by a few functions in :mod:`cogflow.config.sat_import`,
+settled otherwise (so it has no meaning here), or right only with one value. What is in none of them is reported by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TAKEN: dict[str, tuple[str, ...]] = {
+    "args.train_iters": ("stage.steps",),
+    "args.save_interval": ("stage.save_every",),
+    "args.eval_interval": ("stage.evaluate_every", "stage.sample_every"),
+    "args.log_interval": ("tracking.log_every",),
+    "args.seed": ("stage.seed",),
+    "args.checkpoint_activations": ("deepspeed.activation_checkpointing",),
+    "args.experiment_name": ("run.name",),
+    "data.params.fps": ("data.fps",),
+    "data.params.max_num_frames": ("data.frames",),
+    "deepspeed.train_micro_batch_size_per_gpu": ("stage.batch_size",),
+    "deepspeed.gradient_accumulation_steps": ("stage.gradient_accumulation",),
+    "deepspeed.gradient_clipping": ("stage.gradient_clipping",),
+    "deepspeed.zero_optimization.stage": ("deepspeed.zero_stage",),
+    "deepspeed.zero_optimization.cpu_offload": ("deepspeed.offload_optimizer",),
+    "deepspeed.zero_optimization.overlap_comm": ("deepspeed.overlap_comm",),
+    "deepspeed.zero_optimization.reduce_bucket_size": ("deepspeed.reduce_bucket_size",),
+    "deepspeed.zero_optimization.allgather_bucket_size": ("deepspeed.allgather_bucket_size",),
+    "deepspeed.optimizer.params.lr": ("stage.learning_rate",),
+    "deepspeed.optimizer.params.betas": ("stage.betas",),
+    "deepspeed.optimizer.params.eps": ("stage.eps",),
+    "deepspeed.optimizer.params.weight_decay": ("stage.weight_decay",),
+    "model.sampler_config.params.num_steps": ("sampling.steps",),
+    "model.sampler_config.params.guider_config.params.scale": ("sampling.guidance_scale",),
+}
+"""Keys whose value is taken as it is."""
+
+WORKED_OUT = (
+    "args.train_data",
+    "args.mode",
+    "args.warmup",
+    "args.lr_decay_style",
+    "args.lr_decay_ratio",
+    "data.params.video_size",
+    "deepspeed.bf16.enabled",
+    "deepspeed.fp16.enabled",
+    "deepspeed.optimizer.type",
+    "deepspeed.optimizer.params.ema_decay",
+    "deepspeed.optimizer.params.use_num_upates",
+    "model.conditioner_config.params.emb_models",
+    "model.sampler_config.params.guider_config.target",
+)
+"""Keys that a function of :mod:`cogflow.config.sat_import` reads."""
+
+DEFAULTS: dict[str, Any] = {"args.warmup": 0.01, "args.lr_decay_style": "linear", "args.lr_decay_ratio": 0.1}
+"""What SAT takes where its yaml is silent, and what a finetuning therefore did: its learning rate is not constant."""
+
+EMA_DECAY = 0.9999
+"""Of SAT's ``FusedEmaAdam``. Its decay grows as (1 + n) / (10 + n), as ours does with ``stage.ema_warmup``; 0.999 is reached after 9,000
+updates. SAT saves the averages beside the weights, as ``<iteration>-ema``."""
+
+HELD_BACK = 100
+"""Steps for which SAT's finetuning holds the learning rate at a twentieth; here it rises over them."""
+
+SETTLED: dict[str, str] = {
+    "args.load": "weights are taken from model.path, a diffusers pipeline; stage=export makes one of a SAT checkpoint",
+    "args.save": "everything of a run lies in run.root/run.name",
+    "args.no_load_rng": "noise is a function of seed and step here",
+    "args.eval_iters": "the held-out loss goes over all held-out clips",
+    "args.eval_batch_size": "as stage.batch_size",
+    "args.valid_data": "data.holdout keeps clips of data.path away from training",
+    "args.split": "data.holdout keeps clips of data.path away from training",
+    "args.num_workers": "clips are prepared before training; nothing is decoded meanwhile",
+    "args.force_train": "weights are loaded strictly",
+    "args.only_log_video_latents": "samples are decoded, or their sharpness could not be measured",
+    "args.model_parallel_size": "there is none here",
+    "data.target": "the folder's own layout says how to read it; SAT's videos/ and labels/ is one of those",
+    "data.params.skip_frms_num": "clips start with their first frame (data.window=center leaves both ends out)",
+    "deepspeed.steps_per_print": "tracking.log_every",
+    "deepspeed.wall_clock_breakdown": "step times are always logged",
+    "deepspeed.zero_allow_untested_optimizer": "as here",
+    "deepspeed.zero_optimization.contiguous_gradients": "always on; it changes no value",
+    "deepspeed.zero_optimization.reduce_scatter": "always on; it changes no value",
+    "deepspeed.zero_optimization.load_from_fp32_weights": "a resumed run loads the fp32 masters",
+    "deepspeed.loss_scale": "DeepSpeed's dynamic scale, as here",
+    "deepspeed.loss_scale_window": "DeepSpeed's own default here",
+    "deepspeed.hysteresis": "DeepSpeed's own default here",
+    "deepspeed.min_loss_scale": "DeepSpeed's own default here",
+    "deepspeed.bf16": "model.dtype",
+    "deepspeed.fp16": "model.dtype",
+    "deepspeed.activation_checkpointing": "deepspeed.activation_checkpointing recomputes whole blocks",
+    "model.scale_factor": "vae/config.json of model.path holds it",
+    "model.disable_first_stage_autocast": "the VAE encodes in its own dtype",
+    "model.latent_input": "clips are prepared as latents",
+    "model.log_keys": "prompts are logged with their samples",
+    "model.noised_image_input": "image to video is a matter of model=",
+    "model.noised_image_all_concat": "image to video is a matter of model=",
+    "model.noised_image_dropout": "how often the image is left out is a matter of model=",
+    "model.augmentation_dropout": "how often the image's noise is left out is a matter of model=",
+    "model.denoiser_config": "scheduler/scheduler_config.json of model.path holds it",
+    "model.network_config": "transformer/config.json of model.path holds it",
+    "model.conditioner_config": "text_encoder/ and tokenizer/ of model.path hold it",
+    "model.first_stage_config": "vae/ of model.path holds it",
+    "model.loss_fn_config": "the loss is the one these weights were trained with",
+    "model.sampler_config": "sampling.sampler=sat_dpm samples as SAT does",
+}
+"""Keys, and sections with all that is in them, that have no setting here, and what settles them."""
+
+ONLY: dict[str, tuple[Any, str]] = {
+    "args.mode": ("finetune", "cogflow finetunes; nothing here trains a model of this family from nothing"),
+    "args.model_parallel_size": (1, "cogflow shards by ZeRO, not by model parallelism"),
+    "model.lora_train": (False, "cogflow trains all weights; a LoRA's learning rate would ruin them"),
+    "model.not_trainable_prefixes": (["first_stage_model", "conditioner"], "cogflow trains the whole transformer and nothing else"),
+    "model.loss_fn_config.params.offset_noise_level": (0, "cogflow adds no offset noise"),
+    "model.loss_fn_config.params.fixed_frames": (0, "cogflow has no fixed frames"),
+    "model.loss_fn_config.params.sigma_sampler_config.params.uniform_sampling": (True, "cogflow draws timesteps uniformly"),
+    "model.loss_fn_config.params.sigma_sampler_config.params.num_idx": (1000, "cogflow trains on 1000 timesteps"),
+    "model.denoiser_config.params.num_idx": (1000, "cogflow trains on 1000 timesteps"),
+    "model.denoiser_config.params.quantize_c_noise": (False, "cogflow does not round the noise level"),
+}
+"""Keys that train something else with any other value, and why that cannot be taken over."""
+
+LORA = "model.network_config.params.modules.lora_config"
+"""A section that is only there when SAT trains a LoRA."""
+
+FACTS = {
+    "layers": "model.network_config.params.num_layers",
+    "heads": "model.network_config.params.num_attention_heads",
+    "width": "model.network_config.params.hidden_size",
+    "in_channels": "model.network_config.params.in_channels",
+    "patch": "model.network_config.params.patch_size",
+    "text_tokens": "model.network_config.params.modules.pos_embed_config.params.text_length",
+    "scaling_factor": "model.scale_factor",
+    "snr_shift_scale": "model.denoiser_config.params.discretization_config.params.shift_scale",
+}
+"""What tells the members of the family apart, and where the model's yaml says it."""
+
+_5B: dict[str, Any] = {
+    "layers": 42, "heads": 48, "width": 3072, "in_channels": 16, "patch": 2, "text_tokens": 226, "scaling_factor": 0.7,
+    "snr_shift_scale": 1.0,
+}  # fmt: skip
+
+MODELS: dict[str, dict[str, Any]] = {
+    "cogvideox-2b": {**_5B, "layers": 30, "heads": 30, "width": 1920, "scaling_factor": 1.15258426, "snr_shift_scale": 3.0},
+    "cogvideox-5b": _5B,
+    "cogvideox-5b-i2v": {**_5B, "in_channels": 32},
+    "cogvideox1.5-5b": {**_5B, "patch": [2, 2, 2], "text_tokens": 224},
+    "cogvideox1.5-5b-i2v": {**_5B, "patch": [2, 2, 2], "text_tokens": 224, "in_channels": 32},
+}
+"""The members by these facts; a test holds them against :mod:`cogflow.models.family`, which this package may not import."""

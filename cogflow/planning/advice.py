@@ -1,0 +1,119 @@
+"""Which settings fit where the asked ones do not: every way of sharing the states, tried by the same formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cogflow.config.schema import DeepSpeedConfig
+from cogflow.planning import flops, memory, traffic
+from cogflow.planning.plan import Plan
+from cogflow.planning.setting import NODE, Setting
+
+WORLDS = (1, 2, 4, 8, 16, 32, 64)
+TILING = "sampling.vae_tiling=true"
+PRESETS: dict[str, dict[str, bool | int]] = {
+    "zero2": {"zero_stage": 2, "offload_optimizer": False, "offload_parameters": False},
+    "zero3": {"zero_stage": 3, "offload_optimizer": False, "offload_parameters": False},
+    "zero2_offload": {"zero_stage": 2, "offload_optimizer": True, "offload_parameters": False},
+    "zero3_offload": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+"""Files of ``configs/deepspeed`` that a large model trains with, the quicker first."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way that fits. ``words``: what to change on the command line; ``seconds``: of one step, nothing overlapped."""
+
+    gpus: int
+    words: tuple[str, ...]
+    setting: Setting
+    gpu: memory.Memory
+    host: memory.Memory
+    seconds: float
+
+
+def options(plan: Plan) -> list[Option]:
+    """Ways that fit, those on as many GPUs as asked for first, then the quickest on each other number of them; no more than six."""
+    found = []
+    for gpus in dict.fromkeys((plan.setting.gpus, *WORLDS)):
+        found += at(plan, gpus)[: 2 if gpus == plan.setting.gpus else 1]
+    return found[:6]
+
+
+def at(plan: Plan, gpus: int) -> list[Option]:
+    """Ways that fit on ``gpus`` GPUs, the quickest first."""
+    fitting = [option for option in _at(plan, gpus) if _fits(plan, option)]
+    # What fits as it samples now need not sample otherwise.
+    known = {option.words for option in fitting}
+    fitting = [one for one in fitting if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known]
+    return sorted(fitting, key=lambda option: (option.seconds, len(option.words)))
+
+
+def _at(plan: Plan, gpus: int) -> Iterator[Option]:
+    tilings = [plan.sampling] if plan.sampling is None or plan.sampling.tiled else [plan.sampling, replace(plan.sampling, tiled=True)]
+    for name in PRESETS:
+        for checkpointing in (False, True):
+            for sampling in tilings:
+                layout = replace(of_preset(plan.setting, name, gpus), checkpointing=checkpointing)
+                words = [f"deepspeed={name}"] if _differs(plan.config.deepspeed, name) else []
+                if checkpointing != plan.setting.checkpointing:
+                    words.append(f"deepspeed.activation_checkpointing={str(checkpointing).lower()}")
+                if sampling is not plan.sampling:
+                    words.append(TILING)
+                yield _option(plan, layout, sampling, words)
+
+
+def of_preset(setting: Setting, name: str, gpus: int) -> Setting:
+    """``setting`` with the states shared as the preset ``name`` does, over ``gpus`` GPUs."""
+    preset = PRESETS[name]
+    return replace(
+        setting,
+        gpus=gpus,
+        local=setting.local if gpus == setting.gpus else min(gpus, max(setting.local, NODE)),
+        zero_stage=int(preset["zero_stage"]),
+        offload_optimizer=bool(preset["offload_optimizer"]),
+        offload_parameters=bool(preset["offload_parameters"]),
+    )
+
+
+def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
+    return any(getattr(deepspeed, key) != value for key, value in PRESETS[name].items())
+
+
+def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words: list[str]) -> Option:
+    if layout.gpus != plan.setting.gpus:
+        words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
+    step = flops.step(plan.shape, plan.tokens, recomputed=layout.recomputed(plan.shape.layers)).total * layout.batch * layout.accumulation
+    seconds = step / (plan.device.tflops * 1e12) + traffic.traffic(plan.shape, layout).seconds
+    encoder = plan.encoder
+    return Option(
+        gpus=layout.gpus,
+        words=tuple(words),
+        setting=layout,
+        gpu=memory.gpu(plan.shape, plan.tokens, layout, sampling, encoder=encoder),
+        host=memory.host(plan.shape, layout, validates=sampling is not None, encoder=encoder),
+        seconds=seconds,
+    )
+
+
+def _fits(plan: Plan, option: Option) -> bool:
+    on_host = plan.device.host is None or option.host.peak <= plan.device.host
+    return option.gpu.peak <= plan.device.memory and on_host
+
+
+def notes(plan: Plan) -> list[str]:
+    """Single changes that help, where no way of sharing the states does, and for what sharing does not change."""
+    lines = []
+    if plan.gpu.peak > plan.device.memory:
+        if plan.setting.batch > 1:
+            words = f"stage.batch_size=1 stage.gradient_accumulation={plan.setting.batch * plan.setting.accumulation}"
+            lines.append(f"{words}: as many clips a step with less memory")
+        if plan.gpu.parts["EMA"]:
+            lines.append(f"stage.ema_device=cpu takes {plan.gpu.parts['EMA'] / 1e9:.0f} GB off each GPU, at the price of a copy a step")
+        lines.append("data.frames, data.height and data.width smaller: activations shrink with the tokens")
+    if plan.device.host is not None and plan.host.peak > plan.device.host and plan.setting.ema:
+        lines.append(
+            f"stage.ema_decay=0 takes {(plan.host.parts['EMA'] + plan.host.parts['weights set aside']) / 1e9:.0f} GB off each machine"
+        )
+    return lines

@@ -1,0 +1,63 @@
+"""Floating point operations by formula: two for each multiplication and addition of a matrix product. What is left out (norms,
+activations, the loss) is less than a hundredth at the sizes of the family; a test counts the tiny model's operations beside this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogflow.planning.shape import Shape, Tokens
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Operations of one forward pass of one sample. ``outside``: the linear layers outside of the blocks, part of ``linear``;
+    ``inputs``: those of them that read what is no result of weights, so that no gradient flows on from them."""
+
+    linear: float
+    attention: float
+    outside: float
+    inputs: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations of one training sample: forward, backward (twice that), and once more the blocks whose activations are recomputed."""
+
+    forward: float
+    backward: float
+    recomputation: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.recomputation
+
+
+def forward(shape: Shape, tokens: Tokens) -> Forward:
+    """Of one sample, without guidance."""
+    width, patch = shape.width, shape.patch**2 * shape.patch_t
+    # Four projections of attention and a feed-forward of four times the width; the modulation is computed once per sample.
+    block = 24 * tokens.total * width**2 + 2 * 2 * shape.time_width * 6 * width
+    inputs = 2 * (tokens.video * shape.in_channels * patch + tokens.text * shape.text_width) * width
+    inputs += 2 * (width * shape.time_width + shape.ofs_width**2)
+    outputs = 2 * tokens.video * width * shape.out_channels * patch
+    embeddings = 2 * (shape.time_width**2 + shape.ofs_width**2) + 2 * shape.time_width * 2 * width
+    outside = inputs + outputs + embeddings
+    return Forward(
+        linear=float(shape.layers * block + outside),
+        attention=float(shape.layers * 4 * tokens.total**2 * width),
+        outside=float(outside),
+        inputs=float(inputs),
+    )
+
+
+def step(shape: Shape, tokens: Tokens, *, recomputed: int) -> Step:
+    """Of one sample, with so many blocks computed again.
+
+    Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted.
+    """
+    one = forward(shape, tokens)
+    return Step(one.total, 2 * one.total - one.inputs, (one.total - one.outside) * recomputed / shape.layers)

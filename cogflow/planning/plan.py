@@ -1,0 +1,200 @@
+"""Everything a plan says of one config, gathered; nothing is loaded, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from cogflow import ranks
+from cogflow.config.schema import Config, TrainStage
+from cogflow.files.paths import run_folder
+from cogflow.models.family import FAMILY
+from cogflow.planning import data, disk, flops, memory, setting, shape, traffic
+from cogflow.planning.data import Clips
+from cogflow.planning.disk import Disk
+from cogflow.planning.flops import Forward, Step
+from cogflow.planning.memory import Memory, Sampling
+from cogflow.planning.setting import Setting
+from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.traffic import Traffic
+
+REACHED = 0.8
+"""Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
+
+USED = 0.5
+"""Share of that which training reaches, with attention, norms and waiting: assumed, until ``stage.plan_tflops`` says what was measured."""
+
+PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "A6000": 155, "4090": 165}
+"""TFLOP/s of bf16 without sparsity, from the data sheets."""
+
+GPU_BYTES = 80e9
+"""Of a GPU to plan for, where none is here and none is named."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU that is planned for: bytes of its memory and of its machine's, achieved TFLOP/s, and where these figures come from."""
+
+    memory: float
+    host: float | None
+    tflops: float
+    memory_source: str
+    tflops_source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one training; operations are those of one optimizer step of one GPU, seconds are without communication."""
+
+    config: Config
+    stage: TrainStage
+    shape: Shape
+    model_source: str
+    dtype: str
+    tokens: Tokens
+    device: Device
+    setting: Setting
+    sampling: Sampling | None
+    gpu: Memory
+    host: Memory
+    forward: Forward
+    sample: Step
+    traffic: Traffic
+    disk: Disk
+    clips: Clips
+    prompts: int
+    prompts_source: str
+    encoder: int
+
+    @property
+    def clips_per_step(self) -> int:
+        return self.setting.batch * self.setting.accumulation * self.setting.gpus
+
+    @property
+    def flops(self) -> float:
+        return self.sample.total * self.setting.batch * self.setting.accumulation
+
+    @property
+    def seconds(self) -> float:
+        return self.flops / (self.device.tflops * 1e12)
+
+    @property
+    def samples(self) -> int:
+        """Videos of one validation, over all GPUs."""
+        return self.prompts * len(self.config.sampling.seeds)
+
+    @property
+    def validation_flops(self) -> float:
+        """Of one validation, all GPUs together; the autoencoder is not counted."""
+        return self.samples * self.config.sampling.steps * self.passes * self.forward.total
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.config.sampling.guidance_scale > 1 else 1
+
+    @property
+    def validation_seconds(self) -> float:
+        """Every GPU samples its share, one clip at a time; who has none repeats one."""
+        turns = -(-self.samples // self.setting.gpus)
+        return turns * self.config.sampling.steps * self.passes * self.forward.total / (self.device.tflops * 1e12)
+
+    def misfits(self) -> list[str]:
+        """What does not fit, one line each."""
+        found = []
+        if self.gpu.peak > self.device.memory:
+            found.append(
+                f"{self.gpu.peak / 1e9:.1f} GB on each GPU ({self.gpu.worst}), {self.device.memory / 1e9:.1f} GB are there "
+                f"({self.device.memory_source})"
+            )
+        if self.device.host is not None and self.host.peak > self.device.host:
+            found.append(
+                f"{self.host.peak / 1e9:.1f} GB of host memory on each machine ({self.host.worst}), {self.device.host / 1e9:.1f} GB are "
+                "there"
+            )
+        return found
+
+
+def plan(config: Config) -> Plan:
+    """The plan of ``config``, for the GPUs that it names, else for those that are here."""
+    stage = config.stage
+    if not isinstance(stage, TrainStage):
+        raise TypeError("a plan needs the settings of stage=train")
+    run = run_folder(config.run)
+    own, model_source = shape.of_model(config.model, stage.freeze)
+    tokens = shape.tokens(own, config.data.frames, config.data.height, config.data.width)
+    dtype = dtype_of(config)
+    layout = setting.of_config(config, dtype, stage.plan_gpus or ranks.world_size(), local_gpus(stage))
+    count, prompts_source = data.prompts(config)
+    sampling = sampling_of(config) if stage.sample_every else None
+    encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
+    return Plan(
+        config=config,
+        stage=stage,
+        shape=own,
+        model_source=model_source,
+        dtype=dtype,
+        tokens=tokens,
+        device=device(stage),
+        setting=layout,
+        sampling=sampling,
+        gpu=memory.gpu(own, tokens, layout, sampling, encoder=encoder),
+        host=memory.host(own, layout, validates=sampling is not None, encoder=encoder),
+        forward=flops.forward(own, tokens),
+        sample=flops.step(own, tokens, recomputed=layout.recomputed(own.layers)),
+        traffic=traffic.traffic(own, layout),
+        disk=Disk(*disk.checkpoint(own, layout), disk.at_once(stage), disk.weights_alone(stage), disk.free(run)),
+        clips=data.clips(config, run),
+        prompts=count,
+        prompts_source=prompts_source,
+        encoder=encoder,
+    )
+
+
+def dtype_of(config: Config) -> str:
+    """As training will choose it; a plan for GPUs takes the family's also where no GPU is."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    on_cpu = config.model.name == "tiny" and not torch.cuda.is_available()
+    return "fp32" if on_cpu or config.model.name not in FAMILY else FAMILY[config.model.name].dtype
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How a validation of ``config`` samples and decodes."""
+    wanted, data_ = config.sampling, config.data
+    size = 4 if wanted.vae_dtype == "auto" else setting.BYTES[wanted.vae_dtype]
+    return Sampling(data_.frames, data_.height, data_.width, 2 if wanted.guidance_scale > 1 else 1, size, wanted.vae_tiling)
+
+
+def local_gpus(stage: TrainStage) -> int | None:
+    """Processes of this machine where torchrun says so and no other number of GPUs is planned for."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(local) if local and not stage.plan_gpus else None
+
+
+def device(stage: TrainStage) -> Device:
+    """What the settings say, else the GPU that is here, else an H200's speed and the memory of a common GPU."""
+    here = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    if stage.plan_memory_gb:
+        size, size_source = stage.plan_memory_gb * 1e9, "stage.plan_memory_gb"
+    elif here is not None:
+        size, size_source = float(here.total_memory), here.name
+    else:
+        size, size_source = GPU_BYTES, "assumed; give stage.plan_memory_gb"
+    if stage.plan_tflops:
+        speed, speed_source = stage.plan_tflops, "stage.plan_tflops"
+    else:
+        name = here.name if here is not None else "H200"
+        known = next((key for key in PEAKS if key in name), "H200")
+        speed, speed_source = PEAKS[known] * REACHED * USED, f"assumed: {USED:.0%} of what large products reach on {known}"
+    host = stage.plan_host_gb * 1e9 if stage.plan_host_gb else host_bytes() if here is not None else None
+    return Device(size, host, speed, size_source, speed_source)
+
+
+def host_bytes() -> float | None:
+    """Memory of this machine."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,69 @@
+"""How a training is laid out over GPUs: what of a config decides about memory, traffic and speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogflow.config.schema import Config, TrainStage
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+NODE = 8
+"""GPUs of one machine, where there are that many."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
+    those of one machine. ``ema``: whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    checkpointing: bool
+    checkpoint_every: int
+    gpus: int
+    local: int
+    bytes: int
+    reduced_bytes: int
+    batch: int
+    accumulation: int
+    reduce_bucket: int
+    gather_bucket: int
+    overlap: bool
+    ema: bool
+    ema_every: int
+    ema_on_host: bool
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.local)
+
+    def recomputed(self, layers: int) -> int:
+        """Blocks whose activations are dropped and computed again."""
+        return -(-layers // self.checkpoint_every) if self.checkpointing else 0
+
+
+def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -> Setting:
+    """The layout that ``config`` asks for on ``gpus`` GPUs; ``local``: GPUs of one machine, else as many as are usual."""
+    stage, deepspeed = config.stage, config.deepspeed
+    if not isinstance(stage, TrainStage):
+        raise TypeError("a plan needs the settings of stage=train")
+    return Setting(
+        zero_stage=deepspeed.zero_stage,
+        offload_optimizer=deepspeed.offload_optimizer,
+        offload_parameters=deepspeed.offload_parameters,
+        checkpointing=deepspeed.activation_checkpointing,
+        checkpoint_every=deepspeed.checkpoint_every_block,
+        gpus=gpus,
+        local=min(gpus, local or NODE),
+        bytes=BYTES[dtype],
+        reduced_bytes=4 if deepspeed.reduce_dtype == "fp32" else BYTES[dtype],
+        batch=stage.batch_size,
+        accumulation=stage.gradient_accumulation,
+        reduce_bucket=deepspeed.reduce_bucket_size,
+        gather_bucket=deepspeed.allgather_bucket_size,
+        overlap=deepspeed.overlap_comm,
+        ema=stage.ema_decay > 0,
+        ema_every=stage.ema_every,
+        ema_on_host=stage.ema_device == "cpu",
+    )

@@ -1,0 +1,60 @@
+"""What one optimizer step sends, by ZeRO stage: bytes that leave each GPU, and bytes between a GPU and its host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogflow.planning.setting import Setting
+from cogflow.planning.shape import Shape
+
+INSIDE, BETWEEN, TO_HOST = 300e9, 40e9, 25e9
+"""Bytes per second that a GPU reaches: to others of its machine (NVLink of an H100 or H200), to other machines (a 400 Gb/s card for each
+GPU) and to the host (PCIe 5, shared by two). Another machine has other figures; the volumes stay."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one GPU at one step. ``seconds`` is for ``INSIDE``, ``BETWEEN`` and ``TO_HOST``, with nothing overlapped."""
+
+    gradients: float
+    weights: float
+    averages: float
+    host: float
+    seconds: float
+
+    @property
+    def between_gpus(self) -> float:
+        return self.gradients + self.weights + self.averages
+
+
+def traffic(shape: Shape, setting: Setting) -> Traffic:
+    """Rings: reducing or gathering M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice that."""
+    around = (setting.gpus - 1) / setting.gpus
+    weights, gradients = shape.parameters * setting.bytes * around, shape.trained * setting.reduced_bytes * around
+    micro = setting.accumulation
+    reduced = {0: 2 * gradients, 1: gradients, 2: micro * gradients, 3: micro * gradients}[setting.zero_stage]
+    # ZeRO-3 gathers for the forward and again for the backward pass; recomputation finds the weights that the backward pass needs.
+    gathered = {0: 0.0, 1: weights, 2: weights, 3: 2 * micro * weights}[setting.zero_stage]
+    averages = weights / setting.ema_every if setting.ema and setting.zero_stage == 3 else 0.0
+    host = 4 * shape.trained / setting.gpus / setting.ema_every if setting.ema and setting.ema_on_host else 0.0
+    if setting.offload_optimizer:
+        host += (micro + 1) * shape.trained * setting.bytes / setting.gpus
+    if setting.offload_parameters:
+        host += 2 * micro * shape.parameters * setting.bytes / setting.gpus
+    return Traffic(reduced, gathered, averages, host, (reduced + gathered + averages) / speed(setting) + host / TO_HOST)
+
+
+def speed(setting: Setting) -> float:
+    """Bytes per second from each GPU to the next of its ring: the slowest link of the way."""
+    return BETWEEN if setting.nodes > 1 else INSIDE
+
+
+def exposed(sent: Traffic, setting: Setting, *, backward: float, compute: float) -> float:
+    """Seconds of a step that wait for communication. Gradients are reduced while the last backward pass goes on (``overlap_comm``), and
+    ZeRO-3 fetches weights ahead; what is gathered after the update, and what goes to the host, nothing hides."""
+    reducing, gathering = sent.gradients / speed(setting), sent.weights / speed(setting)
+    hidden = backward if setting.overlap else 0.0
+    after = sent.averages / speed(setting) + sent.host / TO_HOST
+    if setting.zero_stage == 3:
+        return max(0.0, reducing + gathering - compute) + after
+    return max(0.0, reducing - hidden) + gathering + after

@@ -1,0 +1,75 @@
+"""Whether the weights move: a few thousand of them, compared bit for bit. A loss can fall while nothing does ("trains, but nothing moves").
+
+In bf16 a weight of size w takes no step smaller than w / 256: at a learning rate of 1e-5 most single steps leave most weights as they are.
+DeepSpeed's fp32 masters add such steps up, so that weights move over many steps; without masters they would be lost. What is compared
+are the weights as training uses them, each rank its own part of them under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+TENSORS = 16
+ELEMENTS = 4096  # of each
+STUCK = 0.999
+"""Share of the sampled weights that did not change between two validations, from which on nothing is being trained."""
+STUCK_STEPS = 20
+
+
+class Movement:
+    """Follows a sample of the trained weights of ``module``; costs some copies of 4096 elements."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        stride = max(1, len(trained) // TENSORS)
+        self._sampled = trained[stride // 2 :: stride][:TENSORS]
+        self._before: list[torch.Tensor] = []
+        self._anchor = self._copies()
+        self._anchor_step = 0
+
+    def before(self) -> None:
+        """Remember the weights: the next step is looked at."""
+        self._before = self._copies()
+
+    def unchanged(self) -> torch.Tensor:
+        """Share of the sampled weights that are bit for bit what :meth:`before` saw, fp32 scalar on the device: no host sync."""
+        return _same(self._before, self._views())
+
+    def since_anchor(self, step: int) -> tuple[float, int]:
+        """Share that is unchanged since this was asked last, and over how many steps; ``step`` counts finished ones."""
+        share, steps = float(_same(self._anchor, self._views())), step - self._anchor_step
+        self.anchor(step)
+        return share, steps
+
+    def anchor(self, step: int) -> None:
+        self._anchor, self._anchor_step = self._copies(), step
+
+    def _views(self) -> Iterator[torch.Tensor]:
+        for parameter in self._sampled:
+            # ZeRO-3 keeps this rank's part flat beside a parameter that is empty between its uses.
+            flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
+            start = max(0, (flat.numel() - ELEMENTS) // 2)
+            yield flat[start : start + ELEMENTS]
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [view.clone() for view in self._views()]
+
+
+def _same(before: list[torch.Tensor], now: Iterator[torch.Tensor]) -> torch.Tensor:
+    pairs = [(old, new) for old, new in zip(before, now, strict=True) if old.numel()]
+    if not pairs:
+        return torch.zeros(())
+    same = torch.stack([(old == new).sum() for old, new in pairs]).sum()
+    return same.float() / sum(old.numel() for old, _ in pairs)
+
+
+def stuck_line(step: int, share: float, steps: int) -> str | None:
+    """What to say when nothing is being trained; ``None`` when something is."""
+    if share < STUCK or steps < STUCK_STEPS:
+        return None
+    return (
+        f"step {step}: {share:.2%} of the sampled weights are bit for bit those of {steps} steps ago: nothing is being trained. Raise "
+        "stage.learning_rate, look at train/grad_norm and stage.freeze, and in half precision see that ZeRO keeps fp32 masters."
+    )

@@ -1,0 +1,69 @@
+"""A server that runs cogflow often, prepared clips, and what an undisturbed training of them leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogflow.weights.zero_moments import MOMENTS, SavedStates
+from tests.faults.server import Done, Server
+from tests.training.resuming import parameter_names
+
+
+class World:
+    """Runs below one folder, all on the same prepared clips."""
+
+    def __init__(self, root: Path, server: Server) -> None:
+        self.root, self.server = root, server
+        server_says(server.run("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled"), 0)
+
+    def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
+        """Words that train in a run of its own, which is made if it is not there."""
+        folder = self.root / name
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copytree(self.root / "prepared" / "cache", folder / "cache")
+        return [
+            f"stage={stage}", "debug=quick", f"run.root={self.root}", f"run.name={name}", "tracking.wandb=disabled", "stage.batch_size=1",
+            "stage.gradient_accumulation=2", "stage.sample_every=0", "stage.evaluate_every=0", "stage.keep_last=99", *more,
+        ]  # fmt: skip
+
+    def train(self, name: str, *more: str, **order: Any) -> Done:
+        return self.server.run(*self.words(name, *more), **order)
+
+    def checkpoints(self, name: str) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (self.root / name / "checkpoints").glob("step-*"))
+
+    def pointer(self, name: str) -> int | None:
+        path = self.root / name / "checkpoints" / "latest.json"
+        return int(json.loads(path.read_text())["step"]) if path.is_file() else None
+
+    def losses(self, name: str) -> dict[int, tuple[float, float]]:
+        """Loss and gradient norm by step, exactly as computed."""
+        lines = [json.loads(line) for line in (self.root / name / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line}
+
+    def states(self, name: str, step: int) -> dict[str, bytes]:
+        """Masters and moments of every parameter at a checkpoint, and Adam's count."""
+        folder = self.root / name / "checkpoints" / f"step-{step:06d}"
+        names = parameter_names(folder)
+        saved = SavedStates(folder / "deepspeed" / "state", names)
+        found = {f"{one} {key}": saved.read(one, key).contiguous().numpy().tobytes() for one in names for key in ("fp32", *MOMENTS)}
+        return found | {"steps": str(saved.steps).encode()}
+
+
+@pytest.fixture(scope="session")
+def world(server: Server, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("faults"), server)
+
+
+def server_says(done: Done, code: int, *texts: str) -> Done:
+    """``done`` ended with ``code`` on rank 0 and said all of ``texts``."""
+    assert done.code == code and not done.timed_out, f"exit code {done.codes}, expected {code}\n{done.text[-4000:]}"
+    for text in texts:
+        assert text in done.text, f"{text!r} is not said:\n{done.text[-4000:]}"
+    return done

@@ -1,0 +1,85 @@
+"""A Weights & Biases server on this machine that answers, and from some request on does not: it fails, hangs, or is slow."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import threading
+import time
+from types import TracebackType
+
+
+class Loopback:
+    """Context manager. ``how``: well, fails (500), hangs (never answers), slow (2 s each); ``after``: requests that are answered well.
+
+    ``bodies``: what it was sent, ``keys``: by whom; ``misbehaved``: requests that were not answered well.
+    """
+
+    def __init__(self, how: str, after: int = 0) -> None:
+        self.how, self.after = how, after
+        self.requests, self.misbehaved = 0, 0
+        self.bodies: list[bytes] = []
+        self.keys: set[str] = set()
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(handler) -> None:
+                self._answer(handler)
+
+            do_GET = do_PUT = do_POST
+
+            def log_message(handler, *_: object) -> None:
+                pass
+
+        class Quiet(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(server, *_: object) -> None:
+                """A client that went away."""
+
+        self._server = Quiet(("127.0.0.1", 0), Handler)
+
+    def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        with self._lock:
+            self.requests += 1
+            self.bodies.append(body)
+            self.keys.add(base64.b64decode(handler.headers.get("Authorization", "").removeprefix("Basic ")).decode().partition(":")[2])
+            well = self.how == "well" or self.requests <= self.after
+            self.misbehaved += not well
+        if not well and self.how == "hangs":
+            self._closing.wait()
+            return
+        if not well and self.how == "slow":
+            time.sleep(2.0)
+        answer = json.dumps({"data": self._data(body)}).encode()
+        handler.send_response(500 if not well and self.how == "fails" else 200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(answer)))
+        handler.end_headers()
+        handler.wfile.write(answer)
+
+    def _data(self, body: bytes) -> dict[str, object]:
+        """An empty answer is taken for a run that was accepted; whoever wants to upload is told where to."""
+        if b"createRunFiles" not in body:
+            return {}
+        names = json.loads(body)["variables"]["files"]
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in names]
+        return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Loopback:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,178 @@
+"""Many short runs of cogflow without many starts of Python: a process that has imported everything forks one for each run and rank.
+
+Each is a process of its own, with its own signals, limits, descriptors and death. ``python -m tests.faults.server`` reads one JSON object a
+line (see :class:`Order`) and answers with one; :class:`Server` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Order:
+    """One run. ``fault``: see :mod:`tests.faults.injected`. ``largest_file``: bytes that no file of it may exceed. ``seconds``: then all is
+    killed."""
+
+    words: Sequence[str]
+    log: str
+    fault: str = ""
+    ranks: int = 1
+    largest_file: int | None = None
+    seconds: float = 120.0
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str = "."
+
+
+@dataclass(frozen=True)
+class Done:
+    """``codes``: of each rank, negative for the signal that killed it. ``out``, ``err``: what all of them wrote, rank by rank. ``fired``:
+    faults that did."""
+
+    codes: list[int]
+    out: str
+    err: str
+    fired: list[str]
+    seconds: float
+    timed_out: bool
+
+    @property
+    def code(self) -> int:
+        """That of rank 0."""
+        return self.codes[0]
+
+    @property
+    def text(self) -> str:
+        """All that was written, messages first."""
+        return self.err + self.out
+
+
+class Server:
+    """The asking end; use it as a context manager. ``folder``: for logs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._count = folder, 0
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}  # a service to start each time
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def run(self, *words: str, **order: Any) -> Done:
+        """One run to its end."""
+        self._count += 1
+        log = self.folder / f"run-{self._count:04d}"
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(Order(words, str(log), **order))) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        out, err = (
+            "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{log.name}.*.{kind}")))
+            for kind in ("out", "err")
+        )
+        fired = Path(f"{log}-fired")
+        return Done(out=out, err=err, fired=fired.read_text().split() if fired.is_file() else [], **answer)
+
+
+def serve() -> None:
+    """The answering end."""
+    # Libraries print what they like to standard output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - initialize() does, and it takes seconds
+    import diffusers  # noqa: F401
+    import transformers  # noqa: F401
+    import wandb  # noqa: F401
+
+    import cogflow.__main__
+    import cogflow.pipeline.assemble
+    import cogflow.stages.export
+    import cogflow.stages.prepare
+    import cogflow.stages.train
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        cogflow.__main__.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
+    for line in sys.stdin:
+        order = Order(**json.loads(line))
+        began = time.monotonic()
+        codes, timed_out = _wait(_start(order), order.seconds)
+        print(json.dumps({"codes": codes, "seconds": time.monotonic() - began, "timed_out": timed_out}), file=answers, flush=True)
+
+
+def _start(order: Order) -> list[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(order.ranks):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _run(order, rank, port)
+            finally:
+                os._exit(99)
+        pids.append(pid)
+    return pids
+
+
+def _run(order: Order, rank: int, port: int) -> None:
+    os.setsid()
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{order.log}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(order.env)
+    os.chdir(order.cwd)
+    sys.argv = ["cogflow", *order.words]
+    if order.ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if order.largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order.largest_file, order.largest_file))
+    from cogflow.__main__ import main
+    from tests.faults import injected
+
+    injected.arm(order.fault, rank, Path(f"{order.log}-fired"))
+    code = main(order.words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(pids: list[int], seconds: float) -> tuple[list[int], bool]:
+    """Their exit codes in order; when ``seconds`` are over, what still runs is killed."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    killed = False
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+        if len(codes) < len(pids) and time.monotonic() > deadline and not killed:
+            killed = True
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids], killed
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,63 @@
+"""Resuming with other settings: some may change and are told, the rest is refused with what was and what is."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.faults.conftest import World, server_says
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["stage.save_every=0", "stage.ema_decay=0.9", "stage.seed=3"]
+
+
+@pytest.fixture(scope="module")
+def half(world: World) -> str:
+    server_says(world.train("half", *WORDS, "stage.steps=2"), 0)
+    return "half"
+
+
+def resumed(world: World, half: str, name: str, *more: str, stage: str = "stage.steps=3") -> tuple[int, str]:
+    shutil.copytree(world.root / half, world.root / name)
+    kept = [word for word in WORDS if word.split("=")[0] not in {one.split("=")[0] for one in more}]
+    done = world.train(name, *kept, stage, *more)
+    return done.code, done.text
+
+
+def test_what_may_change_is_told_and_goes_on(world: World, half: str) -> None:
+    code, text = resumed(world, half, "tuned", "stage.learning_rate=3e-5", "stage.evaluate_every=1", "stage.text_dropout=0.2")
+    assert code == 0, text[-3000:]
+    for line in (
+        "stage.steps is now 3, it was 2",
+        "stage.learning_rate is now 3e-05, it was 0.0004",
+        "stage.text_dropout is now 0.2, it was 0.1",
+    ):
+        assert line in text, text[-3000:]
+    assert "stage.evaluate_every is now" not in text and world.checkpoints("tuned") == [2, 3]
+
+
+def test_all_that_may_not_is_refused_at_once_and_nothing_is_touched(world: World, half: str) -> None:
+    more = ["stage.seed=4", "stage.freeze=[patch_embed.*]", "stage.gradient_accumulation=3", "stage.ema_decay=0"]
+    code, text = resumed(world, half, "refused", *more)
+    assert code == 2 and "Traceback" not in text, text[-3000:]
+    for line in (
+        "stage.seed: 3 then, 4 now", "stage.freeze: [] then, ['patch_embed.*'] now", "stage.gradient_accumulation: 2 then, 3 now",
+        "clips in a step, the product of the three: 2 then, 3 now", "stage.ema_decay: 0.9 then, 0.0 now", "stage.resume=never",
+    ):  # fmt: skip
+        assert line in text, text[-3000:]
+    assert world.checkpoints("refused") == [2] and world.pointer("refused") == 2
+
+
+def test_frozen_weights_stay_to_the_bit_and_go_on_under_another_stage(world: World) -> None:
+    words = ["stage.freeze=[transformer_blocks.0.*,patch_embed.*]", "stage.save_every=0", "stage.learning_rate=1e-3"]
+    server_says(world.train("frozen", *words, "stage.steps=2", "deepspeed=zero2"), 0)
+    server_says(world.train("frozen", *words, "stage.steps=3", "deepspeed=zero3"), 0, "after step 2", "dealt out anew")
+    server_says(world.train("frozen", *words, "stage.steps=4", "deepspeed=zero0"), 0, "after step 3", "dealt out anew")
+    from cogflow.models import tiny
+    from tests.faults.test_starting import weights
+
+    before, after = weights(tiny.folder() / "transformer"), weights(world.root / "frozen/checkpoints/step-000004/transformer")
+    for name, value in before.items():
+        assert value.equal(after[name]) == name.startswith(("transformer_blocks.0.", "patch_embed.")), name

@@ -1,0 +1,104 @@
+"""A loss or gradient that is not finite, and spikes: no weight and no moment is changed by such a step, on any rank."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.faults.conftest import World, server_says
+
+pytestmark = pytest.mark.slow
+
+STEP = ["stage.steps=4", "stage.save_every=1"]
+
+
+@pytest.fixture(scope="module")
+def sound(world: World) -> str:
+    server_says(world.train("sound", *STEP), 0)
+    return "sound"
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("what", ["nan@losses#6", "infgrad@backward#6"])
+def test_stop_leaves_the_step_before_and_says_so(world: World, zero: str, what: str) -> None:
+    """The second micro step of the third step."""
+    name, whole = f"{what.split('@')[0]}-{zero}", f"sound-{zero}"
+    if not (world.root / whole).exists():
+        server_says(world.train(whole, *STEP, f"deepspeed={zero}"), 0)
+    done = world.train(name, "stage.steps=4", "stage.save_every=0", f"deepspeed={zero}", fault=what)
+    assert done.fired == [what]
+    said = "The loss of step 3 is not finite (rank 0: " if "nan" in what else "The gradient of step 3 is not finite"
+    server_says(done, 3, said, "on_not_finite=skip")
+    assert world.checkpoints(name) == [2] and world.states(name, 2) == world.states(whole, 2)
+    # Without the fault, the same command goes on to where it would have come.
+    server_says(world.train(name, *STEP, f"deepspeed={zero}"), 0, "after step 2")
+    assert world.states(name, 4) == world.states(whole, 4) and world.losses(name) == world.losses(whole)
+
+
+def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) -> None:
+    done = world.train("skipped", *STEP, "stage.on_not_finite=skip", fault="nan@losses#6")
+    server_says(done, 0, "a step was left out")
+    assert done.fired and world.states("skipped", 3) == world.states("skipped", 2) == world.states(sound, 2)
+    assert world.states("skipped", 4) != world.states("skipped", 3)
+    lines = [json.loads(line) for line in (world.root / "skipped/metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["train/skipped"] for line in lines if "train/skipped" in line} == {1: 0, 2: 0, 3: 1, 4: 1}
+    assert next(line for line in lines if line["step"] == 3)["train/loss"] is None
+
+
+def test_rollback_goes_back_with_a_lower_rate(world: World) -> None:
+    words = [*STEP, "stage.on_not_finite=rollback", "stage.rollback.learning_rate_ratio=0.5"]
+    done = server_says(world.train("back", *words, fault="nan@losses#6"), 0, "going back to")
+    assert done.fired
+    rates = {
+        line["step"]: line["train/lr"]
+        for line in map(json.loads, (world.root / "back/metrics.jsonl").read_text().splitlines())
+        if "train/lr" in line
+    }
+    sound = {
+        line["step"]: line["train/lr"]
+        for line in map(json.loads, (world.root / "sound/metrics.jsonl").read_text().splitlines())
+        if "train/lr" in line
+    }
+    assert rates[2] == sound[2] and rates[3] == pytest.approx(0.5 * sound[3])
+
+
+def test_a_clip_that_never_gives_a_number_ends_the_run(world: World) -> None:
+    faults = ",".join(f"nan@losses#{number}" for number in range(1, 60))
+    done = world.train("never", "stage.steps=40", "stage.save_every=0", "stage.on_not_finite=skip", fault=faults)
+    server_says(done, 3, "20th step in a row")
+
+
+def test_a_nan_on_one_of_two_ranks_stops_both_before_the_update(world: World, sound: str) -> None:
+    done = world.train(
+        "one-of-two", "stage.steps=4", "stage.save_every=0", "stage.gradient_accumulation=1", ranks=2, fault="nan@losses#3/1"
+    )
+    assert done.fired == ["nan@losses#3/1"] and done.codes == [3, 3], done.text[-3000:]
+    assert "The loss of step 3 is not finite (rank 1: " in done.text
+    two = world.train("two", *STEP, "stage.gradient_accumulation=1", ranks=2)
+    assert two.codes == [0, 0] and world.states("one-of-two", 2) == world.states("two", 2)
+
+
+def test_a_spike_is_told_and_left_out_where_that_is_asked_for(world: World) -> None:
+    words = ["stage.steps=40", "stage.save_every=0", "stage.gradient_accumulation=1", "stage.learning_rate=0"]
+    told = world.train("spike-told", *words, fault="spike@losses#36")
+    assert told.fired and "a spike: step 36" in server_says(told, 0).text
+    left = world.train("spike-left", *words, "stage.on_spike=skip", fault="spike@losses#36")
+    server_says(left, 0, "a spike: step 36", "the step was left out")
+    lines = [json.loads(line) for line in (world.root / "spike-left/metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped"] for line in lines if line.get("step") == 36 and "train/skipped" in line] == [1]
+    # A step that is left out leaves no trace in the optimizer: the counts tell.
+    assert world.states("spike-left", 40)["steps"] == b"39" and world.states("spike-told", 40)["steps"] == b"40"
+
+
+def test_fp16_looks_for_its_scale_and_logs_it(world: World) -> None:
+    done = world.train(
+        "half", "stage.steps=4", "model.dtype=fp16", "stage.save_every=0", "stage.gradient_accumulation=1", fault="fp16,infgrad@backward#2"
+    )
+    server_says(done, 0)
+    scales = {
+        line["step"]: (line["train/loss_scale"], line["train/skipped"])
+        for line in map(json.loads, (world.root / "half/metrics.jsonl").read_text().splitlines())
+        if "train/loss_scale" in line
+    }
+    assert done.fired and [scales[step][1] for step in (1, 2, 3, 4)] == [0, 1, 1, 1]

@@ -1,0 +1,96 @@
+"""Sizes from the meta device, and operations by formula beside those that torch counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogflow.config.schema import ModelConfig
+from cogflow.models import tiny
+from cogflow.models.family import FAMILY
+from cogflow.models.rotary import rotary_tables
+from cogflow.planning import flops, shape
+
+PARAMETERS = {
+    "cogvideox-2b": 1_693_783_872,
+    "cogvideox-5b": 5_570_283_072,
+    "cogvideox-5b-i2v": 5_570_479_680,
+    "cogvideox1.5-5b": 5_570_676_352,
+    "cogvideox1.5-5b-i2v": 5_571_594_880,
+}
+"""Of the published checkpoints."""
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_the_meta_device_counts_every_parameter(name: str) -> None:
+    found, source = shape.of_model(ModelConfig(name=name, path="/nowhere/yet"))
+    assert found.parameters == found.trained == PARAMETERS[name] and f"model={name}" in source
+
+
+def test_the_lists_agree() -> None:
+    assert set(PARAMETERS) == set(FAMILY) - {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "video", "total"),
+    [
+        ("cogvideox-5b", (49, 480, 720), 13 * 30 * 45, 17_776),
+        ("cogvideox1.5-5b", (81, 768, 1360), 11 * 48 * 85, 45_104),  # 21 latent frames and one padded
+        ("cogvideox1.5-5b", (85, 768, 1360), 11 * 48 * 85, 45_104),
+        ("tiny", (9, 64, 96), 72, 104),
+    ],
+)
+def test_tokens(name: str, size: tuple[int, int, int], video: int, total: int) -> None:
+    found = shape.tokens(shape.of_model(ModelConfig(name=name))[0], *size)
+    assert (found.video, found.total) == (video, total)
+
+
+def test_what_5b_costs() -> None:
+    """The figures by which a day of training is budgeted."""
+    own, _ = shape.of_model(ModelConfig(name="cogvideox-5b"))
+    tokens = shape.tokens(own, 49, 480, 720)
+    one = flops.forward(own, tokens)
+    assert one.linear == pytest.approx(0.17e15, rel=0.01) and one.attention == pytest.approx(0.163e15, rel=0.01)
+    assert flops.step(own, tokens, recomputed=0).total == pytest.approx(1.0e15, rel=0.01)
+    assert flops.step(own, tokens, recomputed=own.layers).total == pytest.approx(1.33e15, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("over_time", [False, True])
+def test_the_formula_counts_what_torch_counts(checkpointing: bool, over_time: bool) -> None:
+    config = dict(tiny.new_transformer().config) | ({"patch_size_t": 2, "ofs_embed_dim": 32} if over_time else {})
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel.from_config(config).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    own = shape.of_config(config)
+    frames = 4 if over_time else 3
+    tokens = shape.tokens(own, 9 + 4 * over_time, 64, 96)
+    arguments = {
+        "hidden_states": torch.randn(1, frames, 16, 8, 12),
+        "encoder_hidden_states": torch.randn(1, own.text_tokens, own.text_width),
+        "timestep": torch.tensor([500]),
+        "image_rotary_emb": rotary_tables(model, frames, 8, 12, torch.device("cpu")),
+        "ofs": torch.tensor([2.0]) if over_time else None,
+    }
+    # The plain formula of attention is made of products that torch counts on every device.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as ahead:
+            loss = model(**arguments, return_dict=False)[0].sum()
+        with FlopCounterMode(display=False) as back:
+            loss.backward()
+    step = flops.step(own, tokens, recomputed=own.layers if checkpointing else 0)
+    assert step.forward == pytest.approx(ahead.get_total_flops(), rel=0.02)
+    assert step.backward + step.recomputation == pytest.approx(back.get_total_flops(), rel=0.02)
+
+
+def test_a_folder_that_describes_no_transformer_is_refused(tmp_path) -> None:
+    from cogflow.errors import ConfigError
+
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json"):
+        shape.of_model(ModelConfig(name="cogvideox-5b", path=str(tmp_path)))

@@ -1,0 +1,45 @@
+"""The cost model for many GPUs, and the document that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogflow.planning import scale, traffic
+from cogflow.planning.setting import Setting
+
+
+def test_the_document_shows_the_table(repository: Path) -> None:
+    assert scale.markdown() in (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_every_row_fits_and_larger_machines_wait_no_less() -> None:
+    rows = list(scale.rows())
+    assert len(rows) == len(scale.MODELS) * len(scale.GPUS) * len(scale.MEMORY)
+    for one in rows:
+        assert one.peak_gb <= one.memory_gb and one.host_gb <= scale.HOST and 0 <= one.waiting < 0.5
+        assert one.clips_per_second == pytest.approx(one.gpus / one.seconds)
+    by = {(one.model, one.gpus, one.memory_gb): one for one in rows}
+    for model in scale.MODELS:
+        for memory in scale.MEMORY:
+            small, large = by[model, 8, memory], by[model, 512, memory]
+            assert large.waiting > small.waiting and large.peak_gb < small.peak_gb
+        assert by[model, 8, 141].seconds <= by[model, 8, 80].seconds
+
+
+def setting(stage: int, *, overlap: bool) -> Setting:
+    return Setting(
+        zero_stage=stage, offload_optimizer=False, offload_parameters=False, checkpointing=True, checkpoint_every=1, gpus=16, local=8,
+        bytes=2, reduced_bytes=2, batch=1, accumulation=1, reduce_bucket=10**8, gather_bucket=10**8, overlap=overlap,
+        ema=False, ema_every=1, ema_on_host=False,
+    )  # fmt: skip
+
+
+def test_what_computation_hides() -> None:
+    sent = traffic.Traffic(gradients=40e9, weights=40e9, averages=0, host=0, seconds=2)
+    assert traffic.exposed(sent, setting(2, overlap=False), backward=5, compute=8) == pytest.approx(2)
+    assert traffic.exposed(sent, setting(2, overlap=True), backward=5, compute=8) == pytest.approx(1)
+    assert traffic.exposed(sent, setting(2, overlap=True), backward=0.25, compute=8) == pytest.approx(1.75)
+    assert traffic.exposed(sent, setting(3, overlap=True), backward=5, compute=8) == 0
+    assert traffic.exposed(sent, setting(3, overlap=True), backward=0.5, compute=1) == pytest.approx(1)

@@ -1,0 +1,75 @@
+"""One cluster, clips prepared once, and what an undisturbed training of two ranks gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.server import Server
+from tests.slurm.cluster import Cluster, missing
+
+STEPS = 6
+SETTINGS = [
+    "debug=quick", "tracking=off", f"stage.steps={STEPS}", "stage.sample_every=0", "stage.evaluate_every=0", "stage.batch_size=2",
+]  # fmt: skip
+Words = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := missing():
+        # Where these tests have to run, being skipped is a failure.
+        (pytest.fail if os.environ.get("COGFLOW_REQUIRE_SLURM") else pytest.skip)(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two ranks that nobody stops. Its clips are those of the run beside it that is called ``clips``."""
+    root = tmp_path_factory.mktemp("runs")
+    with Server(root) as server:
+        words = ["debug=quick", "tracking=off", f"run.root={root}"]
+        done = server.run("stage=prepare", *words, "run.name=clips", env={"WANDB_MODE": "disabled"})
+        assert done.code == 0, done.text[-5000:]
+        shutil.copytree(root / "clips/cache", root / "undisturbed/cache")
+        more = [*SETTINGS[2:], f"data.path={root / 'clips/data'}", "run.name=undisturbed"]
+        done = server.run("stage=train", *words, *more, ranks=2, env={"WANDB_MODE": "disabled"})
+        assert done.codes == [0, 0], done.text[-5000:]
+    return root / "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def clips(undisturbed: Path) -> Path:
+    """The run whose clips all others train on."""
+    return undisturbed.parent / "clips"
+
+
+@pytest.fixture(scope="session")
+def words(clips: Path) -> Words:
+    """Words of a run of its own on these clips, without the stage."""
+
+    def beside(name: str, *more: str) -> list[str]:
+        if name != clips.name:
+            shutil.copytree(clips / "cache", clips.parent / name / "cache")
+        given = {word.split("=")[0] for word in more}
+        settings = [word for word in SETTINGS if word.split("=")[0] not in given]
+        return [*settings, f"run.root={clips.parent}", f"run.name={name}", f"data.path={clips / 'data'}", *more]
+
+    return beside
+
+
+def steps(run: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of a run, exactly as computed."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line]
+
+
+def weights(run: Path) -> bytes:
+    return (run / f"checkpoints/step-{STEPS:06d}/transformer/diffusion_pytorch_model.safetensors").read_bytes()

@@ -1,0 +1,128 @@
+"""``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, a user's mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, environment, processes, until
+from tests.slurm.conftest import STEPS, Words, steps, weights
+
+pytestmark = pytest.mark.slow
+TWO = ("--nodes=2", "--ntasks-per-node=1")
+
+
+def submit(cluster: Cluster, repository: Path, log: Path, *words: str, script: str = "slurm.sh") -> str:
+    options = [word for word in words if word.startswith("--")]
+    rest = [word for word in words if not word.startswith("--")]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {"COGFLOW_PYTHON": sys.executable, "MASTER_PORT": "", "WANDB_MODE": "disabled"}
+    return cluster.submit(*options, f"--output={log}", f"launch/{script}", *rest, cwd=repository, **env)
+
+
+def ranks_of(job: str) -> dict[int, int]:
+    """Rank to the id of the process that trains as this rank of ``job``."""
+    found = {}
+    for pid in processes():
+        known = environment(pid)
+        if known.get("SLURM_JOB_ID") == job and "RANK" in known and b"\0-m\0cogflow\0" in command(pid):
+            found[int(known["RANK"])] = pid
+    return found
+
+
+@contextlib.contextmanager
+def held(pid: int | None) -> Iterator[None]:
+    """Nothing of the process goes on meanwhile; it may have ended."""
+    try:
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_time_limit_that_expires(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    mine = words("limited", "stage.save_every=0")
+    run = undisturbed.parent / "limited"
+    job = submit(cluster, repository, log, *TWO, "--time=1", "--signal=B:USR1@50", *mine)
+    until(lambda: steps(run), "the first step", 180, log.read_text)
+    # Held until SLURM's own signal comes, so that a fast machine is not done before. On a slow one it came while training was loading.
+    with held(ranks_of(job).get(1)):
+        until(lambda: "time limit is near" in log.read_text(), "SLURM's signal", 60, log.read_text)
+    until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again", 120, log.read_text)
+    assert 1 <= len(steps(run)) < STEPS
+    # A limit once is enough.
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    end = cluster.ended(job)
+    said = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "training ended with 75" in said and "start 2" in said and "resuming" in said
+    assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
+
+
+def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    mine = words("failing", "stage.save_every=2")
+    run = undisturbed.parent / "failing"
+    job = submit(cluster, repository, log, *TWO, *mine)
+    until(lambda: (run / "checkpoints/step-000002").exists() and len(steps(run)) >= 3, "three steps", 180, log.read_text)
+    with held(ranks_of(job)[1]):  # in the middle of a step, and not done before
+        assert len(ranks_of(job)) == 2
+        cluster.kill_node("n2")
+    until(lambda: "a node does not answer" in log.read_text(), "the script notices", 180, log.read_text)
+    cluster.start_node("n2")
+    end = cluster.ended(job)
+    said = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), said
+    assert "start 2" in said and "resuming" in said
+    assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
+
+
+def test_an_array_of_seeds_of_which_one_gives_way(cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path) -> None:
+    mine = words("clips", "stage.steps=4", "stage.save_every=0")
+    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2")  # each has a node of its own
+    job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_array.sh")
+    runs, logs = [clips.parent / f"clips-seed-{seed}" for seed in (0, 1)], [tmp_path / str(seed) for seed in (0, 1)]
+    until(lambda: logs[0].exists() and steps(runs[0]), "the first step", 180, cluster.logs)
+    # Held until SLURM's TERM comes, which brings CONT along, so that it is not done before.
+    first = cluster.job(f"{job}_0")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(ranks_of(first["JobId"])[0], signal.SIGSTOP)
+    urgent = cluster.submit(
+        "--partition=urgent", "--exclusive", f"--nodelist={first['NodeList']}", "--output=/dev/null", "--wrap=true", cwd=clips
+    )
+    assert cluster.ended(urgent)["ExitCode"] == "0:0", logs[0].read_text() + cluster.logs()
+    ends = [cluster.ended(f"{job}_{seed}") for seed in (0, 1)]
+    assert [(end["ExitCode"], end["Restarts"]) for end in ends] == [("0:0", "1"), ("0:0", "0")], logs[0].read_text()
+    assert "training ended with 75" in logs[0].read_text() and "resuming" in logs[0].read_text()
+    assert [[step for step, *_ in steps(run)] for run in runs] == [[1, 2, 3, 4]] * 2
+    assert steps(runs[0]) != steps(runs[1])
+    assert not (clips / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("mistake", ["stage.stepps=3", "data.frames=5"])
+def test_a_mistake_is_not_queued_again(cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str) -> None:
+    """One in the words, which is found before any task starts; one that only training can find, on both ranks."""
+    log = tmp_path / "log"
+    job = submit(cluster, repository, log, *TWO, *words(f"mistaken-{mistake[:5]}", mistake))
+    end = cluster.ended(job)
+    said = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0"), said
+    assert said.count("ConfigError:") == 1

@@ -1,0 +1,167 @@
+"""Run by the tests on one rank or more (``python -m tests.training.resuming FOLDER CASE ...``): whole trainings, one after another in
+one process, stopped by real signals and resumed, and what they left behind. Starting a process for each would take most of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cogflow import ranks
+from cogflow.config.compose import compose
+from cogflow.errors import Stopped
+from cogflow.stages import load
+from cogflow.training import loader
+
+STEPS = 6
+"""Of 10 clips, 4 to a step: the first epoch ends within step 3, the second with step 5. Held-out losses after 2, 4, 6, a save after 4."""
+
+
+def words(root: Path, name: str, *more: str) -> list[str]:
+    """A short training with everything on that may disturb it: two micro steps, averages, held-out losses, several checkpoints."""
+    batch = 2 // ranks.world_size()
+    return [
+        "stage=train", "debug=quick", f"run.root={root}", f"run.name={name}", f"stage.steps={STEPS}", f"stage.batch_size={batch}",
+        "stage.gradient_accumulation=2", "stage.ema_decay=0.9", "stage.evaluate_every=2", "stage.sample_every=0", "stage.save_every=4",
+        "stage.keep_last=9", "tracking.wandb=disabled", *more,
+    ]  # fmt: skip
+
+
+def train(root: Path, name: str, *more: str) -> int:
+    """Train until the end or a signal; the exit code it would give."""
+    folder = root / name
+    if ranks.is_main() and not folder.exists():
+        folder.mkdir(parents=True)
+        shutil.copytree(root / "prepared" / "cache", folder / "cache")
+    ranks.setup()
+    ranks.barrier()
+    try:
+        load("train").run(compose(words(root, name, *more)))
+        return 0
+    except Stopped as stopped:
+        return stopped.exit_code
+
+
+@contextmanager
+def signalled(at: tuple[int, int], number: int = signal.SIGUSR1, rank: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """Have ``rank`` send itself a real signal when it begins ``at``, a (step, micro step); yields where it fired."""
+    take, fired = loader.Loader.take, []
+
+    def taking(self: Any, step: int, micro: int) -> Any:
+        if (step, micro) == at and ranks.rank() == rank % ranks.world_size():
+            fired.append((step, micro))
+            os.kill(os.getpid(), number)
+        return take(self, step, micro)
+
+    loader.Loader.take = taking  # type: ignore[method-assign]
+    try:
+        yield fired
+    finally:
+        loader.Loader.take = take  # type: ignore[method-assign]
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """What a run leaves: every number of its training by step, and hashes of weights, averages and the optimizer's states."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    numbers: dict[str, dict[str, float]] = {}
+    for line in lines:
+        kept = {
+            name: value
+            for name, value in line.items()
+            if name.startswith(("train/", "heldout/", "ema/", "spectrum/"))
+            and name not in ("train/step_time", "train/samples_per_second", "train/memory_gb", "train/data_wait")
+        }
+        numbers.setdefault(str(line["step"]), {}).update(kept)
+    last = folder / "checkpoints" / f"step-{STEPS:06d}"
+    files = {
+        path.relative_to(last).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(last.rglob("*"))
+        if path.suffix == ".safetensors"
+    }
+    return {"numbers": numbers, "files": files, "optimizer": _states(last)}
+
+
+def _states(last: Path) -> str:
+    """A hash over masters and moments of all parameters, which the files of another rank count hold elsewhere."""
+    from cogflow.weights.zero_moments import MOMENTS, SavedStates
+
+    names = parameter_names(last)
+    states = SavedStates(last / "deepspeed" / "state", names)
+    digest = hashlib.sha256(str(states.steps).encode())
+    for name in names:
+        for key in ("fp32", *MOMENTS):
+            digest.update(states.read(name, key).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parameter_names(last: Path) -> list[str]:
+    """The model's parameters in its own order."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    config = CogVideoXTransformer3DModel.load_config(last / "transformer")
+    return [name for name, _ in CogVideoXTransformer3DModel.from_config(config).named_parameters()]
+
+
+def stopped(root: Path, zero: str, ends: str) -> dict[str, Any]:
+    """An uninterrupted run, and one that a signal to its last rank stopped within each of the steps ``ends``, in mid-accumulation."""
+    whole, name = f"{zero}-{ranks.world_size()}-whole", f"{zero}-{ranks.world_size()}-stopped"
+    train(root, whole, f"deepspeed={zero}")
+    codes, fired = [], 0
+    for end in map(int, ends.split("+")):
+        with signalled((end, 1), rank=-1) as seen:
+            codes.append(train(root, name, f"deepspeed={zero}"))
+            fired += len(ranks.gather(seen)[-1])
+    codes.append(train(root, name, f"deepspeed={zero}"))
+    return {"codes": codes, "fired": fired, "whole": _left(root / whole), "stopped": _left(root / name)}
+
+
+def redealt(root: Path, first: str, then: str) -> dict[str, Any]:
+    """Three steps under one ZeRO stage, the rest under another; beside a run that did not change."""
+    whole, name = f"{first}-{ranks.world_size()}-plain", f"{first}-{then}-{ranks.world_size()}"
+    train(root, whole, f"deepspeed={first}")
+    half(root, first, name)
+    train(root, name, f"deepspeed={then}")
+    return {"whole": _left(root / whole), "changed": _left(root / name)}
+
+
+def half(root: Path, zero: str, name: str) -> dict[str, Any]:
+    """Three steps of a run, for another number of ranks to go on with."""
+    with signalled((2, 1)):
+        return {"code": train(root, name, f"deepspeed={zero}")}
+
+
+def go_on(root: Path, zero: str, name: str) -> dict[str, Any]:
+    """The rest of a run that others began."""
+    train(root, name, f"deepspeed={zero}")
+    return {"changed": _left(root / name)}
+
+
+def _left(folder: Path) -> dict[str, Any]:
+    ranks.barrier()
+    return left(folder) if ranks.is_main() else {}
+
+
+CASES: dict[str, Callable[..., dict[str, Any]]] = {"stopped": stopped, "redealt": redealt, "half": half, "go_on": go_on}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """FOLDER, which holds ``prepared/cache``, and cases such as ``stopped:zero2:1+2``."""
+    root = Path(arguments[0])
+    for case in arguments[1:]:
+        kind, *rest = case.split(":")
+        found = CASES[kind](root, *rest)
+        if ranks.is_main():
+            (root / f"{case.replace(':', '-')}-{ranks.world_size()}.json").write_text(json.dumps(found))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

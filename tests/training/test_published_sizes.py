@@ -1,0 +1,85 @@
+"""Every published model with every way of sharing it out, at its real size: composed, built on the meta device, run once there, and its
+settings read by DeepSpeed itself. What a wrong width, position or setting would break on a cluster breaks here, in seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from cogflow.config.compose import compose
+from cogflow.config.schema import Config, TrainStage
+from cogflow.conversion import configs, facts
+from cogflow.models.components import DTYPES
+from cogflow.models.rotary import rotary_tables
+from cogflow.training import deepspeed_start
+
+MODELS = {
+    # parameters of the published checkpoint, dtype of training, tokens of a clip of the native size
+    "cogvideox-2b": (1_693_783_872, "fp16", 17_776),
+    "cogvideox-5b": (5_570_283_072, "bf16", 17_776),
+    "cogvideox-5b-i2v": (5_570_479_680, "bf16", 17_776),
+    "cogvideox1.5-5b": (5_570_676_352, "bf16", 45_104),
+    "cogvideox1.5-5b-i2v": (5_571_594_880, "bf16", 45_104),
+}
+SHARING = ("zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+def on_meta(name: str) -> Any:
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel.from_config(configs.transformer_config(facts.of_family(name)))
+
+
+def composed(model: str, sharing: str) -> Config:
+    places = ["model.path=/nowhere/yet", "data=folder", "data.path=/nowhere/yet"]
+    return compose(["stage=train", f"model={model}", f"model.dtype={MODELS[model][1]}", f"deepspeed={sharing}", *places])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_real_clip_goes_through_the_model_on_meta(model: str) -> None:
+    """Latents of the configured size, captions of the configured length: shapes fit from the first layer to the last."""
+    parameters, dtype, total = MODELS[model]
+    config, transformer = composed(model, "zero2"), on_meta(model).to(DTYPES[dtype])
+    own, data = transformer.config, config.data
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == parameters
+    frames = (data.frames - 1) // own.temporal_compression_ratio + 1
+    frames += -frames % (own.patch_size_t or 1)
+    rows, columns = data.height // 8, data.width // 8
+    seen: list[int] = []
+    transformer.transformer_blocks[-1].register_forward_hook(lambda _, __, made: seen.append(made[0].shape[1] + made[1].shape[1]))
+    meta: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
+    predicted = transformer(
+        hidden_states=torch.empty(1, frames, own.in_channels, rows, columns, **meta),
+        encoder_hidden_states=torch.empty(1, own.max_text_seq_length, own.text_embed_dim, **meta),
+        timestep=torch.empty(1, dtype=torch.int64, device="meta"),
+        image_rotary_emb=rotary_tables(transformer, frames, rows, columns, torch.device("meta")),
+        ofs=torch.empty(1, **meta) if own.ofs_embed_dim else None,
+        return_dict=False,
+    )[0]
+    assert predicted.shape == (1, frames, own.out_channels, rows, columns) and predicted.dtype == DTYPES[dtype]
+    assert seen == [total]
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("model", MODELS)
+def test_deepspeed_reads_the_settings_as_they_are_meant(model: str, sharing: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = composed(model, sharing)
+    assert isinstance(config.stage, TrainStage)
+    dtype = MODELS[model][1]
+    given = deepspeed_start.settings(config.deepspeed, config.stage, DTYPES[dtype])
+    read = DeepSpeedConfig(given | {"train_batch_size": config.stage.batch_size * config.stage.gradient_accumulation})
+    zero = read.zero_config
+    assert int(zero.stage) == int(sharing[4])
+    assert (zero.offload_optimizer is not None, zero.offload_param is not None) == (
+        "offload" in sharing,
+        sharing == "zero3_offload",
+    )
+    assert (read.bfloat16_config.enabled, read.float16_config.enabled) == (dtype == "bf16", dtype == "fp16")
+    assert read.gradient_clipping == config.stage.gradient_clipping == 0.1
+    assert read.train_micro_batch_size_per_gpu == config.stage.batch_size
+    assert read.communication_data_type == torch.float32
+    assert zero.reduce_bucket_size == config.deepspeed.reduce_bucket_size

@@ -1,0 +1,80 @@
+"""Exact resume: stopped by a real signal to the last rank, in mid-accumulation, at the edge of an epoch, around held-out losses and a save.
+
+Every number of the training, every weight, average, master and moment is that of the uninterrupted run to the bit, under ZeRO 0 to 3 on
+one rank and on two. On another number of ranks or another stage they agree to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Command
+
+pytestmark = pytest.mark.slow
+
+EVERY_STEP = "0+1+2+3+4"
+SOME = "1+2+3"
+"""The step before held-out losses, the epoch's edge, the step before held-out losses and a save."""
+
+
+@pytest.fixture(scope="module")
+def root(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resuming")
+    cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
+    return root
+
+
+def ran(root: Path, ranks: int, *cases: str) -> dict[str, Any]:
+    """The cases' results by name."""
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*start, "tests.training.resuming", str(root), *cases], capture_output=True, text=True, timeout=900, env=env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {case: json.loads((root / f"{case.replace(':', '-')}-{ranks}.json").read_text()) for case in cases}
+
+
+def equal(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one["numbers"] == two["numbers"]
+    assert one["files"] == two["files"] and len(one["files"]) == 2  # the weights and their averages
+    assert one["optimizer"] == two["optimizer"]
+
+
+def close(one: dict[str, Any], two: dict[str, Any]) -> None:
+    for step, values in one["numbers"].items():
+        for name in ("train/loss", "train/grad_norm", "heldout/loss", "ema/heldout_loss"):
+            if name in values:
+                assert two["numbers"][step][name] == pytest.approx(values[name], rel=1e-5), (step, name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stopped_and_resumed_is_uninterrupted_to_the_bit(root: Path, ranks: int) -> None:
+    cases = [f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}", *(f"stopped:{zero}:{SOME}" for zero in ("zero0", "zero1", "zero3"))]
+    for case, found in ran(root, ranks, *cases).items():
+        signals = len(case.split("+"))
+        assert found["codes"] == [75] * signals + [0] and found["fired"] == signals, case
+        assert len(found["whole"]["numbers"]) >= 6
+        equal(found["whole"], found["stopped"])
+
+
+def test_another_zero_stage_goes_on_to_rounding(root: Path) -> None:
+    cases = ["redealt:zero2:zero3", "redealt:zero3:zero1", "redealt:zero1:zero0", "redealt:zero0:zero2"]
+    for found in ran(root, 1, *cases).values():
+        close(found["whole"], found["changed"])
+
+
+def test_another_number_of_ranks_goes_on_to_rounding(root: Path) -> None:
+    """Two ranks in ZeRO-3 to one in ZeRO-2."""
+    whole = ran(root, 1, "stopped:zero2:2")["stopped:zero2:2"]["whole"]
+    assert ran(root, 2, "half:zero3:two-to-one")["half:zero3:two-to-one"]["code"] == 75
+    assert ran(root, 1, "half:zero2:one-to-two")["half:zero2:one-to-two"]["code"] == 75
+    close(whole, ran(root, 1, "go_on:zero2:two-to-one")["go_on:zero2:two-to-one"]["changed"])
+    close(whole, ran(root, 2, "go_on:zero3:one-to-two")["go_on:zero3:one-to-two"]["changed"])

@@ -24,6 +24,7 @@ from cogflow import ranks
 from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
 from cogflow.data.cache import CachedClip
 from cogflow.models import components, tiny
+from cogflow.models.inputs import Inputs
 from cogflow.models.rotary import rotary_tables
 from cogflow.tracking.tracker import Tracker
 from cogflow.training.batch import Batch, training_batch
@@ -55,6 +56,7 @@ class DrawnClips:
     """What :class:`Trainer` needs of a latent cache: clips of noise of the right shape."""
 
     holdout: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
 
     def __init__(self, text_tokens: int, text_width: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -88,7 +90,7 @@ def _compare(config: Config, size: Size, turns: int, tracker: Tracker, advance: 
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
     clips: Any = DrawnClips(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(replace(config, stage=train), engine, None, clips, alphas, 0.7, device, dtype)
+    trainer = Trainer(replace(config, stage=train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     waited: list[float] = []
 
     def log(done: int, values: dict[str, float]) -> None:
@@ -183,7 +185,7 @@ def _bare_steps(engine: Engine, trainer: Trainer, alphas: torch.Tensor, batch_si
 
 def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
     chosen = range(number * batch_size, (number + 1) * batch_size)
-    return training_batch(trainer.cache, chosen, (0, number), 0, text_dropout=0.1, scaling_factor=0.7).to(trainer.device)
+    return training_batch(trainer.cache, chosen, (0, number), 0, inputs=trainer.inputs, text_dropout=0.1).to(trainer.device)
 
 
 def _nothing(*_: Any) -> None:

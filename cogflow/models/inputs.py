@@ -7,8 +7,10 @@ so that training and sampling see the same (docs/image-to-video.md).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,19 @@ class Inputs:
     def extra(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Further keyword arguments of the transformer's forward pass."""
         return {"ofs": torch.full((1,), OFS, device=device, dtype=dtype)} if self.ofs else {}
+
+
+def read_transformer_config(model: Path) -> dict[str, Any]:
+    """The transformer's config.json, which must say how long captions are. Raises :class:`ConfigError`."""
+    config_file = model / "transformer" / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        int(config["max_text_seq_length"])
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{config_file} does not say max_text_seq_length", "it should be a CogVideoX transformer's config.json"
+        ) from error
 
 
 def takes_image(transformer: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cogflow import ranks
@@ -81,10 +82,14 @@ def _sample_share(partial: Path, sampler: Sampler, wanted: Sequence[Request], fp
                 shown = (video * 255).round().to(torch.uint8).contiguous()
                 write_video(partial / f"{request.name}.mp4", shown, fps)
                 latents[request.name], frames[request.name] = denoised.contiguous(), shown
+                image = {}
+                if request.image is not None:
+                    image = {"image": f"{request.name}-image.png"}
+                    Image.fromarray(request.image.numpy()).save(partial / image["image"])
                 entries.append(
                     {
                         "name": request.name, "id": request.prompt.id, "text": request.prompt.text, "seed": request.seed,
-                        "video": f"{request.name}.mp4", "sharpness": measure(video),
+                        "video": f"{request.name}.mp4", "sharpness": measure(video), **image,
                     }
                 )  # fmt: skip
             bar.advance()

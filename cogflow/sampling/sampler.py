@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+)
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError
@@ -26,11 +33,12 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 
 @dataclass(frozen=True)
 class Request:
-    """One sample: a prompt, a seed, and the prompt's embeddings ``[tokens, width]``."""
+    """One sample: a prompt, a seed, the prompt's embeddings ``[tokens, width]``, and for image to video the first frame, uint8 ``[H, W, 3]``."""
 
     prompt: Prompt
     seed: int
     embeds: torch.Tensor
+    image: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -45,26 +53,30 @@ class Sampler:
     """Denoises and decodes one request at a time.
 
     ``transformer`` may be a module that DeepSpeed holds; ``scheduler`` is the pipeline's own. Text embeddings are given, so no text
-    encoder is in memory; the VAE is moved to the device to decode and back to the CPU afterwards. Raises :class:`PipelineError` for an
-    image-to-video transformer, and for a scheduler that SAT's samplers cannot follow.
+    encoder is in memory; the VAE is moved to the device to decode and back to the CPU afterwards. ``images``: requests bring their
+    first frames. Raises :class:`PipelineError` for an image-to-video transformer without them, and for what SAT's samplers cannot follow.
     """
 
     def __init__(
         self, transformer: Any, vae: AutoencoderKLCogVideoX, scheduler: Any, empty_embeds: torch.Tensor, settings: SamplingConfig,
-        *, frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype,
+        *, frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype, images: bool = False,
     ) -> None:  # fmt: skip
         diffusers_logging.disable_progress_bar()
-        if transformer.config.in_channels != vae.config.latent_channels:
+        from_image = transformer.config.in_channels != vae.config.latent_channels
+        if from_image and (not images or settings.sampler in sat.SOLVERS):
             raise PipelineError(
-                f"The transformer takes {transformer.config.in_channels} channels: it makes videos from an image, and there is none here.",
-                "cogflow samples text-to-video models; sample this one with diffusers' CogVideoXImageToVideoPipeline.",
+                f"The transformer takes {transformer.config.in_channels} channels: it makes videos from an image, "
+                + ("and there is none here." if not images else f"which sampling.sampler={settings.sampler} is not given."),
+                "stage=train samples it from the first frames of clips with sampling.sampler=default; sample anything else with diffusers' "
+                "CogVideoXImageToVideoPipeline.",
             )
         if settings.sampler in SCHEDULERS:
             scheduler = SCHEDULERS[settings.sampler].from_config(scheduler.config)
         self.schedule = schedule_of(scheduler.config, settings.steps) if settings.sampler in sat.SOLVERS else None
         self.loaded_vae = vae
         vae = decoder(vae, settings.vae_dtype, settings.vae_tiling)
-        self.pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+        kind = ImageToVideo if from_image else CogVideoXPipeline
+        self.pipeline = kind(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae, self.empty_embeds, self.settings = transformer, vae, empty_embeds, settings
         self.frames, self.height, self.width, self.device, self.dtype = frames, height, width, device, dtype
@@ -107,13 +119,14 @@ class Sampler:
 
     def _by_pipeline(self, request: Request) -> torch.Tensor:
         """``[1, latent frames, channels, h, w]``, the padded ones included: as latents, the pipeline does not drop them."""
+        image = {} if request.image is None else {"image": Image.fromarray(request.image.numpy())}
         result: torch.Tensor = self.pipeline(
             prompt_embeds=request.embeds[None].to(self.device, self.dtype),
             negative_prompt_embeds=self.empty_embeds[None].to(self.device, self.dtype),
             latents=self.noise(request).to(self.device, self.dtype), generator=step_generator(request.seed, request.prompt.id),
             num_frames=self.frames, height=self.height, width=self.width, num_inference_steps=self.settings.steps,
             guidance_scale=self.settings.guidance_scale, use_dynamic_cfg=self.settings.use_dynamic_cfg, output_type="latent",
-            callback_on_step_end=self._give_up_if_asked,
+            callback_on_step_end=self._give_up_if_asked, **image,
         ).frames  # fmt: skip
         return result
 
@@ -159,6 +172,13 @@ class Sampler:
         self.vae.to("cpu")
 
 
+class ImageToVideo(CogVideoXImageToVideoPipeline):
+    """diffusers' own, with a VAE in a finer dtype than the transformer's."""
+
+    def prepare_latents(self, image: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        return super().prepare_latents(image.to(self.vae.dtype), *arguments, **named)
+
+
 def decoder(vae: AutoencoderKLCogVideoX, dtype: str, tiling: bool) -> AutoencoderKLCogVideoX:
     """``vae`` itself where ``dtype`` (auto | fp32 | bf16 | fp16) and ``tiling`` change nothing, else a copy with them: a VAE that was
     cast down could not be cast back."""
@@ -178,6 +198,7 @@ def decoder(vae: AutoencoderKLCogVideoX, dtype: str, tiling: bool) -> Autoencode
     return copied
 
 
-def requests(prompts: Sequence[Prompt], embeds: torch.Tensor, seeds: Sequence[int]) -> list[Request]:
-    """Every prompt with every seed; ``embeds``: ``[prompts, tokens, width]``."""
-    return [Request(prompt, seed, embeds[index]) for index, prompt in enumerate(prompts) for seed in seeds]
+def requests(prompts: Sequence[Prompt], embeds: torch.Tensor, seeds: Sequence[int], images: Sequence[torch.Tensor] = ()) -> list[Request]:
+    """Every prompt with every seed; ``embeds``: ``[prompts, tokens, width]``; ``images``: first frames, which prompts take in turn."""
+    taken = [images[index % len(images)] if images else None for index in range(len(prompts))]
+    return [Request(prompt, seed, embeds[index], taken[index]) for index, prompt in enumerate(prompts) for seed in seeds]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,7 +48,7 @@ def run(config: Config) -> None:
     dtype = components.resolve_dtype(config.model, device)
     hashes = ranks.agreed(lambda: model_hashes(model, dtype))
     max_length = caption_length(model)
-    transformer = read_transformer_config(model)
+    transformer = inputs.read_transformer_config(model)
     inputs.check_sizes(transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)})
 
     def load_text() -> Embed:
@@ -101,20 +100,7 @@ def model_hashes(model: Path, text_dtype: torch.dtype) -> dict[str, str]:
 
 def caption_length(model: Path) -> int:
     """Tokens that captions are padded to, as the transformer's own config says."""
-    return int(read_transformer_config(model)["max_text_seq_length"])
-
-
-def read_transformer_config(model: Path) -> dict[str, Any]:
-    """The transformer's config.json, which must say how long captions are. Raises :class:`ConfigError`."""
-    config_file = model / "transformer" / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        int(config["max_text_seq_length"])
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{config_file} does not say max_text_seq_length", "it should be a CogVideoX transformer's config.json"
-        ) from error
+    return int(inputs.read_transformer_config(model)["max_text_seq_length"])
 
 
 def _hash_folder(folder: Path) -> str:

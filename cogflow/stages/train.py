@@ -8,9 +8,11 @@ from typing import Any
 
 from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
+from cogflow.data import buckets
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
+from cogflow.models import components, inputs
 from cogflow.planning import report as planning
 from cogflow.sampling import gallery
 from cogflow.tracking.console import say
@@ -70,6 +72,11 @@ def open_cache(config: Config, folder: Path) -> LatentCache:
     cache = LatentCache(folder / "cache")
     if problems := cache.mismatches(config.data):
         raise ConfigError("The prepared clips were made with other settings: " + "; ".join(problems), "Run stage=prepare again.")
+    transformer = inputs.read_transformer_config(components.model_folder(config.model))
+    if inputs.takes_image(transformer) != bool(cache.image_variants):
+        of = "without first frames, for text to video" if not cache.image_variants else "with first frames, for image to video"
+        raise ConfigError(f"The prepared clips were made {of}; the model is not for that.", "Run stage=prepare again, with this model.")
+    inputs.check_sizes(transformer, buckets.sizes(config.data))
     return cache
 
 

@@ -71,7 +71,7 @@ def training_batch(
 
 
 def heldout_batch(cache: LatentCache, chosen: Sequence[tuple[int, int]], *, inputs: Inputs) -> Batch:
-    """Pairs of (clip, timestep) with the posterior's mean, the first of the noised first frames, and a noise that depends on the pair alone."""
+    """Pairs of (clip, timestep) with the posterior's mean, the first of the noised first frames, and a noise of the pair alone."""
     latents, noises, embeds, images = [], [], [], []
     for index, timestep in chosen:
         clip = cache.entry(index)

@@ -12,6 +12,7 @@ from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.models import components
+from cogflow.models.inputs import Inputs
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Request, Sampler, requests
 from cogflow.tracking.tracker import Tracker
@@ -35,8 +36,7 @@ class Prepared:
         self.dtype = components.resolve_dtype(config.model, self.device)
         self.source = components.model_folder(config.model)
         torch.manual_seed(self.stage.seed)
-        prompts = prompts_for(config.sampling.prompts, config.data.name, [cache.texts[i] for i in cache.holdout or cache.train])
-        wanted = self._requests(prompts) if self.stage.sample_every else []
+        wanted = self._requests() if self.stage.sample_every else []
         vae = components.load_vae(self.source)
         scheduler = components.load_scheduler(self.source)
         facts = trained_with(vae, scheduler, self.dtype)
@@ -48,13 +48,15 @@ class Prepared:
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)
         self.ema = self._averages()
         factor = float(vae.config.scaling_factor)
-        self.trainer = Trainer(config, self.engine, self.ema, cache, scheduler.alphas_cumprod, factor, self.device, self.dtype)
+        given = Inputs.of(transformer.config, vae.config)
+        self.trainer = Trainer(config, self.engine, self.ema, cache, scheduler.alphas_cumprod, given, self.device, self.dtype)
 
         def sampler() -> Sampler:
             data = config.data
             return Sampler(
                 self.engine.module, vae, scheduler, cache.empty_embeds, config.sampling,
                 frames=data.frames, height=data.height, width=data.width, device=self.device, dtype=self.dtype,
+                images=bool(cache.image_variants),
             )  # fmt: skip
 
         self.validation = Validation(config, cache, folder, tracker, self.engine, self.ema, sampler, wanted, factor)
@@ -114,12 +116,23 @@ class Prepared:
             **self.trainer.state(),
         }
 
-    def _requests(self, prompts: Any) -> list[Request]:
-        """Embed the prompts, on one rank, since T5 is as large as the model, and let it go before the transformer comes. Collective."""
+    def _requests(self) -> list[Request]:
+        """Embed the prompts, on one rank, since T5 is as large as the model, and let it go before the transformer comes. Collective.
+
+        Image to video is sampled from the first frames of held-out clips, with their captions where no prompts are given.
+        """
+        cache, data = self.cache, self.config.data
+        places = cache.holdout or cache.train
+        name = "folder" if cache.image_variants else data.name  # the prompts of drawn clips go with no picture
+        prompts = prompts_for(self.config.sampling.prompts, name, [cache.texts[place] for place in places])
+        first: dict[str, int] = {}
+        for place in places if cache.image_variants else ():
+            first.setdefault(cache.texts[place], place)  # one clip for each caption, as the prompts are
+        images = [cache.first_frame(place) for place in list(first.values())[: len(prompts)]]
         embeds = None
         if ranks.is_main():
             tokenizer = components.load_tokenizer(self.source)
             encoder = components.load_text_encoder(self.source, self.dtype, self.device)
             length = int(self.cache.empty_embeds.shape[0])
             embeds = components.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts], length).cpu()
-        return requests(prompts, ranks.broadcast(embeds), self.config.sampling.seeds)
+        return requests(prompts, ranks.broadcast(embeds), self.config.sampling.seeds, images)

@@ -1,7 +1,6 @@
 """Every setting there is: one dataclass per Hydra group, one field per key, with its default and its meaning.
 
-The yaml files under ``configs/`` choose values; this file decides which keys exist and what kind each is. Building and
-checking live in :mod:`cogflow.config.build` and :mod:`cogflow.config.check`.
+The yaml files under ``configs/`` choose values; :mod:`cogflow.config.build` and :mod:`cogflow.config.check` build and check them.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ class DataConfig:
     fps: float = 8.0  # clips are resampled to this rate
     resize: str = "cover"  # cover (fill, then crop) | stretch | none (crop only)
     crop: str = "center"  # center | random (seeded by the clip's content)
-    buckets: list[str] = field(
-        default_factory=list
-    )  # sizes as 49x480x720; each clip goes where it fits best. Empty: frames x height x width
+    buckets: list[str] = field(default_factory=list)  # sizes such as 49x480x720, of which each clip takes the best; empty: one size
     window: str = "start"  # which frames of a longer clip: start | center | random (seeded by the clip's content)
     soft_style: bool = False  # the clips are soft on purpose: that they look scaled up is told, and no alarm
     image_variants: int = 8  # image to video: noised first frames that are encoded of each clip, of which each step draws one

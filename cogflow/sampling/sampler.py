@@ -33,7 +33,7 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 
 @dataclass(frozen=True)
 class Request:
-    """One sample: a prompt, a seed, the prompt's embeddings ``[tokens, width]``, and for image to video the first frame, uint8 ``[H, W, 3]``."""
+    """One sample: a prompt, a seed, the prompt's embeddings ``[tokens, width]``; ``image``: a first frame, uint8 ``[H, W, 3]``."""
 
     prompt: Prompt
     seed: int

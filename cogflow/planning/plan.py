@@ -11,6 +11,7 @@ from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
+from cogflow.data import buckets
 from cogflow.planning import data, disk, flops, memory, setting, shape, traffic
 from cogflow.planning.data import Clips
 from cogflow.planning.disk import Disk
@@ -123,7 +124,8 @@ def plan(config: Config) -> Plan:
         raise TypeError("a plan needs the settings of stage=train")
     run = run_folder(config.run)
     own, model_source = shape.of_model(config.model, stage.freeze)
-    tokens = shape.tokens(own, config.data.frames, config.data.height, config.data.width)
+    # Of buckets the largest: its step needs most memory, and all are counted as if they were of its size.
+    tokens = max((shape.tokens(own, *size) for size in buckets.sizes(config.data)), key=lambda found: found.total)
     dtype = dtype_of(config)
     layout = setting.of_config(config, dtype, stage.plan_gpus or ranks.world_size(), local_gpus(stage))
     count, prompts_source = data.prompts(config)

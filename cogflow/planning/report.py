@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cogflow.config.schema import Config
+from cogflow.config.schema import Config, DataConfig
 from cogflow.errors import ConfigError
 from cogflow.planning import advice, memory, traffic
 from cogflow.planning.plan import Plan, plan
@@ -43,13 +43,18 @@ def _model(plan: Plan) -> list[str]:
     return [
         f"model        {plan.config.model.name}: {shape.parameters:,} parameters, {shape.trained:,} trained, in {plan.dtype} "
         f"({plan.model_source})",
-        f"sequence     {plan.tokens.total:,} tokens: {plan.tokens.text} of text, {plan.tokens.video:,} of video "
-        f"({data.frames} frames of {data.height} x {data.width})",
+        f"sequence     {plan.tokens.total:,} tokens: {plan.tokens.text} of text, {plan.tokens.video:,} of video ({_sizes(data)})",
         f"layout       {plan.setting.gpus} GPU{'s' if plan.setting.gpus > 1 else ''} on {plan.setting.nodes} "
         f"machine{'s' if plan.setting.nodes > 1 else ''}, ZeRO-{plan.setting.zero_stage}{_offloaded(plan)}, activation checkpointing "
         f"{_recomputed(plan)}, {plan.setting.batch} clip{'s' if plan.setting.batch > 1 else ''} x "
         f"{plan.setting.accumulation} micro step{'s' if plan.setting.accumulation > 1 else ''} a GPU",
     ]
+
+
+def _sizes(data: DataConfig) -> str:
+    if not data.buckets:
+        return f"{data.frames} frames of {data.height} x {data.width}"
+    return f"the largest of {len(data.buckets)} bucket{'s' if len(data.buckets) > 1 else ''}: {', '.join(data.buckets)}"
 
 
 def _recomputed(plan: Plan) -> str:

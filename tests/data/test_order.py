@@ -53,3 +53,39 @@ def test_what_is_out_of_range_is_refused() -> None:
     for step, micro, change in ((-1, 0, {}), (0, 2, {}), (0, 0, {"rank": 1}), (0, 0, {"train": []}), (0, 0, {"batch_size": 0})):
         with pytest.raises(ValueError):
             indices(step, micro, **{**good, **change})
+
+
+GROUPS = [[0, 1, 2, 3, 4], [5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15]]
+ALL = [place for group in GROUPS for place in group]
+
+
+def batches(steps: range, world: int, accumulation: int, batch_size: int) -> list[list[int]]:
+    settings: dict[str, Any] = {"train": ALL, "groups": GROUPS, "batch_size": batch_size, "accumulation": accumulation, "seed": 0}
+    turns = itertools.product(steps, range(accumulation), range(world))
+    return [indices(step, micro, rank=rank, world=world, **settings) for step, micro, rank in turns]
+
+
+@pytest.mark.parametrize(("world", "accumulation", "batch_size"), [(1, 1, 1), (1, 1, 3), (2, 2, 2), (4, 1, 3)])
+def test_a_batch_is_of_one_bucket_and_no_clip_falls_behind(world: int, accumulation: int, batch_size: int) -> None:
+    taken = batches(range(60), world, accumulation, batch_size)
+    assert all(any(set(batch) <= set(group) for group in GROUPS) for batch in taken)
+    counts = [sum(batch.count(place) for batch in taken) for place in ALL]
+    epochs = len(taken) * batch_size / len(ALL)
+    assert min(counts) >= epochs - 1 - batch_size and max(counts) <= epochs + 1 + batch_size
+    assert batches(range(60), world, accumulation, batch_size) == batches(range(25), world, accumulation, batch_size) + batches(
+        range(25, 60), world, accumulation, batch_size
+    )
+
+
+def test_a_step_takes_the_same_batches_on_another_number_of_ranks_the_longest_first() -> None:
+    for step in range(12):
+        ways = [batches(range(step, step + 1), world, accumulation, 2) for world, accumulation in ((4, 1), (2, 2), (1, 4))]
+        assert ways[0] == ways[1] == ways[2]
+        places = [next(number for number, group in enumerate(GROUPS) if batch[0] in group) for batch in ways[0]]
+        assert places == sorted(places)
+
+
+def test_one_bucket_alone_is_the_order_without_buckets() -> None:
+    plain = [indices(step, 0, train=TRAIN, batch_size=3, accumulation=1, rank=0, world=1, seed=5) for step in range(9)]
+    settings: dict[str, Any] = {"train": TRAIN, "batch_size": 3, "accumulation": 1, "rank": 0, "world": 1, "seed": 5}
+    assert plain == [indices(step, 0, groups=[[], TRAIN], **settings) for step in range(9)]

@@ -134,3 +134,10 @@ def test_the_command_prints_a_plan_without_deepspeed(tmp_path: Path) -> None:
 def test_a_flow_does_not_plan() -> None:
     with pytest.raises(ConfigError, match="stage=train stage.plan=true"):
         compose(["stage=flow", "stage.train.plan=true"])
+
+
+def test_the_largest_bucket_decides() -> None:
+    words = ["model=cogvideox-5b", "stage.plan_gpus=8"]
+    one = made(*words, "data.buckets=[17x480x720,49x480x720,49x320x480]")
+    assert one.tokens == made(*words).tokens and one.gpu.peak == made(*words).gpu.peak
+    assert "the largest of 3 buckets" in "\n".join(report.lines(one))

@@ -40,7 +40,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "manifest-written": ("cogflow.files.publish", "write_manifest", "after"),
     "renaming": ("cogflow.files.publish", "_swap", "before"),
     "renamed": ("cogflow.files.publish", "_swap", "after"),
-    "pointing": ("cogflow.training.checkpoint", "write_json", "before"),
+    "pointing": ("cogflow.training.checkpoint", "point_at", "before"),
     "deleting": ("cogflow.training.retention", "shutil.rmtree", "before"),
     "deleted": ("cogflow.training.retention", "shutil.rmtree", "after"),
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),

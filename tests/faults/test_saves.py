@@ -29,8 +29,7 @@ def test_a_kill_in_every_phase_of_a_save(world: World) -> None:
     server_says(world.train("unkilled", *common), 0)
     last = 0
     for phase in PHASES:
-        # In the second save of the process; the last phases come when there is an old one to delete. The pointer is brought up to what
-        # was saved at the start, which is its first move.
+        # In the second save of the process, or in the first: the start has moved the pointer that the kill before left behind.
         fault = f"kill@{phase}#{2 if phase in (*BEFORE, 'pointing') else 1}"
         done = world.train("killed", *common, fault=fault)
         assert done.codes == [-9] and done.fired == [fault], (phase, done.text[-3000:])

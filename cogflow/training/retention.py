@@ -62,7 +62,11 @@ def remove_old(folder: Path, *, last: int, every: int, best: int, quiet: int | N
         # Out of sight first: a kill in the middle leaves no broken checkpoint to be wondered at.
         hidden = folder / f".{path.name}.partial-{os.getpid()}"
         path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep_all(folder: Path) -> None:

@@ -146,6 +146,8 @@ class Cluster:
             if now["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"):
                 return now
             if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
+                # A node refuses a start in the second in which the one before was cleared away.
+                time.sleep(3)
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.5)
         raise AssertionError(f"job {job} did not end in {seconds:.0f} s: {self.job(job)}\n{self.logs()}")

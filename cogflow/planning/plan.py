@@ -9,9 +9,9 @@ import torch
 
 from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
+from cogflow.data import buckets
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
-from cogflow.data import buckets
 from cogflow.planning import data, disk, flops, memory, setting, shape, traffic
 from cogflow.planning.data import Clips
 from cogflow.planning.disk import Disk

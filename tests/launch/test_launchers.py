@@ -27,7 +27,9 @@ class Launched:
         self.log = log
         given = {**os.environ, "COGFLOW_PYTHON": sys.executable, "WANDB_MODE": "disabled", **env}
         with open(log, "wb") as out:
-            self.process = subprocess.Popen(["bash", script, *words], env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                ["bash", script, *words], env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=listening
+            )
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")[-5000:]
@@ -43,6 +45,11 @@ class Launched:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(self.text()) from None
+
+
+def listening() -> None:
+    """Tests that are run in the background ignore Ctrl-C, and a shell cannot trap what was ignored when it began."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Place:

@@ -102,7 +102,8 @@ def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint_and_would_onl
     folder = copied(sharp, "no-settings")
     done = cogflow(*words(flow, "no-settings"), *SPOILT, "stage.on_blur=rollback", code=3)
     assert "the same settings would repeat the same run" in done.stderr
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest.json", "step-000002"]
+    assert json.loads((folder / "checkpoints/latest.json").read_text())["step"] == 2
     # With the rate the checkpoint was trained with nothing is changed; with the other one something is.
     done = cogflow(*words(flow, "no-settings"), "stage.steps=2", "stage.learning_rate=1e-5", "stage.on_blur=rollback", code=3)
     assert "would repeat the same run" in done.stderr

@@ -15,8 +15,8 @@ WORDS = ["stage.save_every=0", "stage.ema_decay=0.9", "stage.seed=3"]
 
 @pytest.fixture(scope="module")
 def half(world: World) -> str:
-    server_says(world.train("half", *WORDS, "stage.steps=2"), 0)
-    return "half"
+    server_says(world.train("unchanged", *WORDS, "stage.steps=2"), 0)
+    return "unchanged"
 
 
 def resumed(world: World, half: str, name: str, *more: str, stage: str = "stage.steps=3") -> tuple[int, str]:

@@ -17,8 +17,12 @@ from tests.training.resuming import parameter_names
 class World:
     """Runs below one folder, all on the same prepared clips."""
 
-    def __init__(self, root: Path, server: Server) -> None:
+    def __init__(self, root: Path, server: Server, prepared: Path | None = None) -> None:
+        """``prepared``: a run whose clips are taken; else they are prepared."""
         self.root, self.server = root, server
+        if prepared is not None:
+            shutil.copytree(prepared, root / "prepared")
+            return
         server_says(server.run("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled"), 0)
 
     def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
@@ -57,8 +61,14 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(server: Server, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("faults"), server)
+def prepared(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return World(tmp_path_factory.mktemp("clips"), server).root / "prepared"
+
+
+@pytest.fixture(scope="module")
+def world(server: Server, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """For each file its own, so that names of runs are its own, too."""
+    return World(tmp_path_factory.mktemp("faults"), server, prepared)
 
 
 def server_says(done: Done, code: int, *texts: str) -> Done:

@@ -170,7 +170,8 @@ def _tick(value: float, ticks: list[float]) -> str:
     spacing = ticks[1] - ticks[0] if len(ticks) > 1 else 0.0
     if not 1e-5 < spacing < 1e4 or max(map(abs, ticks)) < 0.005:
         return short(round(value, 12))
-    decimals = next(count for count in range(6) if abs(round(spacing, count) - spacing) < 1e-3 * spacing)
+    # 2.5e-5, the finest spacing that comes here, has six decimals.
+    decimals = next(count for count in range(7) if abs(round(spacing, count) - spacing) < 1e-3 * spacing)
     return f"{value:.{decimals}f}".replace("-", "−") if round(value, 9) else "0"
 
 

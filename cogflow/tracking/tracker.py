@@ -19,7 +19,8 @@ from cogflow.tracking.console import say
 from cogflow.tracking.metrics import EVENTS, MetricsLog, append_line, number
 from cogflow.tracking.record import command_line, plain, versions
 from cogflow.tracking.secrets import scrub
-from cogflow.tracking.wandb_run import WandbRun, choose_mode
+from cogflow.tracking.wandb_mode import choose_mode
+from cogflow.tracking.wandb_run import WandbRun
 
 
 def open_tracker(config: Config, stage: str, folder: Path) -> Tracker:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from cogflow.tracking.console import say
-from cogflow.tracking.wandb_service import NoAnswer, end_service, within
+from cogflow.tracking.wandb_service import Caller, NoAnswer, end_service, within
 
 INIT_SECONDS = 30.0
 """How long an online run may take to be accepted before it goes on offline."""
@@ -49,47 +47,6 @@ SETTINGS: dict[str, Any] = {
 T = TypeVar("T")
 
 
-def choose_mode(wanted: str) -> str:
-    """offline, online or disabled: ``WANDB_MODE`` (or ``WANDB_DISABLED``) wins over ``wanted``; online without a key is offline."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
-        return "disabled"
-    mode = (os.environ.get("WANDB_MODE") or wanted).strip().lower()
-    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    if mode not in ("offline", "online", "disabled"):
-        say(f"warning: W&B mode {mode!r} is none of online, offline, disabled; going on offline")
-        return "offline"
-    if mode == "online" and not has_key():
-        say("warning: W&B is to be online, but no key is set (WANDB_API_KEY or `wandb login`); going on offline")
-        return "offline"
-    return mode
-
-
-def has_key() -> bool:
-    """Whether W&B will find credentials without asking for them."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    hosts = _hosts()
-    named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        try:
-            known = netrc.netrc(str(path))
-            if any(known.authenticators(host) for host in hosts):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-def _hosts() -> list[str]:
-    """The hosts whose keys W&B takes. Its own server goes by two names, and older keys stand under the older one."""
-    named = os.environ.get("WANDB_BASE_URL")
-    if named:
-        return [urlsplit(named).netloc]
-    import wandb
-
-    return [urlsplit(wandb.Settings().base_url).netloc, "api.wandb.ai"]
-
-
 class WandbRun:
     """One W&B run that may be absent: ``run`` is ``None`` when W&B is disabled or has failed."""
 
@@ -115,6 +72,7 @@ class WandbRun:
         self._axes: set[str] = set()
         if mode == "disabled":
             return
+        self._caller = Caller()
 
         def start(online: bool, run_id: str = run_id) -> Any:
             import wandb
@@ -179,13 +137,16 @@ class WandbRun:
         self.call("did not take the step axis", declare)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Record ``values`` (scalars or W&B media) at ``step``."""
+        """Record ``values`` (scalars or W&B media) at ``step``. It is handed over: training does not wait for it."""
         if self.run is None:
             return
         self.define(*{name.partition("/")[0] for name in values if "/" in name})
         # W&B drops rows that go back. After a rewind our steps do, so its count runs on by one while "step" tells the truth.
         self.last_step = step if step >= self.last_step else self.last_step + 1
-        self.call("did not take a row", lambda: self.run.log({"step": step} | values, step=self.last_step))
+        self._look_back()
+        if (run := self.run) is not None:
+            count = self.last_step
+            self._caller.hand("did not take a row", lambda: run.log({"step": step} | values, step=count))
 
     def media(self, kind: str, path: Path, caption: str = "") -> Any:
         """``path`` as W&B's Video or Image, or ``None``."""
@@ -257,6 +218,7 @@ class WandbRun:
     def call(self, failure: str, action: Callable[[], T], seconds: float | None = None) -> T | None:
         """``action()``, or ``None`` and a warning. Once too much has failed, or one took longer than ``seconds`` (default
         ``CALL_SECONDS``), nothing is called any more."""
+        self._look_back()
         if self.run is None:
             return None
         hung = False
@@ -264,29 +226,47 @@ class WandbRun:
         def bounded() -> T:
             nonlocal hung
             try:
-                return within(CALL_SECONDS if seconds is None else seconds, action)
+                return self._caller.ask(action, CALL_SECONDS if seconds is None else seconds)
             except NoAnswer:
                 hung = True
                 raise
 
         result = self._try(failure, bounded)
-        if hung or self._failures >= MOST_FAILURES:
-            why = "does not answer" if hung else "failed too often"
-            say(f"warning: W&B {why} and is left alone; metrics.jsonl and report.html hold everything")
-            self._let_go()
-            if not WandbRun.alive:  # ending it would end other stages' runs, too
-                end_service(at_once=hung)
+        self._judge(hung)
         return result
+
+    def _look_back(self) -> None:
+        """Say what became of the rows that were handed over."""
+        if self.run is None:
+            return
+        errors = self._caller.failed(CALL_SECONDS)
+        for failure, error in errors:
+            self._failed(failure, error)
+        self._judge(any(isinstance(error, NoAnswer) for _, error in errors))
+
+    def _judge(self, hung: bool) -> None:
+        """Leave W&B alone when it hangs, or has failed too often."""
+        if not hung and self._failures < MOST_FAILURES:
+            return
+        why = "does not answer" if hung else "failed too often"
+        say(f"warning: W&B {why} and is left alone; metrics.jsonl and report.html hold everything")
+        self._let_go()
+        if not WandbRun.alive:  # ending it would end other stages' runs, too
+            end_service(at_once=hung)
 
     def _let_go(self) -> None:
         WandbRun.alive -= self.run is not None
+        self._caller.close()
         self.run = None
 
     def _try(self, failure: str, action: Callable[[], T]) -> T | None:
         try:
             return action()
         except Exception as error:  # noqa: BLE001 - a service beside the work must never end the work, whatever it raises
-            self._failures += 1
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            say(f"warning: W&B {failure} ({type(error).__name__}: {first})")
+            self._failed(failure, error)
             return None
+
+    def _failed(self, failure: str, error: Exception) -> None:
+        self._failures += 1
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        say(f"warning: W&B {failure} ({type(error).__name__}: {first})")

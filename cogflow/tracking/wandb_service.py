@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -19,28 +23,70 @@ class NoAnswer(TimeoutError):
     """What was asked is still under way."""
 
 
+class Caller:
+    """One thread that makes the calls to W&B's service in the order in which they were given, so that the work need not wait for them."""
+
+    def __init__(self) -> None:
+        self._actions: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._handed: deque[tuple[float, str, Future[None]]] = deque()
+        # A daemon: one that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="wandb calls", daemon=True)
+        self._thread.start()
+
+    def ask(self, action: Callable[[], T], seconds: float) -> T:
+        """What ``action()`` gives, waited for no longer than ``seconds``; then :class:`NoAnswer`, and the thread is left to itself."""
+        if threading.current_thread() is self._thread:  # asked inside another call, which waits for this one
+            return action()
+        future = self._give(action)
+        wait([future], seconds)
+        if not future.done():
+            raise NoAnswer(f"no answer in {seconds:.0f} s")
+        return future.result()
+
+    def hand(self, name: str, action: Callable[[], Any]) -> None:
+        """Have ``action`` called, and do not wait; what it raises is told by :meth:`failed` under ``name``."""
+        self._handed.append((time.monotonic(), name, self._give(action)))
+
+    def failed(self, seconds: float) -> list[tuple[str, Exception]]:
+        """What actions that were handed over have raised since; a :class:`NoAnswer` where one is not done after ``seconds``."""
+        errors: list[tuple[str, Exception]] = []
+        while self._handed and self._handed[0][2].done():
+            _, name, future = self._handed.popleft()
+            if isinstance(error := future.exception(), Exception):
+                errors.append((name, error))
+        if self._handed and time.monotonic() - self._handed[0][0] > seconds:
+            _, name, _ = self._handed.popleft()
+            errors.append((name, NoAnswer(f"no answer in {seconds:.0f} s")))
+        return errors
+
+    def close(self) -> None:
+        """Let the thread end after what it has been given."""
+        self._actions.put(None)
+
+    def _give(self, action: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._actions.put((future, action))
+        return future
+
+    def _work(self) -> None:
+        while (given := self._actions.get()) is not None:
+            future, action = given
+            try:
+                future.set_result(action())
+            except Exception as error:  # noqa: BLE001 - handed to who asked
+                future.set_exception(error)
+            except BaseException as error:  # noqa: BLE001
+                # A task that W&B cancelled, or its wish to exit: in a thread of its own that ends nothing else.
+                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
 def within(seconds: float, action: Callable[[], T]) -> T:
-    """What ``action()`` gives, waited for no longer than ``seconds``; then :class:`NoAnswer`, and its thread is left to itself."""
-    values: list[T] = []
-    errors: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            values.append(action())
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
-            errors.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors and not isinstance(errors[0], Exception):
-        # A task that W&B cancelled, or its wish to exit: in a thread of its own that ends nothing else.
-        raise RuntimeError(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
-    if errors:
-        raise errors[0]
-    if not values:
-        raise NoAnswer(f"no answer in {seconds:.0f} s")
-    return values[0]
+    """What ``action()`` gives in a thread of its own: :meth:`Caller.ask` for what is asked once, or inside another call."""
+    caller = Caller()
+    try:
+        return caller.ask(action, seconds)
+    finally:
+        caller.close()
 
 
 def end_service(*, at_once: bool) -> None:

@@ -26,7 +26,7 @@ from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 from cogflow.training.deepspeed_start import sharded_init, whole_on_main
 from cogflow.weights.reader import WeightsFolder, listed, read_json
-from cogflow.weights.strict import expected_shapes, skeleton
+from cogflow.weights.strict import differences, expected_shapes, skeleton
 from cogflow.weights.tensors import Tensors
 
 FACTS = ("scaling_factor", "snr_shift_scale", "invert_scale_latents", "prediction_type", "rescale_betas_zero_snr")
@@ -80,14 +80,7 @@ def find_weights(config: Config, source: Path) -> Weights:
 
 def _check(outline: torch.nn.Module, weights: Weights) -> None:
     expected, found = expected_shapes(outline), {name: tuple(info.shape) for name, info in weights.tensors.tensors.items()}
-    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"extra: {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"shape: {name} is {list(found[name])}, the model's is {list(shape)}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
+    if problems := differences(expected, found, "the model's is"):
         raise ConversionError(
             f"The weights in {weights.place} are not those of the model:\n{listed(problems)}",
             "Give the model= and model.path they belong to.",

@@ -61,6 +61,18 @@ def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], wanted: str) -> list[str]:
+    """What of the shapes ``found`` is not as ``expected``, one line each; ``wanted``: words before the shape that it should be."""
+    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"extra: {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"shape: {name} is {list(found[name])}, {wanted} {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    return problems
+
+
 def check_tensors(weights: WeightsFolder, model: torch.nn.Module) -> list[str]:
     """The names of ``model``'s tensors in its order, when ``weights`` holds exactly these in these shapes.
 
@@ -68,14 +80,7 @@ def check_tensors(weights: WeightsFolder, model: torch.nn.Module) -> list[str]:
     """
     expected = expected_shapes(model)
     found = {name: info.shape for name, info in weights.tensors.items()}
-    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"extra: {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"shape: {name} is {list(found[name])}, its config asks for {list(shape)}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
+    if problems := differences(expected, found, "its config asks for"):
         raise ConversionError(
             f"The tensors in {weights.folder} are not those of its config.json:\n{listed(problems)}",
             "Is the config another model's, or was the checkpoint saved by another program?",

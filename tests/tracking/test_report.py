@@ -178,6 +178,16 @@ def test_a_small_wobble_does_not_look_like_a_fall() -> None:
     assert len(set(labels)) == len(labels) >= 3
 
 
+@pytest.mark.parametrize("spacing", [factor * 10.0**power for power in range(-9, 9) for factor in (1, 1.3, 2, 2.5, 3, 5, 9.99)])
+@pytest.mark.parametrize("start", [0.0, 1.2345, -70.0])
+def test_every_spacing_of_ticks_has_labels_of_its_own(start: float, spacing: float) -> None:
+    one = chart("x", [Line("a", Points("a", list(range(5)), [start + spacing * index for index in range(5)]))])
+    assert one is not None
+    labels = re.findall(r'text-anchor="end">([^<]+)<', one.svg)
+    if 4 * spacing > 1e-5 * abs(start):
+        assert len(set(labels)) == len(labels) >= 2
+
+
 def test_numbers_read_well() -> None:
     numbers = (0, 0.1234, 12.34, 1234.5, 4e-4, 1.5e6, -0.5, 1.0)
     assert [short(value) for value in numbers] == ["0", "0.123", "12.3", "1234", "4e-4", "1.5e6", "-0.5", "1"]

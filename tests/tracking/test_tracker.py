@@ -19,7 +19,7 @@ from cogflow.data.video import write_video
 from cogflow.tracking import wandb_run
 from cogflow.tracking.metrics import read_lines
 from cogflow.tracking.tracker import Tracker, open_tracker
-from cogflow.tracking.wandb_run import choose_mode
+from cogflow.tracking.wandb_mode import choose_mode
 
 
 def steps(folder: Path) -> list[int]:

@@ -36,6 +36,8 @@ from cogflow.training.objective import noised, velocity_loss
 CLIPS = 16
 LATENTS = (3, 8, 12)
 """Latent frames, rows and columns of 9x64x96."""
+WARM_UP = 2
+"""Turns of each loop that do not count."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Size:
     turn: int
 
 
-SIZES = (Size("tiny", None, 5, 4, 8), Size("wide", 12, 8, 4, 2))
+SIZES = (Size("tiny", None, 5, 4, 4), Size("wide", 12, 8, 1, 1))
 
 
 class DrawnClips:
@@ -82,9 +84,10 @@ def compare(config: Config, stage: BenchmarkStage, tracker: Tracker, advance: Ca
     return [_compare(config, size, max(3, stage.repeats), tracker, advance) for size in SIZES]
 
 
-def _compare(config: Config, size: Size, turns: int, tracker: Tracker, advance: Callable[[int], None]) -> dict[str, Any]:
+def _compare(config: Config, size: Size, repeats: int, tracker: Tracker, advance: Callable[[int], None]) -> dict[str, Any]:
     device = ranks.device()
-    train = TrainStage(steps=10**6, batch_size=size.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0)
+    steps = (WARM_UP + repeats) * size.turn
+    train = TrainStage(steps=steps, batch_size=size.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0)
     dtype = components.resolve_dtype(config.model, device)
     transformer = _transformer(size).to(device, dtype).train()
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
@@ -97,36 +100,27 @@ def _compare(config: Config, size: Size, turns: int, tracker: Tracker, advance: 
         waited.append(values["train/data_wait"])
         tracker.log(done, values)
 
+    turns = Turns(_bare_steps(engine, trainer, alphas.to(device), size.batch_size, dtype), size.turn, device, advance)
     hooks = Hooks(
         log=log, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.anywhere(False),
-        advance=_nothing, warn=_nothing, not_finite=_nothing,
+        advance=turns.after_step, warn=_nothing, not_finite=_nothing,
     )  # fmt: skip
-    bare = _bare_steps(engine, trainer, alphas.to(device), size.batch_size, dtype)
-    done = 0
-    ours: list[tuple[float, float]] = []
-    theirs: list[tuple[float, float]] = []
-    for turn in range(turns + 1):
-        # Who goes first changes from turn to turn, so that a machine that warms up or slows down favours none.
-        order = [_timed_run(trainer, hooks, done, size.turn), _timed_bare(bare, size.turn, device)]
-        first, second = (work() for work in (order if turn % 2 else reversed(order)))
-        mine, other = (first, second) if turn % 2 else (second, first)
-        done += size.turn
-        advance(1)
-        if turn:
-            ours.append(mine)
-            theirs.append(other)
-    ratios = sorted(mine / other for (mine, _), (other, _) in zip(ours, theirs, strict=True))
+    trainer.run(0, hooks)
+    ours, theirs = turns.ours[WARM_UP:], turns.theirs[WARM_UP:]
+    # Each of cogflow's turns against the bare ones before and after it: a machine that grows slower or faster favours none.
+    sides = list(zip(ours, turns.theirs[WARM_UP - 1 :], theirs, strict=False))
+    ratios = sorted(2 * mine.wall / (before.wall + after.wall) for mine, before, after in sides)
     return {
         "model": size.name,
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
-        "cogflow": median(wall for wall, _ in ours),
-        "bare DeepSpeed": median(wall for wall, _ in theirs),
+        "cogflow": median(one.wall for one in ours),
+        "bare DeepSpeed": median(one.wall for one in theirs),
         "ratio": median(ratios),
         "lowest": ratios[0],
         "highest": ratios[-1],
-        "ratio of core time": median(mine / other for (_, mine), (_, other) in zip(ours, theirs, strict=True)),
-        "data wait": median(waited) / median(wall for wall, _ in ours),
-        "turns": turns,
+        "ratio of core time": median(2 * mine.cores / (before.cores + after.cores) for mine, before, after in sides),
+        "data wait": median(waited) / median(one.wall for one in ours),
+        "turns": len(ours),
     }
 
 
@@ -137,35 +131,43 @@ def _transformer(size: Size) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_config({name: value for name, value in shape.items() if not name.startswith("_")})
 
 
-Timed = Callable[[], tuple[float, float]]
-"""A turn; gives seconds of a step by the clock, and of all cores."""
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of a step: by the clock, and of all cores."""
+
+    wall: float
+    cores: float
 
 
-def _timed_run(trainer: Trainer, hooks: Hooks, done: int, steps: int) -> Timed:
-    def work() -> None:
-        trainer.stage = replace(trainer.stage, steps=done + steps)
-        trainer.run(done, hooks)
+class Turns:
+    """Keeps the time of a training that runs on, and lets the bare loop have its turn after every ``steps`` of its steps."""
 
-    return _timed(work, steps, trainer.device)
+    def __init__(self, bare: Iterator[None], steps: int, device: torch.device, advance: Callable[[int], None]) -> None:
+        self.bare, self.steps, self.device, self.advance = bare, steps, device, advance
+        self.ours: list[Turn] = []
+        self.theirs: list[Turn] = []
+        self._done = 0
+        self._clock = self._now()
 
-
-def _timed_bare(loop: Iterator[None], steps: int, device: torch.device) -> Timed:
-    def work() -> None:
-        for _ in itertools.islice(loop, steps):
+    def after_step(self, note: str) -> None:
+        self._done += 1
+        if self._done % self.steps:
+            return
+        self.ours.append(self._turn())
+        for _ in itertools.islice(self.bare, self.steps):
             pass
+        self.theirs.append(self._turn())
+        self.advance(1)
 
-    return _timed(work, steps, device)
+    def _turn(self) -> Turn:
+        wall, cores = self._clock
+        self._clock = self._now()
+        return Turn((self._clock[0] - wall) / self.steps, (self._clock[1] - cores) / self.steps)
 
-
-def _timed(work: Callable[[], None], steps: int, device: torch.device) -> Timed:
-    def timed() -> tuple[float, float]:
-        began, cores = time.perf_counter(), time.process_time()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - began) / steps, (time.process_time() - cores) / steps
-
-    return timed
+    def _now(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter(), time.process_time()
 
 
 def _bare_steps(engine: Engine, trainer: Trainer, alphas: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Iterator[None]:

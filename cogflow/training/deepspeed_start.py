@@ -16,6 +16,7 @@ from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.errors import ConfigError
 from cogflow.training.adamw import GuardedAdamW
+from cogflow.training.cpu_adam import compiling
 
 
 def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], deepspeed_settings: Dee
     if deepspeed_settings.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
+        with compiling():
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
     if deepspeed_settings.zero_stage == 0:
         return GuardedAdamW(parameters, gradient_clipping=stage.gradient_clipping, fused=torch.cuda.is_available(), **arguments)
     return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **arguments)

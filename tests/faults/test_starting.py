@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -105,3 +106,20 @@ def test_weights_of_another_model_are_refused_with_the_names_of_its_tensors(worl
 
 def test_a_start_that_is_not_there_is_a_mistake(world: World) -> None:
     server_says(world.train("nowhere", *STILL, "stage.start=/nowhere/at/all"), 2, "/nowhere/at/all")
+
+
+def test_a_compilation_that_was_broken_off_is_told_and_not_waited_for(world: World, tmp_path: Path) -> None:
+    lock = tmp_path / "py" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = world.train("broken-off", "deepspeed=zero2_offload", env=env)
+    server_says(done, 2, "was broken off", f"rm -r {lock.parent}")
+
+
+def test_a_machine_without_a_compiler_is_told_what_does_without(world: World, tmp_path: Path) -> None:
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/g++"}
+    done = world.train("no-compiler", "deepspeed=zero2_offload", env=env)
+    server_says(done, 2, "could not be compiled", "deepspeed=zero2")
+    assert "Traceback" not in done.text and not world.checkpoints("no-compiler")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_another_zero_stage_goes_on_to_rounding(root: Path) -> None:
     cases = ["redealt:zero2:zero3", "redealt:zero3:zero1", "redealt:zero1:zero0", "redealt:zero0:zero2"]
     for found in ran(root, 1, *cases).values():
         close(found["whole"], found["changed"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its Adam for the host")
+def test_offloaded_states_are_stopped_resumed_and_dealt_out_anew(root: Path) -> None:
+    found = ran(root, 1, "stopped:zero2_offload:2", "stopped:zero3_offload:2", "redealt:zero2:zero2_offload", "redealt:zero2_offload:zero3")
+    for zero in ("zero2_offload", "zero3_offload"):
+        one = found[f"stopped:{zero}:2"]
+        assert one["codes"] == [75, 0] and one["fired"] == 1
+        equal(one["whole"], one["stopped"])
+    close(found["stopped:zero2_offload:2"]["whole"], found["redealt:zero2:zero2_offload"]["whole"])
+    for case in ("redealt:zero2:zero2_offload", "redealt:zero2_offload:zero3"):
+        close(found[case]["whole"], found[case]["changed"])
 
 
 def test_another_number_of_ranks_goes_on_to_rounding(root: Path) -> None:

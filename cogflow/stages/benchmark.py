@@ -16,7 +16,7 @@ from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
 from cogflow.benchmarking.indicator import measure as measure_indicator
-from cogflow.benchmarking.overhead import SIZES, told
+from cogflow.benchmarking.overhead import SIZES, WARM_UP, told
 from cogflow.benchmarking.overhead import compare as compare_steps
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
@@ -149,7 +149,7 @@ def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict
 
 def overhead(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What cogflow's training step costs beside a bare DeepSpeed loop on the same engine and clips."""
-    with open_tracker(config, "benchmark", folder) as tracker, progress(len(SIZES) * (max(3, stage.repeats) + 1), "turns") as bar:
+    with open_tracker(config, "benchmark", folder) as tracker, progress(len(SIZES) * (max(3, stage.repeats) + WARM_UP), "turns") as bar:
         rows = compare_steps(config, stage, tracker, bar.advance)
     line = "; ".join(told(row) for row in rows)
     return {"summary": f"overhead: {line}", "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from cogflow import ranks
-from cogflow.benchmarking import alarm
+from cogflow.benchmarking import alarm, steps
 from cogflow.benchmarking.assemble import compare_assemble
 from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
@@ -20,6 +20,7 @@ from cogflow.benchmarking.overhead import SIZES, WARM_UP, told
 from cogflow.benchmarking.overhead import compare as compare_steps
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
+from cogflow.benchmarking.tables import Table, shown
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import DataError
 from cogflow.files.paths import run_folder
@@ -33,20 +34,21 @@ FIGURES = ("seconds", "ratio_to_cp", "gb_per_second", "peak_anonymous_gb", "peak
 PANEL_CLIP = (49, 480, 720)  # frames, height and width of the clip that CogVideoX makes, which the panel is timed on
 SHOWN = ("blur", "edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "temporal_sharpness", "contrast", "grain")
 
-Table = tuple[list[str], list[list[Any]]]
-"""Columns and rows."""
-
 
 def run(config: Config) -> None:
-    """Measure ``stage.what``, print a table and write ``<run>/benchmark.json``. One process."""
+    """Measure ``stage.what``, print a table and write ``<run>/benchmark.json``. One process, but for a step."""
     stage = config.stage
     if not isinstance(stage, BenchmarkStage):
         raise TypeError("stages.benchmark needs the settings of stage=benchmark")
-    if not ranks.is_main():
+    if stage.what == "step":
+        ranks.setup()
+    elif not ranks.is_main():
         return
     started = time.time()
     folder = run_folder(config.run)
     results, (columns, rows) = WHAT[stage.what](config, stage, folder)
+    if not ranks.is_main():
+        return
     table([[shown(cell) for cell in row] for row in rows], columns)
     with open_tracker(config, "benchmark", folder) as tracker:
         tracker.table(f"benchmark/{stage.what}", columns, rows)
@@ -163,6 +165,8 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "watch": watch,
     "indicator": indicator,
     "overhead": overhead,
+    "step": steps.step,
+    "train": steps.train,
 }
 
 
@@ -179,7 +183,3 @@ def spelled(kinds: dict[str, float]) -> str:
 
 def spelled_counts(kinds: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in kinds.items())
-
-
-def shown(value: object) -> str:
-    return "failed" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

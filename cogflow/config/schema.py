@@ -6,7 +6,7 @@ The yaml files under ``configs/`` choose values; :mod:`cogflow.config.build` and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,9 @@ class TrainStage:
     plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
     plan_host_gb: float = 0.0  # memory of one machine of up to 8 GPUs; 0: of this one where it has a GPU, else not judged
     plan_tflops: float = 0.0  # TFLOP/s that training reaches on one GPU; 0: assumed from its data sheet, else from an H200's
+    plan_disk_gb: float = 2.0  # GB/s at which one machine writes and reads checkpoints
+    plan_mtbf_hours: float = 50_000.0  # GPU hours from one interruption to the next; 419 in 54 days of 16,384 H100s for Llama 3
+    plan_restart_minutes: float = 10.0  # from an interruption until training goes on: noticing it, the queue, loading
 
 
 WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")
@@ -259,7 +262,7 @@ class PretrainStage:
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | assemble | panel | indicator | overhead (of a step) | separation (by the panel) | watch (its alarms)
+    what: str = "export"  # export | assemble | panel | indicator | overhead | traffic (of steps) | separation (by the panel) | watch
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file
@@ -275,17 +278,7 @@ StageConfig = (
     PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | PretrainStage | BenchmarkStage
 )
 
-STAGES: dict[str, type] = {
-    "prepare": PrepareStage,
-    "train": TrainStage,
-    "sample": SampleStage,
-    "export": ExportStage,
-    "assemble": AssembleStage,
-    "diagnose": DiagnoseStage,
-    "flow": FlowStage,
-    "pretrain": PretrainStage,
-    "benchmark": BenchmarkStage,
-}
+STAGES: dict[str, type] = {kind.name: kind for kind in get_args(StageConfig)}
 
 
 @dataclass(frozen=True)

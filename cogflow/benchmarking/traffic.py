@@ -133,8 +133,11 @@ def predicted(case: Case, world: int) -> traffic.Traffic:
 def told(rows: Sequence[Mapping[str, Any]]) -> str:
     """How far plan and trainings are apart at the worst, in words."""
     several = [row for row in rows if row["ranks"] > 1]
-    apart = {what: max(_apart(row[f"{what}, planned"], row[f"{what}, counted"]) for row in several) for what in ("gradients", "weights")}
-    wire = max(_apart(row["TCP, of gloo's algorithms"], row["TCP, measured"]) for row in several)
+    apart = {
+        what: max((_apart(row[f"{what}, planned"], row[f"{what}, counted"]) for row in several), default=0.0)
+        for what in ("gradients", "weights")
+    }
+    wire = max((_apart(row["TCP, of gloo's algorithms"], row["TCP, measured"]) for row in several), default=0.0)
     return (
         f"traffic: the plan is off by at most {apart['gradients']:.1%} for gradients and {apart['weights']:.1%} for weights over "
         f"{len(several)} trainings; TCP carries within {wire:.1%} of what gloo's algorithms send"

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogflow import ranks
-from cogflow.benchmarking.overhead import DrawnClips
+from cogflow.benchmarking.drawn import DrawnClips
+from cogflow.benchmarking.overhead import CLIPS, LATENTS
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
 from cogflow.models import components, tiny
@@ -129,7 +130,7 @@ def count(config: Config, reuse: int | None = None) -> dict[str, Any]:
     with kept_for(reuse):
         engine = Engine(transformer, config.deepspeed, stage, dtype)
     ema = EMA(engine, stage.ema_decay, every=stage.ema_every) if stage.ema_decay else None
-    clips: Any = DrawnClips(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
+    clips: Any = DrawnClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
     trainer = Trainer(config, engine, ema, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     collectives = Collectives()

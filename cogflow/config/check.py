@@ -141,7 +141,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(1), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1), "stall_minutes": at_least(0)},
@@ -183,7 +184,8 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"), "share": above(0),
+        "what": one_of("step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"),
+        "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip

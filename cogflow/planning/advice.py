@@ -72,6 +72,7 @@ def of_preset(setting: Setting, name: str, gpus: int) -> Setting:
     return replace(
         setting,
         gpus=gpus,
+        blocks=None,
         local=setting.local if gpus == setting.gpus else min(gpus, max(setting.local, NODE)),
         zero_stage=int(preset["zero_stage"]),
         offload_optimizer=bool(preset["offload_optimizer"]),

@@ -12,7 +12,7 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
-from cogflow.planning import data, disk, flops, goodput, memory, pace, setting, shape, traffic
+from cogflow.planning import data, disk, fitting, flops, goodput, memory, pace, setting, shape, traffic
 from cogflow.planning.data import Clips
 from cogflow.planning.disk import Disk
 from cogflow.planning.flops import Forward, Step
@@ -153,6 +153,9 @@ def plan(config: Config) -> Plan:
     count, prompts_source = data.prompts(config)
     sampling = sampling_of(config) if stage.sample_every else None
     encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
+    gpu = device(stage)
+    if fitting.asked(layout):
+        layout = fitting.fitted(own, tokens, layout, sampling, gpu.memory, encoder=encoder)
     return Plan(
         config=config,
         stage=stage,
@@ -160,7 +163,7 @@ def plan(config: Config) -> Plan:
         model_source=model_source,
         dtype=dtype,
         tokens=tokens,
-        device=device(stage),
+        device=gpu,
         setting=layout,
         sampling=sampling,
         gpu=memory.gpu(own, tokens, layout, sampling, encoder=encoder),
@@ -174,6 +177,13 @@ def plan(config: Config) -> Plan:
         prompts_source=prompts_source,
         encoder=encoder,
     )
+
+
+def recomputed(config: Config) -> int | None:
+    """Blocks that training computes twice, where ``deepspeed.checkpoint_every_block=0`` leaves it to the memory there is; else ``None``."""
+    if not config.deepspeed.activation_checkpointing or config.deepspeed.checkpoint_every_block:
+        return None
+    return plan(config).setting.blocks
 
 
 def dtype_of(config: Config) -> str:

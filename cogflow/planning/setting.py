@@ -17,8 +17,9 @@ REUSE = 10**9
 @dataclass(frozen=True)
 class Setting:
     """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
-    those of one machine. ``ema``: whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``.
-    ``reuse``: elements within which ZeRO-3 keeps weights for their next use."""
+    those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, of which ``blocks`` is the number once it is known. ``ema``:
+    whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``: elements within which ZeRO-3 keeps
+    weights for their next use."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -37,6 +38,7 @@ class Setting:
     ema: bool
     ema_every: int
     ema_on_host: bool
+    blocks: int | None = None
     reuse: int = REUSE
 
     @property
@@ -45,7 +47,9 @@ class Setting:
 
     def recomputed(self, layers: int) -> int:
         """Blocks whose activations are dropped and computed again."""
-        return -(-layers // self.checkpoint_every) if self.checkpointing else 0
+        if self.checkpointing and self.blocks is not None:
+            return self.blocks
+        return -(-layers // max(1, self.checkpoint_every)) if self.checkpointing else 0
 
 
 def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -> Setting:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ import torch.distributed as dist
 
 from cogflow.benchmarking import traffic
 from cogflow.benchmarking.traffic_rank import Collectives, sent_over_tcp
+from cogflow.config.compose import compose
+from cogflow.errors import CogflowError
+from cogflow.stages import benchmark
 
 CHECKED = [case for case in traffic.CASES if "ZeRO-2, bf16" not in case.name and "holds" not in case.name]
 
@@ -34,6 +39,21 @@ def test_a_step_sends_what_the_plan_says(rows: dict[str, dict[str, Any]], name: 
     assert row["TCP, of gloo's algorithms"] < row["TCP, measured"] < 1.01 * row["TCP, of gloo's algorithms"]
 
 
+@pytest.mark.slow
+def test_the_benchmark_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "compare_traffic", lambda advance: traffic.compare(traffic.CASES[:1], [1], advance))
+    words = ["stage=benchmark", "stage.what=traffic", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled"]
+    benchmark.run(compose(words))
+    (row,) = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]["rows"]
+    assert row["case"] == "ZeRO-0" and row["gradients, planned"] == row["gradients, counted"] == row["TCP, measured"] == 0
+
+
+@pytest.mark.slow
+def test_ranks_that_fail_are_told() -> None:
+    with pytest.raises(CogflowError, match=r"1 ranks ended with 1(?s:.)*stage.batch_siz"):
+        traffic.measure([traffic.Case("none", ("stage.batch_siz=1",))], 1)
+
+
 def test_a_plan_for_one_rank_sends_nothing() -> None:
     for case in traffic.CASES:
         planned = traffic.predicted(case, 1)
@@ -41,6 +61,7 @@ def test_a_plan_for_one_rank_sends_nothing() -> None:
         assert traffic.predicted(case, 4).between_gpus == pytest.approx(1.5 * traffic.predicted(case, 2).between_gpus)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_collectives_are_counted_by_phase_and_kind() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

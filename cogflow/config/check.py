@@ -157,6 +157,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "on_blur": one_of("warn", "stop", "rollback"), "on_not_finite": one_of("stop", "skip", "rollback"),
         "on_spike": one_of("log", "skip"), "ema_every": at_least(1), "ema_device": one_of("auto", "cpu"), "stall_minutes": at_least(0),
         "plan_gpus": at_least(0), "plan_memory_gb": at_least(0), "plan_host_gb": at_least(0), "plan_tflops": at_least(0),
+        "plan_disk_gb": above(0), "plan_mtbf_hours": above(0), "plan_restart_minutes": at_least(0),
     },
     "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
     "SampleStage": {"fail_on": each(one_of(*WORSE, "over_sharpened"))},
@@ -183,8 +184,8 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead"), "share": above(0),
-        "batch_size": at_least(1), "steps": at_least(1),
+        "what": one_of("step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"),
+        "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip

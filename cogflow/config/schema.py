@@ -6,7 +6,9 @@ The yaml files under ``configs/`` choose values; :mod:`cogflow.config.build` and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
+
+from cogflow.config.benchmarks import BenchmarkStage
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,9 @@ class TrainStage:
     plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
     plan_host_gb: float = 0.0  # memory of one machine of up to 8 GPUs; 0: of this one where it has a GPU, else not judged
     plan_tflops: float = 0.0  # TFLOP/s that training reaches on one GPU; 0: assumed from its data sheet, else from an H200's
+    plan_disk_gb: float = 2.0  # GB/s at which one machine writes and reads checkpoints
+    plan_mtbf_hours: float = 50_000.0  # GPU hours from one interruption to the next; 419 in 54 days of 16,384 H100s for Llama 3
+    plan_restart_minutes: float = 10.0  # from an interruption until training goes on: noticing it, the queue, loading
 
 
 WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")
@@ -265,40 +270,11 @@ class PretrainStage:
     clips: int = 2048  # drawn for the transformer
 
 
-@dataclass(frozen=True)
-class BenchmarkStage:
-    name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # step | train | export | assemble | panel | indicator | overhead | separation | watch: see docs/benchmarks.md
-    layers: int | None = None  # fewer layers than the model has, for small machines
-    repeats: int = 1  # of everything, pair by pair
-    vs: str | None = None  # export, train: a clone of zai-org/CogVideo, to run its own code beside; train: also bare, or a git revision
-    vs_python: str | None = None  # the interpreter of the clone's own install; default: this one
-    folder: str | None = None  # for the files it makes, twice the checkpoint's size; default <run>/benchmark
-    keep: bool = False  # leave those files
-    clips: str | None = None  # separation: a folder of videos or frames; default: what is installed, else drawn clips
-    contents: int = 0  # separation: at most so many of them; 0: all
-    variants: int = 3  # separation: takes of each content, other crops, zooms, brightnesses and times
-    batch_size: int = 1  # step, train: clips of a step
-    steps: int = 5  # step, train: of one turn, whose mean counts once; stage.repeats turns after one that does not count
-    settings: list[str] = field(default_factory=list)  # train: what to compare, such as "speed.compile=blocks speed.attention=flash"
-    share: float = 1.0  # watch: of the simulated validations; less is quicker and less sure
-
-
 StageConfig = (
     PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | PretrainStage | BenchmarkStage
 )
 
-STAGES: dict[str, type] = {
-    "prepare": PrepareStage,
-    "train": TrainStage,
-    "sample": SampleStage,
-    "export": ExportStage,
-    "assemble": AssembleStage,
-    "diagnose": DiagnoseStage,
-    "flow": FlowStage,
-    "pretrain": PretrainStage,
-    "benchmark": BenchmarkStage,
-}
+STAGES: dict[str, type] = {kind.name: kind for kind in get_args(StageConfig)}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
-from cogflow.planning import data, disk, fitting, flops, memory, setting, shape, traffic
+from cogflow.planning import data, disk, fitting, flops, goodput, memory, pace, setting, shape, traffic
 from cogflow.planning.data import Clips
 from cogflow.planning.disk import Disk
 from cogflow.planning.flops import Forward, Step
+from cogflow.planning.goodput import Goodput
 from cogflow.planning.memory import Memory, Sampling
+from cogflow.planning.pace import Pace
 from cogflow.planning.setting import Setting
 from cogflow.planning.shape import Shape, Tokens
 from cogflow.planning.traffic import Traffic
@@ -100,6 +102,26 @@ class Plan:
         """Every GPU samples its share, one clip at a time; who has none repeats one."""
         turns = -(-self.samples // self.setting.gpus)
         return turns * self.config.sampling.steps * self.passes * self.forward.total / (self.device.tflops * 1e12)
+
+    @property
+    def pace(self) -> Pace:
+        """Of one step, with the communication that is not hidden."""
+        return pace.pace(self.shape, self.tokens, self.setting, self.device.tflops)
+
+    @property
+    def goodput(self) -> Goodput:
+        """What saves, validations and interruptions leave of the run."""
+        stage, layout = self.stage, self.setting
+        return Goodput(
+            steps=stage.steps,
+            step=self.pace.step,
+            save=goodput.save_seconds(self.shape, layout, self.disk.checkpoint, stage.plan_disk_gb * 1e9),
+            every=stage.save_every,
+            validation=self.validation_seconds,
+            sampled=stage.sample_every,
+            mtbf=stage.plan_mtbf_hours * 3600 / layout.gpus,
+            restart=stage.plan_restart_minutes * 60,
+        )
 
     def misfits(self) -> list[str]:
         """What does not fit, one line each."""

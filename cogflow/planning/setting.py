@@ -10,12 +10,16 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NODE = 8
 """GPUs of one machine, where there are that many."""
 
+REUSE = 10**9
+"""Elements within which ZeRO-3 keeps what it gathered because it is used again: DeepSpeed's ``stage3_max_reuse_distance``."""
+
 
 @dataclass(frozen=True)
 class Setting:
     """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
     those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, of which ``blocks`` is the number once it is known. ``ema``:
-    whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``."""
+    whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``: elements within which ZeRO-3 keeps
+    weights for their next use."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -35,6 +39,7 @@ class Setting:
     ema_every: int
     ema_on_host: bool
     blocks: int | None = None
+    reuse: int = REUSE
 
     @property
     def nodes(self) -> int:

@@ -21,6 +21,9 @@ from cogflow.benchmarking.overhead import compare as compare_steps
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
 from cogflow.benchmarking.tables import Table, shown
+from cogflow.benchmarking.traffic import RANKS
+from cogflow.benchmarking.traffic import compare as compare_traffic
+from cogflow.benchmarking.traffic import told as told_traffic
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import DataError
 from cogflow.files.paths import run_folder
@@ -157,6 +160,13 @@ def overhead(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[
     return {"summary": f"overhead: {line}", "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
 
 
+def traffic(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """What a plan says that a step sends, beside what trainings of the tiny model on 1, 2 and 4 ranks of this machine send."""
+    with progress(len(RANKS), "numbers of ranks") as bar:
+        rows = compare_traffic(advance=bar.advance)
+    return {"summary": told_traffic(rows), "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
+
+
 WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
     "export": export,
     "assemble": assemble,
@@ -165,6 +175,7 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "watch": watch,
     "indicator": indicator,
     "overhead": overhead,
+    "traffic": traffic,
     "step": steps.step,
     "train": steps.train,
 }

@@ -79,7 +79,7 @@ def _trainer(asked: dict[str, Any]) -> Any:
     # Half of these lie on the CPU in its own trainer, too.
     vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128, 256, 256, 512)))
     trainer.components = SimpleNamespace(transformer=transformer, scheduler=scheduler, vae=vae)
-    trainer.state = SimpleNamespace(transformer_config=transformer.config, weight_dtype=dtype)
+    trainer.state = SimpleNamespace(transformer_config=transformer.config, weight_dtype=dtype, overwrote_max_train_steps=False)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     text = (asked["config"]["max_text_seq_length"], asked["config"]["text_embed_dim"])
     samples = [

@@ -66,7 +66,7 @@ class SpeedConfig:
     """How the same numbers are computed faster; what a choice brings is measured by stage=benchmark stage.what=train."""
 
     attention: str = "auto"  # kernel of attention: auto (PyTorch chooses) | flash | cudnn | efficient | math (slow; holds all scores)
-    compile: str = "off"  # off | blocks (torch.compile, all blocks by one program) | graphs (CUDA graphs besides)
+    compile: str = "off"  # off | blocks (torch.compile, a minute at the start) | graphs (CUDA graphs besides)
     prefetch: int = 2  # micro batches that are made ahead, in pinned memory
 
 

@@ -126,5 +126,5 @@ def make_optimizer(parameters: list[torch.nn.Parameter], deepspeed_settings: Dee
         with compiling():
             return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
     if deepspeed_settings.zero_stage == 0:
-        return GuardedAdamW(parameters, gradient_clipping=stage.gradient_clipping, fused=torch.cuda.is_available(), **arguments)
-    return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **arguments)
+        return GuardedAdamW(parameters, gradient_clipping=stage.gradient_clipping, fused=True, **arguments)
+    return torch.optim.AdamW(parameters, fused=True, **arguments)

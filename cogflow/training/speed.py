@@ -37,7 +37,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Non
 
 def compile_blocks(transformer: Any, how: str) -> None:
     """Have the transformer's blocks compiled when they first run; their weights keep their names. ``how``: that of
-    :class:`SpeedConfig`. Blocks are alike, so that one program serves them all; norms, modulation and rotary positions become a few kernels
+    :class:`SpeedConfig`. Blocks are alike, so that two programs serve them all; norms, modulation and rotary positions become a few kernels
     between the matrix products."""
     if how == "off":
         return

@@ -125,11 +125,18 @@ def stopped(root: Path, zero: str, ends: str) -> dict[str, Any]:
 
 def redealt(root: Path, first: str, then: str) -> dict[str, Any]:
     """Three steps under one ZeRO stage, the rest under another; beside a run that did not change."""
-    whole, name = f"{first}-{ranks.world_size()}-plain", f"{first}-{then}-{ranks.world_size()}"
+    whole, name = f"{first}-{ranks.world_size()}-whole", f"{first}-{then}-{ranks.world_size()}"
     train(root, whole, f"deepspeed={first}")
     half(root, first, name)
     train(root, name, f"deepspeed={then}")
     return {"whole": _left(root / whole), "changed": _left(root / name)}
+
+
+def whole(root: Path, zero: str) -> dict[str, Any]:
+    """An uninterrupted run; where another case has made it, nothing is trained."""
+    name = f"{zero}-{ranks.world_size()}-whole"
+    train(root, name, f"deepspeed={zero}")
+    return {"whole": _left(root / name)}
 
 
 def half(root: Path, zero: str, name: str) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def _left(folder: Path) -> dict[str, Any]:
     return left(folder) if ranks.is_main() else {}
 
 
-CASES: dict[str, Callable[..., dict[str, Any]]] = {"stopped": stopped, "redealt": redealt, "half": half, "go_on": go_on}
+CASES: dict[str, Callable[..., dict[str, Any]]] = {"stopped": stopped, "whole": whole, "redealt": redealt, "half": half, "go_on": go_on}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def close(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_and_resumed_is_uninterrupted_to_the_bit(root: Path, ranks: int) -> None:
-    cases = [f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}", *(f"stopped:{zero}:{SOME}" for zero in ("zero0", "zero1", "zero3"))]
+    cases = [f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}", f"stopped:zero3:{SOME}", "stopped:zero0:2", "stopped:zero1:2"]
     for case, found in ran(root, ranks, *cases).items():
         signals = len(case.split("+"))
         assert found["codes"] == [75] * signals + [0] and found["fired"] == signals, case
@@ -86,8 +86,8 @@ def test_offloaded_states_are_stopped_resumed_and_dealt_out_anew(root: Path) -> 
 
 def test_another_number_of_ranks_goes_on_to_rounding(root: Path) -> None:
     """Two ranks in ZeRO-3 to one in ZeRO-2."""
-    whole = ran(root, 1, "stopped:zero2:2")["stopped:zero2:2"]["whole"]
-    assert ran(root, 2, "half:zero3:two-to-one")["half:zero3:two-to-one"]["code"] == 75
-    assert ran(root, 1, "half:zero2:one-to-two")["half:zero2:one-to-two"]["code"] == 75
-    close(whole, ran(root, 1, "go_on:zero2:two-to-one")["go_on:zero2:two-to-one"]["changed"])
-    close(whole, ran(root, 2, "go_on:zero3:one-to-two")["go_on:zero3:one-to-two"]["changed"])
+    one = ran(root, 1, "whole:zero2", "half:zero2:one-to-two")
+    two = ran(root, 2, "half:zero3:two-to-one", "go_on:zero3:one-to-two")
+    assert one["half:zero2:one-to-two"]["code"] == two["half:zero3:two-to-one"]["code"] == 75
+    close(one["whole:zero2"]["whole"], two["go_on:zero3:one-to-two"]["changed"])
+    close(one["whole:zero2"]["whole"], ran(root, 1, "go_on:zero2:two-to-one")["go_on:zero2:two-to-one"]["changed"])

@@ -1,0 +1,105 @@
+"""What makes a step faster changes nothing that it computes but its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from cogflow.config.compose import compose
+from cogflow.config.schema import DeepSpeedConfig, TrainStage
+from cogflow.errors import ConfigError
+from cogflow.models import tiny
+from cogflow.models.rotary import rotary_tables
+from cogflow.planning.plan import plan, recomputed
+from cogflow.training import parts, speed
+
+CPU = torch.device("cpu")
+LATENTS = (3, 4, 6)
+
+
+@pytest.fixture(autouse=True)
+def usual_attention() -> Iterator[None]:
+    yield
+    speed.choose_attention("auto", CPU, torch.float32)
+
+
+def computed(transformer: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Prediction and gradients for one drawn clip."""
+    generator = torch.Generator().manual_seed(1)
+    config = transformer.config
+    transformer.zero_grad()
+    x_t = torch.randn(1, LATENTS[0], 16, *LATENTS[1:], generator=generator)
+    embeds = torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator)
+    tables = rotary_tables(transformer, *LATENTS, device=CPU)
+    v = transformer(x_t, embeds, torch.tensor([500]), image_rotary_emb=tables, return_dict=False)[0]
+    v.square().mean().backward()
+    return v.detach(), {name: parameter.grad.clone() for name, parameter in transformer.named_parameters()}
+
+
+def same(one: tuple[torch.Tensor, dict[str, torch.Tensor]], two: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+    assert torch.allclose(one[0], two[0], rtol=1e-4, atol=1e-5)
+    assert one[1].keys() == two[1].keys()
+    for name, gradient in one[1].items():
+        assert (gradient - two[1][name]).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+def test_every_kernel_of_attention_computes_the_same(kernel: str) -> None:
+    transformer = tiny.new_transformer()
+    expected = computed(transformer)
+    speed.choose_attention(kernel, CPU, torch.float32)
+    same(expected, computed(transformer))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "dtype"), [("cudnn", "cpu", "bfloat16"), ("efficient", "cpu", "float32"), ("flash", "cuda", "float32")]
+)
+def test_a_kernel_that_there_is_not_is_refused(kernel: str, device: str, dtype: str) -> None:
+    with pytest.raises(ConfigError, match=f"speed.attention={kernel}"):
+        speed.choose_attention(kernel, torch.device(device), getattr(torch, dtype))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_by_few_programs_and_keep_their_names() -> None:
+    transformer = tiny.new_transformer()
+    expected, names = computed(transformer), list(transformer.state_dict())
+    counters.clear()
+    speed.compile_blocks(transformer, "blocks")
+    same(expected, computed(transformer))
+    assert list(transformer.state_dict()) == names
+    # The first block, whose inputs lie otherwise in memory, has one of its own.
+    assert counters["stats"]["unique_graphs"] <= 2 < len(transformer.transformer_blocks), counters["stats"]
+    # Recomputed blocks run the same program.
+    parts.recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True))
+    same(expected, computed(transformer))
+
+
+@pytest.mark.parametrize(("count", "dropped"), [(0, []), (2, [0, 2]), (5, [0, 1, 2, 3, 4])])
+def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> None:
+    transformer = tiny.new_transformer()
+    expected = computed(transformer)
+    parts.recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True), count)
+    ran = [0] * len(transformer.transformer_blocks)
+    for place, block in enumerate(transformer.transformer_blocks):
+        block.register_forward_pre_hook(lambda *_, place=place: ran.__setitem__(place, ran[place] + 1))
+    same(expected, computed(transformer))
+    assert [place for place, times in enumerate(ran) if times == 2] == dropped and set(ran) <= {1, 2}
+
+
+def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
+    def words(memory: float, *more: str) -> list[str]:
+        given = ["stage=train", "model=cogvideox-5b", "data=folder", "stage.plan=true", "stage.plan_gpus=8", "stage.sample_every=0"]
+        return [*given, f"stage.plan_memory_gb={memory}", "deepspeed.checkpoint_every_block=0", *more]
+
+    plans = [plan(compose(words(memory))) for memory in (30, 80, 100, 110, 192)]
+    counts = [one.setting.blocks for one in plans]
+    assert counts[0] == plans[0].shape.layers == 42 and counts[-1] == 0
+    assert sorted(counts, key=lambda count: -int(count or 0)) == counts and 0 < int(counts[2] or 0) < 42
+    for one, memory in zip(plans[1:], (80, 100, 110, 192), strict=True):
+        assert one.gpu.peak <= 0.95e9 * memory
+    assert recomputed(compose(words(80))) == counts[1]
+    assert recomputed(compose([*words(80, "deepspeed.activation_checkpointing=false")])) is None
+    assert isinstance(plans[0].stage, TrainStage)

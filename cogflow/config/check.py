@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,6 +143,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(1), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "ParallelConfig": {"sequence": at_least(1)},
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1), "stall_minutes": at_least(0)},
@@ -246,6 +248,19 @@ def _between(config: Config) -> Iterator[Problem]:
         yield Problem(f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}", (f"{path}.resume",))
     if isinstance(train, TrainStage):
         yield from _watched(train, path)
+        # Launchers ask for the settings outside of the ranks: how many there will be is then not known here, and judged by the stage.
+        processes = os.environ.get("WORLD_SIZE", "")
+        gpus = train.plan_gpus if train.plan and train.plan_gpus else int(processes) if processes.isdecimal() else 0
+        yield from sequence_problems(config, gpus)
+
+
+def sequence_problems(config: Config, gpus: int, heads: int | None = None) -> Iterator[Problem]:
+    """What is wrong with ``parallel.sequence`` on ``gpus`` ranks (0: not known) for a model of so many attention heads."""
+    size, key = config.parallel.sequence, "parallel.sequence"
+    for count, what in ((gpus, f"rank{'s' if gpus != 1 else ''} in all"), (heads or 0, f"attention heads of model={config.model.name}")):
+        if count and count % size:
+            good = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
+            yield Problem(f"{key}={size}: it should divide the {count} {what}: one of {good}.", (key,))
 
 
 def _watched(train: TrainStage, path: str) -> Iterator[Problem]:

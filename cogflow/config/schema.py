@@ -6,7 +6,7 @@ The yaml files under ``configs/`` choose values; :mod:`cogflow.config.build` and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class DeepSpeedConfig:
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     checkpoint_every_block: int = 1  # with activation_checkpointing: 1 all blocks, 2 every other one, 3 every third
     reduce_dtype: str = "fp32"  # gradients are summed over the ranks in: fp32 | model (its own: half the traffic, more rounding)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    sequence: int = 1  # ranks that share each batch, every one with its part of the tokens: for clips too long for one GPU
 
 
 @dataclass(frozen=True)
@@ -275,17 +280,7 @@ StageConfig = (
     PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | PretrainStage | BenchmarkStage
 )
 
-STAGES: dict[str, type] = {
-    "prepare": PrepareStage,
-    "train": TrainStage,
-    "sample": SampleStage,
-    "export": ExportStage,
-    "assemble": AssembleStage,
-    "diagnose": DiagnoseStage,
-    "flow": FlowStage,
-    "pretrain": PretrainStage,
-    "benchmark": BenchmarkStage,
-}
+STAGES: dict[str, type] = {kind.name: kind for kind in get_args(StageConfig)}
 
 
 @dataclass(frozen=True)
@@ -295,5 +290,6 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -13,12 +13,14 @@ from cogflow.config.schema import Config, DiagnoseStage, FlowStage, StageConfig
 from cogflow.diagnosis.incident import as_in_2024
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
+from cogflow.models import components, inputs
 from cogflow.sampling import gallery
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.console import say, table
 from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
 from cogflow.tracking.tracker import open_tracker
+from cogflow.training import sequence
 
 
 def run(config: Config) -> None:
@@ -28,6 +30,8 @@ def run(config: Config) -> None:
         raise TypeError("stages.flow needs the settings of stage=flow")
     started = time.time()
     folder = run_folder(config.run)
+    # Before hours of preparing clips: the training will ask it again.
+    sequence.check(config, inputs.read_transformer_config(components.model_folder(config.model)))
     steps: list[tuple[Any, StageConfig]] = [
         (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
         (diagnose, patient(stage, folder)),

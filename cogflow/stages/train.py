@@ -21,7 +21,7 @@ from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
 from cogflow.tracking.standing import Watchdog
 from cogflow.tracking.tracker import Tracker, open_tracker
-from cogflow.training import checkpoint, policy, retention
+from cogflow.training import checkpoint, policy, retention, sequence
 from cogflow.training.breakdown import told
 from cogflow.training.identity import check_same
 from cogflow.training.loop import Hooks
@@ -77,6 +77,7 @@ def open_cache(config: Config, folder: Path) -> LatentCache:
         of = "without first frames, for text to video" if not cache.image_variants else "with first frames, for image to video"
         raise ConfigError(f"The prepared clips were made {of}; the model is not for that.", "Run stage=prepare again, with this model.")
     inputs.check_sizes(transformer, buckets.sizes(config.data))
+    sequence.check(config, transformer)
     return cache
 
 
@@ -140,7 +141,8 @@ def finish(config: Config, folder: Path, cache: LatentCache, prepared: Prepared,
     stage = prepared.stage
     last = folder / "checkpoints" / checkpoint.step_name(stage.steps)
     samples = gallery.newest(folder / "samples")
-    summary = f"{stage.steps} steps of {stage.batch_size * stage.gradient_accumulation * ranks.world_size()} clips"
+    clips = stage.batch_size * stage.gradient_accumulation * ranks.world_size() // config.parallel.sequence
+    summary = f"{stage.steps} steps of {clips} clips"
     inputs = {"model": str(prepared.source), "data": cache.fingerprint}
     results = {"summary": summary, "where": str(last), "samples": str(samples) if samples else None, "wandb": wandb}
     write_record(folder, "train", config, inputs, results, started=started)

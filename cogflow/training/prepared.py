@@ -22,6 +22,7 @@ from cogflow.training.engine import Engine
 from cogflow.training.identity import TUNABLE, check_facts, identity, layout_of, same_states, trained_with
 from cogflow.training.loop import Trainer
 from cogflow.training.parts import freeze, recompute
+from cogflow.training.sequence import split
 from cogflow.training.validation import Validation
 
 
@@ -43,6 +44,7 @@ class Prepared:
         transformer = start.build(config, self.source, self.dtype, self.device, facts)
         freeze(transformer, self.stage.freeze)
         recompute(transformer, config.deepspeed)
+        split(transformer, config.parallel.sequence)
         transformer.train()
         self.trained_with = facts | {"max_sequence_length": transformer.config.max_text_seq_length}
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)

@@ -258,7 +258,7 @@ def sequence_problems(config: Config, gpus: int, heads: int | None = None) -> It
     """What is wrong with ``parallel.sequence`` on ``gpus`` ranks (0: not known) for a model of so many attention heads."""
     size, key = config.parallel.sequence, "parallel.sequence"
     for count, what in ((gpus, f"rank{'s' if gpus != 1 else ''} in all"), (heads or 0, f"attention heads of model={config.model.name}")):
-        if count and count % size:
+        if count % max(1, size):
             good = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
             yield Problem(f"{key}={size}: it should divide the {count} {what}: one of {good}.", (key,))
 

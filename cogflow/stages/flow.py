@@ -13,7 +13,6 @@ from cogflow.config.schema import Config, DiagnoseStage, FlowStage, StageConfig
 from cogflow.diagnosis.incident import as_in_2024
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
-from cogflow.models import components, inputs
 from cogflow.sampling import gallery
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.console import say, table
@@ -31,7 +30,7 @@ def run(config: Config) -> None:
     started = time.time()
     folder = run_folder(config.run)
     # Before hours of preparing clips: the training will ask it again.
-    sequence.check(config, inputs.read_transformer_config(components.model_folder(config.model)))
+    sequence.check(config)
     steps: list[tuple[Any, StageConfig]] = [
         (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
         (diagnose, patient(stage, folder)),

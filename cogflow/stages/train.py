@@ -40,6 +40,7 @@ def run(config: Config) -> None:
     if stage.plan:
         return planning.show(config)
     started = time.time()
+    sequence.check(config)
     ranks.setup()
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
@@ -77,7 +78,6 @@ def open_cache(config: Config, folder: Path) -> LatentCache:
         of = "without first frames, for text to video" if not cache.image_variants else "with first frames, for image to video"
         raise ConfigError(f"The prepared clips were made {of}; the model is not for that.", "Run stage=prepare again, with this model.")
     inputs.check_sizes(transformer, buckets.sizes(config.data))
-    sequence.check(config, transformer)
     return cache
 
 

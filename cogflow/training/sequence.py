@@ -7,7 +7,6 @@ padded and nothing need be masked. Weights, their names and the order in which m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ from cogflow import ranks
 from cogflow.config.check import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.config.schema import Config
+from cogflow.models.components import model_folder
+from cogflow.models.inputs import read_transformer_config
 from cogflow.training.ulysses import ASKED, Share, UlyssesProcessor, gathered
 
 DIFFUSERS_HEADS = 30
@@ -26,9 +27,11 @@ TEXT, SETTINGS = (1, "encoder_hidden_states"), (4, "attention_kwargs")
 """Place and name of arguments of a block, which diffusers gives by place where activations are recomputed, else by name."""
 
 
-def check(config: Config, transformer: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` when ``parallel.sequence`` does not divide the ranks, or the heads of a transformer with this config."""
-    fail(list(sequence_problems(config, ranks.world_size(), int(transformer.get("num_attention_heads", DIFFUSERS_HEADS)))))
+def check(config: Config) -> None:
+    """Raise :class:`ConfigError` when ``parallel.sequence`` does not divide the ranks, or the attention heads of the model. Cheap."""
+    if config.parallel.sequence > 1:
+        transformer = read_transformer_config(model_folder(config.model))
+        fail(list(sequence_problems(config, ranks.world_size(), int(transformer.get("num_attention_heads", DIFFUSERS_HEADS)))))
 
 
 @dataclass(frozen=True)

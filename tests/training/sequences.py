@@ -1,5 +1,5 @@
-"""Run by the tests on two ranks (``python -m tests.training.sequences OUT``): one forward and backward pass of small transformers over
-both ranks, beside the same by itself, and what differs."""
+"""Run by the tests on two ranks (``python -m tests.training.sequences FOLDER``): forward and backward passes of small transformers over
+both ranks, beside the same by one, and what differs; then whole trainings that share their batches, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cogflow.models import tiny
 from cogflow.models.rotary import rotary_tables
 from cogflow.training import parts
 from cogflow.training.sequence import Place, split
+from tests.training import resuming
 
 BASE = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "sample_width": 6, "sample_height": 6}
 TRAITS: dict[str, dict[str, Any]] = {
@@ -119,13 +120,54 @@ def case(
     }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """OUT: where rank 0 writes the findings by case."""
-    ranks.setup()
-    found = {name: case(**given) for name, given in CASES.items()}
-    everywhere = ranks.gather(found)
+SHARED = ("parallel.sequence=2", "stage.batch_size=2")
+"""A step of as many clips as one rank with two takes."""
+
+
+def trained(root: Path, zero: str, *more: str) -> dict[str, Any]:
+    """An uninterrupted run that shares its batches and samples three prompts on two ranks, and one that a signal stopped."""
+    prompts = root / "prompts.txt"
     if ranks.is_main():
-        Path(arguments[0]).write_text(json.dumps(everywhere))
+        prompts.write_text("a red circle\na blue square\na green star\n")
+    whole, name, words = f"{zero}-shared", f"{zero}-shared-stopped", [f"deepspeed={zero}", *SHARED, *more]
+    resuming.train(root, whole, *words, "stage.sample_every=6", f"sampling.prompts={prompts}")
+    with resuming.signalled((2, 1), rank=-1) as seen:
+        codes = [resuming.train(root, name, *words)]
+    fired = len(ranks.gather(seen)[-1])
+    codes.append(resuming.train(root, name, *words))
+    found = {"codes": codes, "fired": fired, "whole": left(root / whole), "stopped": left(root / name)}
+    if ranks.is_main():
+        found["samples"] = [
+            json.loads((root / whole / f"samples/step-{step:06d}/samples.json").read_text())["samples"] for step in (0, resuming.STEPS)
+        ]
+    return found
+
+
+def apart_later(root: Path) -> dict[str, Any]:
+    """Two steps and a half with shared batches, the rest with a batch for each rank."""
+    with resuming.signalled((2, 1)):
+        resuming.train(root, "apart-later", "deepspeed=zero2", *SHARED)
+    resuming.train(root, "apart-later", "deepspeed=zero2", "stage.batch_size=1")
+    return left(root / "apart-later")
+
+
+def left(folder: Path) -> dict[str, Any]:
+    ranks.barrier()
+    return resuming.left(folder) if ranks.is_main() else {}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """FOLDER holds ``prepared/cache``; rank 0 writes the findings into it."""
+    root = Path(arguments[0])
+    ranks.setup()
+    passes = ranks.gather({name: case(**given) for name, given in CASES.items()})
+    trainings = {
+        "zero2": trained(root, "zero2"),
+        "zero3": trained(root, "zero3", "deepspeed.activation_checkpointing=true"),
+        "apart later": apart_later(root),
+    }
+    if ranks.is_main():
+        (root / "sequences.json").write_text(json.dumps({"passes": passes, **trainings}))
     ranks.close()
 
 

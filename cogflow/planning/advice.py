@@ -11,6 +11,7 @@ from cogflow.planning.plan import Plan
 from cogflow.planning.setting import NODE, Setting
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
+SEQUENCES = (2, 4, 8)
 TILING = "sampling.vae_tiling=true"
 PRESETS: dict[str, dict[str, bool | int]] = {
     "zero2": {"zero_stage": 2, "offload_optimizer": False, "offload_parameters": False},
@@ -42,23 +43,42 @@ def options(plan: Plan) -> list[Option]:
 
 
 def at(plan: Plan, gpus: int) -> list[Option]:
-    """Ways that fit on ``gpus`` GPUs, the quickest first."""
-    fitting = [option for option in _at(plan, gpus) if _fits(plan, option)]
+    """Ways that fit on ``gpus`` GPUs, the quickest first; with more GPUs to a sequence only where none fits without."""
+    return next((found for sequence in _sequences(plan, gpus) if (found := _sharing(plan, gpus, sequence))), [])
+
+
+def _sequences(plan: Plan, gpus: int) -> list[int]:
+    """GPUs of one machine that may share a sequence, as many as asked for or more."""
+    asked = plan.setting.sequence
+    sizes = [asked, *(one for one in SEQUENCES if one > asked and one % asked == 0)]
+    return [one for one in sizes if gpus % one == 0 and plan.shape.heads % one == 0]
+
+
+def _sharing(plan: Plan, gpus: int, sequence: int) -> list[Option]:
+    fitting = [option for option in _at(plan, gpus, sequence) if _fits(plan, option)]
     # What fits as it samples now need not sample otherwise.
     known = {option.words for option in fitting}
     fitting = [one for one in fitting if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known]
     return sorted(fitting, key=lambda option: (option.seconds, len(option.words)))
 
 
-def _at(plan: Plan, gpus: int) -> Iterator[Option]:
+def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
+    times = sequence // plan.setting.sequence
     tilings = [plan.sampling] if plan.sampling is None or plan.sampling.tiled else [plan.sampling, replace(plan.sampling, tiled=True)]
     for name in PRESETS:
         for checkpointing in (False, True):
             for sampling in tilings:
-                layout = replace(of_preset(plan.setting, name, gpus), checkpointing=checkpointing)
+                layout = replace(
+                    of_preset(plan.setting, name, gpus),
+                    checkpointing=checkpointing,
+                    sequence=sequence,
+                    accumulation=times * plan.setting.accumulation,
+                )
                 words = [f"deepspeed={name}"] if _differs(plan.config.deepspeed, name) else []
                 if checkpointing != plan.setting.checkpointing:
                     words.append(f"deepspeed.activation_checkpointing={str(checkpointing).lower()}")
+                if times > 1:  # as many clips a step
+                    words += [f"parallel.sequence={sequence}", f"stage.gradient_accumulation={layout.accumulation}"]
                 if sampling is not plan.sampling:
                     words.append(TILING)
                 yield _option(plan, layout, sampling, words)
@@ -84,8 +104,9 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
 def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words: list[str]) -> Option:
     if layout.gpus != plan.setting.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
-    step = flops.step(plan.shape, plan.tokens, recomputed=layout.recomputed(plan.shape.layers)).total * layout.batch * layout.accumulation
-    seconds = step / (plan.device.tflops * 1e12) + traffic.traffic(plan.shape, layout).seconds
+    sample = flops.step(plan.shape, plan.tokens, recomputed=layout.recomputed(plan.shape.layers)).total
+    step = sample * layout.batch * layout.accumulation / layout.sequence
+    seconds = step / (plan.device.tflops * 1e12) + traffic.traffic(plan.shape, plan.tokens, layout).seconds
     encoder = plan.encoder
     return Option(
         gpus=layout.gpus,

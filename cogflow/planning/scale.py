@@ -55,7 +55,7 @@ def row(model: str, gpus: int, memory: int) -> Row:
     step = flops.step(asked.shape, asked.tokens, recomputed=best.setting.recomputed(asked.shape.layers))
     compute = step.total / (speed * 1e12)
     backward = (step.backward + step.recomputation) / (speed * 1e12)
-    waiting = traffic.exposed(traffic.traffic(asked.shape, best.setting), best.setting, backward=backward, compute=compute)
+    waiting = traffic.exposed(traffic.traffic(asked.shape, asked.tokens, best.setting), best.setting, backward=backward, compute=compute)
     seconds = compute + waiting
     changed = [word for word in best.words if "=" in word and "plan_gpus" not in word]
     return Row(

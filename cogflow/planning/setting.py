@@ -14,7 +14,8 @@ NODE = 8
 @dataclass(frozen=True)
 class Setting:
     """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
-    those of one machine. ``ema``: whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``."""
+    those of one machine. ``ema``: whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``.
+    ``sequence``: GPUs that share each batch of ``batch`` clips."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -33,6 +34,12 @@ class Setting:
     ema: bool
     ema_every: int
     ema_on_host: bool
+    sequence: int = 1
+
+    @property
+    def clips(self) -> int:
+        """Of one optimizer step, all GPUs together."""
+        return self.batch * self.accumulation * self.gpus // self.sequence
 
     @property
     def nodes(self) -> int:
@@ -66,4 +73,5 @@ def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -
         ema=stage.ema_decay > 0,
         ema_every=stage.ema_every,
         ema_on_host=stage.ema_device == "cpu",
+        sequence=config.parallel.sequence,
     )

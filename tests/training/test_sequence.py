@@ -8,14 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cogflow.config.compose import compose
-from cogflow.errors import ConfigError
+from cogflow.errors import CheckpointError, ConfigError
 from cogflow.training import sequence
-from cogflow.training.identity import clips_per_step, saved_layout
+from cogflow.training.identity import TUNABLE, check_same, clips_per_step, identity, layout_of, saved_layout
 from tests.conftest import Command
 from tests.training.sequences import CASES
 
@@ -150,3 +151,21 @@ def test_clips_of_a_step_are_those_of_the_data_ranks() -> None:
     before = {"stage.batch_size": 2, "stage.gradient_accumulation": 3, "world size": 8}
     assert clips_per_step(saved_layout({"layout": before})) == 48
     assert clips_per_step(saved_layout({"layout": before | {"parallel.sequence": 4}})) == 12
+
+
+def test_a_resumed_run_takes_as_many_clips_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint from before there was the setting, gone on with by ranks that share."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    cache: Any = SimpleNamespace(fingerprint="of the clips")
+    before = compose(words())
+    layout = {key: value for key, value in layout_of(before).items() if key != "parallel.sequence"}
+    settings = {key: getattr(before.stage, key) for key in TUNABLE}
+    trainer = {"layout": layout, "settings": settings, "identity": identity(before, cache)}
+    check_same(trainer, before, cache)
+    assert "dealt out anew" not in capsys.readouterr().out
+    with pytest.raises(CheckpointError) as caught:
+        check_same(trainer, compose(words("parallel.sequence=2")), cache)
+    for part in ("parallel.sequence: 1 then, 2 now", "the product of the three, over parallel.sequence: 8 then, 4 now"):
+        assert part in str(caught.value)
+    check_same(trainer, compose(words("parallel.sequence=2", "stage.batch_size=4")), cache)
+    assert "parallel.sequence 1 -> 2" in capsys.readouterr().out

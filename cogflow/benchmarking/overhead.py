@@ -21,7 +21,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow import ranks
-from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
+from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, ParallelConfig, TrainStage
 from cogflow.data.cache import CachedClip
 from cogflow.models import components, tiny
 from cogflow.models.inputs import Inputs
@@ -93,7 +93,8 @@ def _compare(config: Config, size: Size, repeats: int, tracker: Tracker, advance
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
     clips: Any = DrawnClips(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(replace(config, stage=train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
+    alone = replace(config, stage=train, parallel=ParallelConfig())  # as the bare loop is
+    trainer = Trainer(alone, engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     waited: list[float] = []
 
     def log(done: int, values: dict[str, float]) -> None:

@@ -15,9 +15,10 @@ from diffusers import CogVideoXTransformer3DModel
 
 from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig
+from cogflow.errors import QualityGateError
 from cogflow.models import tiny
 from cogflow.models.rotary import rotary_tables
-from cogflow.training import parts
+from cogflow.training import parts, ulysses
 from cogflow.training.sequence import Place, split
 from tests.training import resuming
 
@@ -151,6 +152,27 @@ def apart_later(root: Path) -> dict[str, Any]:
     return left(root / "apart-later")
 
 
+def lost(root: Path) -> dict[str, Any]:
+    """A gradient that is not finite among the second rank's tokens alone, in the second step; what each rank ends with, and says."""
+    back, seen, said = ulysses._Exchange.backward, [0], ""
+
+    def broken(ctx: Any, *grads: torch.Tensor) -> Any:
+        found = back(ctx, *grads)
+        seen[0] += 1
+        if seen[0] == 25 and ranks.rank() == 1:  # 5 blocks x 2 exchanges x 2 micro steps before it
+            found[0].view(-1)[0] = float("inf")
+        return found
+
+    ulysses._Exchange.backward = staticmethod(broken)  # type: ignore[method-assign]
+    try:
+        resuming.train(root, "lost", "deepspeed=zero3", *SHARED)
+    except QualityGateError as error:
+        said = str(error)
+    finally:
+        ulysses._Exchange.backward = staticmethod(back)  # type: ignore[method-assign]
+    return {"said": ranks.gather(said), "exchanges": ranks.gather(seen[0])}
+
+
 def left(folder: Path) -> dict[str, Any]:
     ranks.barrier()
     return resuming.left(folder) if ranks.is_main() else {}
@@ -165,6 +187,7 @@ def main(arguments: Sequence[str]) -> None:
         "zero2": trained(root, "zero2"),
         "zero3": trained(root, "zero3", "deepspeed.activation_checkpointing=true"),
         "apart later": apart_later(root),
+        "lost": lost(root),
     }
     if ranks.is_main():
         (root / "sequences.json").write_text(json.dumps({"passes": passes, **trainings}))

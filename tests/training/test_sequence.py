@@ -95,6 +95,13 @@ def test_going_on_with_a_batch_for_each_rank_agrees_to_rounding(found: dict[str,
                 assert found["apart later"]["numbers"][step][key] == pytest.approx(values[key], rel=1e-5), (step, key)
 
 
+@pytest.mark.slow
+def test_a_gradient_lost_among_one_ranks_tokens_stops_all(found: dict[str, Any]) -> None:
+    assert found["lost"]["exchanges"] == [40, 40]
+    for said in found["lost"]["said"]:
+        assert "The gradient of step 2 is not finite" in said and "the weights are still those before it" in said
+
+
 def words(*more: str) -> list[str]:
     return ["stage=train", "debug=quick", *more]
 

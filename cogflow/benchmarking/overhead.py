@@ -11,7 +11,6 @@ one, with one thread a process (OMP_NUM_THREADS=1).
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
@@ -21,8 +20,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow import ranks
-from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, ParallelConfig, TrainStage
-from cogflow.data.cache import CachedClip
+from cogflow.benchmarking.drawn import DrawnClips
+from cogflow.benchmarking.turns import Turns
+from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
 from cogflow.models import components, tiny
 from cogflow.models.inputs import Inputs
 from cogflow.models.rotary import rotary_tables
@@ -54,31 +54,6 @@ class Size:
 SIZES = (Size("tiny", None, 5, 4, 4), Size("wide", 12, 8, 1, 1))
 
 
-class DrawnClips:
-    """What :class:`Trainer` needs of a latent cache: clips of noise of the right shape."""
-
-    holdout: tuple[int, ...] = ()
-    groups: tuple[tuple[int, ...], ...] = ()
-
-    def __init__(self, text_tokens: int, text_width: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.train = list(range(CLIPS))
-        self.empty_embeds = torch.zeros(text_tokens, text_width)
-        self._clips = [
-            CachedClip(
-                str(number), f"clip {number}", "", torch.randn(16, *LATENTS, generator=generator), torch.full((16, *LATENTS), -6.0),
-                torch.randn(text_tokens, text_width, generator=generator),
-            )
-            for number in self.train
-        ]  # fmt: skip
-
-    def entry(self, position: int) -> CachedClip:
-        return self._clips[position]
-
-    def name_of(self, position: int) -> str:
-        return self._clips[position].name
-
-
 def compare(config: Config, stage: BenchmarkStage, tracker: Tracker, advance: Callable[[int], None]) -> list[dict[str, Any]]:
     """One row a size: median seconds of a step of each loop, the median ratio of neighbouring turns, and the loader's share."""
     return [_compare(config, size, max(3, stage.repeats), tracker, advance) for size in SIZES]
@@ -91,17 +66,16 @@ def _compare(config: Config, size: Size, repeats: int, tracker: Tracker, advance
     dtype = components.resolve_dtype(config.model, device)
     transformer = _transformer(size).to(device, dtype).train()
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
-    clips: Any = DrawnClips(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
+    clips: Any = DrawnClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
-    alone = replace(config, stage=train, parallel=ParallelConfig())  # as the bare loop is
-    trainer = Trainer(alone, engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
+    trainer = Trainer(replace(config, stage=train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     waited: list[float] = []
 
     def log(done: int, values: dict[str, float]) -> None:
         waited.append(values["train/data_wait"])
         tracker.log(done, values)
 
-    turns = Turns(_bare_steps(engine, trainer, alphas.to(device), size.batch_size, dtype), size.turn, device, advance)
+    turns = Turns(size.turn, device, advance, bare_steps(engine, trainer, size.batch_size))
     hooks = Hooks(
         log=log, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.anywhere(False),
         advance=turns.after_step, warn=_nothing, not_finite=_nothing,
@@ -132,54 +106,17 @@ def _transformer(size: Size) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_config({name: value for name, value in shape.items() if not name.startswith("_")})
 
 
-@dataclass(frozen=True)
-class Turn:
-    """Seconds of a step: by the clock, and of all cores."""
-
-    wall: float
-    cores: float
-
-
-class Turns:
-    """Keeps the time of a training that runs on, and lets the bare loop have its turn after every ``steps`` of its steps."""
-
-    def __init__(self, bare: Iterator[None], steps: int, device: torch.device, advance: Callable[[int], None]) -> None:
-        self.bare, self.steps, self.device, self.advance = bare, steps, device, advance
-        self.ours: list[Turn] = []
-        self.theirs: list[Turn] = []
-        self._done = 0
-        self._clock = self._now()
-
-    def after_step(self, note: str) -> None:
-        self._done += 1
-        if self._done % self.steps:
-            return
-        self.ours.append(self._turn())
-        for _ in itertools.islice(self.bare, self.steps):
-            pass
-        self.theirs.append(self._turn())
-        self.advance(1)
-
-    def _turn(self) -> Turn:
-        wall, cores = self._clock
-        self._clock = self._now()
-        return Turn((self._clock[0] - wall) / self.steps, (self._clock[1] - cores) / self.steps)
-
-    def _now(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter(), time.process_time()
-
-
-def _bare_steps(engine: Engine, trainer: Trainer, alphas: torch.Tensor, batch_size: int, dtype: torch.dtype) -> Iterator[None]:
+def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[None]:
     """The bare loop, a step for each value."""
-    batches = [_ready(trainer, number, batch_size) for number in range(CLIPS // batch_size)]
-    tables = rotary_tables(engine.module, *LATENTS, device=trainer.device)
+    alphas, dtype = trainer.alphas_cumprod, trainer.dtype
+    batches = [_ready(trainer, number, batch_size) for number in range(max(1, len(trainer.cache.train) // batch_size))]
+    frames, _, rows, columns = batches[0].latents.shape[1:]
+    tables = rotary_tables(engine.module, frames, rows, columns, device=trainer.device)
     for batch in itertools.cycle(batches):
         x_t = noised(batch.latents, batch.noise, alphas, batch.timesteps)
         v = engine.engine(
-            hidden_states=x_t.to(dtype), encoder_hidden_states=batch.embeds.to(dtype), timestep=batch.timesteps,
-            image_rotary_emb=tables, return_dict=False,
+            hidden_states=batch.seen(x_t).to(dtype), encoder_hidden_states=batch.embeds.to(dtype), timestep=batch.timesteps,
+            image_rotary_emb=tables, return_dict=False, **trainer.inputs.extra(trainer.device, dtype),
         )[0]  # fmt: skip
         engine.engine.backward(velocity_loss(v, batch.latents, x_t, alphas, batch.timesteps).mean)
         engine.engine.step()
@@ -187,7 +124,7 @@ def _bare_steps(engine: Engine, trainer: Trainer, alphas: torch.Tensor, batch_si
 
 
 def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
-    chosen = range(number * batch_size, (number + 1) * batch_size)
+    chosen = [place % len(trainer.cache.train) for place in range(number * batch_size, (number + 1) * batch_size)]
     return training_batch(trainer.cache, chosen, (0, number), 0, inputs=trainer.inputs, text_dropout=0.1).to(trainer.device)
 
 

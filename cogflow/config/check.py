@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cogflow.config.build import show
+from cogflow.config.parallel import not_measured, shared
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
-from cogflow.config.schema import WORSE, Config, FlowStage, PrepareStage, TrainStage
+from cogflow.config.schema import WORSE, BenchmarkStage, Config, FlowStage, PrepareStage, TrainStage
 
 MODELS = ("tiny", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b", "cogvideox1.5-5b-i2v", "auto")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -142,8 +142,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(1), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
     "ParallelConfig": {"sequence": at_least(1)},
+    "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1), "stall_minutes": at_least(0)},
@@ -158,6 +159,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "on_blur": one_of("warn", "stop", "rollback"), "on_not_finite": one_of("stop", "skip", "rollback"),
         "on_spike": one_of("log", "skip"), "ema_every": at_least(1), "ema_device": one_of("auto", "cpu"), "stall_minutes": at_least(0),
         "plan_gpus": at_least(0), "plan_memory_gb": at_least(0), "plan_host_gb": at_least(0), "plan_tflops": at_least(0),
+        "plan_disk_gb": above(0), "plan_mtbf_hours": above(0), "plan_restart_minutes": at_least(0),
     },
     "RollbackConfig": {"learning_rate_ratio": share, "most": at_least(1)},
     "SampleStage": {"fail_on": each(one_of(*WORSE, "over_sharpened"))},
@@ -184,7 +186,8 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("export", "assemble", "panel", "separation", "watch", "indicator", "overhead"), "share": above(0),
+        "what": one_of("step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"),
+        "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip
@@ -248,19 +251,9 @@ def _between(config: Config) -> Iterator[Problem]:
         yield Problem(f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}", (f"{path}.resume",))
     if isinstance(train, TrainStage):
         yield from _watched(train, path)
-        # Launchers ask for the settings outside of the ranks: how many there will be is then not known here, and judged by the stage.
-        processes = os.environ.get("WORLD_SIZE", "")
-        gpus = train.plan_gpus if train.plan and train.plan_gpus else int(processes) if processes.isdecimal() else 0
-        yield from sequence_problems(config, gpus)
-
-
-def sequence_problems(config: Config, gpus: int, heads: int | None = None) -> Iterator[Problem]:
-    """What is wrong with ``parallel.sequence`` on ``gpus`` ranks (0: not known) for a model of so many attention heads."""
-    size, key = config.parallel.sequence, "parallel.sequence"
-    for count, what in ((gpus, f"rank{'s' if gpus != 1 else ''} in all"), (heads or 0, f"attention heads of model={config.model.name}")):
-        if count % max(1, size):
-            good = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
-            yield Problem(f"{key}={size}: it should divide the {count} {what}: one of {good}.", (key,))
+        yield from shared(config, train)
+    elif isinstance(stage, BenchmarkStage) and config.parallel.sequence > 1:
+        yield not_measured(config)
 
 
 def _watched(train: TrainStage, path: str) -> Iterator[Problem]:

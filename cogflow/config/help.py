@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from cogflow.config import schema
+from cogflow.config import benchmarks, schema
 from cogflow.config.build import no_stage, section_names, show
 from cogflow.config.compose import configs_folder, groups
 from cogflow.config.imported import STAGES as RECIPES
@@ -74,7 +74,10 @@ def _keys(kind: type, path: str) -> list[str]:
 @cache
 def comments() -> dict[str, dict[str, str]]:
     """The comment behind each field of the schema, by class and field name."""
-    source = inspect.getsource(schema)
+    return _by_class(inspect.getsource(schema)) | _by_class(inspect.getsource(benchmarks))
+
+
+def _by_class(source: str) -> dict[str, dict[str, str]]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found: dict[str, dict[str, str]] = {}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from cogflow.config.benchmarks import BenchmarkStage
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -55,13 +57,22 @@ class DeepSpeedConfig:
     allgather_bucket_size: int = 200_000  # elements; large models want 5e8
     overlap_comm: bool = False  # reduce gradients while the backward pass goes on
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    checkpoint_every_block: int = 1  # with activation_checkpointing: 1 all blocks, 2 every other one, 3 every third
+    checkpoint_every_block: int = 1  # with activation_checkpointing: 1 all blocks, 2 every other one, 3 every third; 0: as few as fit
     reduce_dtype: str = "fp32"  # gradients are summed over the ranks in: fp32 | model (its own: half the traffic, more rounding)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     sequence: int = 1  # ranks that share each batch, every one with its part of the tokens: for clips too long for one GPU
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How the same numbers are computed faster; what a choice brings is measured by stage=benchmark stage.what=train."""
+
+    attention: str = "auto"  # kernel of attention: auto (PyTorch chooses) | flash | cudnn | efficient | math (slow; holds all scores)
+    compile: str = "off"  # off | blocks (torch.compile, all blocks by one program) | graphs (CUDA graphs besides)
+    prefetch: int = 2  # micro batches that are made ahead, in pinned memory
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,9 @@ class TrainStage:
     plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
     plan_host_gb: float = 0.0  # memory of one machine of up to 8 GPUs; 0: of this one where it has a GPU, else not judged
     plan_tflops: float = 0.0  # TFLOP/s that training reaches on one GPU; 0: assumed from its data sheet, else from an H200's
+    plan_disk_gb: float = 2.0  # GB/s at which one machine writes and reads checkpoints
+    plan_mtbf_hours: float = 50_000.0  # GPU hours from one interruption to the next; 419 in 54 days of 16,384 H100s for Llama 3
+    plan_restart_minutes: float = 10.0  # from an interruption until training goes on: noticing it, the queue, loading
 
 
 WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts", "non_finite")
@@ -261,21 +275,6 @@ class PretrainStage:
     clips: int = 2048  # drawn for the transformer
 
 
-@dataclass(frozen=True)
-class BenchmarkStage:
-    name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # export | assemble | panel | indicator | overhead (of a step) | separation (by the panel) | watch (its alarms)
-    layers: int | None = None  # fewer layers than the model has, for small machines
-    repeats: int = 1  # of everything, pair by pair
-    vs: str | None = None  # export: a clone of zai-org/CogVideo, to run its converter on the same file
-    folder: str | None = None  # for the files it makes, twice the checkpoint's size; default <run>/benchmark
-    keep: bool = False  # leave those files
-    clips: str | None = None  # separation: a folder of videos or frames; default: what is installed, else drawn clips
-    contents: int = 0  # separation: at most so many of them; 0: all
-    variants: int = 3  # separation: takes of each content, other crops, zooms, brightnesses and times
-    share: float = 1.0  # watch: of the simulated validations; less is quicker and less sure
-
-
 StageConfig = (
     PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | PretrainStage | BenchmarkStage
 )
@@ -291,5 +290,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

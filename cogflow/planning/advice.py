@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cogflow.config.schema import DeepSpeedConfig
-from cogflow.planning import flops, memory, traffic
+from cogflow.planning import memory
+from cogflow.planning.pace import Pace, pace
 from cogflow.planning.plan import Plan
 from cogflow.planning.setting import NODE, Setting
 
@@ -24,14 +25,14 @@ PRESETS: dict[str, dict[str, bool | int]] = {
 
 @dataclass(frozen=True)
 class Option:
-    """One way that fits. ``words``: what to change on the command line; ``seconds``: of one step, nothing overlapped."""
+    """One way that fits. ``words``: what to change on the command line; ``pace``: of one step."""
 
     gpus: int
     words: tuple[str, ...]
     setting: Setting
     gpu: memory.Memory
     host: memory.Memory
-    seconds: float
+    pace: Pace
 
 
 def options(plan: Plan) -> list[Option]:
@@ -43,7 +44,8 @@ def options(plan: Plan) -> list[Option]:
 
 
 def at(plan: Plan, gpus: int) -> list[Option]:
-    """Ways that fit on ``gpus`` GPUs, the quickest first; with more GPUs to a sequence only where none fits without."""
+    """Ways that fit on ``gpus`` GPUs, the quickest first; of those within two hundredths, the one that changes least. More GPUs
+    share a sequence only where nothing fits without."""
     return next((found for sequence in _sequences(plan, gpus) if (found := _sharing(plan, gpus, sequence))), [])
 
 
@@ -59,7 +61,8 @@ def _sharing(plan: Plan, gpus: int, sequence: int) -> list[Option]:
     # What fits as it samples now need not sample otherwise.
     known = {option.words for option in fitting}
     fitting = [one for one in fitting if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known]
-    return sorted(fitting, key=lambda option: (option.seconds, len(option.words)))
+    quickest = min((option.pace.step for option in fitting), default=1.0)
+    return sorted(fitting, key=lambda option: (round(50 * option.pace.step / quickest), len(option.words), option.pace.step))
 
 
 def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
@@ -90,6 +93,7 @@ def of_preset(setting: Setting, name: str, gpus: int) -> Setting:
     return replace(
         setting,
         gpus=gpus,
+        blocks=None,
         local=setting.local if gpus == setting.gpus else min(gpus, max(setting.local, NODE)),
         zero_stage=int(preset["zero_stage"]),
         offload_optimizer=bool(preset["offload_optimizer"]),
@@ -104,9 +108,6 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
 def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words: list[str]) -> Option:
     if layout.gpus != plan.setting.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
-    sample = flops.step(plan.shape, plan.tokens, recomputed=layout.recomputed(plan.shape.layers)).total
-    step = sample * layout.batch * layout.accumulation / layout.sequence
-    seconds = step / (plan.device.tflops * 1e12) + traffic.traffic(plan.shape, plan.tokens, layout).seconds
     encoder = plan.encoder
     return Option(
         gpus=layout.gpus,
@@ -114,7 +115,7 @@ def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words
         setting=layout,
         gpu=memory.gpu(plan.shape, plan.tokens, layout, sampling, encoder=encoder),
         host=memory.host(plan.shape, layout, validates=sampling is not None, encoder=encoder),
-        seconds=seconds,
+        pace=pace(plan.shape, plan.tokens, layout, plan.device.tflops),
     )
 
 

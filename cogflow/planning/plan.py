@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 
 from cogflow import ranks
-from cogflow.config.check import sequence_problems
+from cogflow.config.parallel import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
-from cogflow.planning import data, disk, flops, memory, setting, shape, traffic
+from cogflow.planning import data, disk, fitting, flops, goodput, memory, pace, setting, shape, traffic
 from cogflow.planning.data import Clips
 from cogflow.planning.disk import Disk
 from cogflow.planning.flops import Forward, Step
+from cogflow.planning.goodput import Goodput
 from cogflow.planning.memory import Memory, Sampling
+from cogflow.planning.pace import Pace
 from cogflow.planning.setting import Setting
 from cogflow.planning.shape import Shape, Tokens
 from cogflow.planning.traffic import Traffic
@@ -103,6 +105,26 @@ class Plan:
         turns = -(-self.samples // self.setting.gpus)
         return turns * self.config.sampling.steps * self.passes * self.forward.total / (self.device.tflops * 1e12)
 
+    @property
+    def pace(self) -> Pace:
+        """Of one step, with the communication that is not hidden."""
+        return pace.pace(self.shape, self.tokens, self.setting, self.device.tflops)
+
+    @property
+    def goodput(self) -> Goodput:
+        """What saves, validations and interruptions leave of the run."""
+        stage, layout = self.stage, self.setting
+        return Goodput(
+            steps=stage.steps,
+            step=self.pace.step,
+            save=goodput.save_seconds(self.shape, layout, self.disk.checkpoint, stage.plan_disk_gb * 1e9),
+            every=stage.save_every,
+            validation=self.validation_seconds,
+            sampled=stage.sample_every,
+            mtbf=stage.plan_mtbf_hours * 3600 / layout.gpus,
+            restart=stage.plan_restart_minutes * 60,
+        )
+
     def misfits(self) -> list[str]:
         """What does not fit, one line each."""
         found = []
@@ -135,6 +157,9 @@ def plan(config: Config) -> Plan:
     count, prompts_source = data.prompts(config)
     sampling = sampling_of(config) if stage.sample_every else None
     encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
+    gpu = device(stage)
+    if fitting.asked(layout):
+        layout = fitting.fitted(own, tokens, layout, sampling, gpu.memory, encoder=encoder)
     return Plan(
         config=config,
         stage=stage,
@@ -142,7 +167,7 @@ def plan(config: Config) -> Plan:
         model_source=model_source,
         dtype=dtype,
         tokens=tokens,
-        device=device(stage),
+        device=gpu,
         setting=layout,
         sampling=sampling,
         gpu=memory.gpu(own, tokens, layout, sampling, encoder=encoder),
@@ -156,6 +181,13 @@ def plan(config: Config) -> Plan:
         prompts_source=prompts_source,
         encoder=encoder,
     )
+
+
+def recomputed(config: Config) -> int | None:
+    """Blocks that training computes twice, where ``deepspeed.checkpoint_every_block=0`` leaves it to the memory there is; else ``None``."""
+    if not config.deepspeed.activation_checkpointing or config.deepspeed.checkpoint_every_block:
+        return None
+    return plan(config).setting.blocks
 
 
 def dtype_of(config: Config) -> str:

@@ -22,7 +22,7 @@ def show(config: Config) -> None:
 
 def lines(plan: Plan) -> list[str]:
     """The plan, ready to print."""
-    sections = [_model(plan), _gpu(plan), _host(plan), _work(plan), _traffic(plan), _disk(plan), _data(plan), _validation(plan)]
+    sections = [_model(plan), _gpu(plan), _host(plan), _work(plan), _traffic(plan), _disk(plan), _data(plan), _validation(plan), _run(plan)]
     text = [line for section in sections for line in (*section, "")]
     return [*text, *_verdict(plan)]
 
@@ -31,7 +31,7 @@ def hint(plan: Plan) -> str:
     """Overrides that would fit, one line each, the best first."""
     found = [
         f"{' '.join(option.words) or 'as asked'}: {gb(option.gpu.peak)} a GPU, {gb(option.host.peak)} of host memory a machine, "
-        f"{duration(option.seconds)} a step"
+        f"{duration(option.pace.step)} a step"
         for option in advice.options(plan)
     ]
     found = [f"would fit: {line}" for line in found] or ["No way of sharing the states fits on up to 64 such GPUs."]
@@ -93,13 +93,15 @@ def _present(parts: Mapping[str, float]) -> dict[str, float]:
 
 def _work(plan: Plan) -> list[str]:
     sample, forward = plan.sample, plan.forward
-    floor = plan.seconds
+    floor, waiting = plan.seconds, plan.pace.waiting
+    waits = f" and {duration(waiting)} ({waiting / plan.pace.step:.0%}) waiting for communication" if waiting else ""
+    measured = "" if plan.stage.plan_tflops else "; a prediction until stage.plan_tflops says what a step reached"
     return [
         f"operations of one clip: forward {peta(forward.total)} (linear layers {peta(forward.linear)}, attention "
         f"{peta(forward.attention)}), backward {peta(sample.backward)}, recomputation {peta(sample.recomputation)}: {peta(sample.total)}",
         f"one step: {plan.clips_per_step} clip{'s' if plan.clips_per_step > 1 else ''}, {peta(plan.flops)} on each GPU, "
-        f"{duration(floor)} at {plan.device.tflops:.0f} TFLOP/s ({plan.device.tflops_source}); "
-        f"{plan.stage.steps} steps: {duration(floor * plan.stage.steps)}",
+        f"{duration(floor)} at {plan.device.tflops:.0f} TFLOP/s ({plan.device.tflops_source}){waits}; "
+        f"{plan.stage.steps} steps: {duration(plan.pace.step * plan.stage.steps)}{measured}",
     ]
 
 
@@ -145,11 +147,26 @@ def _validation(plan: Plan) -> list[str]:
     if plan.sampling is None:
         return ["validation: none (stage.sample_every=0)"]
     sampling, between = plan.config.sampling, min(plan.stage.sample_every, plan.stage.steps)
-    share = plan.validation_seconds / (between * plan.seconds)
+    share = plan.validation_seconds / (between * plan.pace.step)
     return [
         f"one validation: {plan.samples} videos ({plan.prompts} prompts x {len(sampling.seeds)} seeds; {plan.prompts_source}) x "
         f"{sampling.steps} steps x {plan.passes} passes: {peta(plan.validation_flops)}, {duration(plan.validation_seconds)} beside "
         f"decoding; {share:.1%} of the {between} training steps before it",
+    ]
+
+
+def _run(plan: Plan) -> list[str]:
+    run, stage = plan.goodput, plan.stage
+    every = f"saved every {stage.save_every} steps" if stage.save_every else "saved at the end only"
+    return [
+        f"one save: {duration(run.save)} at {stage.plan_disk_gb:g} GB/s of each machine (stage.plan_disk_gb), in which training waits; "
+        f"{every}: {run.saving_share:.2%} of the run; cheapest every {duration(run.best_seconds)}, stage.save_every={run.best_every} "
+        "(Young, Daly)",
+        f"interruptions: {run.a_week:.2g} a week, {run.interruptions:.2g} in this run (one in {stage.plan_mtbf_hours:g} GPU hours: "
+        f"stage.plan_mtbf_hours), each {duration(run.lost)}: half of what lies between two saves, and "
+        f"{duration(run.restart)} until it goes on (stage.plan_restart_minutes)",
+        f"goodput: {run.share:.1%} of {duration(run.seconds)} are training steps; validations {run.validation_share:.1%}, saves "
+        f"{run.saving_share:.1%}, interruptions {run.lost_share:.1%} ({run.interruptions * run.lost / 3600:.2g} hours)",
     ]
 
 

@@ -1,15 +1,18 @@
-"""What a training costs on 8, 64 and 512 GPUs: the quickest layout that fits, and the share of a step that waits for other GPUs.
+"""What a training costs on 8, 64 and 512 GPUs: the quickest layout that fits, the share of a step that waits for other GPUs, and what
+saves, validations and interruptions leave of a run.
 
-``docs/scaling.md`` is this table; ``python -c "from cogflow.planning.scale import markdown; print(markdown())"`` prints it.
+``docs/scaling.md`` shows both tables; ``python -m cogflow.planning.scale`` prints them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from cogflow.config.compose import compose
-from cogflow.planning import advice, flops, traffic
+from cogflow.planning import advice, disk
+from cogflow.planning.goodput import Goodput
 from cogflow.planning.plan import PEAKS, REACHED, USED, plan
 
 GPUS = (8, 64, 512)
@@ -19,13 +22,17 @@ MEMORY = {80: PEAKS["H100"], 141: PEAKS["H200"]}
 HOST = 2000
 """GB of one machine's memory."""
 
+EVERY = 500
+"""Steps from one save, and from one validation, to the next: as the recipe ``experiment=cogvideox_5b_sft`` saves."""
+
 MODELS = ("cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b")
 """Image to video costs what text to video costs, to a thousandth."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training with one clip on each GPU. ``waiting``: share of a step; ``hours``: GPU hours for a thousand clips."""
+    """One training with one clip on each GPU. ``waiting``: share of a step; ``hours``: GPU hours for a thousand clips; ``run``: of a long
+    run with saves and validations every ``EVERY`` steps."""
 
     model: str
     gpus: int
@@ -37,6 +44,13 @@ class Row:
     waiting: float
     clips_per_second: float
     hours: float
+    checkpoint_gb: float
+    run: Goodput
+
+    @property
+    def cheapest(self) -> Goodput:
+        """The run with saves as often as costs least."""
+        return replace(self.run, every=self.run.best_every)
 
 
 def rows() -> Iterator[Row]:
@@ -46,17 +60,17 @@ def rows() -> Iterator[Row]:
             yield from (row(model, gpus, memory) for memory in MEMORY)
 
 
+@lru_cache
 def row(model: str, gpus: int, memory: int) -> Row:
     """The quickest layout that fits, by the formulas of a plan."""
     speed = MEMORY[memory] * REACHED * USED
     words = [f"stage.plan_gpus={gpus}", f"stage.plan_memory_gb={memory}", f"stage.plan_host_gb={HOST}", f"stage.plan_tflops={speed}"]
+    words += ["stage.steps=1000000", f"stage.save_every={EVERY}", f"stage.sample_every={EVERY}"]
     asked = plan(compose(["stage=train", "stage.plan=true", f"model={model}", "data=folder", "stage.ema_decay=0.9999", *words]))
     best = advice.at(asked, gpus)[0]
-    step = flops.step(asked.shape, asked.tokens, recomputed=best.setting.recomputed(asked.shape.layers))
-    compute = step.total / (speed * 1e12)
-    backward = (step.backward + step.recomputation) / (speed * 1e12)
-    waiting = traffic.exposed(traffic.traffic(asked.shape, asked.tokens, best.setting), best.setting, backward=backward, compute=compute)
-    seconds = compute + waiting
+    seconds, waiting = best.pace.step, best.pace.waiting
+    states, weights, averages = disk.checkpoint(asked.shape, best.setting)
+    chosen = replace(asked, setting=best.setting, disk=replace(asked.disk, deepspeed=states, weights=weights, averages=averages))
     changed = [word for word in best.words if "=" in word and "plan_gpus" not in word]
     return Row(
         model=model,
@@ -69,11 +83,13 @@ def row(model: str, gpus: int, memory: int) -> Row:
         waiting=waiting / seconds,
         clips_per_second=gpus / seconds,
         hours=1000 * seconds / 3600,
+        checkpoint_gb=chosen.disk.checkpoint / 1e9,
+        run=chosen.goodput,
     )
 
 
 def markdown() -> str:
-    """The table of :func:`rows`."""
+    """The table of a step, of :func:`rows`."""
     lines = [
         "| model | GPUs | GB each | quickest layout that fits | GB used | host GB a machine | s a step | waiting | clips a second | "
         "GPU hours for 1000 clips |",
@@ -85,3 +101,23 @@ def markdown() -> str:
         for one in rows()
     ]
     return "\n".join(lines)
+
+
+def runs_markdown() -> str:
+    """The table of a run, of :func:`rows`: times are those of the layouts of :func:`markdown`."""
+    lines = [
+        "| model | GPUs | GB each | checkpoint GB | s a save | cheapest interval | in steps | interruptions a week | hours lost a week | "
+        "validations | saves | goodput | at the cheapest interval |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {one.model} | {one.gpus} | {one.memory_gb} | {one.checkpoint_gb:.0f} | {one.run.save:.0f} | "
+        f"{one.run.best_seconds / 3600:.1f} h | {one.run.best_every} | {one.run.a_week:.2f} | {one.run.a_week * one.run.lost / 3600:.2f} | "
+        f"{one.run.validation_share:.1%} | {one.run.saving_share:.1%} | {one.run.share:.1%} | {one.cheapest.share:.1%} |"
+        for one in rows()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), runs_markdown(), sep="\n\n")

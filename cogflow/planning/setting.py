@@ -10,12 +10,16 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NODE = 8
 """GPUs of one machine, where there are that many."""
 
+REUSE = 10**9
+"""Elements within which ZeRO-3 keeps what it gathered because it is used again: DeepSpeed's ``stage3_max_reuse_distance``."""
+
 
 @dataclass(frozen=True)
 class Setting:
     """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
-    those of one machine. ``ema``: whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``.
-    ``sequence``: GPUs that share each batch of ``batch`` clips."""
+    those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, of which ``blocks`` is the number once it is known. ``ema``:
+    whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``: elements within which ZeRO-3 keeps
+    weights for their next use. ``sequence``: GPUs that share each batch of ``batch`` clips."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -34,6 +38,8 @@ class Setting:
     ema: bool
     ema_every: int
     ema_on_host: bool
+    blocks: int | None = None
+    reuse: int = REUSE
     sequence: int = 1
 
     @property
@@ -47,7 +53,9 @@ class Setting:
 
     def recomputed(self, layers: int) -> int:
         """Blocks whose activations are dropped and computed again."""
-        return -(-layers // self.checkpoint_every) if self.checkpointing else 0
+        if self.checkpointing and self.blocks is not None:
+            return self.blocks
+        return -(-layers // max(1, self.checkpoint_every)) if self.checkpointing else 0
 
 
 def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -> Setting:

@@ -80,15 +80,24 @@ def of_config(config: Mapping[str, Any], freeze: Sequence[str] = ()) -> Shape:
 
 def of_model(model: ModelConfig, freeze: Sequence[str] = ()) -> tuple[Shape, str]:
     """The shape that ``model.path`` holds, else the family's, and where it comes from. The folder need not be there yet."""
+    config, source = config_of(model)
+    try:
+        return of_config(config, freeze), source
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source} describes no CogVideoX transformer: {error}", "Give the folder of a diffusers pipeline.") from error
+
+
+def config_of(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """The ``config.json`` of the transformer in ``model.path``, else the family's, and where it comes from."""
     folder = tiny.folder() if model.name == "tiny" and model.path is None else None
     if model.path is not None:
         folder = Path(model.path).expanduser()
     file = folder / "transformer" / "config.json" if folder else None
     if file is None or not file.is_file():
-        return of_config(configs.transformer_config(facts.of_family(model.name)), freeze), f"model={model.name}, at its published size"
+        return configs.transformer_config(facts.of_family(model.name)), f"model={model.name}, at its published size"
     try:
-        return of_config(json.loads(file.read_text(encoding="utf-8")), freeze), str(file)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8"))), str(file)
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{file} describes no CogVideoX transformer: {error}", "Give the folder of a diffusers pipeline.") from error
 
 

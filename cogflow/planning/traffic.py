@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cogflow.planning import memory
 from cogflow.planning.setting import Setting
 from cogflow.planning.shape import Shape, Tokens
 
@@ -40,9 +41,12 @@ def traffic(shape: Shape, tokens: Tokens, setting: Setting) -> Traffic:
     around = (setting.gpus - 1) / setting.gpus
     weights, gradients = shape.parameters * setting.bytes * around, shape.trained * setting.reduced_bytes * around
     micro = setting.accumulation
-    reduced = {0: 2 * gradients, 1: gradients, 2: micro * gradients, 3: micro * gradients}[setting.zero_stage]
-    # ZeRO-3 gathers for the forward and again for the backward pass; recomputation finds the weights that the backward pass needs.
-    gathered = {0: 0.0, 1: weights, 2: weights, 3: 2 * micro * weights}[setting.zero_stage]
+    # ZeRO-1 and 2 all-reduce each bucket, of which every rank keeps its part (use_multi_rank_bucket_allreduce, DeepSpeed's default).
+    reduced = {0: 2 * gradients, 1: 2 * gradients, 2: 2 * micro * gradients, 3: micro * gradients}[setting.zero_stage]
+    # ZeRO-3 gathers for the forward and, what it does not hold any more, for the backward pass; recomputation finds the weights that the
+    # backward pass needs.
+    fetched = micro * (2 * weights - kept(shape, setting) * setting.bytes * around)
+    gathered = {0: 0.0, 1: weights, 2: weights, 3: fetched}[setting.zero_stage]
     averages = weights / setting.ema_every if setting.ema and setting.zero_stage == 3 else 0.0
     host = 4 * shape.trained / setting.gpus / setting.ema_every if setting.ema and setting.ema_on_host else 0.0
     if setting.offload_optimizer:
@@ -54,6 +58,14 @@ def traffic(shape: Shape, tokens: Tokens, setting: Setting) -> Traffic:
     exchanged = micro * passes * EXCHANGES * own * (setting.sequence - 1) / setting.sequence
     seconds = (reduced + gathered + averages) / speed(setting) + exchanged / exchange_speed(setting) + host / TO_HOST
     return Traffic(reduced, gathered, averages, host, seconds, exchanged)
+
+
+def kept(shape: Shape, setting: Setting) -> float:
+    """Elements that ZeRO-3 has gathered for the forward pass and still holds for the backward pass: the last ones, as many as it may
+    hold at once, since it fetches ahead so far and drops nothing that it came upon; or those that it uses again within ``setting.reuse``
+    elements, where these are more. A weight with d elements behind it is used again after 2 d, with recomputation after 3 d."""
+    passes = 2 + setting.recomputed(shape.layers) / shape.layers
+    return min(float(shape.parameters), max(setting.reuse / passes, memory.LIVE * setting.gather_bucket, 10**6))
 
 
 def speed(setting: Setting) -> float:

@@ -10,16 +10,20 @@ from statistics import median
 from typing import Any
 
 from cogflow import ranks
-from cogflow.benchmarking import alarm
+from cogflow.benchmarking import alarm, steps
 from cogflow.benchmarking.assemble import compare_assemble
 from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
 from cogflow.benchmarking.indicator import measure as measure_indicator
-from cogflow.benchmarking.overhead import SIZES, told
+from cogflow.benchmarking.overhead import SIZES, WARM_UP, told
 from cogflow.benchmarking.overhead import compare as compare_steps
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
+from cogflow.benchmarking.tables import Table, shown
+from cogflow.benchmarking.traffic import RANKS
+from cogflow.benchmarking.traffic import compare as compare_traffic
+from cogflow.benchmarking.traffic import told as told_traffic
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import DataError
 from cogflow.files.paths import run_folder
@@ -33,20 +37,21 @@ FIGURES = ("seconds", "ratio_to_cp", "gb_per_second", "peak_anonymous_gb", "peak
 PANEL_CLIP = (49, 480, 720)  # frames, height and width of the clip that CogVideoX makes, which the panel is timed on
 SHOWN = ("blur", "edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "temporal_sharpness", "contrast", "grain")
 
-Table = tuple[list[str], list[list[Any]]]
-"""Columns and rows."""
-
 
 def run(config: Config) -> None:
-    """Measure ``stage.what``, print a table and write ``<run>/benchmark.json``. One process."""
+    """Measure ``stage.what``, print a table and write ``<run>/benchmark.json``. One process, but for a step."""
     stage = config.stage
     if not isinstance(stage, BenchmarkStage):
         raise TypeError("stages.benchmark needs the settings of stage=benchmark")
-    if not ranks.is_main():
+    if stage.what == "step":
+        ranks.setup()
+    elif not ranks.is_main():
         return
     started = time.time()
     folder = run_folder(config.run)
     results, (columns, rows) = WHAT[stage.what](config, stage, folder)
+    if not ranks.is_main():
+        return
     table([[shown(cell) for cell in row] for row in rows], columns)
     with open_tracker(config, "benchmark", folder) as tracker:
         tracker.table(f"benchmark/{stage.what}", columns, rows)
@@ -149,10 +154,17 @@ def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict
 
 def overhead(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What cogflow's training step costs beside a bare DeepSpeed loop on the same engine and clips."""
-    with open_tracker(config, "benchmark", folder) as tracker, progress(len(SIZES) * (max(3, stage.repeats) + 1), "turns") as bar:
+    with open_tracker(config, "benchmark", folder) as tracker, progress(len(SIZES) * (max(3, stage.repeats) + WARM_UP), "turns") as bar:
         rows = compare_steps(config, stage, tracker, bar.advance)
     line = "; ".join(told(row) for row in rows)
     return {"summary": f"overhead: {line}", "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
+
+
+def traffic(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+    """What a plan says that a step sends, beside what trainings of the tiny model on 1, 2 and 4 ranks of this machine send."""
+    with progress(len(RANKS), "numbers of ranks") as bar:
+        rows = compare_traffic(advance=bar.advance)
+    return {"summary": told_traffic(rows), "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
 
 
 WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
@@ -163,6 +175,9 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "watch": watch,
     "indicator": indicator,
     "overhead": overhead,
+    "traffic": traffic,
+    "step": steps.step,
+    "train": steps.train,
 }
 
 
@@ -179,7 +194,3 @@ def spelled(kinds: dict[str, float]) -> str:
 
 def spelled_counts(kinds: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in kinds.items())
-
-
-def shown(value: object) -> str:
-    return "failed" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -14,6 +14,7 @@ from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
 from cogflow.models import components, inputs
 from cogflow.planning import report as planning
+from cogflow.planning.plan import recomputed
 from cogflow.sampling import gallery
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
@@ -60,7 +61,7 @@ def run(config: Config) -> None:
         StopRequest() as request,  # up to the report: after the last step a signal has nothing left to stop
     ):
         with told(config, watchdog):
-            prepared = Prepared(config, cache, folder, tracker)
+            prepared = Prepared(config, cache, folder, tracker, recomputed(config))
             train(prepared, tracker, request, found, rollbacks)
         tracker.artifact(
             "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]

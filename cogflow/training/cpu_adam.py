@@ -28,8 +28,7 @@ def compiling() -> Iterator[None]:
         except Exception as error:  # torch, ninja and DeepSpeed raise many kinds, bare ones among them
             raise ConfigError(
                 f"DeepSpeed's Adam for the host could not be compiled: {_last_line(error)}",
-                "It needs a C++ compiler (g++ or $CXX) and, with GPUs, the CUDA toolkit of torch's version. "
-                "Without: deepspeed=zero2 or zero3.",
+                "It needs a C++ compiler (g++, or $CXX) and, with GPUs, torch's CUDA toolkit. Without: deepspeed=zero2 or zero3.",
             ) from error
 
 

@@ -11,18 +11,17 @@ import torch
 
 from cogflow.training.batch import Batch
 
-AHEAD = 2
-"""Micro batches in the making or waiting; one of 49x480x720 with its noise is 10 MB."""
-
 
 class Loader:
     """``make(step, micro)`` gives a batch on the CPU, a pure function: what was made ahead and is not wanted is thrown away.
 
+    ``ahead``: micro batches in the making or waiting; one of 49x480x720 with its noise is 10 MB.
+
     ``waited``: seconds for which training stood still for its data since :meth:`spent` was asked last.
     """
 
-    def __init__(self, make: Callable[[int, int], Batch], accumulation: int, device: torch.device) -> None:
-        self._make, self._accumulation, self._device = make, accumulation, device
+    def __init__(self, make: Callable[[int, int], Batch], accumulation: int, device: torch.device, ahead: int = 2) -> None:
+        self._make, self._accumulation, self._device, self._most = make, accumulation, device, ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
         self._waited = 0.0
@@ -42,7 +41,7 @@ class Loader:
             self._request(wanted)
         _, future = self._ahead.popleft()
         place = self._ahead[-1][0] if self._ahead else wanted
-        while len(self._ahead) < AHEAD:
+        while len(self._ahead) < self._most:
             place = (place[0], place[1] + 1) if place[1] + 1 < self._accumulation else (place[0] + 1, 0)
             self._request(place)
         batch = future.result()

@@ -52,7 +52,7 @@ class Trainer:
         self.engine, self.ema, self.cache = engine, ema, cache
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.inputs, self.device, self.dtype = inputs, device, dtype
-        self.log_every = config.tracking.log_every
+        self.log_every, self.ahead = config.tracking.log_every, config.speed.prefetch
         self.spectrum = spectrum.Spectrum()
         self.place = Place(config.parallel.sequence)
         samples = self.stage.batch_size * self.stage.gradient_accumulation * self.place.data_ranks
@@ -68,7 +68,7 @@ class Trainer:
         self.following.begin(start)
         if start == 0 or owed:
             self._between(start, hooks)
-        with Loader(self._batch, stage.gradient_accumulation, self.device) as loader:
+        with Loader(self._batch, stage.gradient_accumulation, self.device, self.ahead) as loader:
             for step in range(start, stage.steps):
                 update = self.train_step(step, loader)
                 done = step + 1

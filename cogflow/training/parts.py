@@ -33,11 +33,17 @@ def freeze(transformer: torch.nn.Module, patterns: Sequence[str]) -> None:
         raise ConfigError(f"stage.freeze={list(patterns)} freezes every weight.", "Leave something to train.")
 
 
-def recompute(transformer: Any, deepspeed: DeepSpeedConfig) -> None:
-    """Drop the activations of all blocks, or of every ``checkpoint_every_block``-th, and compute them again in the backward pass."""
+def recompute(transformer: Any, deepspeed: DeepSpeedConfig, count: int | None = None) -> None:
+    """Drop the activations of all blocks, of every ``checkpoint_every_block``-th, or of ``count`` that are spread evenly, and compute them
+    again in the backward pass."""
     if not deepspeed.activation_checkpointing:
         return
-    chosen = {id(block) for block in list(transformer.transformer_blocks)[:: deepspeed.checkpoint_every_block]}
+    blocks = list(transformer.transformer_blocks)
+    if count is None:
+        dropped = blocks[:: deepspeed.checkpoint_every_block]
+    else:
+        dropped = [blocks[place * len(blocks) // count] for place in range(count)]
+    chosen = {id(block) for block in dropped}
 
     def selective(module: Any, *arguments: Any) -> Any:
         if id(module) not in chosen:

@@ -16,7 +16,7 @@ from cogflow.models.inputs import Inputs
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Request, Sampler, requests
 from cogflow.tracking.tracker import Tracker
-from cogflow.training import checkpoint, retention, rollback, start
+from cogflow.training import checkpoint, retention, rollback, speed, start
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.identity import TUNABLE, check_facts, identity, layout_of, same_states, trained_with
@@ -27,9 +27,9 @@ from cogflow.training.validation import Validation
 
 
 class Prepared:
-    """A run that is ready to train. ``folder`` is the run's."""
+    """A run that is ready to train. ``folder`` is the run's; ``recomputed``: see :func:`recompute`."""
 
-    def __init__(self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker) -> None:
+    def __init__(self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker, recomputed: int | None = None) -> None:
         if not isinstance(config.stage, TrainStage):
             raise TypeError("training needs the settings of stage=train")
         self.config, self.stage, self.cache, self.folder, self.tracker = config, config.stage, cache, folder, tracker
@@ -43,7 +43,8 @@ class Prepared:
         facts = trained_with(vae, scheduler, self.dtype)
         transformer = start.build(config, self.source, self.dtype, self.device, facts)
         freeze(transformer, self.stage.freeze)
-        recompute(transformer, config.deepspeed)
+        recompute(transformer, config.deepspeed, recomputed)
+        speed.prepare(transformer, config.speed, self.device, self.dtype)
         split(transformer, config.parallel.sequence)
         transformer.train()
         self.trained_with = facts | {"max_sequence_length": transformer.config.max_text_seq_length}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cogflow import ranks
-from cogflow.config.check import sequence_problems
+from cogflow.config.parallel import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.config.schema import Config
 from cogflow.models.components import model_folder

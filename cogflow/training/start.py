@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow import ranks
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.schema import Config, DeepSpeedConfig, TrainStage
 from cogflow.conversion.component import prepare
 from cogflow.conversion.origin import find_origin
 from cogflow.errors import ConfigError, ConversionError
@@ -54,10 +54,18 @@ def build(config: Config, source: Path, dtype: torch.dtype, device: torch.device
     weights = find_weights(config, source)
     _check(outline, weights)
     _agree(weights, facts)
-    with sharded_init(config.deepspeed, stage, dtype), _no_random_weights():
-        transformer = CogVideoXTransformer3DModel.from_config(shape_of) if config.deepspeed.zero_stage == 3 else _without_weights(shape_of)
-    _place(transformer, shape_of, dtype, device)
-    _stream(transformer, weights, dtype)
+    return make(shape_of, weights.tensors, config.deepspeed, stage, dtype, device)
+
+
+def make(
+    config: Mapping[str, Any], tensors: Tensors, deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The transformer that ``config`` (a ``config.json`` of diffusers) describes, with the values of ``tensors``, which must be its own.
+    Collective."""
+    with sharded_init(deepspeed, stage, dtype), _no_random_weights():
+        transformer = CogVideoXTransformer3DModel.from_config(config) if deepspeed.zero_stage == 3 else _without_weights(config)
+    _place(transformer, config, dtype, device)
+    _stream(transformer, tensors, dtype)
     return transformer
 
 
@@ -121,9 +129,9 @@ def _place(transformer: Any, config: Mapping[str, Any], dtype: torch.dtype, devi
 
 
 @torch.no_grad()
-def _stream(transformer: Any, weights: Weights, dtype: torch.dtype) -> None:
+def _stream(transformer: Any, tensors: Tensors, dtype: torch.dtype) -> None:
     targets = dict(transformer.named_parameters()) | dict(transformer.named_buffers())
-    names = [name for name in weights.tensors.tensors if name in targets]
+    names = [name for name in tensors.tensors if name in targets]
     total = sum(getattr(targets[name], "ds_numel", targets[name].numel()) * dtype.itemsize for name in names)
     with progress(total, "weights", unit="bytes") as bar:
         for name in names:
@@ -131,7 +139,7 @@ def _stream(transformer: Any, weights: Weights, dtype: torch.dtype) -> None:
             with whole_on_main(target):
                 # Where every rank has the whole tensor, every rank reads it; else rank 0 reads it for all.
                 if not hasattr(target, "ds_id") or ranks.is_main():
-                    target.copy_(weights.tensors.read(name))
+                    target.copy_(tensors.read(name))
             bar.advance(getattr(target, "ds_numel", target.numel()) * dtype.itemsize)
 
 

@@ -11,7 +11,8 @@ from cogflow.planning.setting import Setting
 
 
 def test_the_document_shows_the_table(repository: Path) -> None:
-    assert scale.markdown() in (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
+    text = (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert scale.markdown() in text and scale.runs_markdown() in text
 
 
 def test_every_row_fits_and_larger_machines_wait_no_less() -> None:
@@ -20,11 +21,13 @@ def test_every_row_fits_and_larger_machines_wait_no_less() -> None:
     for one in rows:
         assert one.peak_gb <= one.memory_gb and one.host_gb <= scale.HOST and 0 <= one.waiting < 0.5
         assert one.clips_per_second == pytest.approx(one.gpus / one.seconds)
+        assert 0.8 < one.run.share <= one.cheapest.share < 1
     by = {(one.model, one.gpus, one.memory_gb): one for one in rows}
     for model in scale.MODELS:
         for memory in scale.MEMORY:
             small, large = by[model, 8, memory], by[model, 512, memory]
             assert large.waiting > small.waiting and large.peak_gb < small.peak_gb
+            assert large.run.a_week == pytest.approx(64 * small.run.a_week) and large.run.best_every < small.run.best_every
         assert by[model, 8, 141].seconds <= by[model, 8, 80].seconds
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +78,11 @@ def prepare_clips(root: Path, scenario: Scenario, size: Size) -> Path:
     return folder
 
 
-def run(root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str) -> Path:
-    """Prepare and train ``scenario`` below ``root`` by the command line; returns the run's folder. What ran already is not run again."""
+def run(root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str, command: Callable[..., object] | None = None) -> Path:
+    """Prepare and train ``scenario`` below ``root`` by the command line; returns the run's folder. What ran already is not run again.
+
+    ``command``: takes the words; default: a start of Python for each."""
+    command = command or started
     clips = prepare_clips(root, scenario, size)
     name = scenario.letter if not seed else f"{scenario.letter}-seed{seed}"
     folder = root / "runs" / name
@@ -107,7 +111,7 @@ def run(root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str) 
     return folder
 
 
-def command(*words: str, codes: tuple[int, ...] = (0,)) -> str:
+def started(*words: str, codes: tuple[int, ...] = (0,)) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "cogflow", *words], capture_output=True, text=True, timeout=1800, env=dict(os.environ), check=False
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Command
 from tests.scenarios.outcome import read
 from tests.scenarios.scenario import SCENARIOS, Scenario, Size, run
 
@@ -25,11 +26,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS.values() if s.rung is not None], ids=lambda s: s.letter)
-def test_a_fault_is_found_at_its_rung(root: Path, scenario: Scenario) -> None:
+def test_a_fault_is_found_at_its_rung(root: Path, cogflow: Command, scenario: Scenario) -> None:
     before = scenario.rung is not None and scenario.rung < 4
     # Half precision is slow on a CPU: fewer clips go through the VAE.
     words = ("sampling.roundtrip_clips=2",) if scenario.letter == "g" else ()
-    outcome = read(run(root, scenario, BEFORE_TRAINING if before else SHORT, 0, *words))
+    outcome = read(run(root, scenario, BEFORE_TRAINING if before else SHORT, 0, *words, command=cogflow))
     rungs = [notice.rung for notice in outcome.alarmed_by(2)]
     assert scenario.rung in rungs, f"{scenario.title}: {outcome.alarms} {outcome.watch} {outcome.ladder}"
     # No rung before the one at which it enters speaks.
@@ -37,7 +38,7 @@ def test_a_fault_is_found_at_its_rung(root: Path, scenario: Scenario) -> None:
 
 
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS.values() if s.quiet], ids=lambda s: s.letter)
-def test_what_is_healthy_raises_no_alarm(root: Path, scenario: Scenario) -> None:
-    outcome = read(run(root, scenario, replace(SHORT, prompts=4)))
+def test_what_is_healthy_raises_no_alarm(root: Path, cogflow: Command, scenario: Scenario) -> None:
+    outcome = read(run(root, scenario, replace(SHORT, prompts=4), command=cogflow))
     assert outcome.alarms == [], scenario.title
     assert all(notice.level != "alarm" for notice in outcome.indicator)

@@ -122,6 +122,14 @@ def test_sizes_that_do_not_divide_the_ranks_are_refused(monkeypatch: pytest.Monk
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("more", [["speed.compile=blocks"], ["stage=benchmark", "stage.what=train"]])
+def test_what_does_not_go_with_a_shared_sequence_is_refused(more: list[str]) -> None:
+    stage = [] if more[0].startswith("stage=") else ["stage=train"]
+    assert compose([*stage, *more])
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=2"):
+        compose([*stage, *more, "parallel.sequence=2"])
+
+
 def test_a_launcher_may_ask_for_the_settings_before_there_are_ranks() -> None:
     assert compose(words("parallel.sequence=8")).parallel.sequence == 8
 

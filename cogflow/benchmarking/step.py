@@ -1,0 +1,193 @@
+"""One training step of the configured model at its real shapes, with drawn weights and clips: time, operations, memory by part.
+
+The loop, the guards, the indicator and the loader run as in stage=train; nothing that is due between steps does. The VAE and T5 are not on
+the device while training, so that they are not here.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogflow import ranks
+from cogflow.benchmarking.ceiling import ceiling
+from cogflow.benchmarking.drawn import DrawnClips, DrawnWeights
+from cogflow.benchmarking.overhead import bare_steps
+from cogflow.benchmarking.turns import Turn, Turns
+from cogflow.config.schema import BenchmarkStage, Config, TrainStage
+from cogflow.models import components, tiny
+from cogflow.models.inputs import Inputs
+from cogflow.planning import flops, shape
+from cogflow.planning.plan import plan, recomputed
+from cogflow.training import parts, speed, start
+from cogflow.training.engine import Engine
+from cogflow.training.following import Hooks
+from cogflow.training.loader import Loader
+from cogflow.training.loop import Trainer
+from cogflow.weights.strict import expected_shapes, skeleton
+
+CLIPS = 4
+BARE = "bare"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step over the turns; ``clips``: a second, on this rank."""
+
+    median: float
+    lowest: float
+    highest: float
+    clips: float
+
+
+def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None]) -> dict[str, Any]:
+    """What a step costs here, beside what it could; with ``stage.vs=bare`` beside the loop one writes first, by turns."""
+    began = time.perf_counter()
+    device = ranks.device()
+    dtype = components.resolve_dtype(config.model, device)
+    best = ceiling(device, dtype)
+    steps = 1 + (1 + stage.repeats) * stage.steps
+    train = TrainStage(
+        steps=steps, batch_size=stage.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0, learning_rate=1e-6
+    )
+    asked = replace(config, stage=train)
+    watch = MemoryWatch(device)
+    trainer = make_trainer(asked, device, dtype, watch)
+    counted = _first_step(trainer, count=config.speed.compile == "off")
+    watch.after_start()
+    waited: list[float] = []
+    other = bare_steps(trainer.engine, trainer, stage.batch_size) if stage.vs == BARE else None
+    turns = Turns(stage.steps, device, advance, other)
+    started = time.perf_counter() - began
+    trainer.run(1, _hooks(turns, waited))
+    mine, theirs = speed_of(turns.ours[1:], stage.batch_size), speed_of(turns.theirs[1:], stage.batch_size)
+    foreseen = plan(asked)
+    useful = flops.step(foreseen.shape, foreseen.tokens, recomputed=0).total * stage.batch_size
+    done = flops.step(foreseen.shape, foreseen.tokens, recomputed=foreseen.setting.recomputed(foreseen.shape.layers))
+    return {
+        "model": config.model.name,
+        "parameters": foreseen.shape.parameters,
+        "size": f"{config.data.frames}x{config.data.height}x{config.data.width}",
+        "tokens": foreseen.tokens.total,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "dtype": components.dtype_name(dtype),
+        "world": ranks.world_size(),
+        "seconds": asdict(mine) if mine else None,
+        "bare": asdict(theirs) if theirs else None,
+        "ratio to bare": mine.median / theirs.median if mine and theirs else None,
+        "flops": {"useful": useful, "with recomputation": done.total * stage.batch_size, "counted": counted},
+        "ceiling": asdict(best),
+        "mfu": useful / mine.median / best.flops if mine else None,
+        "hfu": done.total * stage.batch_size / mine.median / best.flops if mine else None,
+        "data wait": median(waited) / mine.median if waited and mine else None,
+        "memory": watch.found() | {"foreseen": foreseen.gpu.parts, "foreseen peak": foreseen.gpu.phases["forward and backward"]},
+        "start seconds": started,
+    }
+
+
+def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch: MemoryWatch) -> Trainer:
+    """A trainer as stage=train has it, without anything from a disk."""
+    stage = config.stage
+    if not isinstance(stage, TrainStage):
+        raise TypeError("a step needs the settings of stage=train")
+    shape_of, source = shape.config_of(config.model)
+    weights = DrawnWeights(expected_shapes(skeleton(shape_of, Path(source))))
+    transformer = start.make(shape_of, weights, config.deepspeed, stage, dtype, device)
+    watch.after_weights()
+    parts.recompute(transformer, config.deepspeed, recomputed(config))
+    speed.prepare(transformer, config.speed, device, dtype)
+    engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
+    data, own = config.data, transformer.config
+    latents = ((data.frames - 1) // own.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
+    clips: Any = DrawnClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
+    alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
+    inputs = Inputs.of(own, {"scaling_factor": 0.7})
+    trainer = Trainer(config, engine, None, clips, alphas, inputs, device, dtype)
+    watch.follow(transformer)
+    return trainer
+
+
+def speed_of(turns: list[Turn], batch_size: int) -> Speed | None:
+    """Over ``turns``; ``None`` without any."""
+    if not turns:
+        return None
+    walls = sorted(turn.wall for turn in turns)
+    return Speed(median(walls), walls[0], walls[-1], batch_size / median(walls))
+
+
+def _first_step(trainer: Trainer, *, count: bool) -> float | None:
+    """The step that makes room for everything; with its operations as torch counts them, where nothing is compiled."""
+    with Loader(trainer._batch, 1, trainer.device) as loader:
+        if not count:
+            trainer.train_step(0, loader)
+            return None
+        with FlopCounterMode(display=False) as counter:
+            trainer.train_step(0, loader)
+        return float(counter.get_total_flops())
+
+
+def _hooks(turns: Turns, waited: list[float]) -> Hooks:
+    def nothing(*_: Any) -> None:
+        pass
+
+    def log(done: int, values: dict[str, float]) -> None:
+        waited.append(values["train/data_wait"])
+
+    return Hooks(
+        log=log, validate=nothing, save=nothing, stopped=nothing, save_weights=nothing, stop=lambda: ranks.anywhere(False),
+        advance=turns.after_step, warn=nothing, not_finite=nothing,
+    )  # fmt: skip
+
+
+class MemoryWatch:
+    """Memory at the points where it changes, in bytes: of a GPU what PyTorch has allocated, else what the process holds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._points, self._activations = device, dict[str, int](), 0
+        self._before = self._now()
+
+    def after_weights(self) -> None:
+        self._points["weights"] = self._now() - self._before
+
+    def after_start(self) -> None:
+        """After the first step: weights, masters, states and buckets lie there; peaks count from here."""
+        self._points["resident"] = self._now() - self._before
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def follow(self, transformer: torch.nn.Module) -> None:
+        """Have the activations be looked at: what a forward pass leaves."""
+        before = [0]
+
+        def entering(*_: Any) -> None:
+            before[0] = self._now()
+
+        def leaving(*_: Any) -> None:
+            self._activations = max(self._activations, self._now() - before[0])
+
+        transformer.register_forward_pre_hook(entering)
+        transformer.register_forward_hook(leaving)
+
+    def found(self) -> dict[str, float]:
+        """GB by part."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+        else:
+            peak = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found = self._points | {"activations": self._activations, "peak": peak, "reserved": reserved}
+        return {name: value / 1e9 for name, value in found.items()}
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        fields = Path("/proc/self/status").read_text().split("RssAnon:")
+        return int(fields[1].split()[0]) * 1024 if len(fields) > 1 else 0

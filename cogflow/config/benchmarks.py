@@ -1,0 +1,24 @@
+"""Settings of ``stage=benchmark``, part of :mod:`cogflow.config.schema`; docs/benchmarks.md says what each benchmark does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class BenchmarkStage:
+    name: str = "benchmark"  # chosen by stage=benchmark
+    what: str = "export"  # step | train | export | assemble | panel | indicator | overhead | traffic | separation | watch
+    layers: int | None = None  # fewer layers than the model has, for small machines
+    repeats: int = 1  # of everything, pair by pair
+    vs: str | None = None  # export, train: a clone of zai-org/CogVideo, to run its own code beside; train: also bare, or a git revision
+    vs_python: str | None = None  # the interpreter of the clone's own install; default: this one
+    folder: str | None = None  # for the files it makes, twice the checkpoint's size; default <run>/benchmark
+    keep: bool = False  # leave those files
+    clips: str | None = None  # separation: a folder of videos or frames; default: what is installed, else drawn clips
+    contents: int = 0  # separation: at most so many of them; 0: all
+    variants: int = 3  # separation: takes of each content, other crops, zooms, brightnesses and times
+    batch_size: int = 1  # step, train: clips of a step
+    steps: int = 5  # step, train: of one turn, whose mean counts once; stage.repeats turns after one that does not count
+    settings: list[str] = field(default_factory=list)  # train: what to compare, such as "speed.compile=blocks speed.attention=flash"
+    share: float = 1.0  # watch: of the simulated validations; less is quicker and less sure

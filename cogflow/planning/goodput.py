@@ -1,0 +1,102 @@
+"""The share of a run that its training steps get: what saves, validations and interruptions take, and how often a save pays.
+
+First order, as J. W. Young (A first order approximation to the optimum checkpoint interval, Comm. ACM 17, 1974) and J. T. Daly (A higher
+order estimate of the optimum checkpoint interval for restart dumps, Future Generation Computer Systems 22, 2006) begin: interruptions come
+at random at a constant rate, each throws away half of what lies between two saves, and none comes while the run restarts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cogflow.planning.setting import Setting
+from cogflow.planning.shape import Shape
+
+WEEK = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Of one run. Seconds: ``step``, ``save``, ``validation`` (one, beside decoding), ``restart``, and ``mtbf``, the mean time between two
+    interruptions of the whole run. ``every`` and ``sampled``: steps from one save and one validation to the next; 0: none."""
+
+    steps: int
+    step: float
+    save: float
+    every: int
+    validation: float
+    sampled: int
+    mtbf: float
+    restart: float
+
+    @property
+    def between(self) -> int:
+        """Steps that an interruption may throw away at most."""
+        return min(self.every or self.steps, self.steps)
+
+    @property
+    def validating(self) -> float:
+        """Seconds of validations for each step."""
+        return self.validation / min(self.sampled, self.steps) if self.sampled else 0.0
+
+    @property
+    def undisturbed(self) -> float:
+        """Seconds for each step, with its share of saves and validations."""
+        return self.step + self.validating + self.save / self.between
+
+    @property
+    def lost(self) -> float:
+        """Seconds that one interruption costs: half of what lies between two saves, and the restart."""
+        return self.between * self.undisturbed / 2 + self.restart
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the run that interruptions cost; 1: it does not get on."""
+        return min(1.0, self.lost / self.mtbf)
+
+    @property
+    def share(self) -> float:
+        """Share of the run that training steps get: its goodput."""
+        return self.step / self.undisturbed * (1 - self.lost_share)
+
+    @property
+    def saving_share(self) -> float:
+        return self.save / self.between / self.undisturbed * (1 - self.lost_share)
+
+    @property
+    def validation_share(self) -> float:
+        return self.validating / self.undisturbed * (1 - self.lost_share)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run; infinite where it does not get on."""
+        return self.steps * self.undisturbed / (1 - self.lost_share) if self.lost_share < 1 else math.inf
+
+    @property
+    def interruptions(self) -> float:
+        """Expected in the whole run."""
+        return self.seconds / self.mtbf
+
+    @property
+    def a_week(self) -> float:
+        """Interruptions expected in a week."""
+        return WEEK / self.mtbf
+
+    @property
+    def best_seconds(self) -> float:
+        """From one save to the next, so that saves and what is thrown away together cost least: sqrt(2 save mtbf). Holds while a save
+        takes far less than ``mtbf``."""
+        return math.sqrt(2 * self.save * self.mtbf)
+
+    @property
+    def best_every(self) -> int:
+        """The same in steps."""
+        return max(1, round(self.best_seconds / (self.step + self.validating)))
+
+
+def save_seconds(shape: Shape, setting: Setting, bytes: float, rate: float) -> float:
+    """Of a checkpoint of ``bytes`` where each machine writes and reads ``rate`` bytes a second: all ranks write the states that ZeRO deals
+    out, rank 0 alone the rest; then all ranks hash it, publish it and read it back. Training waits meanwhile."""
+    together = 12.0 * shape.trained if setting.zero_stage > 0 else 0.0
+    return ((together + 2 * bytes) / setting.nodes + bytes - together) / rate

@@ -1,0 +1,52 @@
+"""Choices that change how fast a step is computed, and nothing that it computes but its rounding: attention's kernel, compiled blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cogflow.config.schema import SpeedConfig
+from cogflow.errors import ConfigError
+
+PROGRAMS = 64
+"""Compiled programs that one block may have: one for each size of clips, with gradients and without."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Have ``scaled_dot_product_attention`` of this process take one kernel only, ``auto``: whichever PyTorch thinks best.
+
+    Text and video are one sequence and nothing is masked, so that every kernel takes them as they are. For the whole process, since
+    recomputed blocks ask for their kernel in the backward pass. Raises :class:`ConfigError` for a kernel that there is not.
+    """
+    problem = None
+    if device.type != "cuda" and name in ("cudnn", "efficient"):
+        problem = "needs a GPU; a CPU has flash and math"
+    elif device.type == "cuda" and name in ("flash", "cudnn") and dtype not in HALF:
+        problem = f"takes fp16 and bf16, not {str(dtype).removeprefix('torch.')}; efficient and math take it"
+    if problem:
+        raise ConfigError(f"speed.attention={name}: it {problem}.", "speed.attention=auto takes the best there is.")
+    cuda = torch.backends.cuda
+    cuda.enable_flash_sdp(name in ("auto", "flash"))
+    cuda.enable_mem_efficient_sdp(name in ("auto", "efficient"))
+    cuda.enable_cudnn_sdp(name in ("auto", "cudnn"))
+    cuda.enable_math_sdp(name in ("auto", "math"))
+
+
+def compile_blocks(transformer: Any, how: str) -> None:
+    """Have the transformer's blocks compiled when they first run; their weights keep their names. ``how``: that of
+    :class:`SpeedConfig`. Blocks are alike, so that one program serves them all; norms, modulation and rotary positions become a few kernels
+    between the matrix products."""
+    if how == "off":
+        return
+    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+    for block in transformer.transformer_blocks:
+        block.compile(mode="reduce-overhead" if how == "graphs" else None)
+
+
+def prepare(transformer: Any, speed: SpeedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """All that ``speed`` asks of the model, before DeepSpeed takes it."""
+    choose_attention(speed.attention, device, dtype)
+    compile_blocks(transformer, speed.compile)

@@ -37,12 +37,16 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def setup(timeout_minutes: int = 60) -> None:
+TIMEOUT = timedelta(minutes=60)
+"""For which a collective waits for another rank."""
+
+
+def setup() -> None:
     """Join the process group when torchrun started more than one process; otherwise do nothing."""
     if world_size() > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
 
 
 def anywhere(flag: bool) -> bool:
@@ -58,6 +62,16 @@ def anywhere(flag: bool) -> bool:
 def _hosts() -> Any:
     """A group of all ranks that works on host memory: the default one where that is gloo. Collective the first time."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+@lru_cache(maxsize=1)
+def neighbours(size: int) -> Any:
+    """The process group of this rank among groups of ``size`` consecutive ranks, which torchrun puts on one machine where it can.
+
+    ``size`` must divide the number of ranks. Collective the first time: every rank takes part in the making of every group.
+    """
+    groups = [dist.new_group(range(first, first + size), timeout=TIMEOUT) for first in range(0, world_size(), size)]
+    return groups[rank() // size]
 
 
 def close() -> None:

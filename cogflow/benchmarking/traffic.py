@@ -127,7 +127,8 @@ def predicted(case: Case, world: int) -> traffic.Traffic:
     own, _ = shape.of_model(config.model)
     dtype = "fp32" if config.model.dtype == "auto" else config.model.dtype
     layout = setting.of_config(config, dtype, world)
-    return traffic.traffic(own, layout if case.reuse is None else replace(layout, reuse=case.reuse))
+    tokens = shape.tokens(own, config.data.frames, config.data.height, config.data.width)
+    return traffic.traffic(own, tokens, layout if case.reuse is None else replace(layout, reuse=case.reuse))
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.config.build import show
+from cogflow.config.parallel import not_measured, shared
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
-from cogflow.config.schema import WORSE, Config, FlowStage, PrepareStage, TrainStage
+from cogflow.config.schema import WORSE, BenchmarkStage, Config, FlowStage, PrepareStage, TrainStage
 
 MODELS = ("tiny", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b", "cogvideox1.5-5b-i2v", "auto")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -142,6 +143,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "ParallelConfig": {"sequence": at_least(1)},
     "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
@@ -249,6 +251,9 @@ def _between(config: Config) -> Iterator[Problem]:
         yield Problem(f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}", (f"{path}.resume",))
     if isinstance(train, TrainStage):
         yield from _watched(train, path)
+        yield from shared(config, train)
+    elif isinstance(stage, BenchmarkStage) and config.parallel.sequence > 1:
+        yield not_measured(config)
 
 
 def _watched(train: TrainStage, path: str) -> Iterator[Problem]:

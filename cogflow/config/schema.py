@@ -62,6 +62,11 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    sequence: int = 1  # ranks that share each batch, every one with its part of the tokens: for clips too long for one GPU
+
+
+@dataclass(frozen=True)
 class SpeedConfig:
     """How the same numbers are computed faster; what a choice brings is measured by stage=benchmark stage.what=train."""
 
@@ -284,6 +289,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

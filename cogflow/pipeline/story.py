@@ -67,6 +67,7 @@ def training(run: Path | None) -> list[tuple[str, str]]:
         return []
     settings: Mapping[str, Any] = record.get("settings") or {}
     stage, data, model = (settings.get(name) or {} for name in ("stage", "data", "model"))
+    shared = (settings.get("parallel") or {}).get("sequence", 1)
     rows = [
         ("started from", model.get("name")),
         (
@@ -77,6 +78,7 @@ def training(run: Path | None) -> list[tuple[str, str]]:
             else None,
         ),
         ("clips per rank and micro step", stage.get("batch_size")),
+        ("ranks that share them", shared if shared > 1 else None),
         ("micro steps per step", stage.get("gradient_accumulation")),
         ("learning rate", f"{stage['learning_rate']:g}, {stage.get('schedule')}" if "learning_rate" in stage else None),
         ("captions dropped", stage.get("text_dropout")),

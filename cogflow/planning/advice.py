@@ -12,6 +12,7 @@ from cogflow.planning.plan import Plan
 from cogflow.planning.setting import NODE, Setting
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
+SEQUENCES = (2, 4, 8)
 TILING = "sampling.vae_tiling=true"
 PRESETS: dict[str, dict[str, bool | int]] = {
     "zero2": {"zero_stage": 2, "offload_optimizer": False, "offload_parameters": False},
@@ -43,8 +44,20 @@ def options(plan: Plan) -> list[Option]:
 
 
 def at(plan: Plan, gpus: int) -> list[Option]:
-    """Ways that fit on ``gpus`` GPUs, the quickest first; of those within two hundredths, the one that changes least."""
-    fitting = [option for option in _at(plan, gpus) if _fits(plan, option)]
+    """Ways that fit on ``gpus`` GPUs, the quickest first; of those within two hundredths, the one that changes least. More GPUs
+    share a sequence only where nothing fits without."""
+    return next((found for sequence in _sequences(plan, gpus) if (found := _sharing(plan, gpus, sequence))), [])
+
+
+def _sequences(plan: Plan, gpus: int) -> list[int]:
+    """GPUs of one machine that may share a sequence, as many as asked for or more."""
+    asked = plan.setting.sequence
+    sizes = [asked, *(one for one in SEQUENCES if one > asked and one % asked == 0)]
+    return [one for one in sizes if gpus % one == 0 and plan.shape.heads % one == 0]
+
+
+def _sharing(plan: Plan, gpus: int, sequence: int) -> list[Option]:
+    fitting = [option for option in _at(plan, gpus, sequence) if _fits(plan, option)]
     # What fits as it samples now need not sample otherwise.
     known = {option.words for option in fitting}
     fitting = [one for one in fitting if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known]
@@ -52,15 +65,23 @@ def at(plan: Plan, gpus: int) -> list[Option]:
     return sorted(fitting, key=lambda option: (round(50 * option.pace.step / quickest), len(option.words), option.pace.step))
 
 
-def _at(plan: Plan, gpus: int) -> Iterator[Option]:
+def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
+    times = sequence // plan.setting.sequence
     tilings = [plan.sampling] if plan.sampling is None or plan.sampling.tiled else [plan.sampling, replace(plan.sampling, tiled=True)]
     for name in PRESETS:
         for checkpointing in (False, True):
             for sampling in tilings:
-                layout = replace(of_preset(plan.setting, name, gpus), checkpointing=checkpointing)
+                layout = replace(
+                    of_preset(plan.setting, name, gpus),
+                    checkpointing=checkpointing,
+                    sequence=sequence,
+                    accumulation=times * plan.setting.accumulation,
+                )
                 words = [f"deepspeed={name}"] if _differs(plan.config.deepspeed, name) else []
                 if checkpointing != plan.setting.checkpointing:
                     words.append(f"deepspeed.activation_checkpointing={str(checkpointing).lower()}")
+                if times > 1:  # as many clips a step
+                    words += [f"parallel.sequence={sequence}", f"stage.gradient_accumulation={layout.accumulation}"]
                 if sampling is not plan.sampling:
                     words.append(TILING)
                 yield _option(plan, layout, sampling, words)

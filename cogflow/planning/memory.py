@@ -83,7 +83,8 @@ def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | Non
     doubled = 2 if setting.overlap and whole else 1
     carried = setting.reduced_bytes if setting.reduced_bytes > size and setting.gpus > 1 else 0  # a copy of the bucket that is sent
     parts["buckets"] = setting.reduce_bucket * (size * doubled + carried) if setting.zero_stage > 0 else 0.0
-    hidden = tokens.total * shape.width * size * setting.batch
+    # What a shared sequence copies for its exchanges lies at attention, where less is alive than at the feed-forward's height.
+    hidden = tokens.total / setting.sequence * shape.width * size * setting.batch
     again = setting.recomputed(shape.layers)
     parts["activations"] = hidden * (again + (shape.layers - again) * SAVED)
     parts["temporary peak"] = WORKING * hidden if again else (WORKING - SAVED) * hidden

@@ -27,8 +27,8 @@ class Pace:
 def pace(shape: Shape, tokens: Tokens, setting: Setting, tflops: float) -> Pace:
     """Of a step of ``setting`` on GPUs that reach ``tflops`` TFLOP/s."""
     one = flops.step(shape, tokens, recomputed=setting.recomputed(shape.layers))
-    clips = setting.batch * setting.accumulation
+    clips = setting.batch * setting.accumulation / setting.sequence
     # ZeRO-2 reduces in the backward pass of each micro step, ZeRO-0 and 1 in that of the last.
-    behind = clips if setting.zero_stage >= 2 else setting.batch
+    behind = clips if setting.zero_stage >= 2 else clips / setting.accumulation
     compute, backward = one.total * clips / (tflops * 1e12), (one.backward + one.recomputation) * behind / (tflops * 1e12)
-    return Pace(compute, traffic.exposed(traffic.traffic(shape, setting), setting, backward=backward, compute=compute))
+    return Pace(compute, traffic.exposed(traffic.traffic(shape, tokens, setting), setting, backward=backward, compute=compute))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from cogflow import ranks
+from cogflow.config.parallel import sequence_problems
+from cogflow.config.problems import fail
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
@@ -73,11 +75,11 @@ class Plan:
 
     @property
     def clips_per_step(self) -> int:
-        return self.setting.batch * self.setting.accumulation * self.setting.gpus
+        return self.setting.clips
 
     @property
     def flops(self) -> float:
-        return self.sample.total * self.setting.batch * self.setting.accumulation
+        return self.sample.total * self.setting.batch * self.setting.accumulation / self.setting.sequence
 
     @property
     def seconds(self) -> float:
@@ -146,10 +148,12 @@ def plan(config: Config) -> Plan:
         raise TypeError("a plan needs the settings of stage=train")
     run = run_folder(config.run)
     own, model_source = shape.of_model(config.model, stage.freeze)
+    gpus = stage.plan_gpus or ranks.world_size()
+    fail(list(sequence_problems(config, gpus, own.heads)), "stage.plan_gpus says for how many GPUs to plan.")
     # Of buckets the largest: its step needs most memory, and all are counted as if they were of its size.
     tokens = max((shape.tokens(own, *size) for size in buckets.sizes(config.data)), key=lambda found: found.total)
     dtype = dtype_of(config)
-    layout = setting.of_config(config, dtype, stage.plan_gpus or ranks.world_size(), local_gpus(stage))
+    layout = setting.of_config(config, dtype, gpus, local_gpus(stage))
     count, prompts_source = data.prompts(config)
     sampling = sampling_of(config) if stage.sample_every else None
     encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
@@ -170,7 +174,7 @@ def plan(config: Config) -> Plan:
         host=memory.host(own, layout, validates=sampling is not None, encoder=encoder),
         forward=flops.forward(own, tokens),
         sample=flops.step(own, tokens, recomputed=layout.recomputed(own.layers)),
-        traffic=traffic.traffic(own, layout),
+        traffic=traffic.traffic(own, tokens, layout),
         disk=Disk(*disk.checkpoint(own, layout), disk.at_once(stage), disk.weights_alone(stage), disk.free(run)),
         clips=data.clips(config, run),
         prompts=count,

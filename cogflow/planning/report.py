@@ -47,7 +47,8 @@ def _model(plan: Plan) -> list[str]:
         f"layout       {plan.setting.gpus} GPU{'s' if plan.setting.gpus > 1 else ''} on {plan.setting.nodes} "
         f"machine{'s' if plan.setting.nodes > 1 else ''}, ZeRO-{plan.setting.zero_stage}{_offloaded(plan)}, activation checkpointing "
         f"{_recomputed(plan)}, {plan.setting.batch} clip{'s' if plan.setting.batch > 1 else ''} x "
-        f"{plan.setting.accumulation} micro step{'s' if plan.setting.accumulation > 1 else ''} a GPU",
+        f"{plan.setting.accumulation} micro step{'s' if plan.setting.accumulation > 1 else ''} "
+        + (f"for each {plan.setting.sequence} GPUs, which share its tokens" if plan.setting.sequence > 1 else "a GPU"),
     ]
 
 
@@ -109,11 +110,13 @@ def _traffic(plan: Plan) -> list[str]:
     between = "nothing is sent between GPUs"
     if plan.setting.gpus > 1:
         between = f"{gb(sent.between_gpus)} from each GPU (gradients {gb(sent.gradients)}, weights {gb(sent.weights)}"
-        between += f", averages {gb(sent.averages)})" if sent.averages else ")"
+        between += f", averages {gb(sent.averages)}" if sent.averages else ""
+        between += f", tokens {gb(sent.tokens)})" if sent.tokens else ")"
     host = f", {gb(sent.host)} between GPU and host" if sent.host else ""
     lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
     if plan.setting.gpus > 1:
-        others = {stage: traffic.traffic(plan.shape, replace(plan.setting, zero_stage=stage)).between_gpus for stage in range(4)}
+        layouts = [replace(plan.setting, zero_stage=stage) for stage in range(4)]
+        others = {one.zero_stage: traffic.traffic(plan.shape, plan.tokens, one).between_gpus for one in layouts}
         lines.append("  by ZeRO stage: " + ", ".join(f"{stage}: {gb(sent)}" for stage, sent in others.items()))
     return lines
 

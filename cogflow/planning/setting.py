@@ -19,7 +19,7 @@ class Setting:
     """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
     those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, of which ``blocks`` is the number once it is known. ``ema``:
     whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``: elements within which ZeRO-3 keeps
-    weights for their next use."""
+    weights for their next use. ``sequence``: GPUs that share each batch of ``batch`` clips."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -40,6 +40,12 @@ class Setting:
     ema_on_host: bool
     blocks: int | None = None
     reuse: int = REUSE
+    sequence: int = 1
+
+    @property
+    def clips(self) -> int:
+        """Of one optimizer step, all GPUs together."""
+        return self.batch * self.accumulation * self.gpus // self.sequence
 
     @property
     def nodes(self) -> int:
@@ -75,4 +81,5 @@ def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -
         ema=stage.ema_decay > 0,
         ema_every=stage.ema_every,
         ema_on_host=stage.ema_device == "cpu",
+        sequence=config.parallel.sequence,
     )

@@ -6,30 +6,38 @@ from dataclasses import dataclass
 
 from cogflow.planning import memory
 from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape
+from cogflow.planning.shape import Shape, Tokens
 
 INSIDE, BETWEEN, TO_HOST = 300e9, 40e9, 25e9
 """Bytes per second that a GPU reaches: to others of its machine (NVLink of an H100 or H200), to other machines (a 400 Gb/s card for each
 GPU) and to the host (PCIe 5, shared by two). Another machine has other figures; the volumes stay."""
 
 
+EXCHANGES = 4
+"""Hidden states that each block sends over the GPUs that share a sequence in its forward pass (queries, keys, values, results); backwards
+and in recomputation as many."""
+
+
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one GPU at one step. ``seconds`` is for ``INSIDE``, ``BETWEEN`` and ``TO_HOST``, with nothing overlapped."""
+    """Bytes of one GPU at one step. ``seconds`` is for ``INSIDE``, ``BETWEEN`` and ``TO_HOST``, with nothing overlapped. ``tokens``: what
+    GPUs that share a sequence exchange around attention."""
 
     gradients: float
     weights: float
     averages: float
     host: float
     seconds: float
+    tokens: float = 0.0
 
     @property
     def between_gpus(self) -> float:
-        return self.gradients + self.weights + self.averages
+        return self.gradients + self.weights + self.averages + self.tokens
 
 
-def traffic(shape: Shape, setting: Setting) -> Traffic:
-    """Rings: reducing or gathering M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice that."""
+def traffic(shape: Shape, tokens: Tokens, setting: Setting) -> Traffic:
+    """Rings: reducing or gathering M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice that. An all-to-all sends
+    as large a share of what lies on the GPU."""
     around = (setting.gpus - 1) / setting.gpus
     weights, gradients = shape.parameters * setting.bytes * around, shape.trained * setting.reduced_bytes * around
     micro = setting.accumulation
@@ -45,7 +53,11 @@ def traffic(shape: Shape, setting: Setting) -> Traffic:
         host += (micro + 1) * shape.trained * setting.bytes / setting.gpus
     if setting.offload_parameters:
         host += 2 * micro * shape.parameters * setting.bytes / setting.gpus
-    return Traffic(reduced, gathered, averages, host, (reduced + gathered + averages) / speed(setting) + host / TO_HOST)
+    own = tokens.total / setting.sequence * setting.batch * shape.width * setting.bytes
+    passes = 2 * shape.layers + setting.recomputed(shape.layers)
+    exchanged = micro * passes * EXCHANGES * own * (setting.sequence - 1) / setting.sequence
+    seconds = (reduced + gathered + averages) / speed(setting) + exchanged / exchange_speed(setting) + host / TO_HOST
+    return Traffic(reduced, gathered, averages, host, seconds, exchanged)
 
 
 def kept(shape: Shape, setting: Setting) -> float:
@@ -61,12 +73,17 @@ def speed(setting: Setting) -> float:
     return BETWEEN if setting.nodes > 1 else INSIDE
 
 
+def exchange_speed(setting: Setting) -> float:
+    """Bytes per second between GPUs that share a sequence: neighbours, on one machine where whole groups of them fit."""
+    return INSIDE if setting.local % setting.sequence == 0 else BETWEEN
+
+
 def exposed(sent: Traffic, setting: Setting, *, backward: float, compute: float) -> float:
     """Seconds of a step that wait for communication. Gradients are reduced while the last backward pass goes on (``overlap_comm``), and
-    ZeRO-3 fetches weights ahead; what is gathered after the update, and what goes to the host, nothing hides."""
+    ZeRO-3 fetches weights ahead; what is gathered after the update, what goes to the host and attention's exchanges nothing hides."""
     reducing, gathering = sent.gradients / speed(setting), sent.weights / speed(setting)
     hidden = backward if setting.overlap else 0.0
-    after = sent.averages / speed(setting) + sent.host / TO_HOST
+    after = sent.averages / speed(setting) + sent.host / TO_HOST + sent.tokens / exchange_speed(setting)
     if setting.zero_stage == 3:
         return max(0.0, reducing + gathering - compute) + after
     return max(0.0, reducing - hidden) + gathering + after

@@ -19,6 +19,7 @@ from cogflow.tracking.console import say, table
 from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
 from cogflow.tracking.tracker import open_tracker
+from cogflow.training import sequence
 
 
 def run(config: Config) -> None:
@@ -28,6 +29,8 @@ def run(config: Config) -> None:
         raise TypeError("stages.flow needs the settings of stage=flow")
     started = time.time()
     folder = run_folder(config.run)
+    # Before hours of preparing clips: the training will ask it again.
+    sequence.check(config)
     steps: list[tuple[Any, StageConfig]] = [
         (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
         (diagnose, patient(stage, folder)),

@@ -22,7 +22,7 @@ from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
 from cogflow.tracking.standing import Watchdog
 from cogflow.tracking.tracker import Tracker, open_tracker
-from cogflow.training import checkpoint, policy, retention
+from cogflow.training import checkpoint, policy, retention, sequence
 from cogflow.training.breakdown import told
 from cogflow.training.identity import check_same
 from cogflow.training.loop import Hooks
@@ -41,6 +41,7 @@ def run(config: Config) -> None:
     if stage.plan:
         return planning.show(config)
     started = time.time()
+    sequence.check(config)
     ranks.setup()
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
@@ -141,7 +142,8 @@ def finish(config: Config, folder: Path, cache: LatentCache, prepared: Prepared,
     stage = prepared.stage
     last = folder / "checkpoints" / checkpoint.step_name(stage.steps)
     samples = gallery.newest(folder / "samples")
-    summary = f"{stage.steps} steps of {stage.batch_size * stage.gradient_accumulation * ranks.world_size()} clips"
+    clips = stage.batch_size * stage.gradient_accumulation * ranks.world_size() // config.parallel.sequence
+    summary = f"{stage.steps} steps of {clips} clips"
     inputs = {"model": str(prepared.source), "data": cache.fingerprint}
     results = {"summary": summary, "where": str(last), "samples": str(samples) if samples else None, "wandb": wandb}
     write_record(folder, "train", config, inputs, results, started=started)

@@ -11,6 +11,7 @@ import torch
 from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
 from cogflow.errors import MemoryExhausted, RankLost
+from cogflow.models.family import FAMILY
 from cogflow.tracking.standing import BEAT_SECONDS, SILENT_BEATS, Watchdog, culprits
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
@@ -72,6 +73,10 @@ def less_memory(config: Config) -> str:
             half = stage.batch_size // 2
             accumulation = stage.gradient_accumulation * stage.batch_size // half
             ways.append(f"stage.batch_size={half} stage.gradient_accumulation={accumulation} (the same clips in a step)")
+        sequence, family = 2 * config.parallel.sequence, FAMILY.get(config.model.name)
+        if ranks.world_size() % sequence == 0 and family is not None and family.heads % sequence == 0:
+            accumulation = 2 * stage.gradient_accumulation
+            ways.append(f"parallel.sequence={sequence} stage.gradient_accumulation={accumulation} (GPUs share their batches' tokens)")
         if stage.ema_decay and stage.ema_device == "auto":
             ways.append("stage.ema_device=cpu")
     if deepspeed.zero_stage < 2:

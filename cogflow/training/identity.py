@@ -32,13 +32,17 @@ def check_same(trainer: dict[str, Any], config: Config, cache: LatentCache) -> N
     for key in changed(trainer, config.stage):
         then, value = trainer["settings"][key], getattr(config.stage, key)
         say(f"warning: stage.{key} is now {value}, it was {then}: from here on this is another run than an uninterrupted one")
-    then_layout, layout = trainer["layout"], layout_of(config)
+    then_layout, layout = saved_layout(trainer), layout_of(config)
     different = [
         f"{key}: {trainer['identity'].get(key)} then, {value} now" for key, value in now.items() if trainer["identity"].get(key) != value
     ]
     if (before := clips_per_step(then_layout)) != (wanted := clips_per_step(layout)):
-        different += [f"{key}: {then_layout[key]} then, {layout[key]} now" for key in BATCH if then_layout[key] != layout[key]]
-        different.append(f"clips in a step, the product of the three: {before} then, {wanted} now; it settles the order of the data")
+        different += [
+            f"{key}: {then_layout[key]} then, {layout[key]} now" for key in (*BATCH, "parallel.sequence") if then_layout[key] != layout[key]
+        ]
+        shared = len({1, then_layout["parallel.sequence"], layout["parallel.sequence"]}) > 1
+        product = "the product of the three" + (", over parallel.sequence" if shared else "")
+        different.append(f"clips in a step, {product}: {before} then, {wanted} now; it settles the order of the data")
     decay, former = getattr(config.stage, "ema_decay", 0.0), trainer["settings"]["ema_decay"]
     if bool(former) != bool(decay):
         different.append(f"stage.ema_decay: {former} then, {decay} now; averages begin with a run")
@@ -66,9 +70,15 @@ def layout_of(config: Config) -> dict[str, Any]:
         "stage.batch_size": config.stage.batch_size,
         "stage.gradient_accumulation": config.stage.gradient_accumulation,
         "world size": ranks.world_size(),
+        "parallel.sequence": config.parallel.sequence,
         "deepspeed.zero_stage": config.deepspeed.zero_stage,
         "deepspeed.offload_optimizer": config.deepspeed.offload_optimizer,
     }
+
+
+def saved_layout(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The layout that a checkpoint records; before there was ``parallel.sequence``, no rank shared its batch."""
+    return {"parallel.sequence": 1, **trainer["layout"]}
 
 
 def same_states(trainer: dict[str, Any], config: Config) -> bool:
@@ -79,7 +89,7 @@ def same_states(trainer: dict[str, Any], config: Config) -> bool:
 
 
 def clips_per_step(layout: dict[str, Any]) -> int:
-    return math.prod(int(layout[key]) for key in BATCH)
+    return math.prod(int(layout[key]) for key in BATCH) // int(layout["parallel.sequence"])
 
 
 def changed(trainer: dict[str, Any], stage: Any) -> list[str]:

@@ -31,6 +31,7 @@ from cogflow.training.loader import Loader
 from cogflow.training.objective import Losses, noised, velocity_loss
 from cogflow.training.rollback import Rollback, rate_factor
 from cogflow.training.schedule import learning_rate
+from cogflow.training.sequence import Place
 
 GO_ON = "Run the same command again to go on."
 
@@ -53,7 +54,8 @@ class Trainer:
         self.inputs, self.device, self.dtype = inputs, device, dtype
         self.log_every, self.ahead = config.tracking.log_every, config.speed.prefetch
         self.spectrum = spectrum.Spectrum()
-        samples = self.stage.batch_size * self.stage.gradient_accumulation * ranks.world_size()
+        self.place = Place(config.parallel.sequence)
+        samples = self.stage.batch_size * self.stage.gradient_accumulation * self.place.data_ranks
         self.following = Following(engine, self.log_every, self.stage.steps, samples, device)
         self.evaluation = Evaluation(engine, ema, self.evaluate)
         self.rollbacks: Sequence[Rollback] = ()
@@ -97,7 +99,8 @@ class Trainer:
             batch = loader.take(step, micro)
             mark(f"{name}: forward")
             losses = self.losses(batch)
-            table += self.table(losses, batch)
+            if self.place.counts:
+                table += self.table(losses, batch)
             self._own.append(losses.per_sample.detach())
             mark(f"{name}: backward")
             self.engine.backward(losses.mean)
@@ -127,13 +130,14 @@ class Trainer:
             image_rotary_emb=self._tables(batch.latents.shape),
             return_dict=False,
             **self.inputs.extra(self.device, self.dtype),
+            **self.place.arguments(),
         )[0]
         return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
 
     def evaluate(self) -> torch.Tensor | None:
         """The table of figures on the held-out clips with the weights of this moment; ``None`` without such clips. Collective."""
         return heldout_table(
-            self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.inputs, self.device
+            self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.inputs, self.device, self.place
         )
 
     def state(self) -> dict[str, Any]:
@@ -198,7 +202,7 @@ class Trainer:
         stage = self.stage
         return indices(
             step, micro, train=self.cache.train, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation,
-            rank=ranks.rank(), world=ranks.world_size(), seed=stage.seed, groups=self.cache.groups,
+            rank=self.place.data_rank, world=self.place.data_ranks, seed=stage.seed, groups=self.cache.groups,
         )  # fmt: skip
 
     def _names(self, step: int, micro: int) -> list[str]:
@@ -207,7 +211,7 @@ class Trainer:
     def _batch(self, step: int, micro: int) -> Batch:
         stage = self.stage
         # The slot is counted over accumulation and ranks, so that 2 ranks draw what 1 rank with 2 micro steps draws.
-        first = (micro * ranks.world_size() + ranks.rank()) * stage.batch_size
+        first = (micro * self.place.data_ranks + self.place.data_rank) * stage.batch_size
         return training_batch(
             self.cache,
             self._chosen(step, micro),

@@ -22,6 +22,7 @@ from cogflow.training.engine import Engine
 from cogflow.training.identity import TUNABLE, check_facts, identity, layout_of, same_states, trained_with
 from cogflow.training.loop import Trainer
 from cogflow.training.parts import freeze, recompute
+from cogflow.training.sequence import split
 from cogflow.training.validation import Validation
 
 
@@ -44,6 +45,7 @@ class Prepared:
         freeze(transformer, self.stage.freeze)
         recompute(transformer, config.deepspeed, recomputed)
         speed.prepare(transformer, config.speed, self.device, self.dtype)
+        split(transformer, config.parallel.sequence)
         transformer.train()
         self.trained_with = facts | {"max_sequence_length": transformer.config.max_text_seq_length}
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)

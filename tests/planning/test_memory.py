@@ -18,6 +18,7 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import TrainStage
 from cogflow.models import tiny
 from cogflow.planning import disk, memory, plan
+from cogflow.training import ulysses
 
 
 class Alive(TorchDispatchMode):
@@ -42,10 +43,15 @@ class Alive(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
-def block_sizes() -> tuple[float, float, float]:
-    """Kept for the backward pass, at the height of both passes, and at that of one without gradients, in copies of the hidden states."""
+def block_sizes(settings: dict[str, Any] | None = None) -> tuple[float, float, float]:
+    """Kept for the backward pass, at the height of both passes, and at that of one without gradients, in copies of the hidden states.
+
+    ``settings``: of attention, which is then the one that shares a sequence.
+    """
     width, text, video, dtype = 384, 226, 8000, torch.bfloat16
     block = CogVideoXBlock(width, 6, 64, 512, attention_bias=True).to(dtype)
+    if settings is not None:
+        block.attn1.set_processor(ulysses.UlyssesProcessor(block.attn1.processor))
     inputs = [torch.randn(1, count, width, dtype=dtype, requires_grad=True) for count in (video, text)]
     time = torch.randn(1, 512, dtype=dtype, requires_grad=True)
     rotary = (torch.randn(video, 64), torch.randn(video, 64))
@@ -59,11 +65,11 @@ def block_sizes() -> tuple[float, float, float]:
 
     with Alive() as both:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            results = block(*inputs, time, rotary)
+            results = block(*inputs, time, rotary, settings)
         sum(result.sum() for result in results).backward()
     gradients = sum(parameter.grad.nbytes for parameter in block.parameters() if parameter.grad is not None)
     with torch.no_grad(), Alive() as one:
-        block(*inputs, time, rotary)
+        block(*inputs, time, rotary, settings)
     unit = (text + video) * width * 2
     return sum(kept.values()) / unit, (both.peak - gradients) / unit, one.peak / unit
 
@@ -73,6 +79,14 @@ def test_a_block_keeps_what_the_formula_says() -> None:
     assert saved == pytest.approx(memory.SAVED, rel=0.02)
     assert working == pytest.approx(memory.WORKING, rel=0.1)
     assert inference == pytest.approx(memory.INFERENCE, rel=0.1)
+
+
+def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to other ranks and what comes from them is as large as what a rank that shares with nobody sends to itself."""
+    monkeypatch.setattr(ulysses, "_all_to_all", lambda rows, *_: rows.clone())
+    saved, working, _ = block_sizes({ulysses.ASKED: ulysses.Share(None, 0, (226,), (8000,))})
+    assert saved == pytest.approx(memory.SAVED, rel=0.02)
+    assert working == pytest.approx(memory.WORKING, rel=0.1)
 
 
 @pytest.mark.parametrize(("tiled", "rel"), [(False, 0.02), (True, 0.1)])

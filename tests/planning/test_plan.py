@@ -97,6 +97,32 @@ def test_more_gpus_hold_less_each_and_send_more() -> None:
     assert half.between_gpus == pytest.approx((1 + 2) * 11.14e9 * 7 / 8, rel=0.01)
 
 
+def test_a_shared_sequence_divides_activations_and_work_and_sends_tokens() -> None:
+    words = ["model=cogvideox1.5-5b", "sampling.vae_tiling=true", "stage.plan_gpus=8"]
+    alone, shared = made(*words), made(*words, "parallel.sequence=4")
+    for part in ("activations", "temporary peak"):
+        assert shared.gpu.parts[part] == pytest.approx(alone.gpu.parts[part] / 4)
+    assert shared.gpu.parts["sampling"] == alone.gpu.parts["sampling"]  # each GPU samples by itself
+    assert shared.flops == pytest.approx(alone.flops / 4) and (alone.clips_per_step, shared.clips_per_step) == (8, 2)
+    # Queries, keys, values and results, of a quarter of the tokens each, three quarters of which leave; forward, backward and once more.
+    one = shared.tokens.total / 4 * 3072 * 2 * 3 / 4
+    assert shared.traffic.tokens == pytest.approx(42 * 3 * 4 * one) and alone.traffic.tokens == 0
+    assert made(*words, "parallel.sequence=4", "deepspeed.activation_checkpointing=false").traffic.tokens == pytest.approx(42 * 2 * 4 * one)
+    text = "\n".join(report.lines(shared))
+    assert "for each 4 GPUs, which share its tokens" in text and ", tokens " in text
+
+
+def test_a_clip_too_long_for_one_gpu_is_shared_where_nothing_else_helps() -> None:
+    words = ["model=cogvideox1.5-5b", "data.frames=161", "sampling.vae_tiling=true", "stage.plan_memory_gb=40", "stage.plan_gpus=8"]
+    option = advice.options(made(*words))[0]
+    assert "parallel.sequence=2" in option.words and "stage.gradient_accumulation=2" in option.words
+    again = made(*words, *option.words)
+    assert not again.misfits() and again.gpu.peak == option.gpu.peak and again.clips_per_step == 8
+    for size, what in ((3, "the 8 ranks"), (5, "the 48 attention heads")):
+        with pytest.raises(ConfigError, match=what):
+            made(*words[:-1], f"stage.plan_gpus={8 if size == 3 else 10}", f"parallel.sequence={size}")
+
+
 def test_epochs_are_counted_in_the_folder(tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()

@@ -46,6 +46,16 @@ def test_what_is_set_already_is_not_advised() -> None:
     assert "deepspeed.checkpoint_every_block=1" in every
 
 
+def test_ranks_that_can_share_a_sequence_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["stage=train", "debug=quick", "stage.gradient_accumulation=3"]
+    way = "parallel.sequence=2 stage.gradient_accumulation=6"
+    assert way not in less_memory(compose(words))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert way in less_memory(compose(words))
+    # The tiny model's 6 heads cannot be dealt to 4 ranks.
+    assert "parallel.sequence=4" not in less_memory(compose([*words, "parallel.sequence=2"]))
+
+
 def test_all_else_passes_as_it_is(tmp_path: Path) -> None:
     error = RuntimeError("mat1 and mat2 must have the same dtype")
     assert raised(tmp_path, error) is error

@@ -1,0 +1,186 @@
+"""Ranks that share a batch's tokens: every gradient and every number of a training are those of one rank, to fp32 rounding; settings
+that cannot be are refused, all at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cogflow.config.compose import compose
+from cogflow.errors import CheckpointError, ConfigError
+from cogflow.training import sequence
+from cogflow.training.identity import TUNABLE, check_same, clips_per_step, identity, layout_of, saved_layout
+from tests.conftest import Command
+from tests.training.sequences import CASES
+
+
+@pytest.fixture(scope="module")
+def found(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks found, in one launch, and under ``alone`` what one rank's training of the same clips left."""
+    root = tmp_path_factory.mktemp("sequence")
+    cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    for start, words in (
+        (launch, ["tests.training.sequences", str(root)]),
+        ([sys.executable, "-m"], ["tests.training.resuming", str(root), "go_on:zero2:alone"]),
+    ):
+        done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=900, env=env)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    alone = json.loads((root / "go_on-zero2-alone-1.json").read_text())["changed"]
+    return json.loads((root / "sequences.json").read_text()) | {"alone": alone}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_predictions_and_gradients_are_those_of_one_rank(found: dict[str, Any], name: str) -> None:
+    """The mean of the ranks' gradients, as DeepSpeed takes it, beside one rank's; bf16 to bf16's rounding."""
+    half = name == "bf16"
+    for rank, by_case in enumerate(found["passes"]):
+        one = by_case[name]
+        assert one["out"] < (1e-2 if half else 1e-6) and one["loss"] < (1e-2 if half else 1e-6), (rank, one)
+        assert one["gradients"] < (1e-2 if half else 1e-6) and one["worst gradient"] < (0.1 if half else 1e-5), (rank, one)
+        assert one["same loss"] and one["names"] and one["missing"] == []
+        assert one["by itself"], "without being asked the model should run on this rank alone, to the bit"
+        case = CASES[name]
+        grid = case.get("frames", 3) // (2 if case["kind"].startswith("1.5") else 1) * 9
+        total = (case["text"] + grid) * len(found["passes"])
+        assert all(abs(tokens - total / 4) <= 1 for tokens in one["tokens"]), "each rank should have half of the tokens"
+        recomputed = case.get("every", 0) == 1
+        assert len(one["tokens"]) == (2 if recomputed else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_training_has_the_numbers_of_one_rank(found: dict[str, Any], name: str) -> None:
+    """Losses by quarter of the timesteps, gradient norms, held-out losses, the averages' and the indicator's: every step, every number."""
+    alone, shared = found["alone"]["numbers"], found[name]["whole"]["numbers"]
+    assert alone.keys() == shared.keys() and len(alone) >= 6
+    for step, values in alone.items():
+        assert values.keys() == shared[step].keys()
+        for key, value in values.items():
+            if key.startswith(("train/loss", "train/grad_norm", "heldout/", "ema/")):
+                assert shared[step][key] == pytest.approx(value, rel=1e-5), (step, key)
+            elif key.startswith("spectrum/"):  # of differences between nearly equal numbers
+                assert shared[step][key] == pytest.approx(value, rel=1e-2, abs=1e-3), (step, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_stopped_and_resumed_is_uninterrupted_to_the_bit(found: dict[str, Any], name: str) -> None:
+    one = found[name]
+    assert one["codes"] == [75, 0] and one["fired"] == 1
+    assert one["whole"] == one["stopped"] and len(one["whole"]["files"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_validation_samples_prompts_apart(found: dict[str, Any], name: str) -> None:
+    """Three prompts on two ranks, one of which has nothing of its own in the second round."""
+    assert [len(samples) for samples in found[name]["samples"]] == [3, 3]
+
+
+@pytest.mark.slow
+def test_going_on_with_a_batch_for_each_rank_agrees_to_rounding(found: dict[str, Any]) -> None:
+    for step, values in found["alone"]["numbers"].items():
+        for key in ("train/loss", "train/grad_norm", "heldout/loss"):
+            if key in values:
+                assert found["apart later"]["numbers"][step][key] == pytest.approx(values[key], rel=1e-5), (step, key)
+
+
+@pytest.mark.slow
+def test_a_gradient_lost_among_one_ranks_tokens_stops_all(found: dict[str, Any]) -> None:
+    assert found["lost"]["exchanges"] == [40, 40]
+    for said in found["lost"]["said"]:
+        assert "The gradient of step 2 is not finite" in said and "the weights are still those before it" in said
+
+
+def words(*more: str) -> list[str]:
+    return ["stage=train", "debug=quick", *more]
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "parts"),
+    [
+        (0, "4", ["parallel.sequence=0", "1 or more"]),
+        (3, "4", ["parallel.sequence=3", "the 4 ranks", "one of 1, 2, 4"]),
+        (8, "4", ["parallel.sequence=8", "the 4 ranks"]),
+    ],
+)
+def test_sizes_that_do_not_divide_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, size: int, world: str, parts: list[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ConfigError) as caught:
+        compose(words(f"parallel.sequence={size}", "stage.batch_size=0"))
+    for part in (*parts, "2 problems", "stage.batch_size=0"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [["speed.compile=blocks"], ["stage=benchmark", "stage.what=train"]])
+def test_what_does_not_go_with_a_shared_sequence_is_refused(more: list[str]) -> None:
+    stage = [] if more[0].startswith("stage=") else ["stage=train"]
+    assert compose([*stage, *more])
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=2"):
+        compose([*stage, *more, "parallel.sequence=2"])
+
+
+def test_a_launcher_may_ask_for_the_settings_before_there_are_ranks() -> None:
+    assert compose(words("parallel.sequence=8")).parallel.sequence == 8
+
+
+def test_heads_and_ranks_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(words("parallel.sequence=4"))
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ConfigError) as caught:
+        sequence.check(config)
+    for part in ("2 problems", "the 6 ranks in all: one of 1, 2, 3, 6", "the 6 attention heads of model=tiny"):
+        assert part in str(caught.value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    sequence.check(compose(words("parallel.sequence=2")))
+
+
+def test_bad_settings_end_with_2_and_one_message(cogflow: Command, tmp_path: Path) -> None:
+    """One process, for which alone nobody knows that it will stay alone; heads and ranks are told before a model is made."""
+    done = cogflow(*words("parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled"), code=None)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("ConfigError") == 1 and "parallel.sequence=4" in done.stderr
+
+
+def test_the_flow_asks_before_it_prepares(cogflow: Command, tmp_path: Path) -> None:
+    done = cogflow("stage=flow", "debug=quick", "parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled", code=None)
+    assert done.returncode == 2 and not (tmp_path / "debug-quick" / "cache").exists()
+    assert "the 1 rank in all" in done.stderr and "the 6 attention heads of model=tiny" in done.stderr
+
+
+def test_parts_differ_by_one() -> None:
+    assert sequence.parts(226, 4) == (57, 57, 56, 56) and sequence.parts(1, 2) == (1, 0) and sequence.parts(48, 2) == (24, 24)
+
+
+def test_clips_of_a_step_are_those_of_the_data_ranks() -> None:
+    before = {"stage.batch_size": 2, "stage.gradient_accumulation": 3, "world size": 8}
+    assert clips_per_step(saved_layout({"layout": before})) == 48
+    assert clips_per_step(saved_layout({"layout": before | {"parallel.sequence": 4}})) == 12
+
+
+def test_a_resumed_run_takes_as_many_clips_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint from before there was the setting, gone on with by ranks that share."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    cache: Any = SimpleNamespace(fingerprint="of the clips")
+    before = compose(words())
+    layout = {key: value for key, value in layout_of(before).items() if key != "parallel.sequence"}
+    settings = {key: getattr(before.stage, key) for key in TUNABLE}
+    trainer = {"layout": layout, "settings": settings, "identity": identity(before, cache)}
+    check_same(trainer, before, cache)
+    assert "dealt out anew" not in capsys.readouterr().out
+    with pytest.raises(CheckpointError) as caught:
+        check_same(trainer, compose(words("parallel.sequence=2")), cache)
+    for part in ("parallel.sequence: 1 then, 2 now", "the product of the three, over parallel.sequence: 8 then, 4 now"):
+        assert part in str(caught.value)
+    check_same(trainer, compose(words("parallel.sequence=2", "stage.batch_size=4")), cache)
+    assert "parallel.sequence 1 -> 2" in capsys.readouterr().out

@@ -51,16 +51,17 @@ class Found:
 
 def compare(words: Sequence[str], stage: BenchmarkStage, folder: Path, usual: Sequence[str], advance: Callable[[int], None]) -> list[Found]:
     """One row a setting, in order. ``words``: of the command line that asked for it."""
+    versus = stage.vs if stage.vs and stage.vs != BARE and not is_cogvideo(Path(stage.vs).expanduser()) else None
     kept = [word for word in words if not word.startswith(OWN)] + ([f"stage.vs={BARE}"] if stage.vs == BARE else [])
-    rows = []
-    for place, setting in enumerate(stage.settings or usual):
-        changed = {word.split("=")[0] for word in setting.split()}
-        all_words = [word for word in kept if word.split("=")[0] not in changed] + setting.split()
-        rows.append(_run(all_words, setting or "as it is", folder / f"setting-{place:02d}"))
-        advance(1)
-    if stage.vs and stage.vs != BARE and not is_cogvideo(Path(stage.vs).expanduser()):
-        with checked_out(stage.vs, folder) as tree:
-            rows.append(_run(kept, f"cogflow at {stage.vs}", folder / "versus", tree))
+    with checked_out(versus, folder) as tree:
+        rows = []
+        for place, setting in enumerate(stage.settings or usual):
+            changed = {word.split("=")[0] for word in setting.split()}
+            all_words = [word for word in kept if word.split("=")[0] not in changed] + setting.split()
+            rows.append(_run(all_words, setting or "as it is", folder / f"setting-{place:02d}"))
+            advance(1)
+        if tree is not None:
+            rows.append(_run(kept, f"cogflow at {versus}", folder / "versus", tree))
     return rows
 
 
@@ -71,13 +72,17 @@ def _run(words: Sequence[str], name: str, folder: Path, cwd: Path | None = None)
     record = folder / "step" / RECORD
     if done.returncode or not record.is_file():
         said = [line for line in (done.stderr.strip() or done.stdout).splitlines() if line.strip()]
-        return Found(name, None, said[-1].strip() if said else f"exit code {done.returncode}")
+        return Found(name, None, " ".join(line.strip() for line in said[-2:]) or f"exit code {done.returncode}")
     return Found(name, json.loads(record.read_text(encoding="utf-8"))["results"]["step"])
 
 
 @contextmanager
-def checked_out(revision: str, folder: Path) -> Iterator[Path]:
-    """A revision of this repository in a folder of its own, for the time. Raises :class:`ConfigError` when git knows none of that name."""
+def checked_out(revision: str | None, folder: Path) -> Iterator[Path | None]:
+    """A revision of this repository in a folder of its own, for the time; ``None`` for none. Raises :class:`ConfigError` when git knows
+    none of that name."""
+    if revision is None:
+        yield None
+        return
     repository = Path(__file__).resolve().parents[2]
     with TemporaryDirectory(dir=folder) as place:
         tree = Path(place) / "tree"

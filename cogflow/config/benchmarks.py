@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # step | train | export | assemble | panel | indicator | overhead | traffic | separation | watch
+    what: str = "export"  # all | step | train | export | assemble | panel | indicator | overhead | traffic | separation | watch
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export, train: a clone of zai-org/CogVideo, to run its own code beside; train: also bare, or a git revision

@@ -186,7 +186,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"),
+        "what": one_of("all", "step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"),
         "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,6 +11,9 @@ from cogflow.errors import ConfigError
 from cogflow.planning import advice, memory, traffic
 from cogflow.planning.plan import Plan, plan
 from cogflow.tracking.console import say
+
+DEAR, FEWEST = 0.1, 10
+"""Share of the training before it above which a validation is dear, and the fewest denoising steps that still show blur and no noise."""
 
 
 def show(config: Config) -> None:
@@ -152,7 +156,18 @@ def _validation(plan: Plan) -> list[str]:
         f"one validation: {plan.samples} videos ({plan.prompts} prompts x {len(sampling.seeds)} seeds; {plan.prompts_source}) x "
         f"{sampling.steps} steps x {plan.passes} passes: {peta(plan.validation_flops)}, {duration(plan.validation_seconds)} beside "
         f"decoding; {share:.1%} of the {between} training steps before it",
+        *_cheaper(share, sampling.steps, between),
     ]
+
+
+def _cheaper(share: float, steps: int, between: int) -> list[str]:
+    """What brings a validation down to :data:`DEAR` of the training before it."""
+    if share <= DEAR:
+        return []
+    every = math.ceil(between * share / DEAR / 10) * 10
+    fewer = int(steps * DEAR / share)
+    ways = [f"stage.sample_every={every}", *([f"sampling.steps={fewer}"] if fewer >= FEWEST else []), "fewer prompts"]
+    return [f"  dear: {', '.join(ways[:-1])} or {ways[-1]} would make it {DEAR:.0%}"]
 
 
 def _run(plan: Plan) -> list[str]:

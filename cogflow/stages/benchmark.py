@@ -25,7 +25,7 @@ from cogflow.benchmarking.traffic import RANKS
 from cogflow.benchmarking.traffic import compare as compare_traffic
 from cogflow.benchmarking.traffic import told as told_traffic
 from cogflow.config.schema import BenchmarkStage, Config
-from cogflow.errors import DataError
+from cogflow.errors import CogflowError, DataError
 from cogflow.files.paths import run_folder
 from cogflow.sharpness.watch_nulls import MEASURED
 from cogflow.tracking.console import say, table
@@ -49,14 +49,29 @@ def run(config: Config) -> None:
         return
     started = time.time()
     folder = run_folder(config.run)
-    results, (columns, rows) = WHAT[stage.what](config, stage, folder)
+    found: dict[str, dict[str, Any]] = {}
+    for what in ALL if stage.what == "all" else (stage.what,):
+        try:
+            found[what] = _measured(config, stage, what, folder)
+        except CogflowError as error:
+            if stage.what != "all":
+                raise
+            found[what] = {"summary": f"{what}: not measured: {error}"}
     if not ranks.is_main():
         return
-    table([[shown(cell) for cell in row] for row in rows], columns)
-    with open_tracker(config, "benchmark", folder) as tracker:
-        tracker.table(f"benchmark/{stage.what}", columns, rows)
+    results = {"summary": "\n".join(str(one["summary"]) for one in found.values()), **found} if stage.what == "all" else found[stage.what]
     record = record_stage(folder, "benchmark", config, {"what": stage.what}, results, started=started)
     say(f"{results['summary']}\nrecord: {record}")
+
+
+def _measured(config: Config, stage: BenchmarkStage, what: str, folder: Path) -> dict[str, Any]:
+    """The results of one benchmark, whose table is printed and logged by rank 0."""
+    results, (columns, rows) = WHAT[what](config, stage, folder)
+    if ranks.is_main():
+        table([[shown(cell) for cell in row] for row in rows], columns)
+        with open_tracker(config, "benchmark", folder) as tracker:
+            tracker.table(f"benchmark/{what}", columns, rows)
+    return results
 
 
 def export(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
@@ -179,6 +194,10 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "step": steps.step,
     "train": steps.train,
 }
+
+
+ALL = ("train", "overhead", "export", "assemble", "panel", "indicator", "traffic")
+"""What stage.what=all measures, one after another: all but the judgement of the panel and the watch."""
 
 
 def middle(rows: list[dict[str, Any]], names: Sequence[str] = FIGURES) -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_a_validation_is_counted() -> None:
     assert one.samples == 8 and one.validation_flops == pytest.approx(8 * 50 * 2 * one.forward.total)
     assert one.validation_seconds == pytest.approx(50 * 2 * one.forward.total / (one.device.tflops * 1e12))
     assert made("model=cogvideox-5b", "stage.sample_every=0").sampling is None
+
+
+def test_a_dear_validation_says_what_would_be_cheaper() -> None:
+    words = ["model=cogvideox-5b", "stage.plan_gpus=8", "sampling.seeds=[0,1]", "stage.steps=1000"]
+    said = "\n".join(report.lines(made(*words, "stage.sample_every=50")))
+    dear = re.search(r"dear: stage.sample_every=(\d+), sampling.steps=(\d+) or fewer prompts would make it 10%", said)
+    assert dear is not None, said
+    cheaper = made(*words, f"stage.sample_every={dear[1]}")
+    assert cheaper.validation_seconds <= 0.1 * int(dear[1]) * cheaper.pace.step
+    fewer = made(*words, "stage.sample_every=50", f"sampling.steps={dear[2]}")
+    assert fewer.validation_seconds <= 0.1 * 50 * fewer.pace.step
+    assert "dear" not in "\n".join(report.lines(cheaper)) and "dear" not in "\n".join(report.lines(fewer))
 
 
 def test_the_command_prints_a_plan_without_deepspeed(tmp_path: Path) -> None:

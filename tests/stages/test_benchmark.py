@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.errors import ConfigError, DataError
 from cogflow.stages import load
+from tests.conftest import Command
 
 HOLD = "import time; x = bytearray(300_000_000); x[::4096] = bytes([1]) * len(x[::4096]); time.sleep(0.5)"
 
@@ -112,3 +114,41 @@ def test_the_panels_cost_is_told_part_by_part() -> None:
 def test_settings_that_measure_nothing(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong.split("=")[0]):
         compose(["stage=benchmark", wrong])
+
+
+def step_words(root: Path, *more: str) -> list[str]:
+    return ["stage=benchmark", f"run.root={root}", "run.name=b", "tracking=off", "stage.steps=1", *more]
+
+
+def results(root: Path) -> dict[str, Any]:
+    return dict(json.loads((root / "b" / "benchmark.json").read_text())["results"])
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_beside_a_bare_loop_and_its_ceiling(tmp_path: Path, cogflow: Command) -> None:
+    done = cogflow(*step_words(tmp_path, "stage.what=step", "stage.vs=bare", "stage.repeats=2"))
+    step = results(tmp_path)["step"]
+    assert step["tokens"] == 104 and step["parameters"] == 3_053_312 and "beside a bare loop" in done.stdout
+    assert 0 < step["seconds"]["lowest"] <= step["seconds"]["median"] <= step["seconds"]["highest"]
+    assert step["mfu"] == pytest.approx(step["flops"]["useful"] / step["seconds"]["median"] / step["ceiling"]["flops"])
+    # Torch counts no attention on a CPU; formulas do.
+    assert 0.85 < step["flops"]["counted"] / step["flops"]["useful"] < 1.01
+    assert step["bare"]["median"] > 0 and 0 < step["memory"]["weights"] < step["memory"]["resident"] < step["memory"]["peak"]
+
+
+@pytest.mark.slow
+def test_settings_of_a_step_beside_each_other_and_beside_a_revision(tmp_path: Path, cogflow: Command, repository: Path) -> None:
+    revision = ["stage.vs=HEAD"] if (repository / ".git").exists() else []
+    settings = "stage.settings=['','speed.attention=math deepspeed=zero1','speed.attention=cudnn']"
+    cogflow(*step_words(tmp_path, "stage.what=train", settings, *revision))
+    rows = results(tmp_path)["rows"]
+    assert [row["settings"] for row in rows] == ["as it is", "speed.attention=math deepspeed=zero1", "speed.attention=cudnn"] + [
+        "cogflow at HEAD" for _ in revision
+    ]
+    assert [row["step"] is None for row in rows] == [False, False, True, *(False for _ in revision)]
+    assert "needs a GPU" in rows[2]["problem"]
+
+
+def test_a_revision_that_is_none_is_told_before_anything_runs(tmp_path: Path, cogflow: Command) -> None:
+    done = cogflow(*step_words(tmp_path, "stage.what=train", "stage.vs=no-such-revision"), code=2)
+    assert "no-such-revision: neither bare, nor a clone of zai-org/CogVideo, nor a revision" in done.stderr

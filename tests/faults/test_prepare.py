@@ -151,7 +151,7 @@ def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(place: Pl
 
 
 def test_a_rank_that_stands_still_is_named_and_both_end(place: Place, only_good: Path) -> None:
-    done = prepare(place, "hung-rank", only_good, "stage.stall_minutes=0.05", ranks=2, fault="hang@encoding#2/1", seconds=60)
+    done = prepare(place, "hung-rank", only_good, "stage.stall_minutes=0.15", ranks=2, fault="hang@encoding#2/1", seconds=60)
     assert done.fired == ["hang@encoding#2/1"] and done.codes == [1, 1] and not done.timed_out, (done.codes, done.text[-3000:])
     assert "rank 1 (" in done.text and "stands at: encoding clips" in done.text
 

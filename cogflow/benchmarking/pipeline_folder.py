@@ -44,10 +44,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     count = layers or member.layers
     facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=count)})
     t5 = T5_XXL | {"num_layers": max(1, round(T5_XXL["num_layers"] * count / member.layers)), "d_model": member.text_width}
-    vae = {
-        "_class_name": "AutoencoderKLCogVideoX", **PUBLISHED_VAE, "scaling_factor": member.scaling_factor,
-        "invert_scale_latents": member.invert_scale_latents,
-    } | (SMALL_VAE if family == "tiny" else {})  # fmt: skip
+    vae = vae_config(family)
     with publish_folder(folder, replace=True) as partly:
         _component(partly, "transformer", configs.transformer_config(facts), DTYPES[member.dtype])
         _component(partly, "vae", vae, torch.float32)
@@ -57,6 +54,15 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
         write_json(partly / "scheduler" / "scheduler_config.json", configs.scheduler_config(facts))
         write_json(partly / "model_index.json", configs.model_index(facts))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def vae_config(family: str) -> dict[str, Any]:
+    """The ``config.json`` of the family's VAE, a small one for the tiny model."""
+    member = FAMILY[family]
+    return {
+        "_class_name": "AutoencoderKLCogVideoX", **PUBLISHED_VAE, "scaling_factor": member.scaling_factor,
+        "invert_scale_latents": member.invert_scale_latents,
+    } | (SMALL_VAE if family == "tiny" else {})  # fmt: skip
 
 
 def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -29,7 +29,6 @@ from cogflow.planning import flops, shape
 from cogflow.planning.plan import plan, recomputed
 from cogflow.training import parts, speed, start
 from cogflow.training.engine import Engine
-from cogflow.training.following import Hooks
 from cogflow.training.loader import Loader
 from cogflow.training.loop import Trainer
 from cogflow.weights.strict import expected_shapes, skeleton
@@ -54,11 +53,7 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     best = ceiling(device, dtype)
-    steps = 1 + (1 + stage.repeats) * stage.steps
-    train = TrainStage(
-        steps=steps, batch_size=stage.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0, learning_rate=1e-6
-    )
-    asked = replace(config, stage=train)
+    asked = training(config, stage, 1 + (1 + stage.repeats) * stage.steps)
     watch = MemoryWatch(device)
     trainer = make_trainer(asked, device, dtype, watch)
     counted = _first_step(trainer, count=config.speed.compile == "off")
@@ -67,7 +62,7 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     other = bare_steps(trainer.engine, trainer, stage.batch_size) if stage.vs == BARE else None
     turns = Turns(stage.steps, device, advance, other)
     started = time.perf_counter() - began
-    trainer.run(1, _hooks(turns, waited))
+    trainer.run(1, turns.hooks(waited))
     mine, theirs = speed_of(turns.ours[1:], stage.batch_size), speed_of(turns.theirs[1:], stage.batch_size)
     foreseen = plan(asked)
     useful = flops.step(foreseen.shape, foreseen.tokens, recomputed=0).total * stage.batch_size
@@ -91,6 +86,14 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
         "memory": watch.found() | {"foreseen": foreseen.gpu.parts, "foreseen peak": foreseen.gpu.phases["forward and backward"]},
         "start seconds": started,
     }
+
+
+def training(config: Config, stage: BenchmarkStage, steps: int) -> Config:
+    """``config`` with settings of a training of so many steps, between which nothing is due."""
+    train = TrainStage(
+        steps=steps, batch_size=stage.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0, learning_rate=1e-6
+    )
+    return replace(config, stage=train)
 
 
 def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch: MemoryWatch) -> Trainer:
@@ -125,26 +128,13 @@ def speed_of(turns: list[Turn], batch_size: int) -> Speed | None:
 
 def _first_step(trainer: Trainer, *, count: bool) -> float | None:
     """The step that makes room for everything; with its operations as torch counts them, where nothing is compiled."""
-    with Loader(trainer._batch, 1, trainer.device) as loader:
+    with Loader(trainer.batch, 1, trainer.device) as loader:
         if not count:
             trainer.train_step(0, loader)
             return None
         with FlopCounterMode(display=False) as counter:
             trainer.train_step(0, loader)
         return float(counter.get_total_flops())
-
-
-def _hooks(turns: Turns, waited: list[float]) -> Hooks:
-    def nothing(*_: Any) -> None:
-        pass
-
-    def log(done: int, values: dict[str, float]) -> None:
-        waited.append(values["train/data_wait"])
-
-    return Hooks(
-        log=log, validate=nothing, save=nothing, stopped=nothing, save_weights=nothing, stop=lambda: ranks.anywhere(False),
-        advance=turns.after_step, warn=nothing, not_finite=nothing,
-    )  # fmt: skip
 
 
 class MemoryWatch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ RING = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "broadcast": 
 
 GLOO = RING | {"reduce_scatter": 2.0}
 """The same of what torch's gloo makes of them."""
+
+LAUNCHER = re.compile(r"^.*torch/distributed/elastic/.*$", re.MULTILINE)
+"""A line of torchrun's own."""
 
 COMMON = (
     "stage=train", "model=tiny", "stage.batch_size=1", "stage.gradient_accumulation=2", "stage.sample_every=0", "stage.evaluate_every=0",
@@ -87,7 +91,9 @@ def measure(cases: Sequence[Case], world: int) -> list[dict[str, Any]]:
             [sys.executable, "-m", *start, str(asked), str(results)], capture_output=True, text=True, env=env, check=False
         )
         if done.returncode or not results.is_file():
-            raise CogflowError(f"The trainings on {world} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            # What the launcher says of its ranks follows what they said themselves, and is longer.
+            own = LAUNCHER.split(done.stderr, maxsplit=1)[0] or done.stderr
+            raise CogflowError(f"The trainings on {world} ranks ended with {done.returncode}:\n{own[-2000:]}")
         found: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
         return found
 

@@ -6,8 +6,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from cogflow import ranks
+from cogflow.training.following import Hooks
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Turns:
                 pass
             self.theirs.append(self._turn())
         self.advance(1)
+
+    def hooks(self, waited: list[float]) -> Hooks:
+        """Of a training between whose steps nothing is due; seconds waited for data go to ``waited``."""
+
+        def nothing(*_: Any) -> None:
+            pass
+
+        def log(done: int, values: dict[str, float]) -> None:
+            waited.append(values["train/data_wait"])
+
+        return Hooks(
+            log=log, validate=nothing, save=nothing, stopped=nothing, save_weights=nothing, stop=lambda: ranks.anywhere(False),
+            advance=self.after_step, warn=nothing, not_finite=nothing,
+        )  # fmt: skip
 
     def _turn(self) -> Turn:
         wall, cores = self._clock

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+WHATS = (
+    "all", "step", "train", "overhead", "checkpoint", "validate", "export", "assemble", "panel", "indicator", "traffic", "separation",
+    "watch",
+)  # fmt: skip
+"""What can be measured; each is told in docs/benchmarks.md."""
+
 
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark
-    what: str = "export"  # all | step | train | export | assemble | panel | indicator | overhead | traffic | separation | watch
+    what: str = "export"  # what is measured: stage.what=? lists it, docs/benchmarks.md tells it; all: nearly everything
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
     vs: str | None = None  # export, train: a clone of zai-org/CogVideo, to run its own code beside; train: also bare, or a git revision

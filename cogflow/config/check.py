@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cogflow.config.benchmarks import WHATS
 from cogflow.config.build import show
 from cogflow.config.parallel import not_measured, shared
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
@@ -186,7 +187,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
-        "what": one_of("all", "step", "train", "export", "assemble", "panel", "separation", "watch", "indicator", "overhead", "traffic"),
+        "what": one_of(*WHATS),
         "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
         "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
     },

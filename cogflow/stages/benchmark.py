@@ -12,6 +12,7 @@ from typing import Any
 from cogflow import ranks
 from cogflow.benchmarking import alarm, steps
 from cogflow.benchmarking.assemble import compare_assemble
+from cogflow.benchmarking.checkpoint_cost import checkpoints
 from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
@@ -24,6 +25,7 @@ from cogflow.benchmarking.tables import Table, shown
 from cogflow.benchmarking.traffic import RANKS
 from cogflow.benchmarking.traffic import compare as compare_traffic
 from cogflow.benchmarking.traffic import told as told_traffic
+from cogflow.benchmarking.validation_cost import validation
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import CogflowError, DataError
 from cogflow.files.paths import run_folder
@@ -191,12 +193,14 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "indicator": indicator,
     "overhead": overhead,
     "traffic": traffic,
+    "checkpoint": checkpoints,
+    "validate": validation,
     "step": steps.step,
     "train": steps.train,
 }
 
 
-ALL = ("train", "overhead", "export", "assemble", "panel", "indicator", "traffic")
+ALL = ("train", "overhead", "checkpoint", "validate", "export", "assemble", "panel", "indicator", "traffic")
 """What stage.what=all measures, one after another: all but the judgement of the panel and the watch."""
 
 

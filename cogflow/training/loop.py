@@ -68,7 +68,7 @@ class Trainer:
         self.following.begin(start)
         if start == 0 or owed:
             self._between(start, hooks)
-        with Loader(self._batch, stage.gradient_accumulation, self.device, self.ahead) as loader:
+        with Loader(self.batch, stage.gradient_accumulation, self.device, self.ahead) as loader:
             for step in range(start, stage.steps):
                 update = self.train_step(step, loader)
                 done = step + 1
@@ -208,7 +208,8 @@ class Trainer:
     def _names(self, step: int, micro: int) -> list[str]:
         return [self.cache.name_of(index) for index in self._chosen(step, micro)]
 
-    def _batch(self, step: int, micro: int) -> Batch:
+    def batch(self, step: int, micro: int) -> Batch:
+        """What this rank trains on in ``micro`` step of ``step``, on the CPU: a pure function."""
         stage = self.stage
         # The slot is counted over accumulation and ranks, so that 2 ranks draw what 1 rank with 2 micro steps draws.
         first = (micro * self.place.data_ranks + self.place.data_rank) * stage.batch_size

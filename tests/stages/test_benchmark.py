@@ -152,3 +152,38 @@ def test_settings_of_a_step_beside_each_other_and_beside_a_revision(tmp_path: Pa
 def test_a_revision_that_is_none_is_told_before_anything_runs(tmp_path: Path, cogflow: Command) -> None:
     done = cogflow(*step_words(tmp_path, "stage.what=train", "stage.vs=no-such-revision"), code=2)
     assert "no-such-revision: neither bare, nor a clone of zai-org/CogVideo, nor a revision" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_save_beside_torch_save_and_cp(tmp_path: Path, cogflow: Command) -> None:
+    cogflow(*step_words(tmp_path, "stage.what=checkpoint", "stage.repeats=2"))
+    found = results(tmp_path)
+    assert len(found["rows"]) == 8 and set(found["parts"]) == {"states", "weights", "hashes", "publishing", "verifying"}
+    # Twelve bytes a parameter of masters and moments, and the weights twice: DeepSpeed's file holds them, too.
+    assert all(row["gb"] == pytest.approx(3_053_312 * 20 / 1e9, rel=0.05) for row in found["rows"])
+    assert not (tmp_path / "b" / "benchmark").exists()
+
+
+@pytest.mark.slow
+def test_a_validation_by_part_beside_training(tmp_path: Path, cogflow: Command) -> None:
+    cogflow(*step_words(tmp_path, "stage.what=validate", "stage.repeats=2", "sampling.steps=2"))
+    found = results(tmp_path)
+    assert len(found["samples"]) == 2 and set(found["seconds"]) == {"denoising", "decoding", "panel", "writing"}
+    assert found["share"] == pytest.approx(8 * sum(found["seconds"].values()) / (500 * found["training step"]))
+
+
+@pytest.mark.slow
+def test_all_goes_on_where_one_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cogflow.errors import DataError
+    from cogflow.stages import benchmark
+
+    def broken(*_: Any) -> Any:
+        raise DataError("no clips", "Give some.")
+
+    monkeypatch.setattr(benchmark, "ALL", ("panel", "indicator"))
+    monkeypatch.setitem(benchmark.WHAT, "panel", broken)
+    config = compose(["stage=benchmark", "stage.what=all", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking=off"])
+    benchmark.run(config)
+    found = results(tmp_path)
+    assert found["panel"] == {"summary": "panel: not measured: no clips\n  Give some."} and found["indicator"]["rows"]
+    assert found["summary"].count("\n") == 2

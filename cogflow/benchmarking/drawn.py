@@ -16,16 +16,16 @@ POOL = 1 << 22
 
 
 class DrawnWeights:
-    """Values of 0.02 times a normal distribution for every tensor of ``shapes``; scales of norms are 1."""
+    """Values of 0.02 times a normal distribution for every tensor of ``shapes``, on ``device``; scales of norms are 1."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | None = None) -> None:
         self.tensors = {name: TensorInfo(name, shape, torch.float32, Path()) for name, shape in shapes.items()}
-        self._pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02
+        self._pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(device or "cpu")
 
     def read(self, name: str) -> torch.Tensor:
         shape = self.tensors[name].shape
         if len(shape) == 1 and name.endswith("weight"):
-            return torch.ones(shape)
+            return torch.ones(shape, device=self._pool.device)
         count, start = int(torch.Size(shape).numel()), zlib.crc32(name.encode()) % (POOL // 2)
         return self._pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
 

@@ -66,7 +66,7 @@ def measure(config: Config, stage: BenchmarkStage, clone: Path, python: str | No
     found = json.loads(answer.read_text(encoding="utf-8"))
     speed = speed_of([Turn(seconds, 0.0) for seconds in found["turns"]], stage.batch_size)
     tokens = shape.tokens(own, data.frames, data.height, data.width)
-    useful = flops.step(own, tokens, recomputed=0).total * stage.batch_size
+    useful = flops.step(own, tokens).total * stage.batch_size
     return {
         "model": config.model.name,
         "parameters": own.parameters,

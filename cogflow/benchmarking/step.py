@@ -26,11 +26,12 @@ from cogflow.config.schema import BenchmarkStage, Config, TrainStage
 from cogflow.models import components, tiny
 from cogflow.models.inputs import Inputs
 from cogflow.planning import flops, shape
-from cogflow.planning.plan import plan, recomputed
-from cogflow.training import parts, speed, start
+from cogflow.planning.plan import kept, plan
+from cogflow.training import speed, start
 from cogflow.training.engine import Engine
 from cogflow.training.loader import Loader
 from cogflow.training.loop import Trainer
+from cogflow.training.recomputation import recompute
 from cogflow.weights.strict import expected_shapes, skeleton
 
 CLIPS = 4
@@ -50,6 +51,7 @@ class Speed:
 def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None]) -> dict[str, Any]:
     """What a step costs here, beside what it could; with ``stage.vs=bare`` beside the loop one writes first, by turns."""
     began = time.perf_counter()
+    speed.grow_segments()
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     best = ceiling(device, dtype)
@@ -65,8 +67,8 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     trainer.run(1, turns.hooks(waited))
     mine, theirs = speed_of(turns.ours[1:], stage.batch_size), speed_of(turns.theirs[1:], stage.batch_size)
     foreseen = plan(asked)
-    useful = flops.step(foreseen.shape, foreseen.tokens, recomputed=0).total * stage.batch_size
-    done = flops.step(foreseen.shape, foreseen.tokens, recomputed=foreseen.setting.recomputed(foreseen.shape.layers))
+    useful = flops.step(foreseen.shape, foreseen.tokens).total * stage.batch_size
+    done = flops.step(foreseen.shape, foreseen.tokens, foreseen.setting.kept(foreseen.shape.layers))
     return {
         "model": config.model.name,
         "parameters": foreseen.shape.parameters,
@@ -102,10 +104,10 @@ def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch
     if not isinstance(stage, TrainStage):
         raise TypeError("a step needs the settings of stage=train")
     shape_of, source = shape.config_of(config.model)
-    weights = DrawnWeights(expected_shapes(skeleton(shape_of, Path(source))))
+    weights = DrawnWeights(expected_shapes(skeleton(shape_of, Path(source))), device)
     transformer = start.make(shape_of, weights, config.deepspeed, stage, dtype, device)
     watch.after_weights()
-    parts.recompute(transformer, config.deepspeed, recomputed(config))
+    recompute(transformer, config.deepspeed, kept(config))
     speed.prepare(transformer, config.speed, device, dtype)
     engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
     data, own = config.data, transformer.config

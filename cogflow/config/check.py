@@ -143,7 +143,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "checkpoint_keep": one_of("auto", "nothing", "attention", "products", "all"), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
     "ParallelConfig": {"sequence": at_least(1)},
     "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
@@ -244,6 +244,7 @@ def _between(config: Config) -> Iterator[Problem]:
             ("sampling.steps", "sampling.sampler"),
         )
     yield from _deepspeed(deepspeed)
+    yield from _kept(config)
     if isinstance(stage, FlowStage) and stage.train.plan:
         yield Problem("stage.train.plan=true: a plan trains nothing to go on with; use stage=train stage.plan=true.", ("stage.train.plan",))
     train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
@@ -273,6 +274,17 @@ def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
                 f"{max(1, train.sample_every or train.steps // 4)}.",
                 (f"{path}.{key}", f"{path}.save_every"),
             )
+
+
+def _kept(config: Config) -> Iterator[Problem]:
+    """ZeRO-3's gathering cannot be compiled together with what decides what is kept."""
+    keep, how = config.deepspeed.checkpoint_keep, config.speed.compile
+    if config.deepspeed.zero_stage == 3 and how != "off" and keep not in ("auto", "nothing"):
+        yield Problem(
+            f"deepspeed.checkpoint_keep={keep}: with speed.compile={how} and deepspeed.zero_stage=3 recomputed blocks keep nothing; "
+            "it should be auto or nothing.",
+            ("deepspeed.checkpoint_keep", "speed.compile", "deepspeed.zero_stage"),
+        )
 
 
 def _deepspeed(deepspeed: Any) -> Iterator[Problem]:

@@ -58,6 +58,7 @@ class DeepSpeedConfig:
     overlap_comm: bool = False  # reduce gradients while the backward pass goes on
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     checkpoint_every_block: int = 1  # with activation_checkpointing: 1 all blocks, 2 every other one, 3 every third; 0: as few as fit
+    checkpoint_keep: str = "auto"  # by recomputed blocks: nothing | attention | products (linear layers but the widest) | all | auto
     reduce_dtype: str = "fp32"  # gradients are summed over the ranks in: fp32 | model (its own: half the traffic, more rounding)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cogflow.config.schema import DeepSpeedConfig
-from cogflow.planning import memory
+from cogflow.planning import fitting, memory
 from cogflow.planning.pace import Pace, pace
 from cogflow.planning.plan import Plan
 from cogflow.planning.setting import NODE, Setting
@@ -93,7 +93,7 @@ def of_preset(setting: Setting, name: str, gpus: int) -> Setting:
     return replace(
         setting,
         gpus=gpus,
-        blocks=None,
+        fitted=None,
         local=setting.local if gpus == setting.gpus else min(gpus, max(setting.local, NODE)),
         zero_stage=int(preset["zero_stage"]),
         offload_optimizer=bool(preset["offload_optimizer"]),
@@ -109,6 +109,8 @@ def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words
     if layout.gpus != plan.setting.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
     encoder = plan.encoder
+    if fitting.asked(layout):
+        layout = fitting.fitted(plan.shape, plan.tokens, layout, sampling, plan.device.memory, encoder=encoder)
     return Option(
         gpus=layout.gpus,
         words=tuple(words),

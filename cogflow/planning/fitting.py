@@ -1,12 +1,15 @@
-"""How many blocks must compute their activations twice, so that a step fits: with ``deepspeed.checkpoint_every_block=0``."""
+"""How much blocks may keep of their activations, so that a step fits and as little as possible is computed twice: with
+``deepspeed.checkpoint_every_block=0`` and ``deepspeed.checkpoint_keep=auto``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
-from cogflow.planning import memory
-from cogflow.planning.memory import Sampling
-from cogflow.planning.setting import Setting
+from cogflow.planning import flops, memory
+from cogflow.planning.memory import KEPT, Sampling
+from cogflow.planning.setting import EVERYTHING, Setting
 from cogflow.planning.shape import Shape, Tokens
 
 FILLED = 0.95
@@ -14,14 +17,31 @@ FILLED = 0.95
 
 
 def asked(setting: Setting) -> bool:
-    """Whether the settings leave the number to the memory there is."""
-    return setting.checkpointing and setting.checkpoint_every == 0
+    """Whether the settings leave something to the memory there is."""
+    return setting.checkpointing and (setting.checkpoint_every == 0 or setting.keep == "auto")
 
 
 def fitted(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | None, bytes_: float, *, encoder: float) -> Setting:
-    """``setting`` with the fewest recomputed blocks that fit into ``bytes_`` of a GPU; all of them, when nothing fits."""
-    for count in range(shape.layers):
-        layout = replace(setting, blocks=count)
+    """``setting`` with the least recomputation that fits into ``bytes_`` of a GPU; with all of it, when nothing fits."""
+
+    def again(kept: Mapping[str, int]) -> tuple[float, int]:
+        """Operations that are done twice, then blocks whose norms and activations are."""
+        return flops.step(shape, tokens, kept).recomputation, shape.layers - kept.get(EVERYTHING, 0)
+
+    ways = sorted(_ways(setting, shape.layers), key=again)
+    for kept in ways:
+        layout = replace(setting, fitted=kept)
         if memory.gpu(shape, tokens, layout, sampling, encoder=encoder).peak <= FILLED * bytes_:
             return layout
-    return replace(setting, blocks=shape.layers)
+    return replace(setting, fitted=ways[-1])
+
+
+def _ways(setting: Setting, layers: int) -> Iterator[Mapping[str, int]]:
+    """All that the settings allow: no block is further from another than one kind, of which the first keeps less."""
+    fixed = len(range(0, layers, setting.checkpoint_every)) if setting.checkpoint_every else None
+    kinds = [*KEPT] if setting.keep == "auto" else [setting.keep, EVERYTHING]
+    if fixed is not None:
+        yield from ({kind: fixed, EVERYTHING: layers - fixed} for kind in kinds if kind != EVERYTHING)
+        return
+    for less, more in pairwise(kinds):
+        yield from ({less: count, more: layers - count} for count in range(layers + 1))

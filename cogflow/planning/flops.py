@@ -3,6 +3,7 @@ activations, the loss) is less than a hundredth at the sizes of the family; a te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cogflow.planning.shape import Shape, Tokens
@@ -54,10 +55,17 @@ def forward(shape: Shape, tokens: Tokens) -> Forward:
     )
 
 
-def step(shape: Shape, tokens: Tokens, *, recomputed: int) -> Step:
-    """Of one sample, with so many blocks computed again.
+WIDEST = 1 / 3
+"""Share of a block's linear layers that is the first of its feed-forward, the one whose result is not kept with the other products."""
+
+
+def step(shape: Shape, tokens: Tokens, kept: Mapping[str, int] | None = None) -> Step:
+    """Of one sample. ``kept``: blocks by what they keep (:data:`cogflow.planning.memory.KEPT`); default: all keep everything.
 
     Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted.
     """
     one = forward(shape, tokens)
-    return Step(one.total, 2 * one.total - one.inputs, (one.total - one.outside) * recomputed / shape.layers)
+    blocks = one.linear - one.outside
+    twice = {"nothing": blocks + one.attention, "attention": blocks, "products": blocks * WIDEST}
+    again = sum(count * twice.get(keep, 0.0) for keep, count in (kept or {}).items())
+    return Step(one.total, 2 * one.total - one.inputs, again / shape.layers)

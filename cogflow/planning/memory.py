@@ -15,6 +15,11 @@ SAVED, WORKING, INFERENCE = 22.1, 28.0, 13.0
 """Copies of the hidden states (tokens x width, in the training dtype) of one block: kept for the backward pass, alive at the height of
 forward plus backward, and alive without gradients. Counted over every allocation of diffusers' block; a test counts the first again."""
 
+KEPT = {"nothing": 1.0, "attention": 2.03, "products": 7.03, "all": 11.03, "everything": SAVED}
+"""Copies of the hidden states that a block keeps, by ``deepspeed.checkpoint_keep``: its input; attention's output besides, with its
+logarithms of sums; the results of all linear layers but the widest besides; those of all; and all that the backward pass asks for, where
+nothing is computed again. A test counts them."""
+
 SUBGROUP = 10**9
 """Elements that ZeRO-3 updates at once."""
 
@@ -86,7 +91,7 @@ def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | Non
     # What a shared sequence copies for its exchanges lies at attention, where less is alive than at the feed-forward's height.
     hidden = tokens.total / setting.sequence * shape.width * size * setting.batch
     again = setting.recomputed(shape.layers)
-    parts["activations"] = hidden * (again + (shape.layers - again) * SAVED)
+    parts["activations"] = hidden * sum(count * KEPT[keep] for keep, count in setting.kept(shape.layers).items())
     parts["temporary peak"] = WORKING * hidden if again else (WORKING - SAVED) * hidden
     parts["optimizer step"] = _step(trained, setting)
     parts["EMA"] = 0.0 if not setting.ema or setting.ema_on_host else 4 * shape.parameters * share

@@ -26,7 +26,7 @@ class Pace:
 
 def pace(shape: Shape, tokens: Tokens, setting: Setting, tflops: float) -> Pace:
     """Of a step of ``setting`` on GPUs that reach ``tflops`` TFLOP/s."""
-    one = flops.step(shape, tokens, recomputed=setting.recomputed(shape.layers))
+    one = flops.step(shape, tokens, setting.kept(shape.layers))
     clips = setting.batch * setting.accumulation / setting.sequence
     # ZeRO-2 reduces in the backward pass of each micro step, ZeRO-0 and 1 in that of the last.
     behind = clips if setting.zero_stage >= 2 else clips / setting.accumulation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -173,7 +174,7 @@ def plan(config: Config) -> Plan:
         gpu=memory.gpu(own, tokens, layout, sampling, encoder=encoder),
         host=memory.host(own, layout, validates=sampling is not None, encoder=encoder),
         forward=flops.forward(own, tokens),
-        sample=flops.step(own, tokens, recomputed=layout.recomputed(own.layers)),
+        sample=flops.step(own, tokens, layout.kept(own.layers)),
         traffic=traffic.traffic(own, tokens, layout),
         disk=Disk(*disk.checkpoint(own, layout), disk.at_once(stage), disk.weights_alone(stage), disk.free(run)),
         clips=data.clips(config, run),
@@ -183,11 +184,13 @@ def plan(config: Config) -> Plan:
     )
 
 
-def recomputed(config: Config) -> int | None:
-    """Blocks that training computes twice, where ``deepspeed.checkpoint_every_block=0`` leaves it to the memory there is; else ``None``."""
-    if not config.deepspeed.activation_checkpointing or config.deepspeed.checkpoint_every_block:
+def kept(config: Config) -> Mapping[str, int] | None:
+    """Blocks by what they keep of their activations, where the settings leave it to the memory there is; else ``None``."""
+    deepspeed = config.deepspeed
+    if not deepspeed.activation_checkpointing or (deepspeed.checkpoint_every_block and deepspeed.checkpoint_keep != "auto"):
         return None
-    return plan(config).setting.blocks
+    made = plan(config)
+    return made.setting.kept(made.shape.layers)
 
 
 def dtype_of(config: Config) -> str:

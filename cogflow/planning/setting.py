@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cogflow.config.schema import Config, TrainStage
@@ -10,6 +11,9 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NODE = 8
 """GPUs of one machine, where there are that many."""
 
+EVERYTHING = "everything"
+"""Kept by a block that is not recomputed."""
+
 REUSE = 10**9
 """Elements within which ZeRO-3 keeps what it gathered because it is used again: DeepSpeed's ``stage3_max_reuse_distance``."""
 
@@ -17,7 +21,8 @@ REUSE = 10**9
 @dataclass(frozen=True)
 class Setting:
     """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
-    those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, of which ``blocks`` is the number once it is known. ``ema``:
+    those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, ``keep``: what they keep, ``auto`` for what fits; ``fitted``:
+    what that comes to, once it is known, as :meth:`kept` has it. ``ema``:
     whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``: elements within which ZeRO-3 keeps
     weights for their next use. ``sequence``: GPUs that share each batch of ``batch`` clips."""
 
@@ -38,7 +43,8 @@ class Setting:
     ema: bool
     ema_every: int
     ema_on_host: bool
-    blocks: int | None = None
+    keep: str = "nothing"
+    fitted: Mapping[str, int] | None = None
     reuse: int = REUSE
     sequence: int = 1
 
@@ -51,11 +57,23 @@ class Setting:
     def nodes(self) -> int:
         return -(-self.gpus // self.local)
 
+    def kept(self, layers: int) -> Mapping[str, int]:
+        """Blocks by what they keep (:data:`cogflow.planning.memory.KEPT`), those that keep least first."""
+        if self.fitted is not None:
+            return self.fitted
+        again = -(-layers // max(1, self.checkpoint_every)) if self.checkpointing else 0
+        return {"nothing" if self.keep == "auto" else self.keep: again, EVERYTHING: layers - again}
+
     def recomputed(self, layers: int) -> int:
-        """Blocks whose activations are dropped and computed again."""
-        if self.checkpointing and self.blocks is not None:
-            return self.blocks
-        return -(-layers // max(1, self.checkpoint_every)) if self.checkpointing else 0
+        """Blocks whose activations are dropped and computed again, all or some."""
+        return layers - self.kept(layers).get(EVERYTHING, 0)
+
+
+def _keep(config: Config) -> str:
+    """What recomputed blocks keep; nothing where the settings allow no choice."""
+    asked = config.deepspeed.checkpoint_keep
+    none = not config.deepspeed.activation_checkpointing or (config.deepspeed.zero_stage == 3 and config.speed.compile != "off")
+    return "nothing" if none else asked
 
 
 def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -> Setting:
@@ -69,6 +87,7 @@ def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -
         offload_parameters=deepspeed.offload_parameters,
         checkpointing=deepspeed.activation_checkpointing,
         checkpoint_every=deepspeed.checkpoint_every_block,
+        keep=_keep(config),
         gpus=gpus,
         local=min(gpus, local or NODE),
         bytes=BYTES[dtype],

@@ -14,7 +14,7 @@ from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
 from cogflow.models import components, inputs
 from cogflow.planning import report as planning
-from cogflow.planning.plan import recomputed
+from cogflow.planning.plan import kept
 from cogflow.sampling import gallery
 from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
@@ -22,7 +22,7 @@ from cogflow.tracking.record import write_record
 from cogflow.tracking.report import write_report
 from cogflow.tracking.standing import Watchdog
 from cogflow.tracking.tracker import Tracker, open_tracker
-from cogflow.training import checkpoint, policy, retention, sequence
+from cogflow.training import checkpoint, policy, retention, sequence, speed
 from cogflow.training.breakdown import told
 from cogflow.training.identity import check_same
 from cogflow.training.loop import Hooks
@@ -42,6 +42,7 @@ def run(config: Config) -> None:
         return planning.show(config)
     started = time.time()
     sequence.check(config)
+    speed.grow_segments()
     ranks.setup()
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
@@ -61,7 +62,7 @@ def run(config: Config) -> None:
         StopRequest() as request,  # up to the report: after the last step a signal has nothing left to stop
     ):
         with told(config, watchdog):
-            prepared = Prepared(config, cache, folder, tracker, recomputed(config))
+            prepared = Prepared(config, cache, folder, tracker, kept(config))
             train(prepared, tracker, request, found, rollbacks)
         tracker.artifact(
             "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]

@@ -66,8 +66,10 @@ def less_memory(config: Config) -> str:
     stage, deepspeed, ways = config.stage, config.deepspeed, []
     if not deepspeed.activation_checkpointing:
         ways.append("deepspeed.activation_checkpointing=true (a third more time)")
-    elif deepspeed.checkpoint_every_block > 1:
+    elif deepspeed.checkpoint_every_block != 1:
         ways.append("deepspeed.checkpoint_every_block=1 (recompute all blocks)")
+    elif deepspeed.checkpoint_keep != "nothing":
+        ways.append("deepspeed.checkpoint_keep=nothing (recompute attention, too)")
     if isinstance(stage, TrainStage):
         if stage.batch_size > 1:
             half = stage.batch_size // 2

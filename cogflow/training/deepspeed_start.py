@@ -39,7 +39,8 @@ def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) 
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if deepspeed.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    reduced = {} if deepspeed.reduce_dtype == "model" else {"communication_data_type": "fp32"}
+    # One rank sums nothing: a copy in fp32 and back would change no bit.
+    reduced = {} if deepspeed.reduce_dtype == "model" or ranks.world_size() == 1 else {"communication_data_type": "fp32"}
     return {
         "train_micro_batch_size_per_gpu": stage.batch_size,
         "gradient_accumulation_steps": stage.gradient_accumulation,

@@ -1,16 +1,13 @@
-"""Which of a transformer's weights are trained, and whose activations are computed twice."""
+"""Which of a transformer's weights are trained."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from cogflow.config.problems import did_you_mean, nearest
-from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import ConfigError
 
 
@@ -31,23 +28,3 @@ def freeze(transformer: torch.nn.Module, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
     if not any(parameter.requires_grad for parameter in transformer.parameters()):
         raise ConfigError(f"stage.freeze={list(patterns)} freezes every weight.", "Leave something to train.")
-
-
-def recompute(transformer: Any, deepspeed: DeepSpeedConfig, count: int | None = None) -> None:
-    """Drop the activations of all blocks, of every ``checkpoint_every_block``-th, or of ``count`` that are spread evenly, and compute them
-    again in the backward pass."""
-    if not deepspeed.activation_checkpointing:
-        return
-    blocks = list(transformer.transformer_blocks)
-    if count is None:
-        dropped = blocks[:: deepspeed.checkpoint_every_block]
-    else:
-        dropped = [blocks[place * len(blocks) // count] for place in range(count)]
-    chosen = {id(block) for block in dropped}
-
-    def selective(module: Any, *arguments: Any) -> Any:
-        if id(module) not in chosen:
-            return module(*arguments)
-        return checkpoint(module.__call__, *arguments, use_reentrant=False)
-
-    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=selective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.identity import TUNABLE, check_facts, identity, layout_of, same_states, trained_with
 from cogflow.training.loop import Trainer
-from cogflow.training.parts import freeze, recompute
+from cogflow.training.parts import freeze
+from cogflow.training.recomputation import recompute
 from cogflow.training.sequence import split
 from cogflow.training.validation import Validation
 
 
 class Prepared:
-    """A run that is ready to train. ``folder`` is the run's; ``recomputed``: see :func:`recompute`."""
+    """A run that is ready to train. ``folder`` is the run's; ``kept``: see :func:`recompute`."""
 
-    def __init__(self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker, recomputed: int | None = None) -> None:
+    def __init__(self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker, kept: Mapping[str, int] | None = None) -> None:
         if not isinstance(config.stage, TrainStage):
             raise TypeError("training needs the settings of stage=train")
         self.config, self.stage, self.cache, self.folder, self.tracker = config, config.stage, cache, folder, tracker
@@ -43,7 +45,7 @@ class Prepared:
         facts = trained_with(vae, scheduler, self.dtype)
         transformer = start.build(config, self.source, self.dtype, self.device, facts)
         freeze(transformer, self.stage.freeze)
-        recompute(transformer, config.deepspeed, recomputed)
+        recompute(transformer, config.deepspeed, kept)
         speed.prepare(transformer, config.speed, self.device, self.dtype)
         split(transformer, config.parallel.sequence)
         transformer.train()

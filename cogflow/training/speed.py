@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ PROGRAMS = 64
 """Compiled programs that one block may have: one for each size of clips, with gradients and without."""
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+def grow_segments() -> None:
+    """Have PyTorch grow its pieces of a GPU's memory instead of taking new ones, unless the environment says how it is to be done.
+
+    Gradients in one piece take the place of activations in many at every optimizer step; in pieces of fixed size that would not fit.
+    To be called before anything lies on a GPU.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:

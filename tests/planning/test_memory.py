@@ -18,7 +18,7 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import TrainStage
 from cogflow.models import tiny
 from cogflow.planning import disk, memory, plan
-from cogflow.training import ulysses
+from cogflow.training import recomputation, ulysses
 
 
 class Alive(TorchDispatchMode):
@@ -79,6 +79,19 @@ def test_a_block_keeps_what_the_formula_says() -> None:
     assert saved == pytest.approx(memory.SAVED, rel=0.02)
     assert working == pytest.approx(memory.WORKING, rel=0.1)
     assert inference == pytest.approx(memory.INFERENCE, rel=0.1)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "attention", "products", "all"])
+def test_a_recomputed_block_keeps_what_the_formula_says(keep: str) -> None:
+    """What lies there after the forward pass, its results included: they are the next block's input."""
+    width, text, video, dtype = 384, 226, 8000, torch.bfloat16
+    block = CogVideoXBlock(width, 6, 64, 512, attention_bias=True).to(dtype)
+    inputs = [torch.randn(1, count, width, dtype=dtype, requires_grad=True) for count in (video, text)]
+    time, rotary = torch.randn(1, 512, dtype=dtype, requires_grad=True), (torch.randn(video, 64), torch.randn(video, 64))
+    with Alive() as alive:
+        results = recomputation.WAYS[keep](block, *inputs, time, rotary)
+    assert len(results) == 2
+    assert alive.now / ((text + video) * width * 2) == pytest.approx(memory.KEPT[keep], rel=0.02)
 
 
 def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import QualityGateError
 from cogflow.models import tiny
 from cogflow.models.rotary import rotary_tables
-from cogflow.training import parts, ulysses
+from cogflow.training import ulysses
+from cogflow.training.recomputation import recompute
 from cogflow.training.sequence import Place, split
 from tests.training import resuming
 
@@ -88,7 +89,7 @@ def case(
     """What the passes of one transformer differ by, relative; whether its names stayed, and whether it runs by itself as before."""
     plain, shared = transformer(kind, text, dtype), transformer(kind, text, dtype)
     for one in (plain, shared):
-        parts.recompute(one, DeepSpeedConfig(activation_checkpointing=every > 0, checkpoint_every_block=max(1, every)))
+        recompute(one, DeepSpeedConfig(activation_checkpointing=every > 0, checkpoint_every_block=max(1, every)))
     split(shared, size)
     alone, place = Place(), Place(size)
     out, loss, gradients = passed(plain, text, alone, frames, batch)

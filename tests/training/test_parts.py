@@ -12,6 +12,7 @@ from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.training import parts
+from cogflow.training.recomputation import recompute
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_blocks_are_computed_again_as_asked_and_gradients_are_the_same_to_the_bi
     plain, expected = passed(transformer)
     assert plain == [1] * len(plain)
     for every in (1, 2, 3):
-        parts.recompute(transformer, DeepSpeedConfig(activation_checkpointing=True, checkpoint_every_block=every))
+        recompute(transformer, DeepSpeedConfig(activation_checkpointing=True, checkpoint_every_block=every))
         ran, gradients = passed(transformer)
         assert ran == [2 if index % every == 0 else 1 for index in range(len(plain))]
         assert len(gradients) == len(expected) and all(map(torch.equal, gradients, expected))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogflow.config.compose import compose
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.models.rotary import rotary_tables
-from cogflow.planning.plan import plan, recomputed
-from cogflow.training import parts, speed
+from cogflow.planning.plan import kept, plan
+from cogflow.training import speed
+from cogflow.training.recomputation import ATTENTION, recompute
 
 CPU = torch.device("cpu")
 LATENTS = (3, 4, 6)
@@ -72,16 +76,18 @@ def test_compiled_blocks_compute_the_same_by_few_programs_and_keep_their_names()
     assert list(transformer.state_dict()) == names
     # The first block, whose inputs lie otherwise in memory, has one of its own.
     assert counters["stats"]["unique_graphs"] <= 2 < len(transformer.transformer_blocks), counters["stats"]
-    # Recomputed blocks run the same program.
-    parts.recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True))
-    same(expected, computed(transformer))
+    # Recomputed blocks run the same program, those that keep something one of their own.
+    for keep in ("nothing", "attention", "products", "all"):
+        recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep))
+        same(expected, computed(transformer))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2 + 3 * 2
 
 
 @pytest.mark.parametrize(("count", "dropped"), [(0, []), (2, [0, 2]), (5, [0, 1, 2, 3, 4])])
 def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> None:
     transformer = tiny.new_transformer()
     expected = computed(transformer)
-    parts.recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True), count)
+    recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True), {"nothing": count, "everything": 5 - count})
     ran = [0] * len(transformer.transformer_blocks)
     for place, block in enumerate(transformer.transformer_blocks):
         block.register_forward_pre_hook(lambda *_, place=place: ran.__setitem__(place, ran[place] + 1))
@@ -92,14 +98,63 @@ def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> No
 def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
     def words(memory: float, *more: str) -> list[str]:
         given = ["stage=train", "model=cogvideox-5b", "data=folder", "stage.plan=true", "stage.plan_gpus=8", "stage.sample_every=0"]
-        return [*given, f"stage.plan_memory_gb={memory}", "deepspeed.checkpoint_every_block=0", *more]
+        given += ["deepspeed.checkpoint_every_block=0", "deepspeed.checkpoint_keep=nothing"]
+        return [*given, f"stage.plan_memory_gb={memory}", *more]
 
     plans = [plan(compose(words(memory))) for memory in (30, 80, 100, 110, 192)]
-    counts = [one.setting.blocks for one in plans]
+    counts = [one.setting.recomputed(42) for one in plans]
     assert counts[0] == plans[0].shape.layers == 42 and counts[-1] == 0
-    assert sorted(counts, key=lambda count: -int(count or 0)) == counts and 0 < int(counts[2] or 0) < 42
+    assert sorted(counts, reverse=True) == counts and 0 < counts[2] < 42
     for one, memory in zip(plans[1:], (80, 100, 110, 192), strict=True):
         assert one.gpu.peak <= 0.95e9 * memory
-    assert recomputed(compose(words(80))) == counts[1]
-    assert recomputed(compose([*words(80, "deepspeed.activation_checkpointing=false")])) is None
+    assert kept(compose(words(80))) == {"nothing": counts[1], "everything": 42 - counts[1]}
+    assert kept(compose([*words(80, "deepspeed.activation_checkpointing=false")])) is None
     assert isinstance(plans[0].stage, TrainStage)
+
+
+def test_recomputed_blocks_keep_as_much_as_memory_allows() -> None:
+    def kept_of(memory: float, *more: str) -> dict[str, int]:
+        given = ["stage=train", "model=cogvideox-5b", "data=folder", "stage.plan=true", "stage.plan_gpus=8", "stage.sample_every=0"]
+        made = plan(compose([*given, f"stage.plan_memory_gb={memory}", *more]))
+        assert made.gpu.peak <= 0.95e9 * memory or memory == 30
+        return {keep: count for keep, count in made.setting.kept(42).items() if count}
+
+    every = [kept_of(memory, "deepspeed.checkpoint_every_block=0") for memory in (30, 40, 60, 80, 100, 192)]
+    assert every[0] == {"nothing": 42} and every[-1] == {"everything": 42}
+    assert [set(one) for one in every[1:-1]] == [
+        {"nothing", "attention"}, {"attention", "products"}, {"products", "all"}, {"all", "everything"},
+    ]  # fmt: skip
+    # All blocks are recomputed where the settings say so.
+    assert [kept_of(memory) for memory in (30, 60, 75, 192)] == [{"nothing": 42}, {"attention": 42}, {"products": 42}, {"all": 42}]
+    assert kept_of(192, "deepspeed.checkpoint_every_block=2", "deepspeed.checkpoint_keep=attention") == {"attention": 21, "everything": 21}
+
+
+@pytest.mark.parametrize("keep", ["attention", "products", "all"])
+def test_what_is_kept_is_not_computed_twice_and_gradients_are_the_same_to_the_bit(keep: str) -> None:
+    transformer = tiny.new_transformer()
+    expected = computed(transformer)
+    with Counted() as plain:
+        computed(transformer)
+    recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep))
+    with Counted() as again:
+        found = computed(transformer)
+    assert torch.equal(found[0], expected[0]) and all(torch.equal(found[1][name], one) for name, one in expected[1].items())
+    blocks = len(transformer.transformer_blocks)
+    more = {name: again.calls[name] - plain.calls[name] for name in ("attention", "widest", "others")}
+    # Four linear layers of attention and the feed-forward's second; the widest are its first and the two modulations.
+    assert more == {"attention": 0, "widest": 0 if keep == "all" else 3 * blocks, "others": 5 * blocks if keep == "attention" else 0}
+
+
+class Counted(TorchDispatchMode):
+    """Counts attention and matrix products of linear layers, those that widen apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in ATTENTION:
+            self.calls["attention"] += 1
+        if function is torch.ops.aten.addmm.default:
+            self.calls["widest" if args[2].shape[1] > args[2].shape[0] else "others"] += 1
+        return function(*args, **(kwargs or {}))

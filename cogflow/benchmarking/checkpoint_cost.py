@@ -21,7 +21,7 @@ from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.models import components
 from cogflow.tracking.progress import progress
-from cogflow.training import checkpoint
+from cogflow.training import checkpoint, speed
 from cogflow.training.loader import Loader
 
 OURS, LOADED, SAVED, COPIED = "cogflow, a save", "cogflow, verified and loaded", "torch.save + fsync", "cp -r + sync"
@@ -29,6 +29,7 @@ OURS, LOADED, SAVED, COPIED = "cogflow, a save", "cogflow, verified and loaded",
 
 def checkpoints(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """Saves and loads of the configured model as stage=train does them, with as many repeats after one that does not count."""
+    speed.grow_segments()
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"

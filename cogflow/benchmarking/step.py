@@ -18,9 +18,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogflow import ranks
-from cogflow.benchmarking.ceiling import ceiling
+from cogflow.benchmarking.ceiling import Ceiling, ceiling
 from cogflow.benchmarking.drawn import DrawnClips, DrawnWeights
 from cogflow.benchmarking.overhead import bare_steps
+from cogflow.benchmarking.profile import Part, profiled
 from cogflow.benchmarking.turns import Turn, Turns
 from cogflow.config.schema import BenchmarkStage, Config, TrainStage
 from cogflow.models import components, tiny
@@ -58,13 +59,16 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     asked = training(config, stage, 1 + (1 + stage.repeats) * stage.steps)
     watch = MemoryWatch(device)
     trainer = make_trainer(asked, device, dtype, watch)
-    counted = _first_step(trainer, count=config.speed.compile == "off")
+    with Loader(trainer.batch, 1, device) as loader:
+        trainer.train_step(0, loader)
     watch.after_start()
     waited: list[float] = []
     other = bare_steps(trainer.engine, trainer, stage.batch_size) if stage.vs == BARE else None
     turns = Turns(stage.steps, device, advance, other)
     started = time.perf_counter() - began
     trainer.run(1, turns.hooks(waited))
+    memory = watch.found()
+    parts = _profiled(trainer, asked, best) if stage.profile else []
     mine, theirs = speed_of(turns.ours[1:], stage.batch_size), speed_of(turns.theirs[1:], stage.batch_size)
     foreseen = plan(asked)
     useful = flops.step(foreseen.shape, foreseen.tokens).total * stage.batch_size
@@ -80,13 +84,14 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
         "seconds": asdict(mine) if mine else None,
         "bare": asdict(theirs) if theirs else None,
         "ratio to bare": mine.median / theirs.median if mine and theirs else None,
-        "flops": {"useful": useful, "with recomputation": done.total * stage.batch_size, "counted": counted},
+        "flops": {"useful": useful, "with recomputation": done.total * stage.batch_size, "counted": counted_flops(config)},
         "ceiling": asdict(best),
         "mfu": useful / mine.median / best.flops if mine else None,
         "hfu": done.total * stage.batch_size / mine.median / best.flops if mine else None,
         "data wait": median(waited) / mine.median if waited and mine else None,
-        "memory": watch.found() | {"foreseen": foreseen.gpu.parts, "foreseen peak": foreseen.gpu.phases["forward and backward"]},
+        "memory": memory | {"foreseen": foreseen.gpu.parts, "foreseen peak": foreseen.gpu.phases["forward and backward"]},
         "start seconds": started,
+        "profile": [asdict(part) for part in parts],
     }
 
 
@@ -128,15 +133,31 @@ def speed_of(turns: list[Turn], batch_size: int) -> Speed | None:
     return Speed(median(walls), walls[0], walls[-1], batch_size / median(walls))
 
 
-def _first_step(trainer: Trainer, *, count: bool) -> float | None:
-    """The step that makes room for everything; with its operations as torch counts them, where nothing is compiled."""
+def _profiled(trainer: Trainer, config: Config, best: Ceiling) -> list[Part]:
+    """One more step, by what its time goes to."""
+    foreseen, steps = plan(config), trainer.stage.steps
     with Loader(trainer.batch, 1, trainer.device) as loader:
-        if not count:
-            trainer.train_step(0, loader)
-            return None
+        trainer.train_step(steps, loader)  # its batch is made, and the next one's, too
+        return profiled(
+            lambda: trainer.train_step(steps + 1, loader), trainer.device, foreseen.forward, trainer.stage.batch_size, best
+        )  # fmt: skip
+
+
+def counted_flops(config: Config) -> float:
+    """Operations of one clip's forward and backward pass as torch counts them, with what is computed twice, on the meta device."""
+    described, source = shape.config_of(config.model)
+    data = config.data
+    with torch.device("meta"):
+        transformer = skeleton(described, Path(source)).to("meta").train()
+        own = transformer.config
+        recompute(transformer, config.deepspeed, kept(training(config, BenchmarkStage(), 1)))
+        frames = (data.frames - 1) // own.temporal_compression_ratio + 1
+        padded = frames + frames % (own.patch_size_t or 1)
+        x_t = torch.empty(1, padded, own.in_channels, data.height // 8, data.width // 8)
+        embeds, timestep = torch.empty(1, own.max_text_seq_length, own.text_embed_dim), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            trainer.train_step(0, loader)
-        return float(counter.get_total_flops())
+            transformer(x_t, embeds, timestep, return_dict=False)[0].sum().backward()
+    return float(counter.get_total_flops())
 
 
 class MemoryWatch:

@@ -15,6 +15,7 @@ from cogflow.benchmarking.step import BARE, measure
 from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import ConfigError, DataError
+from cogflow.tracking.console import say
 from cogflow.tracking.progress import progress
 
 COLUMNS = ["settings", "s a step", "lowest", "highest", "against the first", "clips a second", "MFU", "HFU", "peak GB", "start s"]
@@ -26,7 +27,20 @@ def step(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str,
         raise ConfigError(f"stage.vs={stage.vs}: stage.what=step runs beside bare alone.", "stage.what=train takes clones and revisions.")
     with progress(1 + stage.repeats, "turns") as bar:
         found = measure(config, stage, bar.advance)
+    for line in lines(found):
+        say(line)
     return {"summary": told(found), "step": found}, (COLUMNS, [row(Found("as it is", found), found)])
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """A profile in words: what takes longest beyond its floor first."""
+    parts = sorted(found["profile"], key=lambda part: part["floor"] - part["seconds"])
+    return [
+        f"{part['kind']}: {1000 * part['seconds']:.1f} ms, floor {1000 * part['floor']:.1f} ms, {part['launches']} launches"
+        + "".join(f"\n    {1000 * seconds:.1f} ms {name[:100]}" for name, seconds in part["largest"])
+        for part in parts
+        if ranks.is_main()
+    ]
 
 
 def train(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:

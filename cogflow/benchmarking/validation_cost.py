@@ -24,6 +24,7 @@ from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.panel import measure
 from cogflow.tracking.progress import progress
+from cogflow.training import speed
 
 PARTS = ("denoising", "decoding", "panel", "writing")
 PROMPTS, STEPS = 8, 500
@@ -32,6 +33,7 @@ PROMPTS, STEPS = 8, 500
 
 def validation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """``stage.repeats`` samples after one that does not count, at ``sampling.steps``; then a training step of the same model."""
+    speed.grow_segments()
     device = ranks.device()
     dtype = components.resolve_dtype(config.model, device)
     trainer = make_trainer(training(config, stage, 1 + 3 * stage.steps), device, dtype, MemoryWatch(device))

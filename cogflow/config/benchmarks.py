@@ -26,5 +26,6 @@ class BenchmarkStage:
     variants: int = 3  # separation: takes of each content, other crops, zooms, brightnesses and times
     batch_size: int = 1  # step, train: clips of a step
     steps: int = 5  # step, train: of one turn, whose mean counts once; stage.repeats turns after one that does not count
+    profile: bool = False  # step, train: of one step more, by what its time goes to
     settings: list[str] = field(default_factory=list)  # train: what to compare, such as "speed.compile=blocks speed.attention=flash"
     share: float = 1.0  # watch: of the simulated validations; less is quicker and less sure

@@ -85,7 +85,7 @@ def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | Non
     parts["fp32 master"] = 0.0 if setting.offload_optimizer or (setting.zero_stage == 0 and not half) else 4 * trained * sharded
     parts["optimizer states"] = 0.0 if setting.offload_optimizer else 8 * trained * sharded
     parts["gradients"] = _gradients(trained, setting)
-    doubled = 2 if setting.overlap and whole else 1
+    doubled = 2 if setting.overlap and whole and setting.gpus > 1 else 1
     carried = setting.reduced_bytes if setting.reduced_bytes > size and setting.gpus > 1 else 0  # a copy of the bucket that is sent
     parts["buckets"] = setting.reduce_bucket * (size * doubled + carried) if setting.zero_stage > 0 else 0.0
     # What a shared sequence copies for its exchanges lies at attention, where less is alive than at the feed-forward's height.
@@ -119,13 +119,13 @@ def _gradients(trained: int, setting: Setting) -> float:
 
 
 def _step(trained: int, setting: Setting) -> float:
-    """Copies of the gradients that the update makes: one flat, one in fp32."""
+    """Copy of the gradients that the update makes: one in fp32."""
     if setting.zero_stage == 0 or setting.offload_optimizer:
         return 0.0
     part = trained / setting.gpus
     if setting.zero_stage == 3:
         return 4 * min(SUBGROUP, part)
-    return part * setting.bytes + (4 * part if setting.bytes < 4 else 0)
+    return 4 * part
 
 
 def _start(shape: Shape, setting: Setting) -> float:

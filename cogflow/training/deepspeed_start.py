@@ -25,7 +25,7 @@ def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) 
         "stage": deepspeed.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "overlap_comm": deepspeed.overlap_comm,
+        "overlap_comm": deepspeed.overlap_comm and ranks.world_size() > 1,
         "reduce_bucket_size": deepspeed.reduce_bucket_size,
         "allgather_bucket_size": deepspeed.allgather_bucket_size,
     }

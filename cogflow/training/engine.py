@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.errors import CheckpointError, ConfigError, QualityGateError
+from cogflow.training import zero_update
 from cogflow.training.deepspeed_start import check_dtype, make_optimizer, settings, start_deepspeed
 
 TAG = "state"
@@ -41,6 +43,9 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=trained, optimizer=optimizer, config=settings(deepspeed_settings, stage, dtype)
         )
+
+        if self.zero_stage in (1, 2) and not deepspeed_settings.offload_optimizer:
+            zero_update.lighten(self.optimizer, ranks.world_size())
 
     @property
     def module(self) -> Any:

@@ -37,6 +37,8 @@ from cogflow.weights.strict import expected_shapes, skeleton
 
 CLIPS = 4
 BARE = "bare"
+PHASES = ("forward and backward", "optimizer step")
+"""Of a plan's memory, those that a step goes through; with what CUDA takes and what lies idle between allocations."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
         "dtype": components.dtype_name(dtype),
         "world": ranks.world_size(),
         "seconds": asdict(mine) if mine else None,
+        "turns": [turn.wall for turn in turns.ours],
+        "allocator retries": torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0,
         "bare": asdict(theirs) if theirs else None,
         "ratio to bare": mine.median / theirs.median if mine and theirs else None,
         "flops": {"useful": useful, "with recomputation": done.total * stage.batch_size, "counted": counted_flops(config)},
@@ -89,7 +93,11 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
         "mfu": useful / mine.median / best.flops if mine else None,
         "hfu": done.total * stage.batch_size / mine.median / best.flops if mine else None,
         "data wait": median(waited) / mine.median if waited and mine else None,
-        "memory": memory | {"foreseen": foreseen.gpu.parts, "foreseen peak": foreseen.gpu.phases["forward and backward"]},
+        "memory": memory
+        | {
+            "foreseen": {part: size / 1e9 for part, size in foreseen.gpu.parts.items()},
+            "foreseen peak": max(foreseen.gpu.phases[phase] for phase in PHASES) / 1e9,
+        },
         "start seconds": started,
         "profile": [asdict(part) for part in parts],
     }
@@ -113,7 +121,7 @@ def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch
     transformer = start.make(shape_of, weights, config.deepspeed, stage, dtype, device)
     watch.after_weights()
     recompute(transformer, config.deepspeed, kept(config))
-    speed.prepare(transformer, config.speed, device, dtype)
+    speed.prepare(transformer, config, device, dtype)
     engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
     data, own = config.data, transformer.config
     latents = ((data.frames - 1) // own.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
@@ -144,13 +152,12 @@ def _profiled(trainer: Trainer, config: Config, best: Ceiling) -> list[Part]:
 
 
 def counted_flops(config: Config) -> float:
-    """Operations of one clip's forward and backward pass as torch counts them, with what is computed twice, on the meta device."""
+    """Operations of one clip's forward and backward pass as torch counts them, on the meta device; nothing is computed twice."""
     described, source = shape.config_of(config.model)
     data = config.data
     with torch.device("meta"):
         transformer = skeleton(described, Path(source)).to("meta").train()
         own = transformer.config
-        recompute(transformer, config.deepspeed, kept(training(config, BenchmarkStage(), 1)))
         frames = (data.frames - 1) // own.temporal_compression_ratio + 1
         padded = frames + frames % (own.patch_size_t or 1)
         x_t = torch.empty(1, padded, own.in_channels, data.height // 8, data.width // 8)

@@ -145,7 +145,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "checkpoint_keep": one_of("auto", "nothing", "attention", "products", "all"), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
     "ParallelConfig": {"sequence": at_least(1)},
-    "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
+    "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("auto", "off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
     "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1), "stall_minutes": at_least(0)},
@@ -279,7 +279,7 @@ def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
 def _kept(config: Config) -> Iterator[Problem]:
     """ZeRO-3's gathering cannot be compiled together with what decides what is kept."""
     keep, how = config.deepspeed.checkpoint_keep, config.speed.compile
-    if config.deepspeed.zero_stage == 3 and how != "off" and keep not in ("auto", "nothing"):
+    if config.deepspeed.zero_stage == 3 and how in ("blocks", "graphs") and keep not in ("auto", "nothing"):
         yield Problem(
             f"deepspeed.checkpoint_keep={keep}: with speed.compile={how} and deepspeed.zero_stage=3 recomputed blocks keep nothing; "
             "it should be auto or nothing.",

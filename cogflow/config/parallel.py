@@ -28,9 +28,10 @@ def shared(config: Config, train: TrainStage) -> Iterator[Problem]:
     processes = os.environ.get("WORLD_SIZE", "")
     gpus = train.plan_gpus if train.plan and train.plan_gpus else int(processes) if processes.isdecimal() else 0
     yield from sequence_problems(config, gpus)
-    if config.parallel.sequence > 1 and config.speed.compile != "off":
+    if config.parallel.sequence > 1 and config.speed.compile in ("blocks", "graphs"):
         yield Problem(
-            f"speed.compile={config.speed.compile}: with {KEY}={config.parallel.sequence} blocks are not compiled; it should be off.",
+            f"speed.compile={config.speed.compile}: with {KEY}={config.parallel.sequence} blocks are not compiled; it should be off or "
+            "auto.",
             ("speed.compile", KEY),
         )
 

@@ -71,8 +71,8 @@ class ParallelConfig:
 class SpeedConfig:
     """How the same numbers are computed faster; what a choice brings is measured by stage=benchmark stage.what=train."""
 
-    attention: str = "auto"  # kernel of attention: auto (PyTorch chooses) | flash | cudnn | efficient | math (slow; holds all scores)
-    compile: str = "off"  # off | blocks (torch.compile, a minute at the start) | graphs (CUDA graphs besides)
+    attention: str = "auto"  # kernel of attention: auto (the quickest) | flash | cudnn | efficient | math (slow; holds all scores)
+    compile: str = "auto"  # off | blocks (torch.compile, a minute at the start) | graphs (CUDA graphs besides) | auto: blocks on a GPU
     prefetch: int = 2  # micro batches that are made ahead, in pinned memory
 
 

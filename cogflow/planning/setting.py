@@ -72,7 +72,9 @@ class Setting:
 def _keep(config: Config) -> str:
     """What recomputed blocks keep; nothing where the settings allow no choice."""
     asked = config.deepspeed.checkpoint_keep
-    none = not config.deepspeed.activation_checkpointing or (config.deepspeed.zero_stage == 3 and config.speed.compile != "off")
+    none = not config.deepspeed.activation_checkpointing or (
+        config.deepspeed.zero_stage == 3 and config.speed.compile in ("blocks", "graphs")
+    )
     return "nothing" if none else asked
 
 

@@ -46,7 +46,7 @@ class Prepared:
         transformer = start.build(config, self.source, self.dtype, self.device, facts)
         freeze(transformer, self.stage.freeze)
         recompute(transformer, config.deepspeed, kept)
-        speed.prepare(transformer, config.speed, self.device, self.dtype)
+        speed.prepare(transformer, config, self.device, self.dtype)
         split(transformer, config.parallel.sequence)
         transformer.train()
         self.trained_with = facts | {"max_sequence_length": transformer.config.max_text_seq_length}

@@ -6,12 +6,16 @@ import os
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
-from cogflow.config.schema import SpeedConfig
+from cogflow.config.schema import Config
 from cogflow.errors import ConfigError
 
 PROGRAMS = 64
 """Compiled programs that one block may have: one for each size of clips, with gradients and without."""
+
+HOPPER = (9, 0)
+PRIORITY = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -27,7 +31,9 @@ def grow_segments() -> None:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Have ``scaled_dot_product_attention`` of this process take one kernel only, ``auto``: whichever PyTorch thinks best.
+    """Have ``scaled_dot_product_attention`` of this process take one kernel only; ``auto``: the quickest that takes the inputs.
+
+    That is cuDNN's on GPUs from Hopper on, which PyTorch itself asks last (docs/benchmarks.md), and PyTorch's choice elsewhere.
 
     Text and video are one sequence and nothing is masked, so that every kernel takes them as they are. For the whole process, since
     recomputed blocks ask for their kernel in the backward pass. Raises :class:`ConfigError` for a kernel that there is not.
@@ -44,11 +50,14 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Non
     cuda.enable_mem_efficient_sdp(name in ("auto", "efficient"))
     cuda.enable_cudnn_sdp(name in ("auto", "cudnn"))
     cuda.enable_math_sdp(name in ("auto", "math"))
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
+        # As torch.nn.attention.sdpa_kernel(..., set_priority=True) does, but for good.
+        torch._C._set_sdp_priority_order([int(kernel) for kernel in PRIORITY])
 
 
 def compile_blocks(transformer: Any, how: str) -> None:
     """Have the transformer's blocks compiled when they first run; their weights keep their names. ``how``: that of
-    :class:`SpeedConfig`. Blocks are alike, so that two programs serve them all; norms, modulation and rotary positions become a few kernels
+    :func:`how_compiled`. Blocks are alike, so that two programs serve them all; norms, modulation and rotary positions become a few kernels
     between the matrix products."""
     if how == "off":
         return
@@ -57,7 +66,15 @@ def compile_blocks(transformer: Any, how: str) -> None:
         block.compile(mode="reduce-overhead" if how == "graphs" else None)
 
 
-def prepare(transformer: Any, speed: SpeedConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """All that ``speed`` asks of the model, before DeepSpeed takes it."""
-    choose_attention(speed.attention, device, dtype)
-    compile_blocks(transformer, speed.compile)
+def how_compiled(config: Config, device: torch.device) -> str:
+    """What ``speed.compile=auto`` comes to: blocks of the published models are compiled on a GPU, where nothing is in the way."""
+    if config.speed.compile != "auto":
+        return config.speed.compile
+    in_the_way = config.deepspeed.zero_stage == 3 or config.parallel.sequence > 1
+    return "off" if in_the_way or device.type != "cuda" or config.model.name == "tiny" else "blocks"
+
+
+def prepare(transformer: Any, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """All that ``config.speed`` asks of the model, before DeepSpeed takes it."""
+    choose_attention(config.speed.attention, device, dtype)
+    compile_blocks(transformer, how_compiled(config, device))

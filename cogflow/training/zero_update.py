@@ -22,6 +22,8 @@ def lighten(optimizer: Any, world_size: int) -> None:
     optimizer._get_preflattened_grad_partition = lambda group: flat(
         optimizer.averaged_gradients[group], int(optimizer.partition_size[group]), optimizer.single_partition_of_fp32_groups[group]
     )
+    if isinstance(optimizer.optimizer, torch.optim.AdamW) and optimizer.optimizer.defaults["fused"]:
+        optimizer.unscale_and_clip_grads = lambda _, total_norm: scale_in_kernel(optimizer, total_norm)
     if world_size == 1:
         optimizer.average_tensor = lambda *_: None  # of one rank's gradients the average is themselves
 
@@ -37,6 +39,17 @@ def norm(optimizer: Any, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     dist.all_reduce(total, group=optimizer.dp_process_group)
     found = total.sqrt()
     return torch.where(found.isfinite(), found, -1.0)
+
+
+def scale_in_kernel(optimizer: Any, total_norm: torch.Tensor) -> None:
+    """Have AdamW's kernel divide the gradients by the loss scale and clip them to their norm: no pass of its own over all of them.
+
+    ``total_norm``: that of the gradients with their scale. As DeepSpeed's ``unscale_and_clip_grads`` computes it.
+    """
+    scale = torch.as_tensor(optimizer.loss_scale, dtype=torch.float32, device=total_norm.device)
+    if optimizer.clip_grad > 0:
+        scale = scale * ((total_norm / scale + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+    optimizer.optimizer.grad_scale = scale
 
 
 @torch.no_grad()

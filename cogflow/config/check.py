@@ -12,6 +12,7 @@ from typing import Any
 
 from cogflow.config.benchmarks import WHATS
 from cogflow.config.build import show
+from cogflow.config.deepspeed import KEEPS, deepspeed_problems
 from cogflow.config.parallel import not_measured, shared
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
 from cogflow.config.schema import WORSE, BenchmarkStage, Config, FlowStage, PrepareStage, TrainStage
@@ -143,7 +144,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "checkpoint_keep": one_of("auto", "nothing", "attention", "products", "all"), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "checkpoint_keep": one_of("auto", *KEEPS), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
     "ParallelConfig": {"sequence": at_least(1)},
     "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("auto", "off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
     "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
@@ -211,7 +212,7 @@ def _ranges(section: Any, path: str) -> Iterator[Problem]:
 
 def _between(config: Config) -> Iterator[Problem]:
     """Keys that contradict each other."""
-    model, data, stage, deepspeed = config.model, config.data, config.stage, config.deepspeed
+    model, data, stage = config.model, config.data, config.stage
     trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)
     if model.name == "auto" and (trains or stage.name in ("pretrain", "benchmark")):
         yield Problem(f"model=auto: stage={stage.name} must know its model: {', '.join(MODELS[:-1])}.", ("model.name",))
@@ -243,8 +244,7 @@ def _between(config: Config) -> Iterator[Problem]:
             f"sampling.steps={sampling.steps}: sampling.sampler={sampling.sampler} takes 2 to 999 steps, as SAT does.",
             ("sampling.steps", "sampling.sampler"),
         )
-    yield from _deepspeed(deepspeed)
-    yield from _kept(config)
+    yield from deepspeed_problems(config)
     if isinstance(stage, FlowStage) and stage.train.plan:
         yield Problem("stage.train.plan=true: a plan trains nothing to go on with; use stage=train stage.plan=true.", ("stage.train.plan",))
     train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
@@ -274,28 +274,3 @@ def _watched(train: TrainStage, path: str) -> Iterator[Problem]:
                 f"{max(1, train.sample_every or train.steps // 4)}.",
                 (f"{path}.{key}", f"{path}.save_every"),
             )
-
-
-def _kept(config: Config) -> Iterator[Problem]:
-    """ZeRO-3's gathering cannot be compiled together with what decides what is kept."""
-    keep, how = config.deepspeed.checkpoint_keep, config.speed.compile
-    if config.deepspeed.zero_stage == 3 and how in ("blocks", "graphs") and keep not in ("auto", "nothing"):
-        yield Problem(
-            f"deepspeed.checkpoint_keep={keep}: with speed.compile={how} and deepspeed.zero_stage=3 recomputed blocks keep nothing; "
-            "it should be auto or nothing.",
-            ("deepspeed.checkpoint_keep", "speed.compile", "deepspeed.zero_stage"),
-        )
-
-
-def _deepspeed(deepspeed: Any) -> Iterator[Problem]:
-    stage = deepspeed.zero_stage
-    if deepspeed.offload_optimizer and stage == 0:
-        yield Problem(
-            "deepspeed.offload_optimizer=true: it needs deepspeed.zero_stage 1 to 3, such as deepspeed=zero2_offload.",
-            ("deepspeed.offload_optimizer", "deepspeed.zero_stage"),
-        )
-    if deepspeed.offload_parameters and stage != 3:
-        yield Problem(
-            f"deepspeed.offload_parameters=true: it needs deepspeed.zero_stage=3, not {stage}.",
-            ("deepspeed.offload_parameters", "deepspeed.zero_stage"),
-        )

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
+from cogflow.config.deepspeed import EVERYTHING
 from cogflow.planning import flops, memory
 from cogflow.planning.memory import KEPT, Sampling
-from cogflow.planning.setting import EVERYTHING, Setting
+from cogflow.planning.setting import Setting
 from cogflow.planning.shape import Shape, Tokens
 
 FILLED = 0.95

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cogflow.config.deepspeed import EVERYTHING
 from cogflow.config.schema import Config, TrainStage
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NODE = 8
 """GPUs of one machine, where there are that many."""
-
-EVERYTHING = "everything"
-"""Kept by a block that is not recomputed."""
 
 REUSE = 10**9
 """Elements within which ZeRO-3 keeps what it gathered because it is used again: DeepSpeed's ``stage3_max_reuse_distance``."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogflow.config.deepspeed import EVERYTHING
 from cogflow.config.schema import DeepSpeedConfig
-from cogflow.planning.setting import EVERYTHING
 
 ATEN = torch.ops.aten
 

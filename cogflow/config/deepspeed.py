@@ -1,0 +1,36 @@
+"""What contradicts each other in how states and activations are held, and the words for what blocks keep of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cogflow.config.problems import Problem
+from cogflow.config.schema import Config
+
+KEEPS = ("nothing", "attention", "products", "all")
+"""What a recomputed block keeps, the least first."""
+
+EVERYTHING = "everything"
+"""Kept by a block that is not recomputed."""
+
+
+def deepspeed_problems(config: Config) -> Iterator[Problem]:
+    deepspeed, stage = config.deepspeed, config.deepspeed.zero_stage
+    if deepspeed.offload_optimizer and stage == 0:
+        yield Problem(
+            "deepspeed.offload_optimizer=true: it needs deepspeed.zero_stage 1 to 3, such as deepspeed=zero2_offload.",
+            ("deepspeed.offload_optimizer", "deepspeed.zero_stage"),
+        )
+    if deepspeed.offload_parameters and stage != 3:
+        yield Problem(
+            f"deepspeed.offload_parameters=true: it needs deepspeed.zero_stage=3, not {stage}.",
+            ("deepspeed.offload_parameters", "deepspeed.zero_stage"),
+        )
+    keep, how = deepspeed.checkpoint_keep, config.speed.compile
+    if stage == 3 and how in ("blocks", "graphs") and keep not in ("auto", "nothing"):
+        # Gathering weights cannot be compiled together with what decides what is kept.
+        yield Problem(
+            f"deepspeed.checkpoint_keep={keep}: with speed.compile={how} and deepspeed.zero_stage=3 recomputed blocks keep nothing; "
+            "it should be auto or nothing.",
+            ("deepspeed.checkpoint_keep", "speed.compile", "deepspeed.zero_stage"),
+        )

@@ -10,6 +10,10 @@ from cogflow.config.schema import Config
 KEEPS = ("nothing", "attention", "products", "all")
 """What a recomputed block keeps, the least first."""
 
+SHARDED_KEEPS = KEEPS[:2]
+"""The same under ZeRO-3, whose own linear layers add their biases in place: to what was kept a bias would be added twice, and nothing
+would tell."""
+
 EVERYTHING = "everything"
 """Kept by a block that is not recomputed."""
 
@@ -27,10 +31,12 @@ def deepspeed_problems(config: Config) -> Iterator[Problem]:
             ("deepspeed.offload_parameters", "deepspeed.zero_stage"),
         )
     keep, how = deepspeed.checkpoint_keep, config.speed.compile
-    if stage == 3 and how in ("blocks", "graphs") and keep not in ("auto", "nothing"):
-        # Gathering weights cannot be compiled together with what decides what is kept.
+    # Gathering weights cannot be compiled together with what decides what is kept.
+    compiled = how in ("blocks", "graphs")
+    possible = ("auto", *(SHARDED_KEEPS[:1] if compiled else SHARDED_KEEPS))
+    if stage == 3 and keep not in possible:
         yield Problem(
-            f"deepspeed.checkpoint_keep={keep}: with speed.compile={how} and deepspeed.zero_stage=3 recomputed blocks keep nothing; "
-            "it should be auto or nothing.",
+            f"deepspeed.checkpoint_keep={keep}: with deepspeed.zero_stage=3{f' and speed.compile={how}' if compiled else ''} it should be "
+            f"one of {', '.join(possible)}.",
             ("deepspeed.checkpoint_keep", "speed.compile", "deepspeed.zero_stage"),
         )

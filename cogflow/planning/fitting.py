@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from cogflow.config.deepspeed import EVERYTHING
+from cogflow.config.deepspeed import EVERYTHING, KEEPS, SHARDED_KEEPS
 from cogflow.planning import flops, memory
-from cogflow.planning.memory import KEPT, Sampling
+from cogflow.planning.memory import Sampling
 from cogflow.planning.setting import Setting
 from cogflow.planning.shape import Shape, Tokens
 
@@ -40,7 +40,8 @@ def fitted(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | 
 def _ways(setting: Setting, layers: int) -> Iterator[Mapping[str, int]]:
     """All that the settings allow: no block is further from another than one kind, of which the first keeps less."""
     fixed = len(range(0, layers, setting.checkpoint_every)) if setting.checkpoint_every else None
-    kinds = [*KEPT] if setting.keep == "auto" else [setting.keep, EVERYTHING]
+    keeps = [setting.keep] if setting.keep != "auto" else SHARDED_KEEPS if setting.zero_stage == 3 else KEEPS
+    kinds = [*keeps, EVERYTHING]
     if fixed is not None:
         yield from ({kind: fixed, EVERYTHING: layers - fixed} for kind in kinds if kind != EVERYTHING)
         return

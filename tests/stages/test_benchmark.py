@@ -126,13 +126,16 @@ def results(root: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_step_is_timed_beside_a_bare_loop_and_its_ceiling(tmp_path: Path, cogflow: Command) -> None:
-    done = cogflow(*step_words(tmp_path, "stage.what=step", "stage.vs=bare", "stage.repeats=2"))
+    done = cogflow(*step_words(tmp_path, "stage.what=step", "stage.vs=bare", "stage.repeats=2", "stage.profile=true"))
     step = results(tmp_path)["step"]
     assert step["tokens"] == 104 and step["parameters"] == 3_053_312 and "beside a bare loop" in done.stdout
     assert 0 < step["seconds"]["lowest"] <= step["seconds"]["median"] <= step["seconds"]["highest"]
     assert step["mfu"] == pytest.approx(step["flops"]["useful"] / step["seconds"]["median"] / step["ceiling"]["flops"])
-    # Torch counts no attention on a CPU; formulas do.
-    assert 0.85 < step["flops"]["counted"] / step["flops"]["useful"] < 1.01
+    assert step["flops"]["counted"] == pytest.approx(step["flops"]["useful"], rel=0.03)
+    parts = {part["kind"]: part for part in step["profile"]}
+    assert set(parts) == {"attention", "linear layers", "optimizer", "compiled", "copies", "other", "nothing runs"}
+    assert all(parts[kind]["seconds"] > 0 and parts[kind]["launches"] for kind in ("attention", "linear layers", "optimizer", "other"))
+    assert "linear layers: " in done.stdout and parts["linear layers"]["floor"] > parts["attention"]["floor"] > 0
     assert step["bare"]["median"] > 0 and 0 < step["memory"]["weights"] < step["memory"]["resident"] < step["memory"]["peak"]
 
 

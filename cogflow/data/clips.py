@@ -15,8 +15,9 @@ import torch
 from cogflow.config.schema import DataConfig
 from cogflow.data import shown
 from cogflow.data.resize import Geometry, resize
-from cogflow.data.scan import TOLERANCE, Scan, as_clip_errors, file_size
+from cogflow.data.scan import TOLERANCE, Scan, as_clip_errors
 from cogflow.data.scan import ClipError as ClipError
+from cogflow.data.scan import file_size as file_size
 from cogflow.data.video import ToPlanes
 from cogflow.files.manifest import hash_file
 
@@ -59,7 +60,7 @@ def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
     with as_clip_errors(), ExitStack() as stack:
         file = shown.opened(path, size, stack)
         scan = file.scan
-        start = _window_start(scan, data, content or "")
+        start = window_start(scan, data, content or "")
         wanted = start + np.arange(data.frames) / data.fps
         try:
             picked = _pick(shown.few(file, wanted), len(wanted), data, content or "")
@@ -76,7 +77,7 @@ def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
-def _window_start(scan: Scan, data: DataConfig, content: str) -> float:
+def window_start(scan: Scan, data: DataConfig, content: str) -> float:
     """When the first wanted frame is shown; always the time of a real frame."""
     span = (data.frames - 1) / data.fps
     first, last = float(scan.times[0]), float(scan.times[-1])

@@ -213,8 +213,12 @@ def encode_clips(
 @torch.no_grad()
 def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t, h, w]``, not scaled."""
-    pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1.0
-    return first_frame.moments(vae, pixels)
+    return first_frame.moments(vae, pixels(frames, vae.device, vae.dtype))
+
+
+def pixels(frames: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 frames ``[T, H, W, 3]`` as a VAE takes them: ``[1, 3, T, H, W]`` in [-1, 1]."""
+    return frames.to(device).permute(3, 0, 1, 2)[None].to(dtype).div_(127.5).sub_(1.0)
 
 
 Decoded = tuple[clips.Clip | clips.ClipError, dict[str, Any]]

@@ -17,9 +17,7 @@ class BenchmarkStage:
     what: str = "export"  # what is measured: stage.what=? lists it, docs/benchmarks.md tells it; all: nearly everything
     layers: int | None = None  # fewer layers than the model has, for small machines
     repeats: int = 1  # of everything, pair by pair
-    vs: str | None = (
-        None  # export, train, prepare: a clone of CogVideo to run beside; prepare: or finetrainers; train: or bare, or a revision
-    )
+    vs: str | None = None  # export, train, prepare: a clone of CogVideo to run beside; prepare: or finetrainers; train: or bare, a revision
     vs_python: str | None = None  # the interpreter of the clone's own install; default: this one
     folder: str | None = None  # for the files it makes, twice the checkpoint's size; default <run>/benchmark
     keep: bool = False  # leave those files

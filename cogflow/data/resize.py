@@ -8,7 +8,7 @@ first, against torch itself; where it is not, torch does the work.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-_BAND = 16  # outputs of one product: more waste products with zeros, fewer are too small for the cores
+# Outputs of one product: more waste work on zeros, fewer are too small for the cores. Rows are made by strips that stay in a core's cache.
+_ROWS, _COLUMNS, _STRIP = 16, 32, 2
 _LARGEST = 4096  # of a side that is tried out; the trial needs its square in memory
 # Products and torch's sums are some 40 roundings of values below 512 apart, 3e-5 typically and 1e-4 among 50 million; this is twice that.
 _NEAR = 2.0**-12
@@ -84,7 +85,7 @@ Rule = Callable[[int], int]
 _RULES: tuple[Rule, ...] = (lambda taps: 1 + 4 * ((taps - 1) // 4), lambda taps: taps)
 
 
-def _axis(before: int, after: int, start: int, count: int, rule: Rule) -> _Axis:
+def _axis(before: int, after: int, start: int, count: int, rule: Rule, band: int) -> _Axis:
     # A picture of single bright pixels through torch itself gives the weights.
     dense = interpolated(torch.eye(before)[:, None, :], (1, after))[:, 0].t()[start : start + count].contiguous()
     scale = np.float32(before) / np.float32(after)
@@ -99,8 +100,8 @@ def _axis(before: int, after: int, start: int, count: int, rule: Rule) -> _Axis:
     plain = first - moved + np.array([rule(int(count)) for count in taps])
     low, high = int(moved.min()), int(moved.max()) + most
     bands = []
-    for begin in range(0, count, _BAND):
-        here = slice(begin, min(begin + _BAND, count))
+    for begin in range(0, count, band):
+        here = slice(begin, min(begin + band, count))
         left, right = int(moved[here].min()), int(moved[here].max()) + most
         bands.append((begin, left - low, right - low, dense[here, left:right].contiguous()))
     return _Axis(moved - low, weights, plain, low, high, tuple(bands))
@@ -110,50 +111,62 @@ class _Products:
     """Resizing for one geometry. Threads may share one: each has its own buffers."""
 
     def __init__(self, geometry: Geometry, rule: Rule) -> None:
-        (down, right), (height, width) = geometry.corner, geometry.shown
-        self.down = _axis(geometry.size[0], geometry.scaled[0], down, height, rule)
-        self.across = _axis(geometry.size[1], geometry.scaled[1], right, width, rule)
-        self._shown = geometry.shown
+        (down, right), self._shown = geometry.corner, geometry.shown
+        self.down = _axis(geometry.size[0], geometry.scaled[0], down, geometry.shown[0], rule, _ROWS)
+        self.across = _axis(geometry.size[1], geometry.scaled[1], right, geometry.shown[1], rule, _COLUMNS)
         self._transposed = [(begin, left, right, band.t().contiguous()) for begin, left, right, band in self.across.bands]
+        self._strips = [self.down.bands[begin : begin + _STRIP] for begin in range(0, len(self.down.bands), _STRIP)]
         self._held = threading.local()
 
     def __call__(self, planes: Sequence[np.ndarray], out: torch.Tensor) -> None:
-        source, values = self.values(planes)
-        _, _, _, moved, low, high = self._buffers()
-        for share, rounded in ((0.5 - _NEAR, low), (0.5 + _NEAR, high)):
-            rounded.copy_(torch.add(values, share, out=moved).clamp_(0, 255))
+        *_, moved, low, high = self._buffers()
+        for begin, values in self.strips(planes):
+            here = slice(begin, begin + len(values))
+            for share, rounded in ((0.5 - _NEAR, low), (0.5 + _NEAR, high)):
+                rounded[here].copy_(torch.add(values, share, out=moved[: len(values)]).clamp_(0, 255))
         near = np.flatnonzero(low.numpy() != high.numpy())
         if near.size:
-            found = self.exact(source, near)
-            low.view(-1).numpy()[near] = np.rint(found).clip(0, 255).astype(np.uint8)
+            low.view(-1).numpy()[near] = np.rint(self.exact(planes, near)).clip(0, 255).astype(np.uint8)
         out.copy_(low.permute(1, 0, 2))
 
-    def values(self, planes: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What of the planes is needed, fp32 ``[rows, 3, columns]``, and the values, fp32 ``[h, 3, w]``, right but for their last bits."""
+    def strips(self, planes: Sequence[np.ndarray]) -> Iterator[tuple[int, torch.Tensor]]:
+        """First row and values of each strip, fp32 ``[rows, 3, w]``, right but for their last bits; the next one overwrites them."""
         source, between, values, *_ = self._buffers()
-        for channel, plane in enumerate(planes):
-            source[:, channel].copy_(torch.from_numpy(plane[self.down.low : self.down.high, self.across.low : self.across.high]))
-        rows, columns = source.view(len(source), -1), between.view(3 * len(between), -1)
-        for begin, first, last, band in self.down.bands:
-            torch.mm(band, rows[first:last], out=between.view(len(between), -1)[begin : begin + len(band)])
-        for begin, first, last, band in self._transposed:
-            torch.mm(columns[:, first:last], band, out=values.view(3 * len(values), -1)[:, begin : begin + band.shape[1]])
-        return source, values
+        needed = [torch.from_numpy(plane) for plane in self._needed(planes)]
+        for bands in self._strips:
+            top, first, last = bands[0][0], bands[0][1], bands[-1][2]
+            count = bands[-1][0] + len(bands[-1][3]) - top
+            for channel, plane in enumerate(needed):
+                source[: last - first, channel].copy_(plane[first:last])
+            rows, made = source.view(len(source), -1), between.view(len(between), -1)
+            for row, above, below, band in bands:
+                torch.mm(band, rows[above - first : below - first], out=made[row - top : row - top + len(band)])
+            columns, across = between.view(3 * len(between), -1)[: 3 * count], values.view(3 * len(values), -1)[: 3 * count]
+            for column, left, right, band in self._transposed:
+                torch.mm(columns[:, left:right], band, out=across[:, column : column + band.shape[1]])
+            yield top, values[:count]
 
-    def exact(self, source: torch.Tensor, places: np.ndarray) -> np.ndarray:
+    def exact(self, planes: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
         """The values at ``places`` of the flat ``[h, 3, w]``, as torch adds them up: along rows first, then down."""
         row, channel, column = np.unravel_index(places, (self._shown[0], 3, self._shown[1]))
         down, across = self.down, self.across
-        windows = np.lib.stride_tricks.sliding_window_view(source.numpy(), across.weights.shape[1], axis=2)
         rows = down.first[row][:, None] + np.arange(down.weights.shape[1])
-        taken = windows[rows, channel[:, None], across.first[column][:, None]]
+        taken = np.empty((*rows.shape, across.weights.shape[1]), np.float32)
+        for number, plane in enumerate(self._needed(planes)):
+            here = channel == number
+            windows = np.lib.stride_tricks.sliding_window_view(plane, taken.shape[2], axis=1)
+            taken[here] = windows[rows[here], across.first[column[here]][:, None]]
         along = _added(taken.transpose(2, 0, 1), across.weights[column].T[:, :, None], across.plain[column][:, None])
         return _added(along.T, down.weights[row].T, down.plain[row])
 
+    def _needed(self, planes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [plane[self.down.low : self.down.high, self.across.low : self.across.high] for plane in planes]
+
     def _buffers(self) -> tuple[torch.Tensor, ...]:
         if not hasattr(self._held, "buffers"):
-            (height, width), rows, columns = self._shown, self.down.high - self.down.low, self.across.high - self.across.low
-            floats = [torch.empty(size) for size in ((rows, 3, columns), (height, 3, columns), (height, 3, width), (height, 3, width))]
+            (height, width), columns, most = self._shown, self.across.high - self.across.low, _ROWS * _STRIP
+            rows = max(bands[-1][2] - bands[0][1] for bands in self._strips)
+            floats = [torch.empty(size) for size in ((rows, 3, columns), (most, 3, columns), (most, 3, width), (most, 3, width))]
             self._held.buffers = (*floats, *(torch.empty(height, 3, width, dtype=torch.uint8) for _ in range(2)))
         return self._held.buffers
 
@@ -188,9 +201,9 @@ def _products(geometry: Geometry) -> _Products | None:
     some = np.concatenate([rng.choice(np.flatnonzero(edges), 4000), rng.integers(0, edges.size, 4000)])
     for rule in _RULES:
         products = _Products(geometry, rule)
-        source, values = products.values(list(picture))
-        if float((values - wanted).abs().max()) > _NEAR / 2:
+        furthest = max(float((values - wanted[top : top + len(values)]).abs().max()) for top, values in products.strips(list(picture)))
+        if furthest > _NEAR / 2:
             return None
-        if np.array_equal(products.exact(source, some), wanted.view(-1).numpy()[some]):
+        if np.array_equal(products.exact(list(picture), some), wanted.view(-1).numpy()[some]):
             return products
     return None

@@ -190,7 +190,8 @@ RULES: dict[str, dict[str, Rule]] = {
     "BenchmarkStage": {
         "what": one_of(*WHATS),
         "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
-        "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0), "variants": at_least(2),
+        "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0),
+        "clip_height": at_least(0), "variants": at_least(2),
     },
 }  # fmt: skip
 """What each key must satisfy by itself, by the name of its dataclass."""

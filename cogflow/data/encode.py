@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ CLIPS, TEXTS = "clips", "texts"
 """Kinds of shards: ``<clip key>.mean`` and ``.logvar``; ``<caption key>.embeds``."""
 
 TEXT_VERSION = 1
-_AHEAD = 3  # clips decoded before the VAE asks for them
+_MOST_AT_ONCE = 8  # clips in the making, each some 100 MB at 49x480x720
 _SHOWN = 5
 
 
@@ -212,8 +213,12 @@ def encode_clips(
 @torch.no_grad()
 def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t, h, w]``, not scaled."""
-    pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None].to(vae.dtype) / 127.5 - 1.0
-    return first_frame.moments(vae, pixels)
+    return first_frame.moments(vae, pixels(frames, vae.device, vae.dtype))
+
+
+def pixels(frames: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 frames ``[T, H, W, 3]`` as a VAE takes them: ``[1, 3, T, H, W]`` in [-1, 1]."""
+    return frames.to(device).permute(3, 0, 1, 2)[None].to(dtype).div_(127.5).sub_(1.0)
 
 
 Decoded = tuple[clips.Clip | clips.ClipError, dict[str, Any]]
@@ -232,11 +237,12 @@ def _decoded(
         return clip, softness.measured(clip, at_size, item.content or "", resampled=key in compared)
 
     ahead: deque[tuple[str, Item, Future[Decoded]]] = deque()
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    count = at_once()
+    with clip_threads(count) as pool:
         try:
             for key, item in items.items():
                 ahead.append((key, item, pool.submit(read, key, item)))
-                if len(ahead) >= _AHEAD:
+                if len(ahead) > count:
                     first_key, first, result = ahead.popleft()
                     yield first_key, first, *result.result()
             while ahead:
@@ -245,6 +251,23 @@ def _decoded(
         finally:
             for _, _, waiting in ahead:
                 waiting.cancel()
+
+
+def at_once() -> int:
+    """Clips that are decoded at a time: one for each core of this rank."""
+    return max(2, min(_MOST_AT_ONCE, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@contextmanager
+def clip_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that torch does not divide further: the clips themselves fill the cores."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, "clips", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        # What a thread sets is its own, but threads that are started later take the number that was set last.
+        torch.set_num_threads(threads)
 
 
 def _stamp_or_none(path: Path) -> tuple[int, int] | None:

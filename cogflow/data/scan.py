@@ -30,6 +30,7 @@ class Scan:
 
     times: np.ndarray
     end: float
+    distinct: bool = True  # whether no two frames have one time
 
     def holds(self, frames: int, fps: float) -> bool:
         """Whether there are ``frames`` frames at ``fps`` a second: the last one is wanted while a frame is shown."""
@@ -60,7 +61,9 @@ class Look:
 def look(path: Path) -> Look:
     """Walk through the packets of a file and decode its first frame. Raises :class:`ClipError`."""
     with as_clip_errors():
-        scan = scan_packets(path, file_size(path))
+        size = file_size(path)
+        with av.open(str(path)) as container:
+            scan = scan_packets(container, size)
         with av.open(str(path)) as container:
             first = next(container.decode(container.streams.video[0]), None)
         if first is None:
@@ -92,30 +95,31 @@ def as_clip_errors() -> Iterator[None]:
         raise ClipError(f"cannot be read: {error.strerror or error}") from None
 
 
-def scan_packets(path: Path, size: int) -> Scan:
-    """Walk through the packets without decoding them."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ClipError("holds no video stream (or its header is damaged)")
-        stream = container.streams.video[0]
-        codec = stream.codec_context
-        if codec is None:
-            raise ClipError("truncated, or of a codec that is not known here")
-        if codec.width * codec.height > _MAX_PIXELS:
-            raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
-        index = getattr(stream, "index_entries", ())  # older PyAV: incomplete packets still tell most truncations
-        if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
-            raise ClipError("truncated: the header lists frames beyond the end of the file")
-        claimed = _claimed_seconds(stream)
-        base = float(stream.time_base or 0)
-        times, ends = [], []
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise ClipError("truncated or damaged: a frame is incomplete")
-            if packet.pts is None or packet.is_discard:
-                continue
-            times.append(packet.pts * base)
-            ends.append((packet.pts + (packet.duration or 0)) * base)
+def scan_packets(container: av.container.InputContainer, size: int, held: list[av.Packet] | None = None) -> Scan:
+    """Walk through the packets of a file of ``size`` bytes without decoding them; all of them go into ``held``."""
+    if not container.streams.video:
+        raise ClipError("holds no video stream (or its header is damaged)")
+    stream = container.streams.video[0]
+    codec = stream.codec_context
+    if codec is None:
+        raise ClipError("truncated, or of a codec that is not known here")
+    if codec.width * codec.height > _MAX_PIXELS:
+        raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
+    index = getattr(stream, "index_entries", ())  # older PyAV: incomplete packets still tell most truncations
+    if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
+        raise ClipError("truncated: the header lists frames beyond the end of the file")
+    claimed = _claimed_seconds(stream)
+    base = float(stream.time_base or 0)
+    times, ends = [], []
+    for packet in container.demux(stream):
+        if held is not None:
+            held.append(packet)
+        if packet.is_corrupt:
+            raise ClipError("truncated or damaged: a frame is incomplete")
+        if packet.pts is None or packet.is_discard:
+            continue
+        times.append(packet.pts * base)
+        ends.append((packet.pts + (packet.duration or 0)) * base)
     if not times:
         raise ClipError("holds no frame")
     stamps = np.unique(np.array(times))
@@ -125,7 +129,7 @@ def scan_packets(path: Path, size: int) -> Scan:
     end = max(max(ends), float(stamps[-1]) + typical)
     if claimed is not None and end - stamps[0] < 0.95 * claimed - 2 * typical:
         raise ClipError(f"truncated or lying header: claims {claimed:.2f} s, holds {end - stamps[0]:.2f} s")
-    return Scan(stamps, end)
+    return Scan(stamps, end, len(stamps) == len(times))
 
 
 def _claimed_seconds(stream: av.VideoStream) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 # swscale's default path rounds down: it darkens each clip by one to two levels of 255. These flags do not.
 # SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT of libswscale; older PyAV has no names for the last two.
@@ -58,6 +58,29 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     image = frame.reformat(format="rgb24", interpolation=EXACT).to_ndarray()
     quarter_turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+class ToPlanes:
+    """Decoded frames as the planes of :func:`to_rgb`'s picture: red, green, blue, uint8 ``[H, W]`` each. For one file and one thread."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
+
+    def __call__(self, frame: av.VideoFrame) -> list[np.ndarray]:
+        # swscale writes planes with the CPU's vectors and packed pixels one by one: the same values in less than half of the time.
+        if frame.format.name not in ("yuv420p", "yuvj420p"):
+            image = to_rgb(frame)
+            return [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
+        turned = self._reformatter.reformat(frame, format="gbrp", interpolation=EXACT)
+        green, blue, red = (_rows(plane)[: turned.height, : turned.width] for plane in turned.planes)
+        quarter_turns = round(frame.rotation / 90) % 4
+        if not quarter_turns:
+            return [red, green, blue]
+        return [np.ascontiguousarray(np.rot90(plane, quarter_turns)) for plane in (red, green, blue)]
+
+
+def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
 
 
 def read_video(path: Path, most_bytes: int | None = None) -> tuple[torch.Tensor, float]:

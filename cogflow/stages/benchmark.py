@@ -17,9 +17,11 @@ from cogflow.benchmarking.clips import contents
 from cogflow.benchmarking.degrade import CLEAN
 from cogflow.benchmarking.export import compare_export
 from cogflow.benchmarking.indicator import measure as measure_indicator
+from cogflow.benchmarking.loader_cost import loading
 from cogflow.benchmarking.overhead import SIZES, WARM_UP, told
 from cogflow.benchmarking.overhead import compare as compare_steps
 from cogflow.benchmarking.panel_cost import WHOLE, cost
+from cogflow.benchmarking.prepare_cost import preparing
 from cogflow.benchmarking.separation import DEGRADATIONS, figures, gather
 from cogflow.benchmarking.tables import Table, shown
 from cogflow.benchmarking.traffic import RANKS
@@ -195,12 +197,14 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
     "traffic": traffic,
     "checkpoint": checkpoints,
     "validate": validation,
+    "prepare": preparing,
+    "loader": loading,
     "step": steps.step,
     "train": steps.train,
 }
 
 
-ALL = ("train", "overhead", "checkpoint", "validate", "export", "assemble", "panel", "indicator", "traffic")
+ALL = ("train", "overhead", "checkpoint", "validate", "prepare", "loader", "export", "assemble", "panel", "indicator", "traffic")
 """What stage.what=all measures, one after another: all but the judgement of the panel and the watch."""
 
 

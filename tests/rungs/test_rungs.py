@@ -77,13 +77,14 @@ def test_a_loader_that_softens_is_seen(world: World, monkeypatch: pytest.MonkeyP
     data = replace(world.config.data, height=32, width=48)
     path = next((world.folder / "data" / "videos").glob("*.mp4"))
     healthy = softness.measured(clips.read_clip(path, data), data, "", resampled=True)["loader"]
-    fit = clips._fit
+    fit = clips.fit
 
-    def soft(image: np.ndarray, data: Any, content: str) -> torch.Tensor:
-        small = np.asarray(Image.fromarray(fit(image, data, content).numpy()).resize((30, 20), Image.Resampling.BILINEAR))
-        return torch.from_numpy(np.asarray(Image.fromarray(small).resize((48, 32), Image.Resampling.BILINEAR)).copy())
+    def soft(planes: Any, data: Any, content: str, out: torch.Tensor) -> None:
+        fit(planes, data, content, out)
+        small = Image.fromarray(out.permute(1, 2, 0).numpy()).resize((30, 20), Image.Resampling.BILINEAR)
+        out.copy_(torch.from_numpy(np.asarray(small.resize((48, 32), Image.Resampling.BILINEAR)).copy()).permute(2, 0, 1))
 
-    monkeypatch.setattr(clips, "_fit", soft)
+    monkeypatch.setattr(clips, "fit", soft)
     softened = softness.measured(clips.read_clip(path, data), data, "", resampled=True)["loader"]
     kinds = []
     for changes in (healthy, softened):

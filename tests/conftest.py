@@ -32,13 +32,13 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    WANDB_MODE="offline",
     WANDB_SILENT="true",
     TORCH_EXTENSIONS_DIR=_extensions,
     XDG_CACHE_HOME=_cache,
     PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 )
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):
+# Without a mode the settings' own holds: offline, and none where a test says tracking.wandb=disabled, whose service takes two seconds.
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)
 
 
@@ -50,10 +50,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def cogflow(server: Server) -> Command:
-    """Runs cogflow with the words given, on ``ranks`` processes, each forked from one that has imported everything already."""
+    """Runs cogflow with the words given, on ``ranks`` processes, each forked from one that has imported everything already.
+
+    Without W&B, unless the environment asks for it: its service is started for each run, and ``started`` has it."""
 
     def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-        done = server.run(*words, ranks=ranks, seconds=timeout, env=dict(os.environ), cwd=os.getcwd())
+        done = server.run(*words, ranks=ranks, seconds=timeout, env={"WANDB_MODE": "disabled"} | os.environ, cwd=os.getcwd())
         ended = next((one for one in done.codes if one), 0)
         if code is not None:
             assert ended == code and not done.timed_out, f"exit codes {done.codes}\n{done.out[-3000:]}\n{done.err[-5000:]}"

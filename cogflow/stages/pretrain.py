@@ -45,7 +45,7 @@ def run(config: Config) -> None:
     vae = tiny.new_vae()
     settings = VAESettings().scaled(stage.vae_steps)
     train_vae(vae, settings, stage.seed, state / "vae.pt", log)
-    unseen = clip_pool(64, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float() / 127.5 - 1.0
+    unseen = clip_pool(stage.check_clips, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float() / 127.5 - 1.0
     factors = normalise_latents(vae, unseen)
 
     say("3/4 transformer")
@@ -62,7 +62,10 @@ def run(config: Config) -> None:
 
     say("4/4 figures")
     pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer.cpu().to(torch.bfloat16).float(), tiny.new_scheduler())
-    measured = {"roundtrip": figures.roundtrip(vae, 64), "following": figures.following(sampler(pipeline, 20), stage.check_repeats)}
+    measured = {
+        "roundtrip": figures.roundtrip(vae, stage.check_clips),
+        "following": figures.following(sampler(pipeline, stage.check_steps), stage.check_repeats),
+    }
     with publish_folder(output, replace=True) as partial:
         # As 5B is published: the transformer in bf16, the autoencoder in fp32.
         pipeline.transformer.to(torch.bfloat16)

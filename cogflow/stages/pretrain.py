@@ -16,6 +16,7 @@ from cogflow.files.paths import run_folder
 from cogflow.files.publish import publish_folder, write_json
 from cogflow.models import tiny
 from cogflow.models.components import encode_prompts, load_text_encoder, load_tokenizer
+from cogflow.models.convolutions import by_onednn
 from cogflow.pretraining import figures
 from cogflow.pretraining.text import make_tokenizer, train_text_encoder
 from cogflow.pretraining.transformer import TransformerSettings, encode_clips, train_transformer
@@ -42,7 +43,7 @@ def run(config: Config) -> None:
 
     say("2/4 autoencoder")
     torch.manual_seed(stage.seed)
-    vae = tiny.new_vae()
+    vae = by_onednn(tiny.new_vae())
     settings = VAESettings().scaled(stage.vae_steps)
     train_vae(vae, settings, stage.seed, state / "vae.pt", log)
     unseen = clip_pool(stage.check_clips, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float() / 127.5 - 1.0

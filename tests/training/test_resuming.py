@@ -39,9 +39,13 @@ Ran = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def ran(root: Path, server: Server) -> Ran:
     """Takes a number of ranks and cases, gives the cases' results by name."""
+    # DeepSpeed's Adam is as exact with little optimisation, and compiled in half the time.
+    compiler = root / "c++"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O1 -g0\n')
+    compiler.chmod(0o755)
 
     def run(ranks: int, *cases: str) -> dict[str, Any]:
-        done = server.run(str(root), *cases, ranks=ranks, seconds=900, program="tests.training.resuming")
+        done = server.run(str(root), *cases, ranks=ranks, seconds=900, program="tests.training.resuming", env={"CXX": str(compiler)})
         assert done.codes == [0] * ranks, done.text[-6000:]
         return {case: json.loads((root / f"{case.replace(':', '-')}-{ranks}.json").read_text()) for case in cases}
 

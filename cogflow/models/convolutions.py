@@ -28,5 +28,5 @@ def by_onednn(vae: Any) -> Any:
     if torch.backends.mkldnn.is_available():
         for module in vae.modules():
             if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                module._conv_forward = _ByOneDNN(module)  # type: ignore[method-assign]
+                module._conv_forward = _ByOneDNN(module)
     return vae

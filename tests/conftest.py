@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,13 +33,13 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    WANDB_MODE="offline",
     WANDB_SILENT="true",
     TORCH_EXTENSIONS_DIR=_extensions,
     XDG_CACHE_HOME=_cache,
     PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 )
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY"):
+# Without a mode the settings' own holds: offline, and none where a test says tracking.wandb=disabled, whose service takes two seconds.
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)
 
 
@@ -50,10 +51,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def cogflow(server: Server) -> Command:
-    """Runs cogflow with the words given, on ``ranks`` processes, each forked from one that has imported everything already."""
+    """Runs cogflow with the words given, on ``ranks`` processes, each forked from one that has imported everything already.
+
+    Without W&B, unless the environment asks for it: its service is started for each run, and ``started`` has it."""
 
     def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-        done = server.run(*words, ranks=ranks, seconds=timeout, env=dict(os.environ), cwd=os.getcwd())
+        done = server.run(*words, ranks=ranks, seconds=timeout, env={"WANDB_MODE": "disabled"} | os.environ, cwd=os.getcwd())
         ended = next((one for one in done.codes if one), 0)
         if code is not None:
             assert ended == code and not done.timed_out, f"exit codes {done.codes}\n{done.out[-3000:]}\n{done.err[-5000:]}"
@@ -83,7 +86,38 @@ def repository() -> Path:
     return REPOSITORY
 
 
+SLOWEST = ("stages", "training/test_resuming.py", "faults/test_soak.py", "scenarios", "slurm", "faults", "training", "planning")
+"""Where a minute or more goes, files and folders of tests: those first, the longest at the head."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most tests that are slow or start processes first: two workers that take whole files end at about the same time."""
+    """Slow files first, then those with the most tests that are slow or start processes: two workers that take whole files end at about
+    the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow") or "cogflow" in getattr(item, "fixturenames", ()))
-    items.sort(key=lambda item: -slow[item.path])
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        if not slow[item.path]:
+            return len(SLOWEST), 0
+        name = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        return next((place for place, one in enumerate(SLOWEST) if name.startswith(one)), len(SLOWEST)), -slow[item.path]
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files, and all those that look at one flow together: it takes a worker a minute to run it."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    around = {
+        path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("tests/stages/test_*.py") if "flow: Path" in path.read_text()
+    }
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "tests/stages around one flow" if file in around else file
+
+    return Together(config, log)

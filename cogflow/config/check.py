@@ -184,7 +184,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "PretrainStage": {
         "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
-        "check_repeats": at_least(0), "clips": at_least(1),
+        "check_repeats": at_least(1), "check_steps": at_least(1), "check_clips": at_least(1), "clips": at_least(1),
     },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {

@@ -273,6 +273,8 @@ class PretrainStage:
     vae_steps: int = 3700  # steps of the autoencoder
     transformer_steps: int = 16000  # steps of the transformer
     check_repeats: int = 2  # samples checked at the end, times 24
+    check_steps: int = 20  # denoising steps of each
+    check_clips: int = 64  # unseen clips by which the latents are scaled, and that go through the autoencoder at the end
     clips: int = 2048  # drawn for the transformer
 
 

@@ -25,6 +25,7 @@ from cogflow.diagnosis.swaps import SAME, Suspect, Tried, attempt, psnr, shown, 
 from cogflow.diagnosis.weights import compare_weights
 from cogflow.errors import QualityGateError
 from cogflow.models.components import SAFETENSORS_ONLY
+from cogflow.models.convolutions import by_onednn
 from cogflow.pipeline.parts import STEMS
 from cogflow.sampling.prompts import prompts_for
 from cogflow.tracking.console import say
@@ -214,7 +215,7 @@ class Examination:
             return found
         side = self.reference if "vae" in self.reference.parts else self.candidate
         vae = AutoencoderKLCogVideoX.from_pretrained(side.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
-        return clips.drawn(vae.eval().requires_grad_(False), self._data(), self.stage.clips)
+        return clips.drawn(by_onednn(vae.eval().requires_grad_(False)), self._data(), self.stage.clips)
 
     def _data(self) -> DataConfig:
         family = self.candidate.family

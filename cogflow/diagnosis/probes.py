@@ -15,6 +15,7 @@ from cogflow.diagnosis.facts import dtype_of
 from cogflow.diagnosis.precision import Probe
 from cogflow.diagnosis.side import Side
 from cogflow.models.components import SAFETENSORS_ONLY, encode_prompts
+from cogflow.models.convolutions import by_onednn
 from cogflow.pipeline.parts import STEMS
 from cogflow.sampling.noise import noise_for
 from cogflow.weights.reader import WeightsFolder
@@ -49,7 +50,7 @@ def probes_of(side: Side, latents: torch.Tensor, caption: str, embeds: torch.Ten
             lambda model, dtype: velocity(model, noisy, embeds, TIMESTEP, device, dtype),
         ),
         "vae": (
-            lambda: AutoencoderKLCogVideoX.from_pretrained(folders["vae"], **FP32),
+            lambda: by_onednn(AutoencoderKLCogVideoX.from_pretrained(folders["vae"], **FP32)),
             lambda model, dtype: model.decode(latents[None].to(device, dtype)).sample,
         ),
     }

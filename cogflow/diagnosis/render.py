@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cogflow.config.schema import SamplingConfig
 from cogflow.diagnosis.side import Side
 from cogflow.models.components import SAFETENSORS_ONLY, encode_prompts
+from cogflow.models.convolutions import by_onednn
 from cogflow.pipeline.parts import CONFIGS, Part
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Sampler, requests
@@ -148,7 +149,7 @@ class Renderer:
             choice.part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY, **dict(choice.fields)
         )
         vae.enable_slicing()
-        return vae.eval().requires_grad_(False)
+        return by_onednn(vae.eval().requires_grad_(False))
 
     def _scheduler(self, mix: Mix) -> Any:
         choice = mix.choices["scheduler"]

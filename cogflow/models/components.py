@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from cogflow.config.schema import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
+from cogflow.models.convolutions import by_onednn
 from cogflow.models.family import FAMILY
 from cogflow.models.untrusted import refuse_code
 
@@ -65,7 +66,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32, device: torch.dev
     """The autoencoder in evaluation mode, decoding one clip at a time to bound memory."""
     vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **SAFETENSORS_ONLY)
     vae.enable_slicing()
-    return vae.to(device).eval().requires_grad_(False)
+    return by_onednn(vae.to(device).eval().requires_grad_(False))
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> T5EncoderModel:

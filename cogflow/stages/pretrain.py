@@ -16,6 +16,7 @@ from cogflow.files.paths import run_folder
 from cogflow.files.publish import publish_folder, write_json
 from cogflow.models import tiny
 from cogflow.models.components import encode_prompts, load_text_encoder, load_tokenizer
+from cogflow.models.convolutions import by_onednn
 from cogflow.pretraining import figures
 from cogflow.pretraining.text import make_tokenizer, train_text_encoder
 from cogflow.pretraining.transformer import TransformerSettings, encode_clips, train_transformer
@@ -42,10 +43,10 @@ def run(config: Config) -> None:
 
     say("2/4 autoencoder")
     torch.manual_seed(stage.seed)
-    vae = tiny.new_vae()
+    vae = by_onednn(tiny.new_vae())
     settings = VAESettings().scaled(stage.vae_steps)
     train_vae(vae, settings, stage.seed, state / "vae.pt", log)
-    unseen = clip_pool(64, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float() / 127.5 - 1.0
+    unseen = clip_pool(stage.check_clips, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float() / 127.5 - 1.0
     factors = normalise_latents(vae, unseen)
 
     say("3/4 transformer")
@@ -62,7 +63,10 @@ def run(config: Config) -> None:
 
     say("4/4 figures")
     pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer.cpu().to(torch.bfloat16).float(), tiny.new_scheduler())
-    measured = {"roundtrip": figures.roundtrip(vae, 64), "following": figures.following(sampler(pipeline, 20), stage.check_repeats)}
+    measured = {
+        "roundtrip": figures.roundtrip(vae, stage.check_clips),
+        "following": figures.following(sampler(pipeline, stage.check_steps), stage.check_repeats),
+    }
     with publish_folder(output, replace=True) as partial:
         # As 5B is published: the transformer in bf16, the autoencoder in fp32.
         pipeline.transformer.to(torch.bfloat16)

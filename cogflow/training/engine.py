@@ -124,9 +124,13 @@ class Engine:
         yield from ((name, buffer) for name, buffer in self.module.named_buffers() if name in saved)
 
     def settle(self) -> None:
-        """Have no weight on its way: a forward pass without a backward leaves ZeRO-3's prefetches in flight."""
+        """Have no weight on its way: a forward pass without a backward leaves ZeRO-3's prefetches in flight.
+
+        The optimizer's part of the engine's own method, which collects garbage and empties the device's cache besides: half a second and
+        a wait for the device, and with averages this is called in every step.
+        """
         if self.zero_stage == 3:
-            self.engine.empty_partition_cache()
+            self.optimizer.empty_partition_cache()
 
     @contextlib.contextmanager
     def whole(self, parameters: list[Any], modifier_rank: int | None = None) -> Iterator[None]:

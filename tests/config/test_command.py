@@ -167,7 +167,11 @@ def test_an_interrupt_exits_130(tmp_path: Path) -> None:
         "class S:\n    def run(self, config):\n        print('up', flush=True)\n        time.sleep(60)\n"
         "c.load = lambda name: S()\nsys.exit(c.main(['stage=train']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    # A shell has what it starts in the background ignore the signal, and so would this.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     started = time.time()
     process.send_signal(signal.SIGINT)

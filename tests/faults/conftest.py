@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cogflow.weights.zero_moments import MOMENTS, SavedStates
+from tests import small
 from tests.faults.server import Done, Server
 from tests.training.resuming import parameter_names
 
@@ -17,9 +18,9 @@ from tests.training.resuming import parameter_names
 class World:
     """Runs below one folder, all on the same prepared clips."""
 
-    def __init__(self, root: Path, server: Server, prepared: Path | None = None) -> None:
-        """``prepared``: a run whose clips are taken; else they are prepared."""
-        self.root, self.server = root, server
+    def __init__(self, root: Path, server: Server, prepared: Path | None = None, model: Path | None = None) -> None:
+        """``prepared``: a run whose clips are taken; else they are prepared. ``model``: what is trained; else the small one."""
+        self.root, self.server, self.model = root, server, model or small.pipeline(root / "model")
         if prepared is not None:
             shutil.copytree(prepared, root / "prepared")
             return
@@ -33,7 +34,8 @@ class World:
             shutil.copytree(self.root / "prepared" / "cache", folder / "cache")
         return [
             f"stage={stage}", "debug=quick", f"run.root={self.root}", f"run.name={name}", "tracking.wandb=disabled", "stage.batch_size=1",
-            "stage.gradient_accumulation=2", "stage.sample_every=0", "stage.evaluate_every=0", "stage.keep_last=99", *more,
+            "stage.gradient_accumulation=2", "stage.sample_every=0", "stage.evaluate_every=0", "stage.keep_last=99",
+            f"model.path={self.model}", *more,
         ]  # fmt: skip
 
     def train(self, name: str, *more: str, **order: Any) -> Done:

@@ -7,6 +7,8 @@ line (see :class:`Order`) and answers with one; :class:`Server` is the other end
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import resource
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Order:
     """One run. ``fault``: see :mod:`tests.faults.injected`. ``largest_file``: bytes that no file of it may exceed. ``seconds``: then all is
-    killed."""
+    killed. ``program``: the module whose ``main`` takes the words; cogflow's own and the tests'."""
 
     words: Sequence[str]
     log: str
@@ -34,6 +37,7 @@ class Order:
     seconds: float = 120.0
     env: dict[str, str] = field(default_factory=dict)
     cwd: str = "."
+    program: str = "cogflow.__main__"
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,9 @@ def serve() -> None:
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         cogflow.__main__.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
+    # What is imported stays: no run looks through half a million objects for garbage, nor copies the pages that they lie on.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         order = Order(**json.loads(line))
         began = time.monotonic()
@@ -128,6 +135,8 @@ def _start(order: Order) -> list[int]:
         if pid == 0:
             try:
                 _run(order, rank, port)
+            except BaseException:  # noqa: BLE001 - nothing may go on in the server's place
+                traceback.print_exc()
             finally:
                 os._exit(99)
         pids.append(pid)
@@ -146,11 +155,10 @@ def _run(order: Order, rank: int, port: int) -> None:
     if order.largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order.largest_file, order.largest_file))
-    from cogflow.__main__ import main
     from tests.faults import injected
 
     injected.arm(order.fault, rank, Path(f"{order.log}-fired"))
-    code = main(order.words)
+    code = importlib.import_module(order.program).main(order.words) or 0
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

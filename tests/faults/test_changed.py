@@ -55,9 +55,8 @@ def test_frozen_weights_stay_to_the_bit_and_go_on_under_another_stage(world: Wor
     server_says(world.train("frozen", *words, "stage.steps=2", "deepspeed=zero2"), 0)
     server_says(world.train("frozen", *words, "stage.steps=3", "deepspeed=zero3"), 0, "after step 2", "dealt out anew")
     server_says(world.train("frozen", *words, "stage.steps=4", "deepspeed=zero0"), 0, "after step 3", "dealt out anew")
-    from cogflow.models import tiny
     from tests.faults.test_starting import weights
 
-    before, after = weights(tiny.folder() / "transformer"), weights(world.root / "frozen/checkpoints/step-000004/transformer")
+    before, after = weights(world.model / "transformer"), weights(world.root / "frozen/checkpoints/step-000004/transformer")
     for name, value in before.items():
         assert value.equal(after[name]) == name.startswith(("transformer_blocks.0.", "patch_embed.")), name

@@ -35,7 +35,7 @@ def run(world: World, stage: str, output: Path, step: int, **order: object) -> D
     """``stage`` of the checkpoint of ``step`` into ``output``, in several shards or copied."""
     words = ["debug=quick", f"run.root={world.root}", "run.name=source", f"stage={stage}", f"stage.output={output}"]
     if stage == "export":
-        words += [f"stage.source={world.root}/source/checkpoints/step-{step:06d}", "stage.max_shard_size=3MB"]
+        words += [f"stage.source={world.root}/source/checkpoints/step-{step:06d}", "stage.max_shard_size=2MB"]
     else:
         words += [f"stage.transformer={world.root}/export-{step}", "stage.link=copy", "stage.verify=false"]
     return world.server.run(*words, **order)
@@ -85,10 +85,10 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(trained: World, tmp_path: P
 def test_a_disk_without_room_names_path_needed_and_free(trained: World, tmp_path: Path, stage: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=20M none {disk} 2>/dev/null") != 0:
+    if os.system(f"mount -t tmpfs -o size=8M none {disk} 2>/dev/null") != 0:
         pytest.skip("this machine lets nobody mount a small disk")
     try:
-        # Both have a transformer of 12 MB; the old one leaves no room for another.
+        # Both have a transformer of 5 MB; the old one leaves no room for another.
         shutil.copytree(trained.root / "export-1", disk / "out")
         old = hashes(disk / "out")
         done = run(trained, stage, disk / "out", 2)

@@ -40,7 +40,7 @@ def schedule(seed: int) -> list[Life]:
         elif kind == "signal":
             lives.append((f"{drawn.choice(('term', 'usr1', 'int'))}@{drawn.choice(('micro', 'backward', 'weights'))}#1", {}, (75,)))
         elif kind == "limit":
-            lives.append(("", {"largest_file": 5_000_000}, (2,)))
+            lives.append(("", {"largest_file": 3_000_000}, (2,)))
         else:
             lives.append((f"full@{drawn.choice(('states-written', 'manifest'))}#1", {}, (2,)))
     return lives

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cogflow.models import tiny
 from tests.faults.conftest import World, server_says
+from tests.faults.server import Server
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +22,12 @@ STILL = ["stage.steps=1", "stage.learning_rate=1e-30", "stage.save_every=0"]
 
 
 EXPORTED = {"run": "ema", "checkpoint": "ema"}
+
+
+@pytest.fixture(scope="module")
+def world(server: Server, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Of the tiny model itself: weights in SAT's layout are held against its facts."""
+    return World(tmp_path_factory.mktemp("starting"), server, prepared, tiny.folder())
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +79,18 @@ def test_the_weights_are_those_of_the_source(world: World, trained: Path, tmp_pa
     done = world.train(f"from-{kind}", *STILL, f"stage.start={source}", f"deepspeed={zero}", ranks=ranks)
     server_says(done, 0, f"starting from {source}")
     found = weights(world.root / f"from-{kind}" / "checkpoints/step-000001/transformer")
-    assert same(found, expected) and not same(found, weights(tiny.folder() / "transformer"))
+    assert same(found, expected) and not same(found, weights(world.model / "transformer"))
 
 
 def test_the_model_itself_is_what_training_starts_with_else(world: World) -> None:
     server_says(world.train("from-model", *STILL, "deepspeed=zero3"), 0)
-    assert same(weights(world.root / "from-model/checkpoints/step-000001/transformer"), weights(tiny.folder() / "transformer"))
+    assert same(weights(world.root / "from-model/checkpoints/step-000001/transformer"), weights(world.model / "transformer"))
 
 
 def test_weights_trained_for_another_schedule_are_refused(world: World, trained: Path, tmp_path: Path) -> None:
     """The incident itself: weights of one SNR shift trained on beside the scheduler of another."""
     copy = tmp_path / "pipeline"
-    shutil.copytree(tiny.folder(), copy)
+    shutil.copytree(world.model, copy)
     path = copy / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"snr_shift_scale": 3.0}))
     done = world.train("other-facts", *STILL, f"stage.start={trained}", f"model.path={copy}")

@@ -63,14 +63,24 @@ def unlimited(cluster: Cluster, job: str) -> bool:
     return cluster.job(job)["TimeLimit"] == "00:10:00"
 
 
+def soon_over(cluster: Cluster, job: str) -> bool:
+    """Whether the job's time limit is the next whole minute but for a quarter of one."""
+    hours, minutes, seconds = map(int, cluster.job(job)["RunTime"].split(":"))
+    limit = (60 * (60 * hours + minutes) + seconds + 15) // 60 + 1
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}", check=False)
+    return cluster.job(job)["TimeLimit"] == f"00:{limit:02d}:00"
+
+
 def test_a_time_limit_that_expires(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     mine = words("limited", "stage.save_every=0")
     run = undisturbed.parent / "limited"
-    job = submit(cluster, repository, log, *TWO, "--time=1", "--signal=B:USR1@50", *mine)
+    job = submit(cluster, repository, log, *TWO, "--time=10", "--signal=B:USR1@50", *mine)
     until(lambda: steps(run), "the first step", 180, log.read_text)
-    # Held until SLURM's own signal comes, so that a fast machine is not done before. On a slow one it came while training was loading.
-    with held(ranks_of(job).get(1)):
+    # Limited once it trains, so that on a slow machine SLURM's own signal does not come while it loads, and held until then, so that a fast
+    # one is not done before.
+    with held(ranks_of(job)[1]):
+        until(lambda: soon_over(cluster, job), "the time limit is near", 30, log.read_text)
         until(lambda: "time limit is near" in log.read_text(), "SLURM's signal", 60, log.read_text)
     until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again", 120, log.read_text)
     assert 1 <= len(steps(run)) < STEPS

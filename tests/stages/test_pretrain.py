@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
+from cogflow.models.convolutions import by_onednn
 from cogflow.models.tiny import folder
 from cogflow.pretraining import figures
 from cogflow.stages.pretrain import sampler
@@ -44,6 +45,7 @@ def test_the_shipped_model_is_trained_small_and_has_5bs_traits() -> None:
 def test_the_shipped_model_does_what_its_record_says() -> None:
     """Measured anew, on fewer clips: the round trip, and whether samples show what the prompts name."""
     pipeline = CogVideoXPipeline.from_pretrained(folder(), torch_dtype=torch.float32)
+    by_onednn(pipeline.vae)
     assert figures.roundtrip(pipeline.vae, 16)["psnr_mean_db"] > 26
     followed = figures.following(sampler(pipeline, 20), 1)
     assert {name: share for name, share in followed.items() if name.startswith("follows") and share < 0.85} == {}

@@ -1,5 +1,5 @@
-"""Run by the tests on one rank or more (``python -m tests.training.resuming FOLDER CASE ...``): whole trainings, one after another in
-one process, stopped by real signals and resumed, and what they left behind. Starting a process for each would take most of the time.
+"""Run by the tests' server on one rank or more, with the words FOLDER CASE ...: whole trainings, one after another in one process,
+stopped by real signals and resumed, and what they left behind. Starting a process for each would take most of the time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ def words(root: Path, name: str, *more: str) -> list[str]:
     return [
         "stage=train", "debug=quick", f"run.root={root}", f"run.name={name}", f"stage.steps={STEPS}", f"stage.batch_size={batch}",
         "stage.gradient_accumulation=2", "stage.ema_decay=0.9", "stage.evaluate_every=2", "stage.sample_every=0", "stage.save_every=4",
-        "stage.keep_last=9", "tracking.wandb=disabled", *more,
+        "stage.keep_last=9", "tracking.wandb=disabled", f"model.path={root / 'model'}", *more,
     ]  # fmt: skip
 
 
@@ -160,7 +159,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {"stopped": stopped, "whole": 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """FOLDER, which holds ``prepared/cache``, and cases such as ``stopped:zero2:1+2``."""
+    """FOLDER, which holds ``prepared/cache`` and ``model``, and cases such as ``stopped:zero2:1+2``."""
     root = Path(arguments[0])
     for case in arguments[1:]:
         kind, *rest = case.split(":")
@@ -168,7 +167,3 @@ def main(arguments: Sequence[str]) -> None:
         if ranks.is_main():
             (root / f"{case.replace(':', '-')}-{ranks.world_size()}.json").write_text(json.dumps(found))
     ranks.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

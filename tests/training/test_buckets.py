@@ -10,6 +10,7 @@ import pytest
 from cogflow.config.schema import DataConfig
 from cogflow.data.cache import LatentCache
 from cogflow.data.shapes_folder import draw_folder, with_defaults
+from tests import small
 from tests.faults.conftest import World, server_says
 from tests.faults.server import Server
 
@@ -33,7 +34,7 @@ def clips(folder: Path) -> Path:
 
 class Bucketed(World):
     def __init__(self, root: Path, server: Server) -> None:
-        self.root, self.server = root, server
+        self.root, self.server, self.model = root, server, small.pipeline(root / "model")
         self.more = [
             "data=folder",
             f"data.path={clips(root / 'clips')}",

@@ -4,9 +4,6 @@ that cannot be are refused, all at once."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,23 +14,21 @@ from cogflow.config.compose import compose
 from cogflow.errors import CheckpointError, ConfigError
 from cogflow.training import sequence
 from cogflow.training.identity import TUNABLE, check_same, clips_per_step, identity, layout_of, saved_layout
+from tests import small
 from tests.conftest import Command
+from tests.faults.server import Server
 from tests.training.sequences import CASES
 
 
 @pytest.fixture(scope="module")
-def found(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks found, in one launch, and under ``alone`` what one rank's training of the same clips left."""
+def found(cogflow: Command, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks found, in one run, and under ``alone`` what one rank's training of the same clips left."""
     root = tmp_path_factory.mktemp("sequence")
     cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-    for start, words in (
-        (launch, ["tests.training.sequences", str(root)]),
-        ([sys.executable, "-m"], ["tests.training.resuming", str(root), "go_on:zero2:alone"]),
-    ):
-        done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=900, env=env)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    small.pipeline(root / "model")
+    for ranks, program, words in ((2, "tests.training.sequences", []), (1, "tests.training.resuming", ["go_on:zero2:alone"])):
+        done = server.run(str(root), *words, ranks=ranks, seconds=900, program=program)
+        assert done.codes == [0] * ranks, done.text[-6000:]
     alone = json.loads((root / "go_on-zero2-alone-1.json").read_text())["changed"]
     return json.loads((root / "sequences.json").read_text()) | {"alone": alone}
 
@@ -97,7 +92,7 @@ def test_going_on_with_a_batch_for_each_rank_agrees_to_rounding(found: dict[str,
 
 @pytest.mark.slow
 def test_a_gradient_lost_among_one_ranks_tokens_stops_all(found: dict[str, Any]) -> None:
-    assert found["lost"]["exchanges"] == [40, 40]
+    assert found["lost"]["exchanges"] == [16, 16]
     for said in found["lost"]["said"]:
         assert "The gradient of step 2 is not finite" in said and "the weights are still those before it" in said
 

@@ -1,0 +1,54 @@
+"""The autoencoder's convolutions by oneDNN: the same to rounding, and nothing else is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from cogflow.models import tiny
+from cogflow.models.convolutions import by_onednn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch comes without oneDNN")
+
+
+@pytest.fixture
+def vae() -> AutoencoderKLCogVideoX:
+    return AutoencoderKLCogVideoX.from_pretrained(tiny.folder(), subfolder="vae").eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def test_clips_and_latents_are_the_same_to_rounding(vae: AutoencoderKLCogVideoX, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, clip = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 16, 3, 4, 6), (1, 3, 9, 32, 48)))
+    names = list(vae.state_dict())
+    before = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
+    assert by_onednn(vae) is vae and list(vae.state_dict()) == names
+    called, real = [], torch.nn.Conv3d._conv_forward
+
+    def noting(*args: Any) -> torch.Tensor:
+        called.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", noting)
+    after = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
+    assert not called
+    for one, two in zip(before, after, strict=True):
+        assert two.isfinite().all() and torch.allclose(one, two, atol=1e-5 * float(one.abs().max()))
+    # A copy in another precision goes its own way, and leaves the first as it is.
+    copied = torch.nn.Module.to(copy.deepcopy(vae), torch.bfloat16)
+    assert copied.decode(latents.bfloat16()).sample.dtype == torch.bfloat16 and called
+    assert all(module._conv_forward.module is module for module in copied.modules() if isinstance(module, torch.nn.Conv3d))
+    assert torch.equal(vae.decode(latents).sample, after[0])
+
+
+def test_gradients_go_the_usual_way(vae: AutoencoderKLCogVideoX) -> None:
+    clip = torch.randn(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for one in (vae, by_onednn(vae)):
+        given = clip.clone().requires_grad_()
+        one.encode(given).latent_dist.mean.square().sum().backward()
+        gradients.append(given.grad)
+    assert gradients[0] is not None and torch.equal(*gradients)

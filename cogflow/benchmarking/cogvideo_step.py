@@ -19,6 +19,8 @@ from typing import Any
 
 
 def main() -> None:
+    # A script's own folder is first on the path: none of the files beside this one may stand in for a module of somebody else's.
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
     asked = json.loads(Path(sys.argv[1]).read_text())
     sys.path.insert(0, asked["clone"])
     if not asked["gpu"]:

@@ -21,6 +21,8 @@ Pass = Callable[[], list[list[int]]]
 
 
 def main() -> None:
+    # A script's own folder is first on the path: none of the files beside this one may stand in for a module of somebody else's.
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
     asked = json.loads(Path(sys.argv[1]).read_text())
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
     one_pass = {"CogVideo": cogvideo, "finetrainers": finetrainers}[asked["peer"]](asked)

@@ -21,7 +21,7 @@ from cogflow import ranks
 from cogflow.benchmarking.ceiling import Ceiling, ceiling
 from cogflow.benchmarking.drawn import DrawnClips, DrawnWeights
 from cogflow.benchmarking.overhead import bare_steps
-from cogflow.benchmarking.profile import Part, profiled
+from cogflow.benchmarking.step_profile import Part, profiled
 from cogflow.benchmarking.turns import Turn, Turns
 from cogflow.config.schema import BenchmarkStage, Config, TrainStage
 from cogflow.models import components, tiny

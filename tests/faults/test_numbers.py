@@ -46,7 +46,7 @@ def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) 
     assert next(line for line in lines if line["step"] == 3)["train/loss"] is None
 
 
-def test_rollback_goes_back_with_a_lower_rate(world: World) -> None:
+def test_rollback_goes_back_with_a_lower_rate(world: World, sound: str) -> None:
     words = [*STEP, "stage.on_not_finite=rollback", "stage.rollback.learning_rate_ratio=0.5"]
     done = server_says(world.train("back", *words, fault="nan@losses#6"), 0, "going back to")
     assert done.fired
@@ -55,12 +55,12 @@ def test_rollback_goes_back_with_a_lower_rate(world: World) -> None:
         for line in map(json.loads, (world.root / "back/metrics.jsonl").read_text().splitlines())
         if "train/lr" in line
     }
-    sound = {
+    undisturbed = {
         line["step"]: line["train/lr"]
         for line in map(json.loads, (world.root / "sound/metrics.jsonl").read_text().splitlines())
         if "train/lr" in line
     }
-    assert rates[2] == sound[2] and rates[3] == pytest.approx(0.5 * sound[3])
+    assert rates[2] == undisturbed[2] and rates[3] == pytest.approx(0.5 * undisturbed[3])
 
 
 def test_a_clip_that_never_gives_a_number_ends_the_run(world: World) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from cogflow.benchmarking import profile
+from cogflow.benchmarking import step_profile
 
 
 @pytest.mark.parametrize(
@@ -16,13 +19,19 @@ from cogflow.benchmarking import profile
         ("void at::native::multi_tensor_apply_kernel<...FusedAdamMathFunctor", "optimizer"),
         ("triton_red_fused_gelu_gelu_backward_sum_view_5", "compiled"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
-        ("void at::native::reduce_kernel<128, 4>", profile.OTHER),
+        ("void at::native::reduce_kernel<128, 4>", step_profile.OTHER),
     ],
 )
 def test_a_kernel_is_known_by_its_name(name: str, kind: str) -> None:
-    assert profile.kind_of(name) == kind
+    assert step_profile.kind_of(name) == kind
 
 
 def test_what_spans_cover_together() -> None:
-    assert profile.covered([(3, 5), (0, 2), (1, 4), (7, 8)]) == 6
-    assert profile.covered([]) == 0
+    assert step_profile.covered([(3, 5), (0, 2), (1, 4), (7, 8)]) == 6
+    assert step_profile.covered([]) == 0
+
+
+def test_no_file_beside_the_peers_scripts_stands_in_for_pythons_own() -> None:
+    """A script's folder is the first on its path, and some of Python's own modules are imported before the script can change that."""
+    names = {path.stem for path in Path(step_profile.__file__).parent.glob("*.py")}
+    assert not names & sys.stdlib_module_names

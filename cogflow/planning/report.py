@@ -75,10 +75,13 @@ KEEPING = {
 def _recomputed(plan: Plan) -> str:
     if not plan.setting.checkpointing:
         return "off"
-    layers = plan.shape.layers
-    kept = {KEEPING[keep]: count for keep, count in plan.setting.kept(layers).items() if count}
-    what = ", ".join(f"{count} {words}" for words, count in kept.items()) if len(kept) > 1 else f"all {next(iter(kept))}"
-    return f"on ({what})"
+    return f"on ({keeping(plan.setting.kept(plan.shape.layers))})"
+
+
+def keeping(kept: Mapping[str, int]) -> str:
+    """Blocks by what they keep, in words."""
+    some = {KEEPING[keep]: count for keep, count in kept.items() if count}
+    return ", ".join(f"{count} blocks {words}" for words, count in some.items()) if len(some) > 1 else f"all blocks {next(iter(some))}"
 
 
 def _offloaded(plan: Plan) -> str:

@@ -62,7 +62,10 @@ def run(config: Config) -> None:
         StopRequest() as request,  # up to the report: after the last step a signal has nothing left to stop
     ):
         with told(config, watchdog):
-            prepared = Prepared(config, cache, folder, tracker, kept(config))
+            keeps = kept(config)
+            if keeps is not None:
+                say(f"activations: {planning.keeping(keeps)}")
+            prepared = Prepared(config, cache, folder, tracker, keeps)
             train(prepared, tracker, request, found, rollbacks)
         tracker.artifact(
             "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]

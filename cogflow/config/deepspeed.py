@@ -10,9 +10,9 @@ from cogflow.config.schema import Config
 KEEPS = ("nothing", "attention", "products", "all")
 """What a recomputed block keeps, the least first."""
 
-SHARDED_KEEPS = KEEPS[:2]
-"""The same under ZeRO-3, whose own linear layers add their biases in place: to what was kept a bias would be added twice, and nothing
-would tell."""
+SHARDED_KEEPS = KEEPS[:1]
+"""The same under ZeRO-3: its linear layers add their biases in place, twice to what was kept, and what it gathers in the backward pass is
+not what it gathered before, which PyTorch does not allow where something is kept."""
 
 EVERYTHING = "everything"
 """Kept by a block that is not recomputed."""
@@ -30,13 +30,9 @@ def deepspeed_problems(config: Config) -> Iterator[Problem]:
             f"deepspeed.offload_parameters=true: it needs deepspeed.zero_stage=3, not {stage}.",
             ("deepspeed.offload_parameters", "deepspeed.zero_stage"),
         )
-    keep, how = deepspeed.checkpoint_keep, config.speed.compile
-    # Gathering weights cannot be compiled together with what decides what is kept.
-    compiled = how in ("blocks", "graphs")
-    possible = ("auto", *(SHARDED_KEEPS[:1] if compiled else SHARDED_KEEPS))
-    if stage == 3 and keep not in possible:
+    if stage == 3 and deepspeed.checkpoint_keep not in ("auto", *SHARDED_KEEPS):
         yield Problem(
-            f"deepspeed.checkpoint_keep={keep}: with deepspeed.zero_stage=3{f' and speed.compile={how}' if compiled else ''} it should be "
-            f"one of {', '.join(possible)}.",
-            ("deepspeed.checkpoint_keep", "speed.compile", "deepspeed.zero_stage"),
+            f"deepspeed.checkpoint_keep={deepspeed.checkpoint_keep}: with deepspeed.zero_stage=3 recomputed blocks keep nothing; it should "
+            "be auto or nothing.",
+            ("deepspeed.checkpoint_keep", "deepspeed.zero_stage"),
         )

@@ -94,6 +94,7 @@ def of_preset(setting: Setting, name: str, gpus: int) -> Setting:
         setting,
         gpus=gpus,
         fitted=None,
+        keep="nothing" if preset["zero_stage"] == 3 else setting.keep,
         local=setting.local if gpus == setting.gpus else min(gpus, max(setting.local, NODE)),
         zero_stage=int(preset["zero_stage"]),
         offload_optimizer=bool(preset["offload_optimizer"]),

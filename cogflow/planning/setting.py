@@ -67,15 +67,6 @@ class Setting:
         return layers - self.kept(layers).get(EVERYTHING, 0)
 
 
-def _keep(config: Config) -> str:
-    """What recomputed blocks keep; nothing where the settings allow no choice."""
-    asked = config.deepspeed.checkpoint_keep
-    none = not config.deepspeed.activation_checkpointing or (
-        config.deepspeed.zero_stage == 3 and config.speed.compile in ("blocks", "graphs")
-    )
-    return "nothing" if none else asked
-
-
 def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -> Setting:
     """The layout that ``config`` asks for on ``gpus`` GPUs; ``local``: GPUs of one machine, else as many as are usual."""
     stage, deepspeed = config.stage, config.deepspeed
@@ -87,7 +78,7 @@ def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -
         offload_parameters=deepspeed.offload_parameters,
         checkpointing=deepspeed.activation_checkpointing,
         checkpoint_every=deepspeed.checkpoint_every_block,
-        keep=_keep(config),
+        keep="nothing" if deepspeed.zero_stage == 3 or not deepspeed.activation_checkpointing else deepspeed.checkpoint_keep,
         gpus=gpus,
         local=min(gpus, local or NODE),
         bytes=BYTES[dtype],

@@ -73,10 +73,7 @@ ONE: dict[str, list[str]] = {
     "stage=pretrain model=cogvideox-5b": ["stage=pretrain makes the tiny model"],
     "stage=train model.dtype=bf61": ["model.dtype=bf61", "Did you mean bf16?"],
     "stage=train deepspeed=zero2 deepspeed.offload_parameters=true": ["deepspeed.offload_parameters=true", "zero_stage=3"],
-    "stage=train deepspeed=zero3 speed.compile=blocks deepspeed.checkpoint_keep=all": [
-        "deepspeed.checkpoint_keep=all",
-        "one of auto, nothing.",
-    ],
+    "stage=train deepspeed=zero3 deepspeed.checkpoint_keep=all": ["deepspeed.checkpoint_keep=all", "auto or nothing"],
     "stage=train deepspeed.checkpoint_keep=atention": ["deepspeed.checkpoint_keep=atention", "attention"],
     "stage=train deepspeed=zero0 deepspeed.offload_optimizer=true": ["deepspeed.offload_optimizer=true", "zero_stage 1 to 3"],
     "stage=train sampling.seeds=[]": ["sampling.seeds=[]"],

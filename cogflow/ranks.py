@@ -138,8 +138,8 @@ def mean(value: torch.Tensor) -> torch.Tensor:
 
 def total(value: torch.Tensor) -> torch.Tensor:
     """Element-wise sum of a tensor over the ranks."""
-    if not dist.is_initialized():
-        return value
+    if not dist.is_initialized() or world_size() == 1:
+        return value.detach()
     summed = value.detach().clone()
     dist.all_reduce(summed)
     return summed

@@ -74,7 +74,7 @@ def row(found: Found, first: dict[str, Any]) -> list[Any]:
     seconds = one["seconds"]
     return [
         found.words, seconds["median"], seconds["lowest"], seconds["highest"], seconds["median"] / first["seconds"]["median"],
-        seconds["clips"], one["mfu"], one.get("hfu"), one["memory"]["peak"], one.get("start seconds"),
+        seconds["clips"], one["mfu"], one.get("hfu", ""), one["memory"]["peak"], one.get("start seconds", ""),
     ]  # fmt: skip
 
 

@@ -25,26 +25,26 @@ class Movement:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         stride = max(1, len(trained) // TENSORS)
         self._sampled = trained[stride // 2 :: stride][:TENSORS]
-        self._before: list[torch.Tensor] = []
-        self._anchor = self._copies()
+        self._before = torch.empty(0)
+        self._anchor = self._copy()
         self._anchor_step = 0
 
     def before(self) -> None:
         """Remember the weights: the next step is looked at."""
-        self._before = self._copies()
+        self._before = self._copy()
 
     def unchanged(self) -> torch.Tensor:
         """Share of the sampled weights that are bit for bit what :meth:`before` saw, fp32 scalar on the device: no host sync."""
-        return _same(self._before, self._views())
+        return _same(self._before, self._copy())
 
     def since_anchor(self, step: int) -> tuple[float, int]:
         """Share that is unchanged since this was asked last, and over how many steps; ``step`` counts finished ones."""
-        share, steps = float(_same(self._anchor, self._views())), step - self._anchor_step
+        share, steps = float(_same(self._anchor, self._copy())), step - self._anchor_step
         self.anchor(step)
         return share, steps
 
     def anchor(self, step: int) -> None:
-        self._anchor, self._anchor_step = self._copies(), step
+        self._anchor, self._anchor_step = self._copy(), step
 
     def _views(self) -> Iterator[torch.Tensor]:
         for parameter in self._sampled:
@@ -53,16 +53,13 @@ class Movement:
             start = max(0, (flat.numel() - ELEMENTS) // 2)
             yield flat[start : start + ELEMENTS]
 
-    def _copies(self) -> list[torch.Tensor]:
-        return [view.clone() for view in self._views()]
+    def _copy(self) -> torch.Tensor:
+        """All of them in one piece: a launch instead of one each."""
+        return torch.cat(list(self._views()))
 
 
-def _same(before: list[torch.Tensor], now: Iterator[torch.Tensor]) -> torch.Tensor:
-    pairs = [(old, new) for old, new in zip(before, now, strict=True) if old.numel()]
-    if not pairs:
-        return torch.zeros(())
-    same = torch.stack([(old == new).sum() for old, new in pairs]).sum()
-    return same.float() / sum(old.numel() for old, _ in pairs)
+def _same(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    return (before == now).float().mean() if now.numel() else torch.zeros(())
 
 
 def stuck_line(step: int, share: float, steps: int) -> str | None:

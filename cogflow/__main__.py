@@ -14,7 +14,7 @@ from cogflow.config import build, help, problems
 from cogflow.config.compose import compose
 from cogflow.errors import CogflowError
 from cogflow.files.paths import run_folder
-from cogflow.files.publish import append
+from cogflow.files.publish import append, write_first
 from cogflow.stages import SUMMARIES, load
 
 FLAGS = ("--help", "-h", "--cfg", "--version")
@@ -52,6 +52,6 @@ def main(words: Sequence[str]) -> int:
 if __name__ == "__main__":
     code, note = main(sys.argv[1:]), os.environ.get("COGFLOW_EXIT_FILE")
     # For launchers that make another code of it. The first rank to fail is the cause, the others follow it.
-    if note and (code or os.environ.get("RANK", "0") == "0") and not os.path.exists(note):
-        append(Path(note), str(code))
+    if note and (code or os.environ.get("RANK", "0") == "0"):
+        write_first(Path(note), str(code))
     sys.exit(code)

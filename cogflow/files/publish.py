@@ -31,6 +31,16 @@ DISK_TEXT = re.compile(
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)$")
 
 
+def write_first(path: Path, text: str) -> None:
+    """Write ``text`` into a file that is not there yet: of several processes the first one's word stands. Never raises."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def publish_folder(target: Path, *, replace: bool = False, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yield a hidden folder beside ``target`` to write into; when the block ends well it becomes ``target``.

@@ -95,9 +95,9 @@ class Band:
 
 def bands(table: torch.Tensor) -> dict[tuple[str, int], Band]:
     """(band, quarter 1..4) of summed rows ``[ROWS, 4]`` (CPU); what has no energy is left out."""
-    found = {}
+    found, rows = {}, table.tolist()
     for place, name in enumerate(BANDS):
-        truth, cross, predicted, expected = (table[row * len(BANDS) + place].tolist() for row in range(len(SUMS)))
+        truth, cross, predicted, expected = rows[place : len(SUMS) * len(BANDS) : len(BANDS)]
         for quarter in range(QUARTERS):
             if truth[quarter] > 0:
                 e = truth[quarter]

@@ -28,10 +28,11 @@ def by_quarter(per_sample: torch.Tensor, bands: torch.Tensor, timesteps: torch.T
 
 def losses(table: torch.Tensor, prefix: str) -> dict[str, float]:
     """``<prefix>/loss`` and ``<prefix>/loss_q1`` (least noise) to ``_q4``; quarters without a sample are left out."""
-    values = {f"{prefix}/loss": float(table[0].sum() / table[1].sum().clamp(min=1))}
-    for index in range(spectrum.QUARTERS):
-        if table[1, index] > 0:
-            values[f"{prefix}/loss_q{index + 1}"] = float(table[0, index] / table[1, index])
+    sums, counts = table[:2].tolist()
+    values = {f"{prefix}/loss": sum(sums) / max(1.0, sum(counts))}
+    for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
+        if count > 0:
+            values[f"{prefix}/loss_q{quarter}"] = total / count
     return values
 
 

@@ -14,7 +14,7 @@ import pytest
 from cogflow.errors import StorageError
 from cogflow.files import publish
 from cogflow.files.manifest import check_manifest
-from cogflow.files.publish import publish_folder, require_space, write_json, write_text
+from cogflow.files.publish import publish_folder, require_space, write_first, write_json, write_text
 
 
 def fill(target: Path, text: str, *, replace: bool = False) -> None:
@@ -198,3 +198,9 @@ def test_space_is_asked_for_in_advance(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there", 1)
     with pytest.raises(StorageError, match="not/there needs 1000000000.00 GB"):
         require_space(tmp_path / "not" / "there", 10**18)
+
+
+def test_the_first_word_stands(tmp_path: Path) -> None:
+    write_first(tmp_path / "job" / "code", "2")
+    write_first(tmp_path / "job" / "code", "3")
+    assert (tmp_path / "job" / "code").read_text() == "2"

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
 from cogflow.config.compose import compose
 from cogflow.config.deepspeed import KEEPS, SHARDED_KEEPS
 from cogflow.planning.plan import kept
-from cogflow.training.loader import Loader
-
-CPU = torch.device("cpu")
-
-
-def norms(zero: int, keep: str | None) -> list[float]:
-    """Gradient norms of two steps of the tiny model."""
-    words = [f"deepspeed=zero{zero}", f"deepspeed.activation_checkpointing={str(keep is not None).lower()}"]
-    config = compose(["stage=benchmark", "stage.what=step", "model=tiny", *words, *([f"deepspeed.checkpoint_keep={keep}"] if keep else [])])
-    trainer = make_trainer(training(config, config.stage, 2), CPU, torch.float32, MemoryWatch(CPU))  # type: ignore[arg-type]
-    with Loader(trainer.batch, 1, CPU) as loader:
-        return [float(trainer.train_step(step, loader).norm) for step in range(2)]
+from tests.faults.server import Server
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_gradients_do_not_depend_on_what_is_kept(zero: int) -> None:
-    expected = norms(zero, None)
-    for keep in ("auto", *(SHARDED_KEEPS if zero == 3 else KEEPS)):
-        assert norms(zero, keep) == pytest.approx(expected, rel=1e-9), keep
+def test_gradients_do_not_depend_on_what_is_kept(server: Server, tmp_path: Path, zero: int) -> None:
+    keeps = (None, "auto", *(SHARDED_KEEPS if zero == 3 else KEEPS))
+    cases = [json.dumps({"what": "kept", "zero": zero, "keep": keep}) for keep in keeps]
+    done = server.run(str(tmp_path / "found.json"), *cases, seconds=600, program="tests.training.updates")
+    assert done.codes == [0], done.text[-6000:]
+    expected, *norms = json.loads((tmp_path / "found.json").read_text())
+    for keep, found in zip(keeps[1:], norms, strict=True):
+        assert found == pytest.approx(expected, rel=1e-9), keep
 
 
 def words(*more: str) -> Any:

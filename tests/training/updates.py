@@ -1,0 +1,66 @@
+"""Run by the tests' server on one rank, with the words FILE CASE ...: DeepSpeed's updates in a process of their own, which they change for
+good (ZeRO-3 puts its own linear layers into torch). What they found goes into FILE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogflow import ranks
+from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
+from cogflow.config.compose import compose
+from cogflow.config.schema import BenchmarkStage, DeepSpeedConfig, TrainStage
+from cogflow.training import zero_update
+from cogflow.training.engine import Engine
+from cogflow.training.loader import Loader
+
+CPU = torch.device("cpu")
+LIGHTEN = zero_update.lighten
+
+
+def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt: int | None = None) -> dict[str, Any]:
+    """Weights, gradient norms and whether they were applied, of four steps; the gradient of ``spoilt`` holds an infinity. ``own``: by
+    DeepSpeed's own update."""
+    called: list[int] = []
+    zero_update.lighten = (lambda *_: called.append(1)) if own else LIGHTEN
+    torch.manual_seed(0)
+    half = getattr(torch, dtype)
+    module = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3)).to(half)
+    stage = TrainStage(batch_size=1, gradient_accumulation=2, gradient_clipping=clipping)
+    engine = Engine(module, DeepSpeedConfig(zero_stage=zero), stage, half)
+    zero_update.lighten = LIGHTEN
+    norms, applied = [], []
+    for step in range(4):
+        for _ in range(2):
+            loss = engine.forward(torch.randn(5, 7, dtype=half)).square().mean()
+            engine.backward(loss * (float("inf") if step == spoilt else 1.0))
+            done = engine.step(1e-2)
+        applied.append(done)
+        norms.append(float(engine.gradient_norm()))
+    weights = [weight.float().flatten().tolist() for _, weight in engine.weights()]
+    return {"weights": sum(weights, []), "norms": norms, "applied": applied, "by itself": called == [1]}
+
+
+def kept(zero: int, keep: str | None) -> list[float]:
+    """Gradient norms of two steps of the tiny model whose recomputed blocks keep so much; ``None``: nothing is recomputed."""
+    words = [f"deepspeed=zero{zero}", f"deepspeed.activation_checkpointing={str(keep is not None).lower()}"]
+    config = compose(["stage=benchmark", "stage.what=step", "model=tiny", *words, *([f"deepspeed.checkpoint_keep={keep}"] if keep else [])])
+    if not isinstance(config.stage, BenchmarkStage):
+        raise TypeError(config.stage)
+    trainer = make_trainer(training(config, config.stage, 2), CPU, torch.float32, MemoryWatch(CPU))
+    with Loader(trainer.batch, 1, CPU) as loader:
+        return [float(trainer.train_step(step, loader).norm) for step in range(2)]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Each case is a JSON object: the name of a function here, and its arguments."""
+    file, *cases = arguments
+    found: list[Any] = []
+    for case in map(json.loads, cases):
+        found.append(updated(**case) if case.pop("what") == "updated" else kept(**case))
+    Path(file).write_text(json.dumps(found))
+    ranks.close()

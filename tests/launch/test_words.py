@@ -23,7 +23,8 @@ def job(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) ->
         path.write_text(f'#!/bin/bash\necho "{name} $*" >>"$WORDS"\n{body.replace("PYTHON", sys.executable)}\n')
         path.chmod(0o755)
     given = {
-        **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "WORDS": str(calls), "COGFLOW_PYTHON": "python-inside",
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")},
+        "PATH": f"{folder}:{os.environ['PATH']}", "WORDS": str(calls), "COGFLOW_PYTHON": "python-inside",
         "SLURM_SUBMIT_DIR": str(repository), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1",
         "SLURM_NTASKS": "1",
     }  # fmt: skip

@@ -63,6 +63,8 @@ def test_a_plan_for_one_rank_sends_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_collectives_are_counted_by_phase_and_kind() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with Collectives() as counted:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cogflow.benchmarking.prepare_cost import OURS
 from cogflow.config.compose import compose
@@ -31,6 +34,17 @@ class T2VDatasetWithResize(torch.utils.data.Dataset):
         self.cache.mkdir(exist_ok=True)
         return self.trainer.encode_video(torch.zeros(1, 3, *self.size))
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """A step that is measured in this process leaves DeepSpeed's process group and its rank behind."""
+    before = os.environ.get("LOCAL_RANK")
+    yield
+    if before is None:
+        os.environ.pop("LOCAL_RANK", None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def measured(root: Path, *words: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cogflow.benchmarking.measure import memory
 from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
 from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.files.publish import sync, sync_tree
 from cogflow.models import components
 from cogflow.tracking.progress import progress
 from cogflow.training import checkpoint, speed
@@ -82,19 +83,12 @@ def _as_many(size: int) -> dict[str, torch.Tensor]:
 
 def _torch_save(held: dict[str, torch.Tensor], path: Path) -> None:
     torch.save(held, path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def _copied(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    subprocess.run(["sync", str(target)], check=False)
-    for path in target.rglob("*"):
-        if path.is_file():
-            subprocess.run(["sync", str(path)], check=True)
+    sync_tree(target)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:

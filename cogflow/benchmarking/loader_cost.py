@@ -131,7 +131,7 @@ def _step(config: Config, stage: BenchmarkStage, device: torch.device, dtype: to
         trainer = make_trainer(asked, device, dtype, MemoryWatch(device))
         with progress(2, "training") as bar:
             turns = Turns(stage.steps, device, bar.advance)
-            trainer.run(0, turns.hooks([]))
+            trainer.run(0, turns.hooks(lambda *_: None))
         if (speed := speed_of(turns.ours[1:], stage.batch_size)) is not None:
             return speed.median, f"a training step of {speed.median:.3g} s"
     foreseen = plan(asked)

@@ -29,7 +29,6 @@ from cogflow.models.rotary import rotary_tables
 from cogflow.tracking.tracker import Tracker
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.engine import Engine
-from cogflow.training.following import Hooks
 from cogflow.training.loop import Trainer
 from cogflow.training.objective import noised, velocity_loss
 
@@ -76,11 +75,7 @@ def _compare(config: Config, size: Size, repeats: int, tracker: Tracker, advance
         tracker.log(done, values)
 
     turns = Turns(size.turn, device, advance, bare_steps(engine, trainer, size.batch_size))
-    hooks = Hooks(
-        log=log, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.anywhere(False),
-        advance=turns.after_step, warn=_nothing, not_finite=_nothing,
-    )  # fmt: skip
-    trainer.run(0, hooks)
+    trainer.run(0, turns.hooks(log))
     ours, theirs = turns.ours[WARM_UP:], turns.theirs[WARM_UP:]
     # Each of cogflow's turns against the bare ones before and after it: a machine that grows slower or faster favours none.
     sides = list(zip(ours, turns.theirs[WARM_UP - 1 :], theirs, strict=False))
@@ -126,10 +121,6 @@ def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[No
 def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
     chosen = [place % len(trainer.cache.train) for place in range(number * batch_size, (number + 1) * batch_size)]
     return training_batch(trainer.cache, chosen, (0, number), 0, inputs=trainer.inputs, text_dropout=0.1).to(trainer.device)
-
-
-def _nothing(*_: Any) -> None:
-    pass
 
 
 def told(row: dict[str, Any]) -> str:

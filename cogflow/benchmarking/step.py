@@ -68,7 +68,7 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     other = bare_steps(trainer.engine, trainer, stage.batch_size) if stage.vs == BARE else None
     turns = Turns(stage.steps, device, advance, other)
     started = time.perf_counter() - began
-    trainer.run(1, turns.hooks(waited))
+    trainer.run(1, turns.hooks(lambda _, values: waited.append(values["train/data_wait"])))
     memory = watch.found()
     parts = _profiled(trainer, asked, best) if stage.profile else []
     mine, theirs = speed_of(turns.ours[1:], stage.batch_size), speed_of(turns.theirs[1:], stage.batch_size)

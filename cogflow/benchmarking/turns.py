@@ -45,14 +45,11 @@ class Turns:
             self.theirs.append(self._turn())
         self.advance(1)
 
-    def hooks(self, waited: list[float]) -> Hooks:
-        """Of a training between whose steps nothing is due; seconds waited for data go to ``waited``."""
+    def hooks(self, log: Callable[[int, dict[str, float]], None]) -> Hooks:
+        """Of a training between whose steps nothing is due but ``log``."""
 
         def nothing(*_: Any) -> None:
             pass
-
-        def log(done: int, values: dict[str, float]) -> None:
-            waited.append(values["train/data_wait"])
 
         return Hooks(
             log=log, validate=nothing, save=nothing, stopped=nothing, save_weights=nothing, stop=lambda: ranks.anywhere(False),

@@ -8,7 +8,7 @@ checkpointing as in Korthikanti et al., arXiv:2205.05198, by PyTorch's ``create_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -68,11 +68,15 @@ def _again_but(keeper: Callable[[], Any], module: Any, *arguments: Any) -> Any:
     if module._compiled_call_impl is None:
         return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=keeper)
     # What is kept is settled while the block is compiled, so that the program has to contain the checkpoint, not the other way round.
-    return _compiled(keeper, module, *arguments)
+    return _compiled()(keeper, module, *arguments)
 
 
-@torch.compile
-def _compiled(keeper: Callable[[], Any], module: Any, *arguments: Any) -> Any:
+@lru_cache(maxsize=1)  # not when this is imported: the compiler takes a second and a half to import, whether it is wanted or not
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_keeping)
+
+
+def _keeping(keeper: Callable[[], Any], module: Any, *arguments: Any) -> Any:
     return checkpoint(module.forward, *arguments, use_reentrant=False, context_fn=keeper)
 
 

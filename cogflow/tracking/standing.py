@@ -105,7 +105,10 @@ class Watchdog:
         line = {"rank": ranks.rank(), "host": socket.gethostname(), "pid": os.getpid(), "what": _state.what, "time": time.time()}
         # A sign of life that cannot be written must not end what lives.
         with contextlib.suppress(OSError):
-            _file(self.folder, ranks.rank()).write_text(json.dumps(line))
+            # In one piece: ranks that stall together read each other in the very beat in which they write.
+            written = self.folder / f".beat-{ranks.rank():05d}"
+            written.write_text(json.dumps(line))
+            os.replace(written, _file(self.folder, ranks.rank()))
 
     def _stalled(self, seconds: float) -> None:
         message = f"rank {ranks.rank()}: nothing has moved for {seconds:.0f} s; it stands at: {_state.what}"

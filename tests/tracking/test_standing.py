@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def test_what_moves_is_left_alone_and_what_stands_is_ended_once(tmp_path: Path, 
     stacks = (tmp_path / "ranks" / "rank-00000.stack").read_text()
     assert "test_standing.py" in stacks and "most recent call first" in stacks
     assert not (tmp_path / "ranks" / "rank-00000.json").exists(), "it ended in order"
+
+
+def test_a_rank_is_never_missed_while_it_writes(tmp_path: Path) -> None:
+    """Ranks that stall together read each other in the very moment in which they write."""
+    with Watchdog(tmp_path, 0) as watchdog:
+        stop = threading.Event()
+
+        def write() -> None:
+            while not stop.is_set():
+                watchdog._beat()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            missed = sum(not places(watchdog.folder, [0]) for _ in range(3000))
+        finally:
+            stop.set()
+            writer.join()
+    assert missed == 0
+    assert list(watchdog.folder.iterdir()) == []
 
 
 def test_zero_minutes_watch_nothing(tmp_path: Path) -> None:

@@ -97,7 +97,12 @@ def _turn(clips: LatentCache, inputs: Inputs, batch_size: int, turn: int, device
 
     found = {WHOLE: mean(lambda number: _batch(clips, inputs, batch_size, number))}
     with Loader(lambda step, micro: _batch(clips, inputs, batch_size, step), 1, device) as loader:
-        found["of the loader, to the device"] = mean(lambda number: loader.take(number, 0))
+
+        def take(number: int) -> None:
+            loader.take(number, 0)
+            loader.go_on()
+
+        found["of the loader, to the device"] = mean(take)
     found["reading"] = mean(read)
     found["noise, drawn once"] = mean(normal)
     ready = _batch(clips, inputs, batch_size, start)

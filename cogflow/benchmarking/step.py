@@ -120,7 +120,7 @@ def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch
     weights = DrawnWeights(expected_shapes(skeleton(shape_of, Path(source))), device)
     transformer = start.make(shape_of, weights, config.deepspeed, stage, dtype, device)
     watch.after_weights()
-    recompute(transformer, config.deepspeed, kept(config))
+    recompute(transformer, config.deepspeed, kept(config), speed.mode(speed.how_compiled(config, device)))
     speed.prepare(transformer, config, device, dtype)
     engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
     data, own = config.data, transformer.config

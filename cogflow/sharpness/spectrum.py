@@ -115,12 +115,13 @@ def scale_seen(found: Mapping[tuple[str, int], Band]) -> float | None:
     return band.recovered / band.energy if band is not None and band.energy > 0 else None
 
 
-def metrics(table: torch.Tensor, prefix: str) -> dict[str, float]:
+def metrics(table: torch.Tensor, prefix: str, found: Mapping[tuple[str, int], Band] | None = None) -> dict[str, float]:
     """Flat names for summed rows ``[ROWS, 4]``: ``<prefix>/high_q1`` (recovered share), ``<prefix>/high_energy_q1`` (energy ratio), the
     same for every band and quarter that had a clip; ``<prefix>/latent_std`` (deviation of the scaled latents) and ``<prefix>/latent_high``,
-    ``_mid``, ``_slow``, ``_fast`` (shares of the true latents' energy). Six digits: metrics.jsonl is long enough."""
+    ``_mid``, ``_slow``, ``_fast`` (shares of the true latents' energy). Six digits: metrics.jsonl is long enough.
+    ``found``: :func:`bands` of the table, where they are at hand."""
     values = {}
-    for (name, quarter), band in bands(table).items():
+    for (name, quarter), band in (bands(table) if found is None else found).items():
         values[f"{prefix}/{name}_q{quarter}"] = band.recovered
         values[f"{prefix}/{name}_energy_q{quarter}"] = band.energy
     total, count = table[-2:].sum(1).tolist()

@@ -38,7 +38,7 @@ class Evaluation:
         if table is None:
             return
         found = spectrum.bands(table[figures.LOSS_ROWS :])
-        values = figures.losses(table, "heldout") | figures.bands(table, "heldout")
+        values = figures.losses(table, "heldout") | figures.bands(table, "heldout", found)
         if (scale := spectrum.scale_seen(found)) is not None:
             values["heldout/scale"] = scale
         if done == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from cogflow.sharpness import spectrum
@@ -41,6 +43,6 @@ def mean_loss(table: torch.Tensor) -> float:
     return float(table[0].sum() / table[1].sum().clamp(min=1))
 
 
-def bands(table: torch.Tensor, prefix: str) -> dict[str, float]:
+def bands(table: torch.Tensor, prefix: str, found: Mapping[tuple[str, int], spectrum.Band] | None = None) -> dict[str, float]:
     """The flat names of :func:`cogflow.sharpness.spectrum.metrics`."""
-    return spectrum.metrics(table[LOSS_ROWS:], prefix)
+    return spectrum.metrics(table[LOSS_ROWS:], prefix, found)

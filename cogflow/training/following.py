@@ -5,6 +5,7 @@ Steps leave their figures on the device; they are read together, at the next ste
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -86,7 +87,8 @@ class Following:
         seconds, waited = (time.perf_counter() - self._began) / len(updates), waited / len(updates)
         for update, table in zip(updates, tables, strict=True):
             values = figures.losses(table, "train") | {"train/grad_norm": float(update.norm), "train/lr": update.rate}
-            if torch.isfinite(table).all():
+            # A sum of what is finite, and of no size to overflow: one call where torch.isfinite takes three.
+            if math.isfinite(float(table.sum())):
                 values |= self._follow(update.done, table, hooks)
             values |= self._guarded(update, values, hooks)
             if update.done % self.log_every == 0 or update.done == self.steps:
@@ -139,10 +141,11 @@ class Following:
     def _follow(self, done: int, table: torch.Tensor, hooks: Hooks) -> dict[str, float]:
         """The indicator's numbers after ``done`` steps; says what it finds. The same on every rank: the table is."""
         clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
-        reading = self.trend.update(done, spectrum.bands(table[figures.LOSS_ROWS :]), clips)
+        found = spectrum.bands(table[figures.LOSS_ROWS :])
+        reading = self.trend.update(done, found, clips)
         for move in reading.moves:
             hooks.warn(f"fine detail: {move.kind} ({move.level})", move.line())
-        return figures.bands(table, "spectrum") | {f"spectrum/{name}": value for name, value in reading.values.items()}
+        return figures.bands(table, "spectrum", found) | {f"spectrum/{name}": value for name, value in reading.values.items()}
 
     def _speed(self, seconds: float, waited: float) -> dict[str, float]:
         if self.device.type == "cuda":

@@ -24,6 +24,7 @@ class Loader:
         self._make, self._accumulation, self._device, self._most = make, accumulation, device, ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+        self._last = (0, -1)
         self._waited = 0.0
 
     def __enter__(self) -> Loader:
@@ -39,14 +40,18 @@ class Loader:
         if not self._ahead or self._ahead[0][0] != wanted:
             self._ahead.clear()
             self._request(wanted)
-        _, future = self._ahead.popleft()
-        place = self._ahead[-1][0] if self._ahead else wanted
-        while len(self._ahead) < self._most:
-            place = (place[0], place[1] + 1) if place[1] + 1 < self._accumulation else (place[0] + 1, 0)
-            self._request(place)
+        self._last, future = self._ahead.popleft()
         batch = future.result()
         self._waited += time.perf_counter() - began
         return batch.to(self._device)
+
+    def go_on(self) -> None:
+        """Make what follows the batch that was taken last. To be called where training leaves Python alone for long, before a backward
+        pass: two threads that want to run Python at once cost each other a millisecond."""
+        place = self._ahead[-1][0] if self._ahead else self._last
+        while len(self._ahead) < self._most:
+            place = (place[0], place[1] + 1) if place[1] + 1 < self._accumulation else (place[0] + 1, 0)
+            self._request(place)
 
     def spent(self) -> float:
         """Seconds waited for batches since this was asked last."""

@@ -103,6 +103,7 @@ class Trainer:
                 table += self.table(losses, batch)
             self._own.append(losses.per_sample.detach())
             mark(f"{name}: backward")
+            loader.go_on()
             self.engine.backward(losses.mean)
             if micro == stage.gradient_accumulation - 1:
                 # One collective serves the log, the guards and the indicator.

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import torch
 
 TENSORS = 16
-ELEMENTS = 4096  # of each
+ELEMENTS = 1024  # of each
 STUCK = 0.999
 """Share of the sampled weights that did not change between two validations, from which on nothing is being trained."""
 STUCK_STEPS = 20
 
 
 class Movement:
-    """Follows a sample of the trained weights of ``module``; costs some copies of 4096 elements."""
+    """Follows a sample of the trained weights of ``module``; costs some copies of 1024 elements."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

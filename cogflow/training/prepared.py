@@ -45,7 +45,7 @@ class Prepared:
         facts = trained_with(vae, scheduler, self.dtype)
         transformer = start.build(config, self.source, self.dtype, self.device, facts)
         freeze(transformer, self.stage.freeze)
-        recompute(transformer, config.deepspeed, kept)
+        recompute(transformer, config.deepspeed, kept, speed.mode(speed.how_compiled(config, self.device)))
         speed.prepare(transformer, config, self.device, self.dtype)
         split(transformer, config.parallel.sequence)
         transformer.train()

@@ -28,11 +28,11 @@ ATTENTION = (
 """Kernels of ``scaled_dot_product_attention``; ``math`` is no operation of its own, and its scores are too large to be kept."""
 
 
-def recompute(transformer: Any, deepspeed: DeepSpeedConfig, kept: Mapping[str, int] | None = None) -> None:
+def recompute(transformer: Any, deepspeed: DeepSpeedConfig, kept: Mapping[str, int] | None = None, mode: str | None = None) -> None:
     """Drop the activations of all blocks, of every ``checkpoint_every_block``-th, or of those that ``kept`` names, spread evenly.
 
     ``kept``: blocks by what they keep, as a plan's settings have it; default: what ``deepspeed`` says, whose ``auto`` is nothing here,
-    since only a plan knows the memory there is.
+    since only a plan knows the memory there is. ``mode``: torch.compile's, of blocks that are compiled.
     """
     if not deepspeed.activation_checkpointing:
         return
@@ -43,7 +43,9 @@ def recompute(transformer: Any, deepspeed: DeepSpeedConfig, kept: Mapping[str, i
     else:
         keeps = spread(kept)
     ways = {id(block): WAYS[keep] for block, keep in zip(blocks, keeps, strict=True)}
-    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=lambda module, *arguments: ways[id(module)](module, *arguments))
+    transformer.enable_gradient_checkpointing(
+        gradient_checkpointing_func=lambda module, *arguments: ways[id(module)](mode, module, *arguments)
+    )
 
 
 def spread(kept: Mapping[str, int]) -> list[str]:
@@ -56,24 +58,24 @@ def spread(kept: Mapping[str, int]) -> list[str]:
     return rest
 
 
-def _whole(module: Any, *arguments: Any) -> Any:
+def _whole(_: str | None, module: Any, *arguments: Any) -> Any:
     return module(*arguments)
 
 
-def _again(module: Any, *arguments: Any) -> Any:
+def _again(_: str | None, module: Any, *arguments: Any) -> Any:
     return checkpoint(module.__call__, *arguments, use_reentrant=False)
 
 
-def _again_but(keeper: Callable[[], Any], module: Any, *arguments: Any) -> Any:
+def _again_but(keeper: Callable[[], Any], mode: str | None, module: Any, *arguments: Any) -> Any:
     if module._compiled_call_impl is None:
         return checkpoint(module.__call__, *arguments, use_reentrant=False, context_fn=keeper)
     # What is kept is settled while the block is compiled, so that the program has to contain the checkpoint, not the other way round.
-    return _compiled()(keeper, module, *arguments)
+    return _compiled(mode)(keeper, module, *arguments)
 
 
-@lru_cache(maxsize=1)  # not when this is imported: the compiler takes a second and a half to import, whether it is wanted or not
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_keeping)
+@lru_cache  # not when this is imported: the compiler takes a second and a half to import, whether it is wanted or not
+def _compiled(mode: str | None) -> Callable[..., Any]:
+    return torch.compile(_keeping, mode=mode)
 
 
 def _keeping(keeper: Callable[[], Any], module: Any, *arguments: Any) -> Any:

@@ -63,7 +63,12 @@ def compile_blocks(transformer: Any, how: str) -> None:
         return
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     for block in transformer.transformer_blocks:
-        block.compile(mode="reduce-overhead" if how == "graphs" else None)
+        block.compile(mode=mode(how))
+
+
+def mode(how: str) -> str | None:
+    """torch.compile's, for how blocks are compiled: CUDA graphs are replayed where there is a GPU."""
+    return "reduce-overhead" if how == "graphs" else None
 
 
 def how_compiled(config: Config, device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.models.rotary import rotary_tables
 from cogflow.planning.plan import kept, plan
-from cogflow.training import speed
+from cogflow.training import recomputation, speed
 from cogflow.training.recomputation import ATTENTION, recompute
 
 CPU = torch.device("cpu")
@@ -81,6 +81,26 @@ def test_compiled_blocks_compute_the_same_by_few_programs_and_keep_their_names()
         recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep))
         same(expected, computed(transformer))
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2 + 3 * 2
+
+
+@pytest.mark.parametrize(("how", "mode"), [("blocks", None), ("graphs", "reduce-overhead")])
+@pytest.mark.parametrize("keep", ["nothing", "products"])
+def test_blocks_are_compiled_for_graphs_whatever_they_keep(how: str, mode: str | None, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def compiled(function: Callable[..., Any], mode: str | None = None, **_: object) -> Callable[..., Any]:
+        asked.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    recomputation._compiled.cache_clear()
+    transformer = tiny.new_transformer()
+    expected = computed(transformer)
+    speed.compile_blocks(transformer, how)
+    recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep), mode=speed.mode(how))
+    same(expected, computed(transformer))
+    recomputation._compiled.cache_clear()
+    assert set(asked) == {mode}
 
 
 @pytest.mark.parametrize(("count", "dropped"), [(0, []), (2, [0, 2]), (5, [0, 1, 2, 3, 4])])

@@ -56,10 +56,14 @@ def cogflow(server: Server) -> Command:
     Without W&B, unless the environment asks for it: its service is started for each run, and ``started`` has it."""
 
     def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-        done = server.run(*words, ranks=ranks, seconds=timeout, env={"WANDB_MODE": "disabled"} | os.environ, cwd=os.getcwd())
+        done = server.run(
+            *words, ranks=ranks, seconds=timeout, env={"WANDB_MODE": "disabled"} | os.environ, cwd=os.getcwd()
+        )
         ended = next((one for one in done.codes if one), 0)
         if code is not None:
-            assert ended == code and not done.timed_out, f"exit codes {done.codes}\n{done.out[-3000:]}\n{done.err[-5000:]}"
+            assert ended == code and not done.timed_out, (
+                f"exit codes {done.codes}\n{done.out[-3000:]}\n{done.err[-5000:]}"
+            )
         return subprocess.CompletedProcess(words, ended, done.out, done.err)
 
     return run
@@ -73,7 +77,9 @@ def started() -> Command:
         start = [sys.executable, "-m"]
         if ranks > 1:
             start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        done = subprocess.run([*start, "cogflow", *words], capture_output=True, text=True, timeout=timeout, env=dict(os.environ))
+        done = subprocess.run(
+            [*start, "cogflow", *words], capture_output=True, text=True, timeout=timeout, env=dict(os.environ)
+        )
         if code is not None:
             assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         return done
@@ -86,20 +92,33 @@ def repository() -> Path:
     return REPOSITORY
 
 
-SLOWEST = ("stages", "training/test_resuming.py", "faults/test_soak.py", "scenarios", "slurm", "faults", "training", "planning")
+SLOWEST = (
+    "stages",
+    "training/test_resuming.py",
+    "faults/test_soak.py",
+    "scenarios",
+    "slurm",
+    "faults",
+    "training",
+    "planning",
+)
 """Where a minute or more goes, files and folders of tests: those first, the longest at the head."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first, then those with the most tests that are slow or start processes: two workers that take whole files end at about
     the same time."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow") or "cogflow" in getattr(item, "fixturenames", ()))
+    slow = Counter(
+        item.path for item in items if item.get_closest_marker("slow") or "cogflow" in getattr(item, "fixturenames", ())
+    )
 
     def place(item: pytest.Item) -> tuple[int, int]:
         if not slow[item.path]:
             return len(SLOWEST), 0
         name = item.path.relative_to(REPOSITORY / "tests").as_posix()
-        return next((place for place, one in enumerate(SLOWEST) if name.startswith(one)), len(SLOWEST)), -slow[item.path]
+        return next((place for place, one in enumerate(SLOWEST) if name.startswith(one)), len(SLOWEST)), -slow[
+            item.path
+        ]
 
     items.sort(key=place)
 
@@ -112,7 +131,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     around = {
-        path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("tests/stages/test_*.py") if "flow: Path" in path.read_text()
+        path.relative_to(REPOSITORY).as_posix()
+        for path in REPOSITORY.glob("tests/stages/test_*.py")
+        if "flow: Path" in path.read_text()
     }
 
     class Together(LoadFileScheduling):

@@ -29,5 +29,9 @@ def pipeline(folder: Path) -> Path:
     (transformer / "config.json").write_text(json.dumps(config | {"num_layers": BLOCKS}))
     left_out = tuple(f"transformer_blocks.{block}." for block in range(BLOCKS, config["num_layers"]))
     weights = load_file(tiny.folder() / "transformer" / name)
-    save_file({key: value for key, value in weights.items() if not key.startswith(left_out)}, transformer / name, {"format": "pt"})
+    save_file(
+        {key: value for key, value in weights.items() if not key.startswith(left_out)},
+        transformer / name,
+        {"format": "pt"},
+    )
     return folder

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from cogflow.benchmarking.degrade import CLEAN
-from cogflow.sharpness.panel import CHANNELS, Panel
+from cogflow.sharpness.metrics import METRICS, Metrics
+from cogflow.sharpness.quality_watch import IN_BLUR_UNITS, QualityWatch, WatchVerdict, blur_value
 from cogflow.sharpness.verdict import changes_of
-from cogflow.sharpness.watch import IN_BLUR_UNITS, Reading, Watch, blur_value
-from cogflow.sharpness.watch_nulls import Nulls
+from cogflow.sharpness.watch_noise_model import WatchNoise
 
 BLURRED = "gauss 1"
 LEAST = 1e-3  # of a deviation: a few contents may agree entirely
 VALIDATIONS = 5  # of a run with nothing wrong
 
-Measured = Mapping[str, Sequence[Mapping[str, Panel]]]
+Measured = Mapping[str, Sequence[Mapping[str, Metrics]]]
 """Content to its takes, each degradation's name (``clean`` among them) to the panel: :func:`cogflow.benchmarking.separation.gather`."""
 
 
@@ -45,7 +45,7 @@ class Rates:
     within: dict[str, int]
 
 
-def calibrate(measured: Measured, like: Nulls, blur: str = BLURRED) -> Nulls:
+def calibrate(measured: Measured, like: WatchNoise, blur: str = BLURRED) -> WatchNoise:
     """``like`` with deviations, unit and gain measured on these contents; ``blur`` is the degradation that the composite calls -1."""
     clean = [[take[CLEAN] for take in takes] for takes in measured.values()]
     own = np.array([[blur_value(panel) for panel in takes] for takes in clean])
@@ -60,7 +60,9 @@ def calibrate(measured: Measured, like: Nulls, blur: str = BLURRED) -> Nulls:
         means = values.mean(axis=1)
         takes = values - means[:, None]
         variants = np.sqrt(2 * np.square(takes).sum() / (takes.size - len(takes)))
-        drifts[name] = replace(drift, contents=max(LEAST, float(means.std(ddof=1))), variants=max(LEAST, float(variants)))
+        drifts[name] = replace(
+            drift, contents=max(LEAST, float(means.std(ddof=1))), variants=max(LEAST, float(variants))
+        )
     return replace(like, drifts=drifts, unit=unit, gain=(float(at_zero), float(slope)))
 
 
@@ -69,30 +71,40 @@ def table(measured: Measured, degradation: str, channels: Sequence[str]) -> np.n
     rows = [[[take[degradation][name] for name in channels] for take in takes] for takes in measured.values()]
     values = np.array(rows, dtype=np.float64)
     for place, name in enumerate(channels):
-        if CHANNELS[name].scale == "log":
-            values[..., place] = np.log(values[..., place] + CHANNELS[name].floor)
+        if METRICS[name].scale == "log":
+            values[..., place] = np.log(values[..., place] + METRICS[name].floor)
     return values
 
 
 class Simulation:
     """Runs of a watch on ``measured``; ``nulls`` calibrated elsewhere."""
 
-    def __init__(self, measured: Measured, nulls: Nulls, *, prompts: int, drift: float, persistent: float, clips: int, seed: int) -> None:
+    def __init__(
+        self,
+        measured: Measured,
+        nulls: WatchNoise,
+        *,
+        prompts: int,
+        drift: float,
+        persistent: float,
+        clips: int,
+        seed: int,
+    ) -> None:
         self.nulls, self.prompts, self.drift, self.persistent, self.clips = nulls, prompts, drift, persistent, clips
         self.random = np.random.default_rng(seed)
-        self.channels = tuple(CHANNELS)
+        self.channels = tuple(METRICS)
         self.values = {kind: table(measured, kind, self.channels) for kind in next(iter(measured.values()))[0]}
         means = self.values["clean"].mean(axis=1)
         self.moves = means - means.mean(axis=0)
         self.moves[:, [self.channels.index(name) for name in ("repeated", "finite")]] = 0
 
-    def run(self, damage: Sequence[str]) -> list[Reading]:
+    def run(self, damage: Sequence[str]) -> list[WatchVerdict]:
         """The validations of one run; ``damage``: the degradation at each."""
         contents, takes = self.values["clean"].shape[:2]
         which = self.random.choice(contents, self.prompts, replace=self.prompts > contents)
         base = self.random.integers(0, takes, self.prompts)
         stays = self._draw()
-        watch = Watch(self._panels(self.values["clean"][which, base]), self._ceiling(), nulls=self.nulls)
+        watch = QualityWatch(self._panels(self.values["clean"][which, base]), self._ceiling(), nulls=self.nulls)
         readings = []
         for step, kind in enumerate(damage, start=1):
             take = (base + self.random.integers(1, takes, self.prompts)) % takes
@@ -100,7 +112,7 @@ class Simulation:
             readings.append(watch.update(step, self._panels(self.values[kind][which, take] + self.drift * moved)))
         return readings
 
-    def _ceiling(self) -> dict[str, Panel] | None:
+    def _ceiling(self) -> dict[str, Metrics] | None:
         """Panels of ``clips`` contents, drawn without regard to the prompts."""
         if not self.clips:
             return None
@@ -113,9 +125,9 @@ class Simulation:
         one, other = self.random.integers(0, len(self.moves), (2, self.prompts))
         return (self.moves[one] - self.moves[other]) / np.sqrt(2)
 
-    def _panels(self, values: np.ndarray) -> dict[str, Panel]:
+    def _panels(self, values: np.ndarray) -> dict[str, Metrics]:
         undone = values.copy()
-        for place, channel in enumerate(CHANNELS.values()):
+        for place, channel in enumerate(METRICS.values()):
             if channel.scale == "log":
                 undone[:, place] = np.exp(undone[:, place]) - channel.floor
             if channel.name == "brightness":  # other content, not blackness
@@ -124,7 +136,7 @@ class Simulation:
 
 
 def trial(
-    measured: Measured, like: Nulls, *, prompts: int, drift: float, rounds: int, damaged: int,
+    measured: Measured, like: WatchNoise, *, prompts: int, drift: float, rounds: int, damaged: int,
     damages: Sequence[str] = ("gauss 0.8", "gauss 1"), persistent: float = 0.0, clips: int = 0, halves: int = 10, seed: int = 0,
 ) -> Rates:  # fmt: skip
     """``rounds`` validations with nothing wrong and ``damaged`` runs per degradation, over ``halves`` random splits of the contents.
@@ -142,7 +154,9 @@ def trial(
         order = random.permutation(len(names))
         one, other = ({names[i]: measured[names[i]] for i in part} for part in np.array_split(order, 2))
         nulls = calibrate(one, like)
-        simulation = Simulation(other, nulls, prompts=prompts, drift=drift, persistent=persistent, clips=clips, seed=seed + half)
+        simulation = Simulation(
+            other, nulls, prompts=prompts, drift=drift, persistent=persistent, clips=clips, seed=seed + half
+        )
         for _ in range(rounds // (VALIDATIONS * halves)):
             for reading in simulation.run([CLEAN] * VALIDATIONS):
                 seen[reading.level] += 1
@@ -152,10 +166,12 @@ def trial(
                 soft = [_soft(reading) for reading in simulation.run([damage] * 3)]
                 first[damage] += soft[0]
                 within[damage] += any(soft)
-    return Rates(seen.total(), seen["alarm"], seen["warning"], dict(kinds), damaged // halves * halves, dict(first), dict(within))
+    return Rates(
+        seen.total(), seen["alarm"], seen["warning"], dict(kinds), damaged // halves * halves, dict(first), dict(within)
+    )
 
 
-def _soft(reading: Reading) -> bool:
+def _soft(reading: WatchVerdict) -> bool:
     return any(finding.kind == "soft" and finding.level == "alarm" for finding in reading.findings)
 
 
@@ -175,7 +191,9 @@ TRIALS: tuple[dict[str, Any], ...] = (
 USUAL = {"prompts": 8, "drift": 0.5, "persistent": 0.0, "clips": 0, "rounds": 5000, "damaged": 300}
 
 
-def tell(measured: Measured, like: Nulls, share: float = 1.0, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+def tell(
+    measured: Measured, like: WatchNoise, share: float = 1.0, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
     """A row per trial: its settings, false alarms with their kinds, and how many of ``damaged`` runs were seen at once and within three
     validations. ``share`` of the rounds and runs are made."""
     rows = []
@@ -183,7 +201,12 @@ def tell(measured: Measured, like: Nulls, share: float = 1.0, advance: Callable[
         settings: dict[str, Any] = USUAL | trial_of
         settings |= {name: max(10, round(settings[name] * share)) for name in ("rounds", "damaged")}
         rates = trial(measured, like, **settings)
-        row = settings | {"rounds": rates.rounds, "damaged": rates.damaged, "false alarms": rates.alarms, "of kinds": rates.kinds}
+        row = settings | {
+            "rounds": rates.rounds,
+            "damaged": rates.damaged,
+            "false alarms": rates.alarms,
+            "of kinds": rates.kinds,
+        }
         for damage in rates.first:
             row |= {f"{damage}, first": rates.first[damage], f"{damage}, third": rates.within[damage]}
         rows.append(row)

@@ -10,7 +10,7 @@ from typing import Any
 
 from cogflow.benchmarking.measure import measure
 from cogflow.benchmarking.pipeline_folder import make_pipeline
-from cogflow.tracking.console import say
+from cogflow.runtime.console import echo
 
 RESAVE = """
 import sys, torch
@@ -23,7 +23,9 @@ SPARE = 8e9
 """Bytes of disk that a way must leave free, or it is not run."""
 
 
-def compare_assemble(folder: Path, family: str, layers: int | None, repeats: int, keep: bool) -> tuple[int, list[dict[str, Any]]]:
+def compare_assemble(
+    folder: Path, family: str, layers: int | None, repeats: int, keep: bool
+) -> tuple[int, list[dict[str, Any]]]:
     """Bytes of the pipeline, and one row per way and repeat: seconds and peak memory.
 
     Every way starts with the sources out of the page cache and with no hash known, but for the one that is done again. A way that the
@@ -34,7 +36,7 @@ def compare_assemble(folder: Path, family: str, layers: int | None, repeats: int
     if not (source / "model_index.json").is_file():
         make_pipeline(source, family, layers)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    say(f"pipeline: {source} ({size / 1e9:.2f} GB)")
+    echo(f"pipeline: {source} ({size / 1e9:.2f} GB)")
     target = folder / "out"
     ways: dict[str, tuple[list[str], int]] = {
         "cp -r + sync": (["sh", "-c", f'cp -r "{source}" "{target}" && sync'], size),
@@ -51,7 +53,7 @@ def compare_assemble(folder: Path, family: str, layers: int | None, repeats: int
                 let_go(source)
                 shutil.rmtree(folder / "cache", ignore_errors=True)
             rows.append({"way": way, "repeat": repeat} | _run(command, folder, written, size))
-            say(f"{way}: {told(rows[-1])}")
+            echo(f"{way}: {told(rows[-1])}")
     if not keep:
         shutil.rmtree(folder)
     return size, rows

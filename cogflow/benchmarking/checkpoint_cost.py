@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.benchmarking.measure import memory
 from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
 from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.files.publish import sync, sync_tree
-from cogflow.models import components
-from cogflow.tracking.progress import progress
+from cogflow.models import loading
+from cogflow.runtime import ranks
+from cogflow.runtime.progress import progress
 from cogflow.training import checkpoint, speed
 from cogflow.training.loader import Loader
 
@@ -32,7 +32,7 @@ def checkpoints(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[di
     """Saves and loads of the configured model as stage=train does them, with as many repeats after one that does not count."""
     speed.grow_segments()
     device = ranks.device()
-    dtype = components.resolve_dtype(config.model, device)
+    dtype = loading.resolve_dtype(config.model, device)
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     shutil.rmtree(place, ignore_errors=True)
     trainer = make_trainer(training(config, stage, 1), device, dtype, MemoryWatch(device))
@@ -54,7 +54,15 @@ def checkpoints(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[di
     line = f"checkpoint: {size:.3g} GB in {median(seconds[OURS]):.3g} s ({spelled}), {ratio:.2f} x torch.save + fsync"
     peaks = {way: max(row["peak"] for row in rows if row["way"] == way) for way in seconds}
     cells = [
-        [way, median(times), min(times), max(times), size / median(times), median(times) / median(seconds[SAVED]), peaks[way]]
+        [
+            way,
+            median(times),
+            min(times),
+            max(times),
+            size / median(times),
+            median(times) / median(seconds[SAVED]),
+            peaks[way],
+        ]
         for way, times in seconds.items()
     ]
     columns = ["way", "seconds", "lowest", "highest", "GB a second", "against torch.save", "GB more held"]
@@ -71,7 +79,10 @@ def _turn(engine: Any, place: Path, step: int) -> list[dict[str, Any]]:
         shutil.rmtree(gone)
     (place / "torch.pt").unlink()
     size = saved.bytes / 1e9
-    rows = [{"way": way, "gb": size, **found} for way, found in ((OURS, ours), (LOADED, loaded), (SAVED, theirs), (COPIED, copied))]
+    rows = [
+        {"way": way, "gb": size, **found}
+        for way, found in ((OURS, ours), (LOADED, loaded), (SAVED, theirs), (COPIED, copied))
+    ]
     rows[0]["parts"] = saved.parts
     return rows
 

@@ -46,7 +46,9 @@ def contents(folder: Path | None) -> list[Content]:
     if folder is not None:
         return [Content(clip.name, partial(np.asarray, clip.frames)) for clip in read_clips(folder)]
     shipped = list(_shipped())
-    return shipped or [Content(f"drawn-{number}", partial(draw, scene, 17, 192, 288)) for number, scene in enumerate(scenes(8, seed=3))]
+    return shipped or [
+        Content(f"drawn-{number}", partial(draw, scene, 17, 192, 288)) for number, scene in enumerate(scenes(8, seed=3))
+    ]
 
 
 def enlargement(content: Content, height: int, width: int) -> float:
@@ -67,7 +69,9 @@ def variant(content: Content, number: int, frames: int, height: int, width: int)
     size = (round(wide * scale), round(tall * scale))
     start = int(random.integers(0, max(1, min(6, length - frames + 1))))
     places = [min(start + place, length - 1) for place in range(frames)] if length > 1 else [0]
-    scaled = np.stack([np.asarray(Image.fromarray(source[place]).resize(size, Image.Resampling.LANCZOS)) for place in places])
+    scaled = np.stack(
+        [np.asarray(Image.fromarray(source[place]).resize(size, Image.Resampling.LANCZOS)) for place in places]
+    )
     down, across = PANS[len(content.name) % len(PANS)] if length == 1 else (0, 0)
     top = int(random.integers(0, max(1, size[1] - height - down * (frames - 1))))
     left = int(random.integers(0, max(1, size[0] - width - across * (frames - 1))))

@@ -46,7 +46,9 @@ def main() -> None:
             torch.cuda.synchronize()
         if turn:
             turns.append((time.perf_counter() - began) / asked["steps"])
-    peak = torch.cuda.max_memory_allocated() if asked["gpu"] else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = (
+        torch.cuda.max_memory_allocated() if asked["gpu"] else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     Path(sys.argv[2]).write_text(json.dumps({"turns": turns, "peak": peak}))
 
 
@@ -70,7 +72,8 @@ def _trainer(asked: dict[str, Any]) -> Any:
         settings["zero_optimization"]["overlap_comm"] = False
     trainer = own.__new__(own)
     trainer.accelerator = Accelerator(
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings)
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
     )
     trainer.args = SimpleNamespace(
         learning_rate=1e-6, optimizer="adamw", beta1=0.9, beta2=0.95, beta3=0.98, epsilon=1e-8, weight_decay=1e-4, train_steps=10**6,
@@ -81,11 +84,16 @@ def _trainer(asked: dict[str, Any]) -> Any:
     # Half of these lie on the CPU in its own trainer, too.
     vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128, 256, 256, 512)))
     trainer.components = SimpleNamespace(transformer=transformer, scheduler=scheduler, vae=vae)
-    trainer.state = SimpleNamespace(transformer_config=transformer.config, weight_dtype=dtype, overwrote_max_train_steps=False)
+    trainer.state = SimpleNamespace(
+        transformer_config=transformer.config, weight_dtype=dtype, overwrote_max_train_steps=False
+    )
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     text = (asked["config"]["max_text_seq_length"], asked["config"]["text_embed_dim"])
     samples = [
-        {"encoded_video": torch.randn(16, *asked["latents"], dtype=dtype), "prompt_embedding": torch.randn(*text, dtype=dtype)}
+        {
+            "encoded_video": torch.randn(16, *asked["latents"], dtype=dtype),
+            "prompt_embedding": torch.randn(*text, dtype=dtype),
+        }
         for _ in range(4 * asked["batch_size"])
     ]
     trainer.data_loader = torch.utils.data.DataLoader(

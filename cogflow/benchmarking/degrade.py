@@ -56,7 +56,10 @@ def down_up(factor: int) -> Degradation:
 
     def apply(clip: np.ndarray) -> np.ndarray:
         height, width = clip.shape[1:3]
-        small = [Image.fromarray(frame).resize((width // factor, height // factor), Image.Resampling.BICUBIC) for frame in clip]
+        small = [
+            Image.fromarray(frame).resize((width // factor, height // factor), Image.Resampling.BICUBIC)
+            for frame in clip
+        ]
         return np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in small])
 
     return apply

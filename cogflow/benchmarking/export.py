@@ -11,10 +11,12 @@ from cogflow.benchmarking.measure import Measured, measure
 from cogflow.benchmarking.sat_checkpoint import make_checkpoint
 from cogflow.errors import ConfigError
 from cogflow.models.family import FAMILY
-from cogflow.tracking.console import say
+from cogflow.runtime.console import echo
 
 
-def compare_export(folder: Path, family: str, layers: int | None, repeats: int, clone: Path | None, keep: bool) -> list[dict[str, Any]]:
+def compare_export(
+    folder: Path, family: str, layers: int | None, repeats: int, clone: Path | None, keep: bool
+) -> list[dict[str, Any]]:
     """One row per way and repeat: seconds, peak memory in bytes, and the ratio to ``cp`` followed by ``sync`` in that repeat.
 
     ``clone``: a CogVideo repository, run with this Python; ``None``: without the peer. The files lie in ``folder`` and are removed at
@@ -22,14 +24,16 @@ def compare_export(folder: Path, family: str, layers: int | None, repeats: int, 
     """
     member = FAMILY[family]
     if clone is not None and not (clone / "tools" / "convert_weight_sat2hf.py").is_file():
-        raise ConfigError(f"stage.vs={clone} holds no tools/convert_weight_sat2hf.py.", "Name a clone of zai-org/CogVideo.")
+        raise ConfigError(
+            f"stage.vs={clone} holds no tools/convert_weight_sat2hf.py.", "Name a clone of zai-org/CogVideo."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "sat"
     if not (source / "latest").is_file():
         make_checkpoint(source, family, layers)
     file = source / "1" / "mp_rank_00_model_states.pt"
     size = file.stat().st_size
-    say(f"checkpoint: {file} ({size / 1e9:.2f} GB)")
+    echo(f"checkpoint: {file} ({size / 1e9:.2f} GB)")
     count = str(layers or member.layers)
     ways: dict[str, list[str]] = {
         "cp + sync": ["sh", "-c", f'cp "{file}" "{folder / "copy.pt"}" && sync'],
@@ -50,7 +54,7 @@ def compare_export(folder: Path, family: str, layers: int | None, repeats: int, 
             result = measure(command, folder / "output.log")
             base = result.seconds if base is None else base
             rows.append(row(way, repeat, result, base, size))
-            say(f"{way}: {told(rows[-1])}")
+            echo(f"{way}: {told(rows[-1])}")
     if not keep:
         shutil.rmtree(folder)
     return rows

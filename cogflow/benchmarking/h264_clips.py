@@ -30,7 +30,9 @@ def written(folder: Path, stage: BenchmarkStage, data: DataConfig) -> list[Path]
         path = folder / f"{number:02d}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         frames = RATE * data.frames
-        small = variant(chosen[number % len(chosen)], number, min(frames, 60), min(height, LARGEST[0]), min(width, LARGEST[1]))
+        small = variant(
+            chosen[number % len(chosen)], number, min(frames, 60), min(height, LARGEST[0]), min(width, LARGEST[1])
+        )
         with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(RATE * data.fps).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -9,11 +9,11 @@ from statistics import median
 
 import torch
 
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
 from cogflow.models.rotary import rotary_tables
 from cogflow.sharpness import spectrum
 from cogflow.sharpness.trend import Trend
-from cogflow.training import figures
+from cogflow.training import metric_table
 from cogflow.training.objective import noised, velocity_loss
 
 REAL = (1, 13, 16, 60, 90)
@@ -38,7 +38,13 @@ class Cost:
 def measure(device: torch.device, repeats: int = 20) -> list[Cost]:
     """The indicator on the tiny model's shape, beside a step of that model, and on the real shape. All of it counts: band sums, table, the
     numbers for the log, the trend. What was there before it (loss table, collective, host sync) is counted too."""
-    costs = [Cost("tiny", timed(_indicator(TINY, device), device, repeats), timed(_tiny_step(device), device, max(3, repeats // 4)))]
+    costs = [
+        Cost(
+            "tiny",
+            timed(_indicator(TINY, device), device, repeats),
+            timed(_tiny_step(device), device, max(3, repeats // 4)),
+        )
+    ]
     return [*costs, Cost("49x480x720", timed(_indicator(REAL, device), device, repeats), None)]
 
 
@@ -63,18 +69,20 @@ def _indicator(shape: tuple[int, ...], device: torch.device) -> Callable[[], obj
     kept, trend = spectrum.Spectrum(), Trend()
 
     def work() -> object:
-        table = figures.by_quarter(losses, kept.sums(truth + 0.1 * noise, truth, alphas[timesteps]), timesteps).cpu()
+        table = metric_table.by_quarter(
+            losses, kept.sums(truth + 0.1 * noise, truth, alphas[timesteps]), timesteps
+        ).cpu()
         clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
-        trend.update(1, spectrum.bands(table[figures.LOSS_ROWS :]), clips)
-        return figures.bands(table, "spectrum")
+        trend.update(1, spectrum.bands(table[metric_table.LOSS_ROWS :]), clips)
+        return metric_table.bands(table, "spectrum")
 
     return work
 
 
 def _tiny_step(device: torch.device) -> Callable[[], object]:
     source = tiny.folder()
-    model = components.load_transformer(source, torch.float32, device).train()
-    alphas = components.load_scheduler(source).alphas_cumprod.to(device)
+    model = loading.load_transformer(source, torch.float32, device).train()
+    alphas = loading.load_scheduler(source).alphas_cumprod.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     generator = torch.Generator().manual_seed(0)
     truth, noise = (torch.randn(TINY, generator=generator).to(device) for _ in range(2))
@@ -85,7 +93,13 @@ def _tiny_step(device: torch.device) -> Callable[[], object]:
 
     def work() -> object:
         x_t = noised(truth, noise, alphas, timesteps)
-        v = model(hidden_states=x_t, encoder_hidden_states=text, timestep=timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        v = model(
+            hidden_states=x_t,
+            encoder_hidden_states=text,
+            timestep=timesteps,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
         loss = velocity_loss(v, truth, x_t, alphas, timesteps).mean
         loss.backward()
         optimizer.step()

@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogflow import ranks
 from cogflow.benchmarking.step import MemoryWatch, make_trainer, speed_of, training
 from cogflow.benchmarking.tables import Table
 from cogflow.benchmarking.turns import Turns
 from cogflow.config.schema import BenchmarkStage, Config, DataConfig
-from cogflow.data import cache, shards
+from cogflow.data import cache, cache_shards
 from cogflow.data.cache import LatentCache
 from cogflow.data.clips import SETTINGS
 from cogflow.data.encode import CLIPS, TEXTS
 from cogflow.files.publish import write_json
-from cogflow.models import components
+from cogflow.models import loading as components
 from cogflow.models.inputs import Inputs, takes_image
-from cogflow.planning import shape
+from cogflow.planning import transformer_size
 from cogflow.planning.plan import plan
-from cogflow.tracking.progress import progress
+from cogflow.runtime import ranks
+from cogflow.runtime.progress import progress
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.loader import Loader
 
@@ -42,7 +42,7 @@ def loading(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[s
     """``stage.repeats`` turns after one that does not count, each of 16 batches of ``stage.batch_size`` clips at the size of ``data``."""
     device = ranks.device()
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "loader"
-    described, _ = shape.config_of(config.model)
+    described, _ = transformer_size.config_of(config.model)
     inputs = Inputs.of(described, {"scaling_factor": 0.7})
     dtype = components.resolve_dtype(config.model, device)
     drawn_cache(place, config.data, described, dtype)
@@ -69,7 +69,14 @@ def loading(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[s
         for part, times in seconds.items()
     ]
     columns = ["part", "ms a batch", "lowest", "highest", "share of the batch", "share of a step"]
-    results = {"summary": line, "seconds": seconds, "bytes": size, "step": step, "step source": source, "share": whole / step}
+    results = {
+        "summary": line,
+        "seconds": seconds,
+        "bytes": size,
+        "step": step,
+        "step source": source,
+        "share": whole / step,
+    }
     return results, (columns, cells)
 
 
@@ -93,7 +100,9 @@ def _turn(clips: LatentCache, inputs: Inputs, batch_size: int, turn: int, device
 
     def normal(number: int) -> torch.Tensor:
         rng = np.random.default_rng([number])
-        return torch.stack([torch.from_numpy(rng.standard_normal(tuple(latents), dtype=np.float32)) for _ in range(batch_size)])
+        return torch.stack(
+            [torch.from_numpy(rng.standard_normal(tuple(latents), dtype=np.float32)) for _ in range(batch_size)]
+        )
 
     found = {WHOLE: mean(lambda number: _batch(clips, inputs, batch_size, number))}
     with Loader(lambda step, micro: _batch(clips, inputs, batch_size, step), 1, device) as loader:
@@ -108,7 +117,9 @@ def _turn(clips: LatentCache, inputs: Inputs, batch_size: int, turn: int, device
     ready = _batch(clips, inputs, batch_size, start)
     noise = normal(start)
     deviation = torch.full_like(noise, -6.0)
-    found["posterior, without its noise"] = mean(lambda _: noise + torch.exp(0.5 * deviation.clamp(-30.0, 20.0)) * noise)
+    found["posterior, without its noise"] = mean(
+        lambda _: noise + torch.exp(0.5 * deviation.clamp(-30.0, 20.0)) * noise
+    )
     if device.type == "cuda":
         found["pinning"] = mean(lambda _: ready.pinned())
     return found
@@ -140,7 +151,10 @@ def _step(config: Config, stage: BenchmarkStage, device: torch.device, dtype: to
         if (speed := speed_of(turns.ours[1:], stage.batch_size)) is not None:
             return speed.median, f"a training step of {speed.median:.3g} s"
     foreseen = plan(asked)
-    return foreseen.pace.step, f"a training step of {foreseen.pace.step:.3g} s, planned for a GPU of {foreseen.device.tflops:.3g} TFLOP/s"
+    return (
+        foreseen.pace.step,
+        f"a training step of {foreseen.pace.step:.3g} s, planned for a GPU of {foreseen.device.tflops:.3g} TFLOP/s",
+    )
 
 
 def drawn_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype: torch.dtype) -> None:
@@ -153,7 +167,7 @@ def drawn_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype:
     text = (int(described["max_text_seq_length"]), int(described["text_embed_dim"]))
     variants = data.image_variants if takes_image(described) else 0
     names = [str(number) for number in range(HELD)]
-    with shards.ShardWriter(place, CLIPS, SHARD) as clips, shards.ShardWriter(place, TEXTS, SHARD) as texts:
+    with cache_shards.ShardWriter(place, CLIPS, SHARD) as clips, cache_shards.ShardWriter(place, TEXTS, SHARD) as texts:
         for name in names:
             tensors = {"mean": torch.randn(latents, generator=generator), "logvar": torch.full(latents, -6.0)}
             for variant in range(variants):
@@ -165,7 +179,7 @@ def drawn_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype:
             clips.add(name, tensors)
             texts.add(name, {"embeds": torch.randn(text, generator=generator).to(dtype)})
         texts.add("empty", {"embeds": torch.zeros(text, dtype=dtype)})
-    held_clips, held_texts = shards.scan(place, CLIPS), shards.scan(place, TEXTS)
+    held_clips, held_texts = cache_shards.scan(place, CLIPS), cache_shards.scan(place, TEXTS)
     entries = [
         {
             "key": name, "name": name, "text": name, "clip": name, "clip_shard": held_clips[name].shard, "caption": name,

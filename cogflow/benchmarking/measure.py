@@ -56,7 +56,9 @@ def memory(pid: int) -> tuple[int, int]:
                 anonymous += int(line.split()[1]) * 1024
             elif line.startswith("VmRSS:"):
                 resident += int(line.split()[1]) * 1024
-        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        children = [
+            child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+        ]
     except (OSError, ValueError):
         return anonymous, resident
     found = [memory(int(child)) for child in children]

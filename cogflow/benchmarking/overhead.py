@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from cogflow import ranks
 from cogflow.benchmarking.drawn import DrawnClips
 from cogflow.benchmarking.turns import Turns
 from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
 from cogflow.models.inputs import Inputs
 from cogflow.models.rotary import rotary_tables
+from cogflow.runtime import ranks
 from cogflow.tracking.tracker import Tracker
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.engine import Engine
@@ -53,21 +53,29 @@ class Size:
 SIZES = (Size("tiny", None, 5, 4, 4), Size("wide", 12, 8, 1, 1))
 
 
-def compare(config: Config, stage: BenchmarkStage, tracker: Tracker, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+def compare(
+    config: Config, stage: BenchmarkStage, tracker: Tracker, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
     """One row a size: median seconds of a step of each loop, the median ratio of neighbouring turns, and the loader's share."""
     return [_compare(config, size, max(3, stage.repeats), tracker, advance) for size in SIZES]
 
 
-def _compare(config: Config, size: Size, repeats: int, tracker: Tracker, advance: Callable[[int], None]) -> dict[str, Any]:
+def _compare(
+    config: Config, size: Size, repeats: int, tracker: Tracker, advance: Callable[[int], None]
+) -> dict[str, Any]:
     device = ranks.device()
     steps = (WARM_UP + repeats) * size.turn
-    train = TrainStage(steps=steps, batch_size=size.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0)
-    dtype = components.resolve_dtype(config.model, device)
+    train = TrainStage(
+        steps=steps, batch_size=size.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0
+    )
+    dtype = loading.resolve_dtype(config.model, device)
     transformer = _transformer(size).to(device, dtype).train()
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
     clips: Any = DrawnClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
-    alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(replace(config, stage=train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
+    alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
+    trainer = Trainer(
+        replace(config, stage=train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype
+    )
     waited: list[float] = []
 
     def log(done: int, values: dict[str, float]) -> None:
@@ -96,9 +104,16 @@ def _compare(config: Config, size: Size, repeats: int, tracker: Tracker, advance
 
 def _transformer(size: Size) -> CogVideoXTransformer3DModel:
     if size.heads is None:
-        return components.load_transformer(tiny.folder(), torch.float32)
-    shape = {**tiny.new_transformer().config, "num_attention_heads": size.heads, "attention_head_dim": 64, "num_layers": size.layers}
-    return CogVideoXTransformer3DModel.from_config({name: value for name, value in shape.items() if not name.startswith("_")})
+        return loading.load_transformer(tiny.folder(), torch.float32)
+    shape = {
+        **tiny.new_transformer().config,
+        "num_attention_heads": size.heads,
+        "attention_head_dim": 64,
+        "num_layers": size.layers,
+    }
+    return CogVideoXTransformer3DModel.from_config(
+        {name: value for name, value in shape.items() if not name.startswith("_")}
+    )
 
 
 def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[None]:
@@ -120,7 +135,9 @@ def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[No
 
 def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
     chosen = [place % len(trainer.cache.train) for place in range(number * batch_size, (number + 1) * batch_size)]
-    return training_batch(trainer.cache, chosen, (0, number), 0, inputs=trainer.inputs, text_dropout=0.1).to(trainer.device)
+    return training_batch(trainer.cache, chosen, (0, number), 0, inputs=trainer.inputs, text_dropout=0.1).to(
+        trainer.device
+    )
 
 
 def told(row: dict[str, Any]) -> str:

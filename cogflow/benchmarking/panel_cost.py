@@ -13,8 +13,16 @@ from torch import Tensor
 
 from cogflow.data.shapes import draw, scenes
 from cogflow.sharpness import artefacts, edges, spatial, temporal, tone
-from cogflow.sharpness.frames import finite_share, pooled, repeated_share, spatial_places, to_float, to_luma, triple_places
-from cogflow.sharpness.panel import CHANNELS, chunks, measure, measure_batch
+from cogflow.sharpness.frames import (
+    finite_share,
+    pooled,
+    repeated_share,
+    spatial_places,
+    to_float,
+    to_luma,
+    triple_places,
+)
+from cogflow.sharpness.metrics import METRICS, chunks, measure, measure_batch
 
 WHOLE = "whole panel"
 WARM = 1  # calls before the clock starts
@@ -28,12 +36,18 @@ def cost(frames: int, height: int, width: int, repeats: int) -> dict[str, Any]:
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     for device in devices:
         here = clip.to(device)
-        name = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        name = (
+            f"{device.type}, {torch.get_num_threads()} threads"
+            if device.type == "cpu"
+            else torch.cuda.get_device_name(device)
+        )
         rows.append({"device": name, "part": WHOLE, **timed(partial(measure, here), device, repeats)})
         if device.type == "cuda":
             batch = torch.stack([here] * 4)
             found = timed(partial(measure_batch, batch), device, repeats)
-            rows.append({"device": name, "part": f"{WHOLE}, batch of 4, per clip", **found, "seconds": found["seconds"] / 4})
+            rows.append(
+                {"device": name, "part": f"{WHOLE}, batch of 4, per clip", **found, "seconds": found["seconds"] / 4}
+            )
         for part, run in parts(here).items():
             rows.append({"device": name, "part": part, **timed(run, device, repeats)})
     return {"rows": rows, "disagreement": disagreement(clip) if len(devices) > 1 else {}}
@@ -52,7 +66,9 @@ def parts(clip: Tensor) -> dict[str, Callable[[], Any]]:
     triples = to_luma(to_float(torch.stack([clip[start : start + 3] for start in triple_places(len(clip))])))
 
     def each(work: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
-        return lambda: [work(*(one for one in group)) for group in zip(*(list(chunks(tensor)) for tensor in tensors), strict=True)]
+        return lambda: [
+            work(*(one for one in group)) for group in zip(*(list(chunks(tensor)) for tensor in tensors), strict=True)
+        ]
 
     return {
         "frames to luma": lambda: [
@@ -61,7 +77,11 @@ def parts(clip: Tensor) -> dict[str, Callable[[], Any]]:
         "edge_sharpness, reblur": each(edges.log_slopes, luma),
         "wavelet_ratio, detail, grain": each(lambda one: spatial.noise_deviation(spatial.bands(one)[0][2]), luma),
         "blur_effect": each(spatial.blur_effect, luma),
-        "contrast, haze, saturation": lambda: (tone.contrast(small), tone.dark_level(small), tone.saturation(red, blue, small)),
+        "contrast, haze, saturation": lambda: (
+            tone.contrast(small),
+            tone.dark_level(small),
+            tone.saturation(red, blue, small),
+        ),
         "clipped": each(tone.clipped, shown),
         "artefacts": each(artefacts.grid, luma),
         "motion, temporal_sharpness": each(temporal.energies, triples),
@@ -97,9 +117,9 @@ def timed(run: Callable[[], Any], device: torch.device, repeats: int) -> dict[st
 
 def disagreement(clip: Tensor) -> dict[str, float]:
     """Per channel the largest difference between the CPU's and the GPU's value of the clip and of half its size, relative above 1."""
-    worst = dict.fromkeys(CHANNELS, 0.0)
+    worst = dict.fromkeys(METRICS, 0.0)
     for one in (clip, clip[:, ::2, ::2], clip.float() / 255):
         here, there = measure(one), measure(one.cuda())
-        for name in CHANNELS:
+        for name in METRICS:
             worst[name] = max(worst[name], abs(here[name] - there[name]) / max(1.0, abs(here[name])))
     return worst

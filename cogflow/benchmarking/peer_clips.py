@@ -16,7 +16,10 @@ from cogflow.benchmarking import peer_clips_run
 from cogflow.config.schema import DataConfig
 from cogflow.errors import ConfigError, DataError
 
-PEERS = {"CogVideo": Path("finetune") / "datasets" / "t2v_dataset.py", "finetrainers": Path("finetrainers") / "data" / "dataset.py"}
+PEERS = {
+    "CogVideo": Path("finetune") / "datasets" / "t2v_dataset.py",
+    "finetrainers": Path("finetrainers") / "data" / "dataset.py",
+}
 """Peers by the file that they are known by."""
 
 
@@ -40,8 +43,12 @@ class PeerClips:
     def __init__(self, clone: Path, python: str | None, clips: Sequence[Path], data: DataConfig, folder: Path) -> None:
         self.name = peer_in(clone)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "videos.txt").write_text("".join(f"{os.path.relpath(clip, folder)}\n" for clip in clips), encoding="utf-8")
-        (folder / "prompts.txt").write_text("".join(f"clip {number}\n" for number, _ in enumerate(clips)), encoding="utf-8")
+        (folder / "videos.txt").write_text(
+            "".join(f"{os.path.relpath(clip, folder)}\n" for clip in clips), encoding="utf-8"
+        )
+        (folder / "prompts.txt").write_text(
+            "".join(f"clip {number}\n" for number, _ in enumerate(clips)), encoding="utf-8"
+        )
         asked = {
             "peer": self.name, "clone": str(clone.resolve()), "folder": str(folder.resolve()),
             "size": [data.frames, data.height, data.width],
@@ -50,12 +57,16 @@ class PeerClips:
         request.write_text(json.dumps(asked), encoding="utf-8")
         self._said = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 closed by __exit__
         command = [python or sys.executable, str(Path(peer_clips_run.__file__)), str(request)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+        )
 
     def __enter__(self) -> PeerClips:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.kill()
         self._process.communicate()
         self._said.close()

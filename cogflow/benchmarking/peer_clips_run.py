@@ -47,7 +47,10 @@ def cogvideo(asked: dict[str, Any]) -> Pass:
 
     args = SimpleNamespace(data_root=Path(asked["folder"]), model_name="peer", train_resolution=asked["size"])
     trainer = SimpleNamespace(
-        encode_video=encode_video, encode_text=lambda _: torch.zeros(1, 1, 1), args=args, accelerator=SimpleNamespace(process_index=0)
+        encode_video=encode_video,
+        encode_text=lambda _: torch.zeros(1, 1, 1),
+        args=args,
+        accelerator=SimpleNamespace(process_index=0),
     )
     frames, height, width = asked["size"]
     dataset = importlib.import_module("finetune.datasets").T2VDatasetWithResize(

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.benchmarking import cogvideo_step
 from cogflow.benchmarking.ceiling import ceiling
 from cogflow.benchmarking.step import speed_of
 from cogflow.benchmarking.turns import Turn
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import DataError
-from cogflow.models import components
-from cogflow.planning import flops, shape
+from cogflow.models import loading
+from cogflow.planning import flops, transformer_size
+from cogflow.runtime import ranks
 
 TRAINER = Path("finetune") / "models" / "cogvideox_t2v" / "sft_trainer.py"
 
@@ -36,10 +36,10 @@ def measure(config: Config, stage: BenchmarkStage, clone: Path, python: str | No
     Raises :class:`DataError` with its last lines when it ends with an error.
     """
     device = ranks.device()
-    dtype = components.resolve_dtype(config.model, device)
+    dtype = loading.resolve_dtype(config.model, device)
     best = ceiling(device, dtype)
-    described, _ = shape.config_of(config.model)
-    own = shape.of_config(described)
+    described, _ = transformer_size.config_of(config.model)
+    own = transformer_size.of_config(described)
     data = config.data
     folder.mkdir(parents=True, exist_ok=True)
     request, answer = folder / "request.json", folder / "answer.json"
@@ -65,14 +65,14 @@ def measure(config: Config, stage: BenchmarkStage, clone: Path, python: str | No
         )
     found = json.loads(answer.read_text(encoding="utf-8"))
     speed = speed_of([Turn(seconds, 0.0) for seconds in found["turns"]], stage.batch_size)
-    tokens = shape.tokens(own, data.frames, data.height, data.width)
+    tokens = transformer_size.tokens(own, data.frames, data.height, data.width)
     useful = flops.step(own, tokens).total * stage.batch_size
     return {
         "model": config.model.name,
         "parameters": own.parameters,
         "size": f"{data.frames}x{data.height}x{data.width}",
         "tokens": tokens.total,
-        "dtype": components.dtype_name(dtype),
+        "dtype": loading.dtype_name(dtype),
         "seconds": asdict(speed) if speed else None,
         "ceiling": asdict(best),
         "mfu": useful / speed.median / best.flops if speed else None,

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from cogflow.conversion import configs
-from cogflow.conversion.export_sat import PUBLISHED_VAE
-from cogflow.conversion.facts import of_family
+from cogflow.export import diffusers_configs
+from cogflow.export.facts import of_family
+from cogflow.export.to_sat import PUBLISHED_VAE
 from cogflow.files.publish import publish_folder, write_json
-from cogflow.models.components import DTYPES
 from cogflow.models.family import FAMILY
+from cogflow.models.loading import DTYPES
 from cogflow.pretraining.text import make_tokenizer
-from cogflow.tracking.progress import progress
+from cogflow.runtime.progress import progress
 from cogflow.weights.strict import STEMS, expected_shapes, skeleton
 from cogflow.weights.writer import Output, write_weights
 
@@ -43,16 +43,19 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     facts = of_family(family)
     count = layers or member.layers
     facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=count)})
-    t5 = T5_XXL | {"num_layers": max(1, round(T5_XXL["num_layers"] * count / member.layers)), "d_model": member.text_width}
+    t5 = T5_XXL | {
+        "num_layers": max(1, round(T5_XXL["num_layers"] * count / member.layers)),
+        "d_model": member.text_width,
+    }
     vae = vae_config(family)
     with publish_folder(folder, replace=True) as partly:
-        _component(partly, "transformer", configs.transformer_config(facts), DTYPES[member.dtype])
+        _component(partly, "transformer", diffusers_configs.transformer_config(facts), DTYPES[member.dtype])
         _component(partly, "vae", vae, torch.float32)
         _component(partly, "text_encoder", t5, torch.float32)
         make_tokenizer(partly / "tokenizer")
         (partly / "scheduler").mkdir()
-        write_json(partly / "scheduler" / "scheduler_config.json", configs.scheduler_config(facts))
-        write_json(partly / "model_index.json", configs.model_index(facts))
+        write_json(partly / "scheduler" / "scheduler_config.json", diffusers_configs.scheduler_config(facts))
+        write_json(partly / "model_index.json", diffusers_configs.model_index(facts))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -18,15 +18,15 @@ from cogflow.benchmarking.h264_clips import written
 from cogflow.benchmarking.peer_clips import PeerClips, peer_in
 from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config, DataConfig
-from cogflow.data import clips, shown, softness
+from cogflow.data import clips, decode, softness
+from cogflow.data.cache_shards import ShardWriter
+from cogflow.data.clip_index import EXTENSIONS
 from cogflow.data.encode import at_once, clip_threads, pixels
-from cogflow.data.index import EXTENSIONS
-from cogflow.data.shards import ShardWriter
 from cogflow.data.video import ToPlanes
 from cogflow.errors import DataError
 from cogflow.files.manifest import hash_file
-from cogflow.sharpness.panel import measure
-from cogflow.tracking.progress import progress
+from cogflow.runtime.progress import progress
+from cogflow.sharpness.metrics import measure
 
 OURS = "cogflow"
 Result = TypeVar("Result")
@@ -39,7 +39,9 @@ def preparing(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict
     if clone is not None:
         peer_in(clone)
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "prepare"
-    found = _given(Path(stage.clips).expanduser(), stage.contents) if stage.clips else written(place / "clips", stage, data)
+    found = (
+        _given(Path(stage.clips).expanduser(), stage.contents) if stage.clips else written(place / "clips", stage, data)
+    )
     what = _told(found)
     seconds: dict[str, list[float]] = {OURS: []}
     with ExitStack() as stack:
@@ -96,7 +98,9 @@ def _pass(found: Sequence[Path], data: DataConfig) -> float:
         try:
             shapes = list(pool.map(one, found))
         except clips.ClipError as error:
-            raise DataError(f"a clip cannot be read: {error.reason}", "Give clips that stage=prepare takes, all of them.") from None
+            raise DataError(
+                f"a clip cannot be read: {error.reason}", "Give clips that stage=prepare takes, all of them."
+            ) from None
         seconds = time.perf_counter() - began
     assert set(shapes) == {torch.Size((1, 3, data.frames, data.height, data.width))}
     return seconds
@@ -107,7 +111,10 @@ def _peer_pass(peer: PeerClips, count: int, data: DataConfig) -> float:
     shapes = [sorted(shape) for shape in answer["shapes"]]
     wanted = sorted([3, data.frames, data.height, data.width])
     if len(shapes) != count or any([side for side in shape if side != 1] != wanted for shape in shapes):
-        raise DataError(f"{peer.name} gave other clips than were asked for: {answer['shapes'][:3]}", "Give clips that are long enough.")
+        raise DataError(
+            f"{peer.name} gave other clips than were asked for: {answer['shapes'][:3]}",
+            "Give clips that are long enough.",
+        )
     return float(answer["seconds"])
 
 
@@ -124,9 +131,9 @@ def _by_part(path: Path, data: DataConfig, place: Path) -> dict[str, float]:
     def alone() -> None:
         content = timed("hashing the file", lambda: hash_file(path))
         with ExitStack() as stack:
-            file = timed("opening, walking through", lambda: shown.opened(path, clips.file_size(path), stack))
+            file = timed("opening, walking through", lambda: decode.opened(path, clips.file_size(path), stack))
             wanted = clips.window_start(file.scan, data, content) + np.arange(data.frames) / data.fps
-            frames = timed("decoding", lambda: [frame for frame, _ in shown.few(file, wanted)])
+            frames = timed("decoding", lambda: [frame for frame, _ in decode.few(file, wanted)])
         to_planes = ToPlanes()
         planes = timed("colours", lambda: [to_planes(frame) for frame in frames])
         out = torch.empty(3, data.height, data.width, dtype=torch.uint8)
@@ -154,13 +161,13 @@ def _by_part(path: Path, data: DataConfig, place: Path) -> dict[str, float]:
 def _given(folder: Path, most: int) -> list[Path]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS) if folder.is_dir() else []
     if not found:
-        raise DataError(f"stage.clips={folder} holds no clips.", f"Give a folder of {' '.join(EXTENSIONS)} files, or leave it out.")
+        raise DataError(
+            f"stage.clips={folder} holds no clips.", f"Give a folder of {' '.join(EXTENSIONS)} files, or leave it out."
+        )
     return found[:most] if most else found
 
 
 def _told(found: Sequence[Path]) -> str:
     with av.open(str(found[0])) as container:
         stream = container.streams.video[0]
-        return (
-            f"{len(found)} of {stream.width}x{stream.height} ({stream.codec_context.name}, {float(stream.average_rate or 0):.3g} a second)"
-        )
+        return f"{len(found)} of {stream.width}x{stream.height} ({stream.codec_context.name}, {float(stream.average_rate or 0):.3g} a second)"

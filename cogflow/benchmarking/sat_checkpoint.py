@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from cogflow.conversion import configs, parts, sat_yaml, transformer
-from cogflow.conversion.algebra import invert
-from cogflow.conversion.export_sat import PUBLISHED_VAE
-from cogflow.conversion.facts import of_family
-from cogflow.conversion.plan import make_plan
+from cogflow.export import diffusers_configs, sat_components, sat_yaml, transformer_table
+from cogflow.export.algebra import invert
+from cogflow.export.facts import of_family
+from cogflow.export.mapping_plan import make_plan
+from cogflow.export.to_sat import PUBLISHED_VAE
 from cogflow.files.publish import publish_folder, write_json, write_text
-from cogflow.models.components import DTYPES
-from cogflow.tracking.progress import progress
+from cogflow.models.loading import DTYPES
+from cogflow.runtime.progress import progress
 from cogflow.weights.reader import TensorInfo
 from cogflow.weights.strict import expected_shapes, skeleton
 from cogflow.weights.torch_writer import write_torch
@@ -32,10 +32,13 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
     facts = of_family(family)
     if layers is not None:
         facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=layers)})
-    config = configs.transformer_config(facts)
+    config = diffusers_configs.transformer_config(facts)
     dtype = DTYPES[facts["dtype"]]
     shapes = expected_shapes(skeleton(config, "the family's config"))
-    plan = make_plan(invert(transformer.table(config)), {name: TensorInfo(name, shape, dtype, Path()) for name, shape in shapes.items()})
+    plan = make_plan(
+        invert(transformer_table.table(config)),
+        {name: TensorInfo(name, shape, dtype, Path()) for name, shape in shapes.items()},
+    )
     exact = {step.targets[0]: step.operation for step in plan.steps if not step.sources}
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
@@ -47,11 +50,13 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
 
     outputs = [
-        Output(parts.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
+        Output(sat_components.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
         for step in plan.steps
         for name, shape in step.out_shapes.items()
     ]
-    model = sat_yaml.model_yaml(config, configs.scheduler_config(facts), PUBLISHED_VAE | {"scaling_factor": facts["scaling_factor"]})
+    model = sat_yaml.model_yaml(
+        config, diffusers_configs.scheduler_config(facts), PUBLISHED_VAE | {"scaling_factor": facts["scaling_factor"]}
+    )
     with publish_folder(folder, replace=True) as partly:
         (partly / "1").mkdir()
         with progress(sum(one.bytes(dtype) for one in outputs), "checkpoint", unit="bytes") as bar:

@@ -14,10 +14,10 @@ import numpy as np
 
 from cogflow.benchmarking.clips import Content, enlargement, variant
 from cogflow.benchmarking.degrade import BLURS, CLEAN, CONFOUNDS, OTHERS, SIGMAS, Degradation
-from cogflow.sharpness.panel import CHANNELS, Panel, measure
+from cogflow.sharpness.metrics import METRICS, Metrics, measure
 from cogflow.sharpness.verdict import DERIVED, changes_of, compare
 
-Panels = dict[str, list[dict[str, Panel]]]
+Panels = dict[str, list[dict[str, Metrics]]]
 """Content to its variants, each degradation's name to the panel."""
 DEGRADATIONS: dict[str, Degradation] = {CLEAN: lambda clip: clip, **BLURS, **CONFOUNDS, **OTHERS}
 BLUR_KINDS = ("soft", "over_sharpened")
@@ -38,7 +38,11 @@ def gather(
         rows = []
         for number in range(variants):
             clip = variant(content, number, frames, height, width)
-            wanted = {name: apply for name, apply in degradations.items() if not name.startswith("h264") or height >= SMALLEST_H264}
+            wanted = {
+                name: apply
+                for name, apply in degradations.items()
+                if not name.startswith("h264") or height >= SMALLEST_H264
+            }
             rows.append({name: measure(apply(clip)) for name, apply in wanted.items()})
         panels[content.name] = rows
         advance()
@@ -52,15 +56,24 @@ def figures(panels: Panels) -> dict[str, Any]:
     to deviations)."""
     names = list(next(iter(panels.values()))[0])
     clean = paired(panels, CLEAN)
-    result: dict[str, Any] = {"contents": len(panels), "pairs": len(clean), "auc": {}, "unpaired": {}, "kinds": {}, "same": {}}
+    result: dict[str, Any] = {
+        "contents": len(panels),
+        "pairs": len(clean),
+        "auc": {},
+        "unpaired": {},
+        "kinds": {},
+        "same": {},
+    }
     verdicts = {CLEAN: kinds_of(panels, CLEAN)}
     for name in names:
         changed = paired(panels, name)
         if name != CLEAN:
-            result["auc"][name] = {channel: auc(column(changed, channel), column(clean, channel)) for channel in (*CHANNELS, *DERIVED)}
+            result["auc"][name] = {
+                channel: auc(column(changed, channel), column(clean, channel)) for channel in (*METRICS, *DERIVED)
+            }
             result["unpaired"][name] = unpaired(panels, name)
             verdicts[name] = kinds_of(panels, name)
-            result["same"][name] = {channel: shift(panels, name, channel) for channel in (*CHANNELS, *DERIVED)}
+            result["same"][name] = {channel: shift(panels, name, channel) for channel in (*METRICS, *DERIVED)}
         result["kinds"][name] = shares(verdicts[name])
     result["blur_verdict_changed"] = {
         name: float(np.mean([one & set(BLUR_KINDS) != other & set(BLUR_KINDS) for one, other in zip(verdicts[name], verdicts[CLEAN],
@@ -74,7 +87,12 @@ def figures(panels: Panels) -> dict[str, Any]:
 
 def paired(panels: Panels, name: str) -> list[dict[str, float]]:
     """Changes of variant j under ``name`` against variant i, clean, i != j, of every content."""
-    return [changes_of(rows[j][name], rows[i][CLEAN]) for rows in panels.values() for i, j in product(range(len(rows)), repeat=2) if i != j]
+    return [
+        changes_of(rows[j][name], rows[i][CLEAN])
+        for rows in panels.values()
+        for i, j in product(range(len(rows)), repeat=2)
+        if i != j
+    ]
 
 
 def kinds_of(panels: Panels, name: str) -> list[set[str]]:
@@ -98,8 +116,10 @@ def shift(panels: Panels, name: str, channel: str) -> float:
 def unpaired(panels: Panels, name: str) -> dict[str, float]:
     """AUC over contents: a degraded clip of one content scores below a clean one of another."""
     first = next(iter(panels.values()))[0][CLEAN]  # any fixed panel will do: changes from it order as the values do
-    degraded, clean = ([changes_of(row[which], first) for rows in panels.values() for row in rows] for which in (name, CLEAN))
-    return {channel: auc(column(degraded, channel), column(clean, channel)) for channel in (*CHANNELS, *DERIVED)}
+    degraded, clean = (
+        [changes_of(row[which], first) for rows in panels.values() for row in rows] for which in (name, CLEAN)
+    )
+    return {channel: auc(column(degraded, channel), column(clean, channel)) for channel in (*METRICS, *DERIVED)}
 
 
 def monotone(panels: Panels) -> float:
@@ -119,7 +139,10 @@ def nulls(panels: Panels) -> dict[str, dict[str, float]]:
     ] or paired(panels, CLEAN)  # fmt: skip
     rounded = [changes_of(row["rounding"], row[CLEAN]) for rows in panels.values() for row in rows if "rounding" in row]
     groups = {"rounding": rounded, "variants": paired(panels, CLEAN), "contents": between}
-    return {channel: {name: deviation(column(rows, channel)) for name, rows in groups.items()} for channel in (*CHANNELS, *DERIVED)}
+    return {
+        channel: {name: deviation(column(rows, channel)) for name, rows in groups.items()}
+        for channel in (*METRICS, *DERIVED)
+    }
 
 
 def deviation(values: np.ndarray) -> float:
@@ -134,4 +157,7 @@ def column(rows: Sequence[Mapping[str, float]], channel: str) -> np.ndarray:
 def auc(lower: np.ndarray, higher: np.ndarray) -> float:
     """Probability that a value of ``lower`` lies below one of ``higher``, ties counted half."""
     ordered = np.sort(lower)
-    return float((np.searchsorted(ordered, higher, "left") + np.searchsorted(ordered, higher, "right")).mean() / (2 * len(ordered)))
+    return float(
+        (np.searchsorted(ordered, higher, "left") + np.searchsorted(ordered, higher, "right")).mean()
+        / (2 * len(ordered))
+    )

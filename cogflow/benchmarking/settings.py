@@ -62,7 +62,9 @@ class Found:
     problem: str = ""
 
 
-def compare(words: Sequence[str], stage: BenchmarkStage, folder: Path, usual: Sequence[str], advance: Callable[[int], None]) -> list[Found]:
+def compare(
+    words: Sequence[str], stage: BenchmarkStage, folder: Path, usual: Sequence[str], advance: Callable[[int], None]
+) -> list[Found]:
     """One row a setting, in order. ``words``: of the command line that asked for it."""
     versus = stage.vs if stage.vs and stage.vs != BARE and not is_cogvideo(Path(stage.vs).expanduser()) else None
     kept = [word for word in words if not word.startswith(OWN)] + ([f"stage.vs={BARE}"] if stage.vs == BARE else [])
@@ -100,7 +102,9 @@ def checked_out(revision: str | None, folder: Path) -> Iterator[Path | None]:
     with TemporaryDirectory(dir=folder) as place:
         tree = Path(place) / "tree"
         git = ["git", "-C", str(repository), "worktree"]
-        done = subprocess.run([*git, "add", "--detach", str(tree), revision], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*git, "add", "--detach", str(tree), revision], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise ConfigError(
                 f"stage.vs={revision}: neither bare, nor a clone of zai-org/CogVideo, nor a revision of cogflow in {repository}.",

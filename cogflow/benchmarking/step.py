@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogflow import ranks
 from cogflow.benchmarking.ceiling import Ceiling, ceiling
 from cogflow.benchmarking.drawn import DrawnClips, DrawnWeights
 from cogflow.benchmarking.overhead import bare_steps
 from cogflow.benchmarking.step_profile import Part, profiled
 from cogflow.benchmarking.turns import Turn, Turns
 from cogflow.config.schema import BenchmarkStage, Config, TrainStage
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
 from cogflow.models.inputs import Inputs
-from cogflow.planning import flops, shape
+from cogflow.planning import flops, transformer_size
 from cogflow.planning.plan import kept, plan
-from cogflow.training import speed, start
+from cogflow.runtime import ranks
+from cogflow.training import initial_weights, speed
 from cogflow.training.engine import Engine
 from cogflow.training.loader import Loader
 from cogflow.training.loop import Trainer
@@ -56,7 +56,7 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     began = time.perf_counter()
     speed.grow_segments()
     device = ranks.device()
-    dtype = components.resolve_dtype(config.model, device)
+    dtype = loading.resolve_dtype(config.model, device)
     best = ceiling(device, dtype)
     asked = training(config, stage, 1 + (1 + stage.repeats) * stage.steps)
     watch = MemoryWatch(device)
@@ -80,15 +80,21 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
         "parameters": foreseen.shape.parameters,
         "size": f"{config.data.frames}x{config.data.height}x{config.data.width}",
         "tokens": foreseen.tokens.total,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "dtype": components.dtype_name(dtype),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "dtype": loading.dtype_name(dtype),
         "world": ranks.world_size(),
         "seconds": asdict(mine) if mine else None,
         "turns": [turn.wall for turn in turns.ours],
         "allocator retries": torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0,
         "bare": asdict(theirs) if theirs else None,
         "ratio to bare": mine.median / theirs.median if mine and theirs else None,
-        "flops": {"useful": useful, "with recomputation": done.total * stage.batch_size, "counted": counted_flops(config)},
+        "flops": {
+            "useful": useful,
+            "with recomputation": done.total * stage.batch_size,
+            "counted": counted_flops(config),
+        },
         "ceiling": asdict(best),
         "mfu": useful / mine.median / best.flops if mine else None,
         "hfu": done.total * stage.batch_size / mine.median / best.flops if mine else None,
@@ -106,7 +112,13 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
 def training(config: Config, stage: BenchmarkStage, steps: int) -> Config:
     """``config`` with settings of a training of so many steps, between which nothing is due."""
     train = TrainStage(
-        steps=steps, batch_size=stage.batch_size, sample_every=0, evaluate_every=0, save_every=0, warmup_steps=0, learning_rate=1e-6
+        steps=steps,
+        batch_size=stage.batch_size,
+        sample_every=0,
+        evaluate_every=0,
+        save_every=0,
+        warmup_steps=0,
+        learning_rate=1e-6,
     )
     return replace(config, stage=train)
 
@@ -116,9 +128,9 @@ def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch
     stage = config.stage
     if not isinstance(stage, TrainStage):
         raise TypeError("a step needs the settings of stage=train")
-    shape_of, source = shape.config_of(config.model)
+    shape_of, source = transformer_size.config_of(config.model)
     weights = DrawnWeights(expected_shapes(skeleton(shape_of, Path(source))), device)
-    transformer = start.make(shape_of, weights, config.deepspeed, stage, dtype, device)
+    transformer = initial_weights.make(shape_of, weights, config.deepspeed, stage, dtype, device)
     watch.after_weights()
     recompute(transformer, config.deepspeed, kept(config), speed.mode(speed.how_compiled(config, device)))
     speed.prepare(transformer, config, device, dtype)
@@ -126,7 +138,7 @@ def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch
     data, own = config.data, transformer.config
     latents = ((data.frames - 1) // own.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
     clips: Any = DrawnClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
-    alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
+    alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
     inputs = Inputs.of(own, {"scaling_factor": 0.7})
     trainer = Trainer(config, engine, None, clips, alphas, inputs, device, dtype)
     watch.follow(transformer)
@@ -153,7 +165,7 @@ def _profiled(trainer: Trainer, config: Config, best: Ceiling) -> list[Part]:
 
 def counted_flops(config: Config) -> float:
     """Operations of one clip's forward and backward pass as torch counts them, on the meta device; nothing is computed twice."""
-    described, source = shape.config_of(config.model)
+    described, source = transformer_size.config_of(config.model)
     data = config.data
     with torch.device("meta"):
         transformer = skeleton(described, Path(source)).to("meta").train()

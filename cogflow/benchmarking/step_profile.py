@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cogflow.benchmarking.ceiling import Ceiling
-from cogflow.planning.flops import Forward
+from cogflow.planning.flops import ForwardFlops
 
 KINDS = (
     ("attention", re.compile(r"sdpa|fmha|flash|attention", re.IGNORECASE)),
@@ -38,7 +38,9 @@ class Part:
     largest: list[tuple[str, float]]
 
 
-def profiled(step: Callable[[], object], device: torch.device, forward: Forward, clips: int, best: Ceiling) -> list[Part]:
+def profiled(
+    step: Callable[[], object], device: torch.device, forward: ForwardFlops, clips: int, best: Ceiling
+) -> list[Part]:
     """One ``step``, which trains on so many clips, by kind; the last part is the time in which nothing runs. On a CPU operations stand for
     kernels, and Python's own time between them for the last."""
     gpu = device.type == "cuda"
@@ -51,7 +53,10 @@ def profiled(step: Callable[[], object], device: torch.device, forward: Forward,
             torch.cuda.synchronize(device)
         whole = time.perf_counter() - began
     ran = kernels(found.events()) if gpu else operations(found.events())
-    floors = {"attention": 3 * forward.attention * clips / best.flops, "linear layers": 3 * forward.linear * clips / best.flops}
+    floors = {
+        "attention": 3 * forward.attention * clips / best.flops,
+        "linear layers": 3 * forward.linear * clips / best.flops,
+    }
     parts = []
     for kind in (*(name for name, _ in KINDS), OTHER):
         by_name: dict[str, float] = {}
@@ -60,7 +65,13 @@ def profiled(step: Callable[[], object], device: torch.device, forward: Forward,
                 by_name[one.name] = by_name.get(one.name, 0.0) + one.seconds
         launches = sum(kind_of(one.name) == kind for one in ran)
         parts.append(
-            Part(kind, sum(by_name.values()), floors.get(kind, 0.0), launches, sorted(by_name.items(), key=lambda item: -item[1])[:4])
+            Part(
+                kind,
+                sum(by_name.values()),
+                floors.get(kind, 0.0),
+                launches,
+                sorted(by_name.items(), key=lambda item: -item[1])[:4],
+            )
         )
     busy = covered((one.start, one.start + one.seconds) for one in ran) if gpu else sum(one.seconds for one in ran)
     return [*parts, Part(IDLE, max(0.0, whole - busy), 0.0, 0, [])]

@@ -8,27 +8,41 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.benchmarking import peer_step, settings
 from cogflow.benchmarking.settings import Found
 from cogflow.benchmarking.step import BARE, measure
 from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import ConfigError, DataError
-from cogflow.tracking.console import say
-from cogflow.tracking.progress import progress
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
+from cogflow.runtime.progress import progress
 
-COLUMNS = ["settings", "s a step", "lowest", "highest", "against the first", "clips a second", "MFU", "HFU", "peak GB", "start s"]
+COLUMNS = [
+    "settings",
+    "s a step",
+    "lowest",
+    "highest",
+    "against the first",
+    "clips a second",
+    "MFU",
+    "HFU",
+    "peak GB",
+    "start s",
+]
 
 
 def step(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """One step as it is configured. On several ranks all of them train, and rank 0 tells."""
     if stage.vs not in (None, BARE):
-        raise ConfigError(f"stage.vs={stage.vs}: stage.what=step runs beside bare alone.", "stage.what=train takes clones and revisions.")
+        raise ConfigError(
+            f"stage.vs={stage.vs}: stage.what=step runs beside bare alone.",
+            "stage.what=train takes clones and revisions.",
+        )
     with progress(1 + stage.repeats, "turns") as bar:
         found = measure(config, stage, bar.advance)
     for line in lines(found):
-        say(line)
+        echo(line)
     return {"summary": told(found), "step": found}, (COLUMNS, [row(Found("as it is", found), found)])
 
 
@@ -53,7 +67,9 @@ def train(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str
         found = settings.compare(sys.argv[1:], stage, place, usual, bar.advance)
     if clone is not None and peer_step.is_cogvideo(clone):
         try:
-            found.append(Found("CogVideo's own step", peer_step.measure(config, stage, clone, stage.vs_python, place / "peer")))
+            found.append(
+                Found("CogVideo's own step", peer_step.measure(config, stage, clone, stage.vs_python, place / "peer"))
+            )
         except DataError as error:
             found.append(Found("CogVideo's own step", None, str(error)))
     first = next((one.step for one in found if one.step), None)
@@ -82,7 +98,9 @@ def told(found: dict[str, Any] | None) -> str:
     """One step in words."""
     if not found or not found["seconds"]:
         return "nothing was measured"
-    line = f"{found['seconds']['median']:.3g} s a step of {found['model']} at {found['size']} ({found['tokens']} tokens), "
+    line = (
+        f"{found['seconds']['median']:.3g} s a step of {found['model']} at {found['size']} ({found['tokens']} tokens), "
+    )
     line += f"MFU {found['mfu']:.1%} of {found['ceiling']['flops'] / 1e12:.3g} TFLOP/s, peak {found['memory']['peak']:.1f} GB"
     if found.get("ratio to bare"):
         line += f", {found['ratio to bare'] - 1:+.1%} beside a bare loop"

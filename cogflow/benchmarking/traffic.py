@@ -20,7 +20,7 @@ from typing import Any
 
 from cogflow.config.compose import compose
 from cogflow.errors import CogflowError
-from cogflow.planning import setting, shape, traffic
+from cogflow.planning import gpu_layout, traffic, transformer_size
 
 RANKS = (1, 2, 4)
 
@@ -58,7 +58,11 @@ CASES = (
     Case("ZeRO-2, bf16", ("deepspeed=zero2", "model.dtype=bf16")),
     Case("ZeRO-3, bf16, averages", ("deepspeed=zero3", "model.dtype=bf16", "stage.ema_decay=0.9")),
     Case("ZeRO-3, holds 1.6e6 elements", ("deepspeed=zero3", "deepspeed.allgather_bucket_size=400_000"), 0),
-    Case("ZeRO-3, recomputed, reuse within 4e6", ("deepspeed=zero3", "deepspeed.activation_checkpointing=true"), 4_000_000),
+    Case(
+        "ZeRO-3, recomputed, reuse within 4e6",
+        ("deepspeed=zero3", "deepspeed.activation_checkpointing=true"),
+        4_000_000,
+    ),
 )
 """Weights of the tiny model are 3.1e6 elements: ZeRO-3 by itself gathers them once and keeps them, so the last two let it keep less."""
 
@@ -83,12 +87,24 @@ def measure(cases: Sequence[Case], world: int) -> list[dict[str, Any]]:
     """What :mod:`cogflow.benchmarking.traffic_rank` counts of each case on ``world`` processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         asked, results = Path(folder) / "cases.json", Path(folder) / "results.json"
-        asked.write_text(json.dumps([{"words": case.all_words, "reuse": case.reuse} for case in cases]), encoding="utf-8")
-        start = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "cogflow.benchmarking.traffic_rank"]
+        asked.write_text(
+            json.dumps([{"words": case.all_words, "reuse": case.reuse} for case in cases]), encoding="utf-8"
+        )
+        start = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            "-m",
+            "cogflow.benchmarking.traffic_rank",
+        ]
         # On a machine with GPUs, too: it is gloo's traffic that the kernel counts.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, "-m", *start, str(asked), str(results)], capture_output=True, text=True, env=env, check=False
+            [sys.executable, "-m", *start, str(asked), str(results)],
+            capture_output=True,
+            text=True,
+            env=env,
+            check=False,
         )
         if done.returncode or not results.is_file():
             # What the launcher says of its ranks follows what they said themselves, and is longer.
@@ -130,10 +146,10 @@ def _carried(phase: str, kind: str) -> str:
 def predicted(case: Case, world: int) -> traffic.Traffic:
     """The plan's figures for ``case``."""
     config = compose(case.all_words)
-    own, _ = shape.of_model(config.model)
+    own, _ = transformer_size.of_model(config.model)
     dtype = "fp32" if config.model.dtype == "auto" else config.model.dtype
-    layout = setting.of_config(config, dtype, world)
-    tokens = shape.tokens(own, config.data.frames, config.data.height, config.data.width)
+    layout = gpu_layout.of_config(config, dtype, world)
+    tokens = transformer_size.tokens(own, config.data.frames, config.data.height, config.data.width)
     return traffic.traffic(own, tokens, layout if case.reuse is None else replace(layout, reuse=case.reuse))
 
 

@@ -23,18 +23,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cogflow import ranks
 from cogflow.benchmarking.drawn import DrawnClips
 from cogflow.benchmarking.overhead import CLIPS, LATENTS
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
 from cogflow.models.inputs import Inputs
+from cogflow.runtime import ranks
 from cogflow.training import engine as engines
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
-from cogflow.training.following import Hooks
 from cogflow.training.loop import Trainer
+from cogflow.training.step_monitor import Hooks
 
 WARM_UP, STEPS = 2, 1
 """Steps that do not count (ZeRO-3 records in them what it will fetch ahead), and steps that do."""
@@ -123,7 +123,7 @@ def count(config: Config, reuse: int | None = None) -> dict[str, Any]:
     stage = config.stage
     if not isinstance(stage, TrainStage):
         raise TypeError("training is what is counted")
-    device, dtype = ranks.device(), components.resolve_dtype(config.model, ranks.device())
+    device, dtype = ranks.device(), loading.resolve_dtype(config.model, ranks.device())
     transformer = tiny.new_transformer().to(device, dtype).train()
     if config.deepspeed.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -131,7 +131,7 @@ def count(config: Config, reuse: int | None = None) -> dict[str, Any]:
         engine = Engine(transformer, config.deepspeed, stage, dtype)
     ema = EMA(engine, stage.ema_decay, every=stage.ema_every) if stage.ema_decay else None
     clips: Any = DrawnClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
-    alphas = components.load_scheduler(tiny.folder()).alphas_cumprod
+    alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
     trainer = Trainer(config, engine, ema, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     collectives = Collectives()
     watched: list[tuple[Any, str]] = [(engine, "forward"), (engine, "backward"), (engine, "step")]
@@ -146,7 +146,7 @@ def count(config: Config, reuse: int | None = None) -> dict[str, Any]:
         collectives.counting = WARM_UP <= len(wire) < stage.steps
 
     hooks = Hooks(
-        log=_nothing, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.anywhere(False),
+        log=_nothing, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.any_rank(False),
         advance=after, warn=_nothing, not_finite=_nothing,
     )  # fmt: skip
     with collectives:

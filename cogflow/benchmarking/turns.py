@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
-from cogflow.training.following import Hooks
+from cogflow.runtime import ranks
+from cogflow.training.step_monitor import Hooks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Turns:
     """Keeps the time of every ``steps`` steps in ``ours``, waiting for the device at their end alone; then ``other`` takes as many of its
     own, which are kept in ``theirs``. ``advance``: called after every turn."""
 
-    def __init__(self, steps: int, device: torch.device, advance: Callable[[int], None], other: Iterator[None] | None = None) -> None:
+    def __init__(
+        self, steps: int, device: torch.device, advance: Callable[[int], None], other: Iterator[None] | None = None
+    ) -> None:
         self.steps, self.device, self.advance, self.other = steps, device, advance, other
         self.ours: list[Turn] = []
         self.theirs: list[Turn] = []
@@ -52,7 +54,7 @@ class Turns:
             pass
 
         return Hooks(
-            log=log, validate=nothing, save=nothing, stopped=nothing, save_weights=nothing, stop=lambda: ranks.anywhere(False),
+            log=log, validate=nothing, save=nothing, stopped=nothing, save_weights=nothing, stop=lambda: ranks.any_rank(False),
             advance=self.after_step, warn=nothing, not_finite=nothing,
         )  # fmt: skip
 

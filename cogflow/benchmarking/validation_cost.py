@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogflow import ranks
 from cogflow.benchmarking.pipeline_folder import vae_config
 from cogflow.benchmarking.step import MemoryWatch, make_trainer, speed_of, training
 from cogflow.benchmarking.tables import Table
 from cogflow.benchmarking.turns import Turns
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.data.video import write_video
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
+from cogflow.runtime import ranks
+from cogflow.runtime.progress import progress
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Request, Sampler
-from cogflow.sharpness.panel import measure
-from cogflow.tracking.progress import progress
+from cogflow.sharpness.metrics import measure
 from cogflow.training import speed
 
 PARTS = ("denoising", "decoding", "panel", "writing")
@@ -35,17 +35,19 @@ def validation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dic
     """``stage.repeats`` samples after one that does not count, at ``sampling.steps``; then a training step of the same model."""
     speed.grow_segments()
     device = ranks.device()
-    dtype = components.resolve_dtype(config.model, device)
+    dtype = loading.resolve_dtype(config.model, device)
     trainer = make_trainer(training(config, stage, 1 + 3 * stage.steps), device, dtype, MemoryWatch(device))
     vae = AutoencoderKLCogVideoX.from_config(vae_config(config.model.name)).eval()
     data, length = config.data, trainer.engine.module.config
     empty = torch.zeros(length.max_text_seq_length, length.text_embed_dim)
     sampler = Sampler(
-        trainer.engine.module, vae, components.load_scheduler(tiny.folder()), empty, config.sampling,
+        trainer.engine.module, vae, loading.load_scheduler(tiny.folder()), empty, config.sampling,
         frames=data.frames, height=data.height, width=data.width, device=device, dtype=dtype,
         images=trainer.inputs.image_factor is not None,
     )  # fmt: skip
-    image = torch.zeros(data.height, data.width, 3, dtype=torch.uint8) if trainer.inputs.image_factor is not None else None
+    image = (
+        torch.zeros(data.height, data.width, 3, dtype=torch.uint8) if trainer.inputs.image_factor is not None else None
+    )
     request = Request(Prompt("drawn", "drawn"), 0, torch.randn(empty.shape), image)
     samples: list[dict[str, float]] = []
     with progress(1 + stage.repeats, "samples") as bar, TemporaryDirectory(dir=_made(folder)) as place:
@@ -66,7 +68,14 @@ def validation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dic
     line = f"validate: a sample of {config.sampling.steps} steps in {whole:.3g} s, of which decoding {decoding:.1%}; {PROMPTS} samples are "
     line += f"{share:.1%} of {STEPS} training steps of {training_seconds:.3g} s"
     cells = [
-        [part, seconds[part], min(one[part] for one in samples), max(one[part] for one in samples), seconds[part] / whole] for part in PARTS
+        [
+            part,
+            seconds[part],
+            min(one[part] for one in samples),
+            max(one[part] for one in samples),
+            seconds[part] / whole,
+        ]
+        for part in PARTS
     ]
     results = {
         "summary": line,

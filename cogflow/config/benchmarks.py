@@ -5,12 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 WHATS = (
-    "all", "step", "train", "overhead", "checkpoint", "validate", "prepare", "loader", "export", "assemble", "panel", "indicator",
-    "traffic", "separation", "watch",
-)  # fmt: skip
+    "all",
+    "step",
+    "train",
+    "overhead",
+    "checkpoint",
+    "validate",
+    "prepare",
+    "loader",
+    "export",
+    "assemble",
+    "panel",
+    "indicator",
+    "traffic",
+    "separation",
+    "watch",
+)
 """What can be measured; each is told in docs/benchmarks.md."""
 
 
+# fmt: off
 @dataclass(frozen=True)
 class BenchmarkStage:
     name: str = "benchmark"  # chosen by stage=benchmark

@@ -50,7 +50,10 @@ def no_stage(raw: Any = None) -> Problem:
     name = raw.get("name") if isinstance(raw, Mapping) else None
     if name is None:
         return Problem(f"stage=NAME is missing: one of {', '.join(STAGES)}.", ("stage",))
-    return Problem(f"stage={name}: no such stage; one of {', '.join(STAGES)}.{did_you_mean(nearest(str(name), STAGES))}", ("stage",))
+    return Problem(
+        f"stage={name}: no such stage; one of {', '.join(STAGES)}.{did_you_mean(nearest(str(name), STAGES))}",
+        ("stage",),
+    )
 
 
 def known_keys(stage: type | None) -> list[str]:
@@ -97,7 +100,9 @@ def _section(kind: type, raw: Any, path: str, known: list[str], problems: list[P
     if raw is None:
         return kind()
     if not isinstance(raw, Mapping):
-        problems.append(Problem(f"{path}={raw}: it is a section, set its keys: {', '.join(keys_of(kind, path))}.", (path,)))
+        problems.append(
+            Problem(f"{path}={raw}: it is a section, set its keys: {', '.join(keys_of(kind, path))}.", (path,))
+        )
         return kind()
     hints = typing.get_type_hints(kind)
     values = {}
@@ -108,7 +113,11 @@ def _section(kind: type, raw: Any, path: str, known: list[str], problems: list[P
         elif _is_section(hints[name]):
             values[name] = _section(hints[name], value, key, known, problems)
         elif name == "name" and path.startswith("stage") and value != (default := kind().name):
-            problems.append(Problem(f"{key}={show(value)}: it is {default} here; choose another stage with stage={show(value)}.", (key,)))
+            problems.append(
+                Problem(
+                    f"{key}={show(value)}: it is {default} here; choose another stage with stage={show(value)}.", (key,)
+                )
+            )
         else:
             try:
                 values[name] = convert(value, hints[name])

@@ -33,7 +33,9 @@ def check(config: Config) -> None:
 
 
 def find_problems(config: Config) -> list[Problem]:
-    problems = [problem for field in dataclasses.fields(config) for problem in _ranges(getattr(config, field.name), field.name)]
+    problems = [
+        problem for field in dataclasses.fields(config) for problem in _ranges(getattr(config, field.name), field.name)
+    ]
     bad = {key for problem in problems for key in problem.keys}
     return problems + [problem for problem in _between(config) if not bad & set(problem.keys)]
 
@@ -59,7 +61,11 @@ def share(value: float) -> str | None:
 
 
 def one_of(*choices: str) -> Rule:
-    return lambda value: None if value in choices else f"it should be one of {', '.join(choices)}.{did_you_mean(nearest(value, choices))}"
+    return lambda value: (
+        None
+        if value in choices
+        else f"it should be one of {', '.join(choices)}.{did_you_mean(nearest(value, choices))}"
+    )
 
 
 def each(rule: Rule) -> Rule:
@@ -69,13 +75,19 @@ def each(rule: Rule) -> Rule:
 def multiple_of(step: int) -> Rule:
     def rule(value: int) -> str | None:
         nearest_good = max(step, round(value / step) * step)
-        return None if value > 0 and value % step == 0 else f"it should be a multiple of {step}, such as {nearest_good}."
+        return (
+            None if value > 0 and value % step == 0 else f"it should be a multiple of {step}, such as {nearest_good}."
+        )
 
     return rule
 
 
 def frames(value: int) -> str | None:
-    return None if value > 0 and value % 4 == 1 else f"it should be 4k+1, such as {max(1, round((value - 1) / 4) * 4 + 1)}."
+    return (
+        None
+        if value > 0 and value % 4 == 1
+        else f"it should be 4k+1, such as {max(1, round((value - 1) / 4) * 4 + 1)}."
+    )
 
 
 def sizes(value: list[str]) -> str | None:
@@ -89,7 +101,11 @@ def sizes(value: list[str]) -> str | None:
 
 
 def folder_name(value: str) -> str | None:
-    return None if re.fullmatch(r"[^./\s\x00][^/\x00]*", value) else "it should be a plain folder name without slashes or a leading dot."
+    return (
+        None
+        if re.fullmatch(r"[^./\s\x00][^/\x00]*", value)
+        else "it should be a plain folder name without slashes or a leading dot."
+    )
 
 
 def filled(value: Any) -> str | None:
@@ -97,7 +113,11 @@ def filled(value: Any) -> str | None:
 
 
 def shard_size(value: str) -> str | None:
-    return None if re.fullmatch(r"[1-9]\d*(\.\d+)?\s?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value) else "it should be a size, such as 5GB."
+    return (
+        None
+        if re.fullmatch(r"[1-9]\d*(\.\d+)?\s?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)", value)
+        else "it should be a size, such as 5GB."
+    )
 
 
 def components(value: list[str]) -> str | None:
@@ -112,7 +132,11 @@ def optional(rule: Rule) -> Rule:
 
 
 def two_betas(value: list[float]) -> str | None:
-    return None if len(value) == 2 and all(0 <= beta < 1 for beta in value) else "it should be two numbers below 1, such as [0.9,0.95]."
+    return (
+        None
+        if len(value) == 2 and all(0 <= beta < 1 for beta in value)
+        else "it should be two numbers below 1, such as [0.9,0.95]."
+    )
 
 
 def distinct(value: list[int]) -> str | None:
@@ -126,7 +150,9 @@ def distinct(value: list[int]) -> str | None:
 def of_components(value: dict[str, Any]) -> str | None:
     names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     wrong = next((name for name in value if name not in names), None)
-    return f"{wrong} is no component; one of {', '.join(names)}, as stage.set.vae.scaling_factor=0.7." if wrong else None
+    return (
+        f"{wrong} is no component; one of {', '.join(names)}, as stage.set.vae.scaling_factor=0.7." if wrong else None
+    )
 
 
 def repository(value: str) -> str | None:
@@ -247,11 +273,21 @@ def _between(config: Config) -> Iterator[Problem]:
         )
     yield from deepspeed_problems(config)
     if isinstance(stage, FlowStage) and stage.train.plan:
-        yield Problem("stage.train.plan=true: a plan trains nothing to go on with; use stage=train stage.plan=true.", ("stage.train.plan",))
+        yield Problem(
+            "stage.train.plan=true: a plan trains nothing to go on with; use stage=train stage.plan=true.",
+            ("stage.train.plan",),
+        )
     train, path = (stage.train, "stage.train") if isinstance(stage, FlowStage) else (stage, "stage")
-    if isinstance(train, TrainStage) and train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
+    if (
+        isinstance(train, TrainStage)
+        and train.resume not in ("auto", "never")
+        and not Path(train.resume).expanduser().is_dir()
+    ):
         guess = did_you_mean(nearest(train.resume, ("auto", "never")))
-        yield Problem(f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}", (f"{path}.resume",))
+        yield Problem(
+            f"{path}.resume={train.resume}: no such folder; auto, never, or a checkpoint's folder.{guess}",
+            (f"{path}.resume",),
+        )
     if isinstance(train, TrainStage):
         yield from _watched(train, path)
         yield from shared(config, train)

@@ -36,7 +36,9 @@ def configs_folder() -> Path:
 def groups() -> dict[str, list[str]]:
     """Group name to its choices, sorted."""
     return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in sorted(configs_folder().iterdir()) if folder.is_dir()
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(configs_folder().iterdir())
+        if folder.is_dir()
     }
 
 
@@ -56,7 +58,9 @@ def compose(overrides: Sequence[str]) -> Config:
     known = build.known_keys(build.stage_class(raw.get("stage")))
     for key, value in values:
         if key == "stage.name":
-            problems.append(Problem(f"stage.name={build.show(value)}: choose a stage with stage={build.show(value)}.", (key,)))
+            problems.append(
+                Problem(f"stage.name={build.show(value)}: choose a stage with stage={build.show(value)}.", (key,))
+            )
         elif key in known or build.is_open(key, build.stage_class(raw.get("stage"))):
             _put(raw, key, value)
         elif "stage" in raw or not key.startswith("stage."):  # without a stage its keys cannot be judged
@@ -112,7 +116,11 @@ def _parse(word: str, problems: list[Problem]) -> Override | None:
         problems.append(Problem(f"{word}: {error}"))
     except HydraException as error:
         near = nearest(word, STAGES) if "=" not in word else None
-        meant = f" Did you mean stage={near}?" if near else " It should be key=value or group=choice; quote odd characters: key='a,b'."
+        meant = (
+            f" Did you mean stage={near}?"
+            if near
+            else " It should be key=value or group=choice; quote odd characters: key='a,b'."
+        )
         reason = "" if near else f" ({_first(error).split(' expecting')[0]})"
         problems.append(Problem(f"{word}: not understood{reason}.{meant}"))
     return None
@@ -122,11 +130,15 @@ def _choose(group: str, override: Override, known: list[str], choices: dict[str,
     choice = build.show(override.value())
     if choice == "null" and group in OPTIONAL_GROUPS or choice in known:
         if choices.get(group, choice) != choice:
-            problems.append(Problem(f"{group}={choice}: it is also chosen as {group}={choices[group]}; give one.", (group,)))
+            problems.append(
+                Problem(f"{group}={choice}: it is also chosen as {group}={choices[group]}; give one.", (group,))
+            )
         choices.setdefault(group, choice)
     else:
         near = did_you_mean(nearest(choice, known))
-        problems.append(Problem(f"{group}={choice}: no such choice; one of {', '.join(known) or 'none yet'}.{near}", (group,)))
+        problems.append(
+            Problem(f"{group}={choice}: no such choice; one of {', '.join(known) or 'none yet'}.{near}", (group,))
+        )
 
 
 def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> dict[str, Any]:
@@ -182,7 +194,9 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def _unknown(key: str, value: Any, known: list[str]) -> Problem:
     if key.split(".")[0] in OPTIONAL_GROUPS:
-        return Problem(f"{key}={build.show(value)}: {key.split('.')[0]} is a group without keys; set the key it would set.", (key,))
+        return Problem(
+            f"{key}={build.show(value)}: {key.split('.')[0]} is a group without keys; set the key it would set.", (key,)
+        )
     return build.unknown(key, value, known)
 
 

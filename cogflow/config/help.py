@@ -53,7 +53,10 @@ def for_stage(name: str, summaries: Mapping[str, str]) -> str:
     for group, choices in groups().items():
         lines += [f"  {group}=", *(f"    {choice:<22} {_comment(group, choice)}" for choice in choices)]
     if STAGES[name] in RECIPES:
-        lines += ["", "import=[sft.yaml,model.yaml]: CogVideo's SAT recipe as settings; what the command line says wins over it"]
+        lines += [
+            "",
+            "import=[sft.yaml,model.yaml]: CogVideo's SAT recipe as settings; what the command line says wins over it",
+        ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -86,7 +89,9 @@ def _by_class(source: str) -> dict[str, dict[str, str]]:
             found[node.name] = {
                 item.target.id: by_line[item.end_lineno or item.lineno]
                 for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and (item.end_lineno or item.lineno) in by_line
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and (item.end_lineno or item.lineno) in by_line
             }
     return found
 

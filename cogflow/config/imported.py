@@ -40,7 +40,9 @@ def take(choices: dict[str, str], values: list[tuple[str, Any]], problems: list[
             choices["model"] = recipe.model
         else:
             what = "are of no model of the family" if recipe.facts else "say nothing of the model"
-            problems.append(Problem(f"{WORD}=: the files {what}; add the model's yaml, or choose model=NAME.", (WORD, "model.name")))
+            problems.append(
+                Problem(f"{WORD}=: the files {what}; add the model's yaml, or choose model=NAME.", (WORD, "model.name"))
+            )
     if any(setting.key == "data.path" for setting in recipe.settings) and not ({"data", "experiment"} & set(choices)):
         choices["data"] = "folder"
     return recipe

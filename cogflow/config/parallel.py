@@ -14,7 +14,10 @@ KEY = "parallel.sequence"
 def sequence_problems(config: Config, gpus: int, heads: int | None = None) -> Iterator[Problem]:
     """What is wrong with ``parallel.sequence`` on ``gpus`` ranks (0: not known) for a model of so many attention heads."""
     size = config.parallel.sequence
-    for count, what in ((gpus, f"rank{'s' if gpus != 1 else ''} in all"), (heads or 0, f"attention heads of model={config.model.name}")):
+    for count, what in (
+        (gpus, f"rank{'s' if gpus != 1 else ''} in all"),
+        (heads or 0, f"attention heads of model={config.model.name}"),
+    ):
         if count % max(1, size):
             good = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
             yield Problem(f"{KEY}={size}: it should divide the {count} {what}: one of {good}.", (KEY,))
@@ -38,4 +41,6 @@ def shared(config: Config, train: TrainStage) -> Iterator[Problem]:
 
 def not_measured(config: Config) -> Problem:
     """Of benchmarks, whose ranks take a batch each."""
-    return Problem(f"{KEY}={config.parallel.sequence}: stage=benchmark measures ranks that share nothing; it should be 1.", (KEY,))
+    return Problem(
+        f"{KEY}={config.parallel.sequence}: stage=benchmark measures ranks that share nothing; it should be 1.", (KEY,)
+    )

@@ -44,7 +44,9 @@ def fail(problems: Sequence[Problem], hint: str = "") -> None:
     lines = list(dict.fromkeys(problem.text for problem in problems))
     if len(lines) == 1:
         raise ConfigError(lines[0], hint)
-    raise ConfigError(f"{len(lines)} problems in the configuration:\n" + "\n".join(f"  - {line}" for line in lines), hint)
+    raise ConfigError(
+        f"{len(lines)} problems in the configuration:\n" + "\n".join(f"  - {line}" for line in lines), hint
+    )
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:
@@ -57,7 +59,9 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.55) -> str | None
     close = difflib.get_close_matches(wanted, folded, n=1, cutoff=cutoff)
     if close:
         return folded[close[0]]
-    longer = [item for key, item in folded.items() if len(wanted) > 2 and (key.startswith(wanted) or wanted.startswith(key))]
+    longer = [
+        item for key, item in folded.items() if len(wanted) > 2 and (key.startswith(wanted) or wanted.startswith(key))
+    ]
     return longer[0] if len(longer) == 1 else None
 
 

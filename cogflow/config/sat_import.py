@@ -13,7 +13,18 @@ from typing import Any
 
 from cogflow.config.build import show
 from cogflow.config.problems import Problem
-from cogflow.config.sat_recipe import DEFAULTS, EMA_DECAY, FACTS, HELD_BACK, LORA, MODELS, ONLY, SETTLED, TAKEN, WORKED_OUT
+from cogflow.config.sat_recipe import (
+    DEFAULTS,
+    EMA_DECAY,
+    FACTS,
+    HELD_BACK,
+    LORA,
+    MODELS,
+    ONLY,
+    SETTLED,
+    TAKEN,
+    WORKED_OUT,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,9 @@ class Setting:
     note: str = ""
 
     def line(self) -> str:
-        return f"{self.source} = {show(self.value)} -> {self.key}={show(self.ours)}" + (f" ({self.note})" if self.note else "")
+        return f"{self.source} = {show(self.value)} -> {self.key}={show(self.ours)}" + (
+            f" ({self.note})" if self.note else ""
+        )
 
 
 @dataclass
@@ -101,7 +114,9 @@ def translate(raw: Any) -> Recipe:
         recipe.settings += worked_out(flat, recipe.problems)
     for key, value in flat.items():
         if key in ONLY and value != ONLY[key][0]:
-            recipe.problems.append(Problem(f"{key}={show(value)}: it should be {show(ONLY[key][0])}: {ONLY[key][1]}.", ("import",)))
+            recipe.problems.append(
+                Problem(f"{key}={show(value)}: it should be {show(ONLY[key][0])}: {ONLY[key][1]}.", ("import",))
+            )
         if key not in TAKEN and key not in WORKED_OUT and key not in ONLY:
             if section := _settled(key):
                 recipe.settled[section] = SETTLED[section]
@@ -146,7 +161,10 @@ def _data(flat: Mapping[str, Any], problems: list[Problem]) -> list[Setting]:
     found = []
     size = flat.get("data.params.video_size")
     if isinstance(size, list) and len(size) == 2:
-        found += [Setting("data.params.video_size", size, key, side) for key, side in zip(("data.height", "data.width"), size, strict=True)]
+        found += [
+            Setting("data.params.video_size", size, key, side)
+            for key, side in zip(("data.height", "data.width"), size, strict=True)
+        ]
     elif size is not None:
         problems.append(Problem(f"data.params.video_size={show(size)}: it should be [height,width].", ("import",)))
     folders = flat.get("args.train_data")
@@ -154,7 +172,9 @@ def _data(flat: Mapping[str, Any], problems: list[Problem]) -> list[Setting]:
     if len(folders) == 1:
         found.append(Setting("args.train_data", folders, "data.path", folders[0]))
     elif folders:
-        problems.append(Problem(f"args.train_data={show(folders)}: cogflow trains on one folder; bring them into one.", ("import",)))
+        problems.append(
+            Problem(f"args.train_data={show(folders)}: cogflow trains on one folder; bring them into one.", ("import",))
+        )
     return found
 
 
@@ -162,11 +182,15 @@ def _precision(flat: Mapping[str, Any], problems: list[Problem]) -> list[Setting
     given = {name: flat[key] for name in ("bf16", "fp16") if (key := f"deepspeed.{name}.enabled") in flat}
     chosen = [name for name, enabled in given.items() if enabled]
     if len(chosen) > 1:
-        problems.append(Problem("deepspeed.bf16.enabled and deepspeed.fp16.enabled are both true; one can be.", ("import",)))
+        problems.append(
+            Problem("deepspeed.bf16.enabled and deepspeed.fp16.enabled are both true; one can be.", ("import",))
+        )
     if not given or len(chosen) > 1:
         return []
     name = chosen[0] if chosen else "fp32"
-    return [Setting(f"deepspeed.{name}.enabled" if chosen else "deepspeed.bf16.enabled", bool(chosen), "model.dtype", name)]
+    return [
+        Setting(f"deepspeed.{name}.enabled" if chosen else "deepspeed.bf16.enabled", bool(chosen), "model.dtype", name)
+    ]
 
 
 def _average(flat: Mapping[str, Any], problems: list[Problem]) -> list[Setting]:
@@ -214,7 +238,9 @@ def _schedule(flat: Mapping[str, Any], problems: list[Problem]) -> list[Setting]
         note = "SAT's exponential is constant" if style == "exponential" else style_note
         found.append(Setting("args.lr_decay_style", style, "stage.schedule", "constant", note))
     else:
-        problems.append(Problem(f"args.lr_decay_style={show(style)}: cogflow has constant, linear and cosine.", ("import",)))
+        problems.append(
+            Problem(f"args.lr_decay_style={show(style)}: cogflow has constant, linear and cosine.", ("import",))
+        )
     return found
 
 
@@ -223,7 +249,9 @@ def _text_dropout(flat: Mapping[str, Any], problems: list[Problem]) -> list[Sett
     for index, embedder in enumerate(flat.get(key) or []):
         if isinstance(embedder, Mapping) and embedder.get("input_key") == "txt":
             if embedder.get("is_trainable"):
-                problems.append(Problem(f"{key}[{index}].is_trainable=true: cogflow keeps the text encoder as it is.", ("import",)))
+                problems.append(
+                    Problem(f"{key}[{index}].is_trainable=true: cogflow keeps the text encoder as it is.", ("import",))
+                )
             rate = float(embedder.get("ucg_rate", 0.0))
             return [Setting(f"{key}[{index}].ucg_rate", rate, "stage.text_dropout", rate)]
     return []

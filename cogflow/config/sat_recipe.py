@@ -110,10 +110,16 @@ ONLY: dict[str, tuple[Any, str]] = {
     "args.mode": ("finetune", "cogflow finetunes; nothing here trains a model of this family from nothing"),
     "args.model_parallel_size": (1, "cogflow shards by ZeRO, not by model parallelism"),
     "model.lora_train": (False, "cogflow trains all weights; a LoRA's learning rate would ruin them"),
-    "model.not_trainable_prefixes": (["first_stage_model", "conditioner"], "cogflow trains the whole transformer and nothing else"),
+    "model.not_trainable_prefixes": (
+        ["first_stage_model", "conditioner"],
+        "cogflow trains the whole transformer and nothing else",
+    ),
     "model.loss_fn_config.params.offset_noise_level": (0, "cogflow adds no offset noise"),
     "model.loss_fn_config.params.fixed_frames": (0, "cogflow has no fixed frames"),
-    "model.loss_fn_config.params.sigma_sampler_config.params.uniform_sampling": (True, "cogflow draws timesteps uniformly"),
+    "model.loss_fn_config.params.sigma_sampler_config.params.uniform_sampling": (
+        True,
+        "cogflow draws timesteps uniformly",
+    ),
     "model.loss_fn_config.params.sigma_sampler_config.params.num_idx": (1000, "cogflow trains on 1000 timesteps"),
     "model.denoiser_config.params.num_idx": (1000, "cogflow trains on 1000 timesteps"),
     "model.denoiser_config.params.quantize_c_noise": (False, "cogflow does not round the noise level"),
@@ -141,7 +147,14 @@ _5B: dict[str, Any] = {
 }  # fmt: skip
 
 MODELS: dict[str, dict[str, Any]] = {
-    "cogvideox-2b": {**_5B, "layers": 30, "heads": 30, "width": 1920, "scaling_factor": 1.15258426, "snr_shift_scale": 3.0},
+    "cogvideox-2b": {
+        **_5B,
+        "layers": 30,
+        "heads": 30,
+        "width": 1920,
+        "scaling_factor": 1.15258426,
+        "snr_shift_scale": 3.0,
+    },
     "cogvideox-5b": _5B,
     "cogvideox-5b-i2v": {**_5B, "in_channels": 32},
     "cogvideox1.5-5b": {**_5B, "patch": [2, 2, 2], "text_tokens": 224},

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from cogflow.config.benchmarks import BenchmarkStage
 
 
+# fmt: off
 @dataclass(frozen=True)
 class RunConfig:
     root: str = "runs"  # folder of all runs

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cogflow.config.schema import DataConfig
-from cogflow.data.scan import ClipError, Look, look
+from cogflow.data.packet_scan import ClipError, Look, look
 
 Size = tuple[int, int, int]
 """Frames, height, width."""

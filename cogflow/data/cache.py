@@ -15,8 +15,8 @@ import torch
 from cogflow.config.schema import DataConfig
 from cogflow.data import first_frame
 from cogflow.data.buckets import in_order
+from cogflow.data.cache_shards import ShardReader
 from cogflow.data.clips import SETTINGS
-from cogflow.data.shards import ShardReader
 from cogflow.errors import DataError
 
 INDEX = "index.json"
@@ -56,14 +56,19 @@ class LatentCache:
             self.holdout: list[int] = self._index["holdout"]
             self.fingerprint: str = self._index["fingerprint"]
         except FileNotFoundError:
-            raise DataError(f"no prepared clips in {folder}", "run stage=prepare first, with the same settings") from None
+            raise DataError(
+                f"no prepared clips in {folder}", "run stage=prepare first, with the same settings"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder / INDEX} cannot be used: {error}", "run stage=prepare again, it writes a new one") from error
+            raise DataError(
+                f"{folder / INDEX} cannot be used: {error}", "run stage=prepare again, it writes a new one"
+            ) from error
         shards = {entry[kind] for entry in self._entries for kind in ("clip_shard", "text_shard")}
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise DataError(
-                f"{len(missing)} files of {folder} are gone, first {missing[0]}", "run stage=prepare again, it makes what is missing"
+                f"{len(missing)} files of {folder} are gone, first {missing[0]}",
+                "run stage=prepare again, it makes what is missing",
             )
         self.folder = folder
         self._groups: list[list[int]] | None = None
@@ -90,10 +95,16 @@ class LatentCache:
     def mismatches(self, data: DataConfig) -> list[str]:
         """Settings of ``data`` that differ from those the clips were prepared with, one line each."""
         # With buckets the one size is that of the samples, and shapes no clip.
-        then = {k: self.settings[k] for k in SETTINGS if k not in SIZE or not data.buckets} | {"buckets": self.settings.get("buckets", [])}
+        then = {k: self.settings[k] for k in SETTINGS if k not in SIZE or not data.buckets} | {
+            "buckets": self.settings.get("buckets", [])
+        }
         if self.image_variants:
             then["image_variants"] = self.image_variants
-        return [f"data.{k}={getattr(data, k)}, prepared with {value}" for k, value in then.items() if getattr(data, k) != value]
+        return [
+            f"data.{k}={getattr(data, k)}, prepared with {value}"
+            for k, value in then.items()
+            if getattr(data, k) != value
+        ]
 
     @property
     def image_variants(self) -> int:

@@ -13,11 +13,9 @@ import numpy as np
 import torch
 
 from cogflow.config.schema import DataConfig
-from cogflow.data import shown
+from cogflow.data import decode
+from cogflow.data.packet_scan import TOLERANCE, ClipError, Scan, as_clip_errors, file_size
 from cogflow.data.resize import Geometry, resize
-from cogflow.data.scan import TOLERANCE, Scan, as_clip_errors
-from cogflow.data.scan import ClipError as ClipError
-from cogflow.data.scan import file_size as file_size
 from cogflow.data.video import ToPlanes
 from cogflow.files.manifest import hash_file
 
@@ -58,18 +56,20 @@ def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
     if content is None and "random" in (data.crop, data.window):
         content = hash_file(path)
     with as_clip_errors(), ExitStack() as stack:
-        file = shown.opened(path, size, stack)
+        file = decode.opened(path, size, stack)
         scan = file.scan
         start = window_start(scan, data, content or "")
         wanted = start + np.arange(data.frames) / data.fps
         try:
-            picked = _pick(shown.few(file, wanted), len(wanted), data, content or "")
-        except (shown.Incomplete, av.error.FFmpegError):
-            picked = _pick(shown.all_(file, wanted), len(wanted), data, content or "")
+            picked = _pick(decode.few(file, wanted), len(wanted), data, content or "")
+        except (decode.Incomplete, av.error.FFmpegError):
+            picked = _pick(decode.all_(file, wanted), len(wanted), data, content or "")
     own = (picked.source[0].shape[0], picked.source[0].shape[1])
     upscaled = any(after > before for after, before in zip(scaled_size(own, data), own, strict=True))
     source = torch.from_numpy(np.stack(picked.source))
-    return Clip(picked.frames.permute(1, 2, 3, 0), own, scan.fps, len(scan.times), upscaled, source, tuple(picked.places))
+    return Clip(
+        picked.frames.permute(1, 2, 3, 0), own, scan.fps, len(scan.times), upscaled, source, tuple(picked.places)
+    )
 
 
 def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
@@ -83,7 +83,9 @@ def window_start(scan: Scan, data: DataConfig, content: str) -> float:
     first, last = float(scan.times[0]), float(scan.times[-1])
     if not scan.holds(data.frames, data.fps):
         needs = data.frames / data.fps
-        raise ClipError(f"too short: has {scan.end - first:.2f} s, needs {needs:.2f} s ({data.frames} frames at {data.fps:g} a second)")
+        raise ClipError(
+            f"too short: has {scan.end - first:.2f} s, needs {needs:.2f} s ({data.frames} frames at {data.fps:g} a second)"
+        )
     slack = max(0.0, last - first - span)
     share = {"start": 0.0, "center": 0.5}.get(data.window)
     if share is None:
@@ -113,7 +115,9 @@ def _pick(frames: Iterator[tuple[av.VideoFrame, int]], total: int, data: DataCon
         if size is None:
             size = planes[0].shape
         elif size != planes[0].shape:
-            raise ClipError(f"frames change their size from {size[1]}x{size[0]} to {planes[0].shape[1]}x{planes[0].shape[0]}")
+            raise ClipError(
+                f"frames change their size from {size[1]}x{size[0]} to {planes[0].shape[1]}x{planes[0].shape[0]}"
+            )
         if here := keep.intersection(range(done, done + count)):
             picked.source.append(np.stack(planes, axis=-1))
             picked.places.append(min(here))

@@ -17,12 +17,12 @@ import torch
 
 from cogflow.config.schema import DataConfig
 from cogflow.data import buckets, clips, first_frame, softness
-from cogflow.data.index import ClipEntry
-from cogflow.data.shards import ShardWriter
+from cogflow.data.cache_shards import ShardWriter
+from cogflow.data.clip_index import ClipEntry
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.manifest import hash_file
 from cogflow.files.publish import write_text
-from cogflow.sharpness.panel import measure
+from cogflow.sharpness.metrics import measure
 
 QUARANTINE = "quarantine.jsonl"
 CLIPS, TEXTS = "clips", "texts"
@@ -115,12 +115,16 @@ class Quarantine:
         """The error that ends the run, with examples; the full list is written first."""
         self.write()
         examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_SHOWN])
-        return DataError(message + examples, f"mend or remove them (all are in {self._file}), or raise data.max_bad_share")
+        return DataError(
+            message + examples, f"mend or remove them (all are in {self._file}), or raise data.max_bad_share"
+        )
 
     def write(self) -> None:
         """One JSON object a line, name and reason; no file when there is nothing to list."""
         if self.rows:
-            write_text(self._file, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in sorted(self.rows.items())))
+            write_text(
+                self._file, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in sorted(self.rows.items()))
+            )
         else:
             self._file.unlink(missing_ok=True)
 
@@ -143,7 +147,9 @@ def probe(items: Sequence[Item], data: DataConfig, quarantine: Quarantine) -> No
     raise quarantine.stop(f"none of the first {len(first)} clips can be read")
 
 
-def encode_captions(texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, *, batch: int, shard: int, report: Report) -> None:
+def encode_captions(
+    texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, *, batch: int, shard: int, report: Report
+) -> None:
     """Embed ``texts`` (caption by key) into shards of ``folder``. The encoder is loaded only when there is work, and freed after."""
     if not texts:
         return
@@ -187,7 +193,10 @@ def encode_clips(
     with report(len(items), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
         for key, item, clip, measured in _decoded(items, data, compared):
             if item.stamp != _stamp_or_none(item.entry.path):
-                raise DataError(f"{item.entry.path} changed while it was prepared", "run the command again when the clips are at rest")
+                raise DataError(
+                    f"{item.entry.path} changed while it was prepared",
+                    "run the command again when the clips are at rest",
+                )
             if isinstance(clip, clips.ClipError):
                 for name in names[key]:
                     quarantine.add(name, clip.reason)
@@ -279,4 +288,6 @@ def _stamp_or_none(path: Path) -> tuple[int, int] | None:
 
 def _check_finite(values: torch.Tensor, model: str, what: str) -> None:
     if not torch.isfinite(values).all():
-        raise QualityGateError(f"the {model} gives values that are not finite for {what}", f"check the {model}'s weights and dtype")
+        raise QualityGateError(
+            f"the {model} gives values that are not finite for {what}", f"check the {model}'s weights and dtype"
+        )

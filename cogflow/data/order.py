@@ -26,7 +26,9 @@ def indices(
     if not train:
         raise ValueError("no clip to train on")
     if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < world or batch_size < 1:
-        raise ValueError(f"out of range: step {step}, micro {micro} of {accumulation}, rank {rank} of {world}, batch size {batch_size}")
+        raise ValueError(
+            f"out of range: step {step}, micro {micro} of {accumulation}, rank {rank} of {world}, batch size {batch_size}"
+        )
     filled = [group for group in groups if group]
     if len(filled) > 1:
         in_step = accumulation * world
@@ -48,7 +50,9 @@ def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) ->
 
 def _batch(number: int, counts: tuple[int, ...], batch_size: int, seed: int) -> tuple[int, int]:
     """(group, which of the group's batches) of batch ``number`` from 0 over all steps and ranks."""
-    epoch = max(0, number * batch_size // sum(counts) - 1)  # never too late: no epoch has given more than its share by its end
+    epoch = max(
+        0, number * batch_size // sum(counts) - 1
+    )  # never too late: no epoch has given more than its share by its end
     while sum(_given(counts, epoch + 1, batch_size)) <= number:
         epoch += 1
     before = _given(counts, epoch, batch_size)
@@ -70,6 +74,8 @@ def _labels(seed: int, epoch: int, counts: tuple[int, ...], batch_size: int) -> 
     return np.random.default_rng([seed, epoch, 0xB0C7]).permutation(labels)
 
 
-@lru_cache(maxsize=16)  # a batch touches two epochs at most, unless the set is smaller than the batch; each group has its own
+@lru_cache(
+    maxsize=16
+)  # a batch touches two epochs at most, unless the set is smaller than the batch; each group has its own
 def _permutation(seed: int, epoch: int, count: int, group: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 0x0DDE, *([group] if group else [])]).permutation(count)

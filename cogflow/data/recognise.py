@@ -31,7 +31,9 @@ def _chroma(rgb: np.ndarray) -> np.ndarray:
     return np.stack([red - 0.5 * (green + blue), 0.8660254 * (green - blue)], axis=-1)
 
 
-def recognise(frames: np.ndarray, colours: tuple[str, ...] = tuple(COLOURS), shapes: tuple[str, ...] = tuple(SHAPES)) -> Seen:
+def recognise(
+    frames: np.ndarray, colours: tuple[str, ...] = tuple(COLOURS), shapes: tuple[str, ...] = tuple(SHAPES)
+) -> Seen:
     """``frames``: uint8 ``[frames, height, width, 3]``. ``colours`` and ``shapes`` are the candidates."""
     clip = frames.astype(np.float32) / 255.0
     masks = (clip.max(axis=-1) - clip.min(axis=-1)) > SATURATION
@@ -45,7 +47,10 @@ def _colour(clip: np.ndarray, masks: np.ndarray, colours: tuple[str, ...]) -> st
     """By hue alone: texture and ground change brightness, not hue."""
     mean = _chroma(clip[masks].mean(axis=0))
     angles = {name: _chroma(np.asarray(COLOURS[name])) for name in colours}
-    return max(colours, key=lambda name: float(angles[name] @ mean) / (np.linalg.norm(angles[name]) * np.linalg.norm(mean) + 1e-9))
+    return max(
+        colours,
+        key=lambda name: float(angles[name] @ mean) / (np.linalg.norm(angles[name]) * np.linalg.norm(mean) + 1e-9),
+    )
 
 
 def _motion(masks: np.ndarray) -> str | None:
@@ -70,7 +75,8 @@ def _shape(masks: np.ndarray, shapes: tuple[str, ...]) -> str:
         rows, columns = np.mgrid[0:height, 0:width]
         for name in shapes:
             scores[name] += max(
-                _overlap(mask, name, columns - xs.mean(), rows - ys.mean(), len(xs), turn) for turn in np.radians((-10, -5, 0, 5, 10))
+                _overlap(mask, name, columns - xs.mean(), rows - ys.mean(), len(xs), turn)
+                for turn in np.radians((-10, -5, 0, 5, 10))
             )
     return max(scores, key=lambda name: scores[name])
 
@@ -94,5 +100,8 @@ def _unit_area_and_centre(shape: str) -> tuple[float, tuple[float, float]]:
         axis = np.linspace(-1.6, 1.6, 321)
         x, y = np.meshgrid(axis, axis)
         inside = signed_distance(shape, x, y) <= 0.0
-        _UNITS[shape] = (float(inside.sum()) * (axis[1] - axis[0]) ** 2, (float(x[inside].mean()), float(y[inside].mean())))
+        _UNITS[shape] = (
+            float(inside.sum()) * (axis[1] - axis[0]) ** 2,
+            (float(x[inside].mean()), float(y[inside].mean())),
+        )
     return _UNITS[shape]

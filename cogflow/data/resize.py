@@ -114,7 +114,9 @@ class _Products:
         (down, right), self._shown = geometry.corner, geometry.shown
         self.down = _axis(geometry.size[0], geometry.scaled[0], down, geometry.shown[0], rule, _ROWS)
         self.across = _axis(geometry.size[1], geometry.scaled[1], right, geometry.shown[1], rule, _COLUMNS)
-        self._transposed = [(begin, left, right, band.t().contiguous()) for begin, left, right, band in self.across.bands]
+        self._transposed = [
+            (begin, left, right, band.t().contiguous()) for begin, left, right, band in self.across.bands
+        ]
         self._strips = [self.down.bands[begin : begin + _STRIP] for begin in range(0, len(self.down.bands), _STRIP)]
         self._held = threading.local()
 
@@ -141,7 +143,10 @@ class _Products:
             rows, made = source.view(len(source), -1), between.view(len(between), -1)
             for row, above, below, band in bands:
                 torch.mm(band, rows[above - first : below - first], out=made[row - top : row - top + len(band)])
-            columns, across = between.view(3 * len(between), -1)[: 3 * count], values.view(3 * len(values), -1)[: 3 * count]
+            columns, across = (
+                between.view(3 * len(between), -1)[: 3 * count],
+                values.view(3 * len(values), -1)[: 3 * count],
+            )
             for column, left, right, band in self._transposed:
                 torch.mm(columns[:, left:right], band, out=across[:, column : column + band.shape[1]])
             yield top, values[:count]
@@ -166,7 +171,10 @@ class _Products:
         if not hasattr(self._held, "buffers"):
             (height, width), columns, most = self._shown, self.across.high - self.across.low, _ROWS * _STRIP
             rows = max(bands[-1][2] - bands[0][1] for bands in self._strips)
-            floats = [torch.empty(size) for size in ((rows, 3, columns), (most, 3, columns), (most, 3, width), (most, 3, width))]
+            floats = [
+                torch.empty(size)
+                for size in ((rows, 3, columns), (most, 3, columns), (most, 3, width), (most, 3, width))
+            ]
             self._held.buffers = (*floats, *(torch.empty(height, 3, width, dtype=torch.uint8) for _ in range(2)))
         return self._held.buffers
 
@@ -201,7 +209,10 @@ def _products(geometry: Geometry) -> _Products | None:
     some = np.concatenate([rng.choice(np.flatnonzero(edges), 4000), rng.integers(0, edges.size, 4000)])
     for rule in _RULES:
         products = _Products(geometry, rule)
-        furthest = max(float((values - wanted[top : top + len(values)]).abs().max()) for top, values in products.strips(list(picture)))
+        furthest = max(
+            float((values - wanted[top : top + len(values)]).abs().max())
+            for top, values in products.strips(list(picture))
+        )
         if furthest > _NEAR / 2:
             return None
         if np.array_equal(products.exact(list(picture), some), wanted.view(-1).numpy()[some]):

@@ -32,7 +32,12 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 """sRGB values in 0..1. The first four are known to the shipped model, the rest are left for finetuning."""
 
-MOTIONS: dict[str, tuple[float, float]] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+MOTIONS: dict[str, tuple[float, float]] = {
+    "left": (-1.0, 0.0),
+    "right": (1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+}
 """Direction of travel as (x, y), y pointing down as in an image."""
 
 GROUNDS: dict[str, tuple[float, float]] = {"dark": (0.10, 0.28), "light": (0.72, 0.90)}
@@ -53,7 +58,8 @@ def _star(points: int, outer: float, inner: float) -> np.ndarray:
 def _cross(reach: float, half: float) -> np.ndarray:
     r, h = reach, half
     return np.array(
-        [(-h, -r), (h, -r), (h, -h), (r, -h), (r, h), (h, h), (h, r), (-h, r), (-h, h), (-r, h), (-r, -h), (-h, -h)], dtype=float
+        [(-h, -r), (h, -r), (h, -h), (r, -h), (r, h), (h, h), (h, r), (-h, r), (-h, h), (-r, h), (-r, -h), (-h, -h)],
+        dtype=float,
     )
 
 
@@ -143,7 +149,11 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
 
     ys, xs = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / height, indexing="ij")
     ground = _ground(rng, xs, ys, aspect, GROUNDS[scene.ground])
-    stripe_angle, stripe_period, stripe_phase = rng.uniform(0, math.pi), rng.uniform(0.13, 0.19), rng.uniform(0, 2 * math.pi)
+    stripe_angle, stripe_period, stripe_phase = (
+        rng.uniform(0, math.pi),
+        rng.uniform(0.13, 0.19),
+        rng.uniform(0, 2 * math.pi),
+    )
     depth = rng.uniform(0.16, 0.26)
     fill = np.asarray(COLOURS[scene.colour]) * rng.uniform(0.94, 1.06)
 
@@ -154,14 +164,18 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
         qx = (px * math.cos(turn) + py * math.sin(turn)) / radius
         qy = (py * math.cos(turn) - px * math.sin(turn)) / radius
         coverage = np.clip(0.5 - signed_distance(scene.shape, qx, qy) * radius * height, 0.0, 1.0)[..., None]
-        wave = np.sin(2 * math.pi * (px * math.cos(stripe_angle) + py * math.sin(stripe_angle)) / stripe_period + stripe_phase)
+        wave = np.sin(
+            2 * math.pi * (px * math.cos(stripe_angle) + py * math.sin(stripe_angle)) / stripe_period + stripe_phase
+        )
         shade = 1.0 - depth * 0.5 * (1.0 + np.tanh(2.5 * wave))
         frame = ground[..., None] * (1.0 - coverage) + fill * shade[..., None] * coverage
         clip[index] = np.clip(frame * 255.0 + 0.5, 0, 255).astype(np.uint8)
     return clip
 
 
-def _ground(rng: np.random.Generator, xs: np.ndarray, ys: np.ndarray, aspect: float, levels: tuple[float, float]) -> np.ndarray:
+def _ground(
+    rng: np.random.Generator, xs: np.ndarray, ys: np.ndarray, aspect: float, levels: tuple[float, float]
+) -> np.ndarray:
     """A grey slope with a faint woven texture, float ``[height, width]`` in 0..1."""
     low, high = levels
     middle = rng.uniform(low + 0.05, high - 0.05)

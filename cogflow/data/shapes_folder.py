@@ -30,7 +30,9 @@ def with_defaults(data: DataConfig) -> DataConfig:
     for key, known in (("colours", COLOURS), ("shapes", SHAPES), ("motions", MOTIONS)):
         unknown = [name for name in getattr(filled, key) if name not in known]
         if unknown:
-            raise DataError(f"data.{key} names what cannot be drawn: {', '.join(unknown)}", f"known are: {', '.join(known)}")
+            raise DataError(
+                f"data.{key} names what cannot be drawn: {', '.join(unknown)}", f"known are: {', '.join(known)}"
+            )
     return filled
 
 
@@ -43,7 +45,10 @@ def draw_folder(folder: Path, data: DataConfig) -> None:
     data = with_defaults(data)
     settings = {
         "version": 1,
-        **{key: getattr(data, key) for key in ("clips", "seed", "frames", "height", "width", "fps", "colours", "shapes", "motions")},
+        **{
+            key: getattr(data, key)
+            for key in ("clips", "seed", "frames", "height", "width", "fps", "colours", "shapes", "motions")
+        },
     }
     ours = folder / _SETTINGS_FILE
     if folder.exists():

@@ -17,11 +17,11 @@ from cogflow.config.schema import DataConfig
 from cogflow.data.buckets import sized
 from cogflow.data.clips import Clip, corner, scaled_size
 from cogflow.sharpness.dataset import resolution, two_groups
-from cogflow.sharpness.panel import CHANNELS, change, measure
+from cogflow.sharpness.metrics import METRICS, change, measure
 
 SMALLEST = 32  # pixels; smaller clips are not measured
 RESAMPLED = 16  # clips whose frames are made again in another way, to check the loader
-SPATIAL = tuple(name for name, channel in CHANNELS.items() if channel.group in ("blur", "tone", "grain"))
+SPATIAL = tuple(name for name, channel in METRICS.items() if channel.group in ("blur", "tone", "grain"))
 """Channels that a few frames tell."""
 ENOUGH = 0.8
 """A clip whose picture would fit into this share of the training size, in height and width, is named: a model learns its softness."""
@@ -72,12 +72,16 @@ def summary(facts: Mapping[str, Mapping[str, Any]], data: DataConfig) -> dict[st
     independent resampling, and over how many resized clips.
     """
     known = {name: one for name, one in facts.items() if one.get("panel")}
-    sizes = Counter(f"{one['size'][1]}x{one['size'][0]}" for one in facts.values() if one.get("upscaled") and one.get("size"))
+    sizes = Counter(
+        f"{one['size'][1]}x{one['size'][0]}" for one in facts.values() if one.get("upscaled") and one.get("size")
+    )
     scaled_up = {}
     for name, one in known.items():
         size, effective = one["size"], one["source"]["effective"]
         wanted = scaled_size((size[0], size[1]), sized(data, one.get("bucket")))
-        if one["source"]["scaled_up"] and all(part < ENOUGH * whole for part, whole in zip(effective, wanted, strict=True)):
+        if one["source"]["scaled_up"] and all(
+            part < ENOUGH * whole for part, whole in zip(effective, wanted, strict=True)
+        ):
             scaled_up[name] = f"{effective[1]}x{effective[0]}"
     groups = two_groups({name: one["detail"] for name, one in known.items()})
     compared = [one["loader"] for one in known.values() if one.get("loader") and any(map(abs, one["loader"].values()))]

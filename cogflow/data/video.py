@@ -43,7 +43,10 @@ def write_video(path: Path, frames: torch.Tensor | np.ndarray, fps: float, crf: 
             codec.color_range = _LIMITED_RANGE
             for index, image in enumerate(array):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=EXACT
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    interpolation=EXACT,
                 )
                 frame.pts = index
                 container.mux(stream.encode(frame))

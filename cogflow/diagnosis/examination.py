@@ -10,31 +10,33 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from cogflow import ranks
+from cogflow.assemble.components import STEMS
 from cogflow.config.schema import Config, DataConfig, DiagnoseStage, ModelConfig
-from cogflow.diagnosis import clips
-from cogflow.diagnosis.evidence import weigh_evidence
-from cogflow.diagnosis.facts import compare_facts
+from cogflow.diagnosis import probe_latents
+from cogflow.diagnosis.config_differences import compare_configs
+from cogflow.diagnosis.diagnosis_input import DiagnosisInput, resolve
 from cogflow.diagnosis.finding import StepResult
 from cogflow.diagnosis.precision import compare_precision
 from cogflow.diagnosis.probes import probes_of
-from cogflow.diagnosis.render import Mix, Rendered, Renderer, mix_of, swapped
-from cogflow.diagnosis.rungs import compare_rungs, compare_trainings
-from cogflow.diagnosis.side import Side, resolve
+from cogflow.diagnosis.rendering import Mix, Rendered, Renderer, mix_of, swapped
+from cogflow.diagnosis.sample_quality import compare_rungs, compare_trainings
 from cogflow.diagnosis.swaps import SAME, Suspect, Tried, attempt, psnr, shown, suspects_of, try_swaps
-from cogflow.diagnosis.weights import compare_weights
+from cogflow.diagnosis.weight_differences import compare_weights
+from cogflow.diagnosis.weight_evidence import weigh_evidence
 from cogflow.errors import QualityGateError
-from cogflow.models.components import SAFETENSORS_ONLY
-from cogflow.models.convolutions import by_onednn
-from cogflow.pipeline.parts import STEMS
+from cogflow.models.loading import SAFETENSORS_ONLY
+from cogflow.models.onednn import by_onednn
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 from cogflow.sampling.prompts import prompts_for
-from cogflow.tracking.console import say
 
 
 class Examination:
     """``candidate`` held against ``reference``, which may have no files. Steps are methods; each takes the results so far."""
 
-    def __init__(self, candidate: Side, reference: Side, config: Config, stage: DiagnoseStage) -> None:
+    def __init__(
+        self, candidate: DiagnosisInput, reference: DiagnosisInput, config: Config, stage: DiagnoseStage
+    ) -> None:
         self.candidate, self.reference, self.config, self.stage = candidate, reference, config, stage
         self.device = ranks.device()
         self.tried: list[Tried] = []
@@ -56,7 +58,9 @@ class Examination:
             return "needs a complete pipeline"
         if name in ("rungs", "swaps") and self._from_image():
             return "image-to-video pipelines are not sampled yet"
-        if name in ("precision", "evidence") and self._broken(steps, "text_encoder" if name == "precision" else "transformer"):
+        if name in ("precision", "evidence") and self._broken(
+            steps, "text_encoder" if name == "precision" else "transformer"
+        ):
             return "what it would run is not whole"
         if self.stage.full:
             return ""
@@ -67,10 +71,10 @@ class Examination:
         return ""
 
     def facts(self, steps: Sequence[StepResult]) -> StepResult:
-        return compare_facts(self.candidate, self.reference)
+        return compare_configs(self.candidate, self.reference)
 
     def weights(self, steps: Sequence[StepResult]) -> StepResult:
-        return compare_weights(self.candidate, self.reference, lambda name: say(f"  reading {name}"))
+        return compare_weights(self.candidate, self.reference, lambda name: echo(f"  reading {name}"))
 
     def rungs(self, steps: Sequence[StepResult]) -> StepResult:
         render, target = self.renderer(), self.target(steps)
@@ -80,7 +84,9 @@ class Examination:
         if self.found is not None and self._transformer_is_its_own(steps):
             # In the reference's surroundings: what is wrong with the candidate's own is not training's fault.
             trained = compare_trainings(self.goal, render(mix_of(self.reference, self.config.sampling)))
-            result = replace(result, findings=[*result.findings, *trained.findings], lines=[*result.lines, *trained.lines])
+            result = replace(
+                result, findings=[*result.findings, *trained.findings], lines=[*result.lines, *trained.lines]
+            )
         return result
 
     def swaps(self, steps: Sequence[StepResult]) -> StepResult:
@@ -88,12 +94,21 @@ class Examination:
         different = self._changed(steps)
         target = self.target(steps)
         if not self._transformer_is_its_own(steps):
-            different = [*different, "transformer"] if "transformer" not in different and self._moved(steps, "transformer") else different
+            different = (
+                [*different, "transformer"]
+                if "transformer" not in different and self._moved(steps, "transformer")
+                else different
+            )
         else:
             different = [name for name in different if name != "transformer"]
         suspects = suspects_of(findings, different)
         result, self.tried = try_swaps(
-            mix_of(self.candidate, self.config.sampling), target, suspects, self.renderer(), target=target, advance=_told
+            mix_of(self.candidate, self.config.sampling),
+            target,
+            suspects,
+            self.renderer(),
+            target=target,
+            advance=_told,
         )
         return result
 
@@ -108,7 +123,9 @@ class Examination:
         part = self.candidate.parts["transformer"]
         if self._from_image():
             return StepResult("evidence", [], ["not for models that take an image"], {})
-        transformer = CogVideoXTransformer3DModel.from_pretrained(part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
+        transformer = CogVideoXTransformer3DModel.from_pretrained(
+            part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY
+        )
         latents, captions = self._clips()
         embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions)
         return weigh_evidence(
@@ -120,7 +137,9 @@ class Examination:
         if self._render is None:
             called = self.candidate.sampling | self.reference.sampling
             data = self._data()
-            prompts = prompts_for(self.config.sampling.prompts, data.name if data.name == "shapes" else "shapes", [])[: self.stage.prompts]
+            prompts = prompts_for(self.config.sampling.prompts, data.name if data.name == "shapes" else "shapes", [])[
+                : self.stage.prompts
+            ]
             self._render = Renderer(
                 prompts, self.config.sampling, frames=int(called.get("frames", data.frames)), height=int(called.get("height", data.height)),
                 width=int(called.get("width", data.width)), device=self.device, dtype=self._dtype(),
@@ -133,7 +152,12 @@ class Examination:
             target = mix_of(self.reference, self.config.sampling)
             if self._transformer_is_its_own(steps):
                 mine = mix_of(self.candidate, self.config.sampling)
-                fields = [one.name for step in steps for one in step.findings if one.component == "transformer" and one.kind == "config"]
+                fields = [
+                    one.name
+                    for step in steps
+                    for one in step.findings
+                    if one.component == "transformer" and one.kind == "config"
+                ]
                 for field in fields:
                     mine = swapped(mine, "transformer", field, target)
                 target = swapped(target, "transformer", "", mine)
@@ -144,16 +168,24 @@ class Examination:
         """How to sample the mended pipeline, for its card."""
         data, sampling = self._data(), self.config.sampling
         how = {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps, "dtype": "fp32"}
-        how |= {"steps": sampling.steps, "guidance_scale": sampling.guidance_scale, "use_dynamic_cfg": sampling.use_dynamic_cfg}
-        return how | {key: value for key, value in (self.reference.sampling | self.candidate.sampling).items() if key in how}
+        how |= {
+            "steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "use_dynamic_cfg": sampling.use_dynamic_cfg,
+        }
+        return how | {
+            key: value for key, value in (self.reference.sampling | self.candidate.sampling).items() if key in how
+        }
 
     def prove(self, partial: Path) -> dict[str, Any]:
         """That the mended folder has no fault left in its facts, and samples as it should."""
         side = resolve(partial, ModelConfig(name="auto"), "candidate")
-        found = compare_facts(side, self.reference).findings
+        found = compare_configs(side, self.reference).findings
         left = [one.place for one in found if one.guilty and one.kind == "config" and one.component != "sampling"]
         if left:
-            raise QualityGateError(f"The mended folder is not healed: {', '.join(left)} still differ.", "Give stage.reference=FOLDER.")
+            raise QualityGateError(
+                f"The mended folder is not healed: {', '.join(left)} still differ.", "Give stage.reference=FOLDER."
+            )
         if self.goal is None or self._target is None:
             return {
                 "status": "skipped",
@@ -164,7 +196,9 @@ class Examination:
         self.healed, failed = attempt(self.renderer(), mix)
         before, after = psnr(self.found, self.goal), psnr(self.healed, self.goal)
         if after < SAME:
-            raise QualityGateError(f"The mended folder is not healed: {failed or shown(after)} against how it should look.", "")
+            raise QualityGateError(
+                f"The mended folder is not healed: {failed or shown(after)} against how it should look.", ""
+            )
         line = f"samples {shown(after)} against how they should look, {shown(before)} before"
         return {"status": "healed", "reason": "", "line": line, "before": before, "after": after}
 
@@ -204,18 +238,29 @@ class Examination:
 
     def _transformer_is_its_own(self, steps: Sequence[StepResult]) -> bool:
         """Whether the transformers differ, and nothing is wrong with that."""
-        accused = any(one.component == "transformer" and one.guilty for step in steps if step.name == "weights" for one in step.findings)
+        accused = any(
+            one.component == "transformer" and one.guilty
+            for step in steps
+            if step.name == "weights"
+            for one in step.findings
+        )
         return self._moved(steps, "transformer") and not accused
 
-    def _clips(self) -> clips.Clips:
-        places = [Path(self.stage.data).expanduser() if self.stage.data else None, self.candidate.run, self.reference.run]
+    def _clips(self) -> probe_latents.Clips:
+        places = [
+            Path(self.stage.data).expanduser() if self.stage.data else None,
+            self.candidate.run,
+            self.reference.run,
+        ]
         places += [self.candidate.place, self.reference.place]
-        found = clips.from_runs(places, self.stage.clips)
+        found = probe_latents.from_runs(places, self.stage.clips)
         if found is not None:
             return found
         side = self.reference if "vae" in self.reference.parts else self.candidate
-        vae = AutoencoderKLCogVideoX.from_pretrained(side.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY)
-        return clips.drawn(by_onednn(vae.eval().requires_grad_(False)), self._data(), self.stage.clips)
+        vae = AutoencoderKLCogVideoX.from_pretrained(
+            side.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY
+        )
+        return probe_latents.drawn(by_onednn(vae.eval().requires_grad_(False)), self._data(), self.stage.clips)
 
     def _data(self) -> DataConfig:
         family = self.candidate.family
@@ -224,14 +269,16 @@ class Examination:
             sizes = (int(called.get(key, getattr(self.config.data, key))) for key in ("frames", "height", "width"))
             frames, height, width = sizes
             return replace(self.config.data, frames=frames, height=height, width=width)
-        return replace(self.config.data, frames=family.frames, height=family.height, width=family.width, fps=float(family.fps))
+        return replace(
+            self.config.data, frames=family.frames, height=family.height, width=family.width, fps=float(family.fps)
+        )
 
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
 
 def _told(note: str) -> None:
-    say(f"    {note}")
+    echo(f"    {note}")
 
 
 __all__ = ["Examination", "Suspect"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-GUILTY = 0.5
+FAULTY = 0.5
 """Confidence from which a finding is a fault; below it is a difference worth a line."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class DiagnosisFinding:
     """One thing that is not as it should be.
 
     * ``step``: facts, weights, rungs, swaps, precision or evidence; ``component``: of the pipeline, or ``sampling`` for how it is called;
@@ -28,7 +28,7 @@ class Finding:
     candidate: Any = None
     reference: Any = None
     rung: int | None = None
-    confidence: float = GUILTY
+    confidence: float = FAULTY
     why: str = ""
     fix: str = ""
 
@@ -38,9 +38,9 @@ class Finding:
 
     @property
     def guilty(self) -> bool:
-        return self.confidence >= GUILTY
+        return self.confidence >= FAULTY
 
-    def sure(self, confidence: float) -> Finding:
+    def sure(self, confidence: float) -> DiagnosisFinding:
         return replace(self, confidence=round(confidence, 2))
 
     def line(self) -> str:
@@ -60,7 +60,7 @@ class StepResult:
     """``lines`` explain the step on the terminal; ``facts`` go into diagnosis.json."""
 
     name: str
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[DiagnosisFinding] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 

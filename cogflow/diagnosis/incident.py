@@ -34,7 +34,9 @@ def as_in_2024(pipeline: Path, output: Path) -> Path:
             path.unlink()
             write_json(path, config)
         for path in partial.rglob("*.safetensors"):
-            halved = {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}
+            halved = {
+                name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()
+            }
             path.unlink()
             save_file(halved, path, metadata={"format": "pt"})
     return output

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cogflow.diagnosis.finding import Finding, StepResult
-from cogflow.models.components import DTYPES
+from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
+from cogflow.models.loading import DTYPES
 
 FP16_END = 65504.0
 POOR = 0.1
@@ -35,7 +35,7 @@ class Probe:
 @torch.no_grad()
 def compare_precision(probes: Sequence[Probe], rung: int, on_cpu: bool) -> StepResult:
     """A finding where the dtype that a component is stored in, and plain diffusers loads it in, does not hold what it computes."""
-    findings: list[Finding] = []
+    findings: list[DiagnosisFinding] = []
     lines: list[str] = []
     facts: dict[str, Any] = {}
     for probe in probes:
@@ -48,9 +48,13 @@ def compare_precision(probes: Sequence[Probe], rung: int, on_cpu: bool) -> StepR
         own = {"float16": "fp16", "bfloat16": "bf16"}.get(probe.stored or "")
         if own in found and (found[own]["finite"] < 1 or found[own]["error"] > POOR):
             kind = "overflow" if found[own]["finite"] < 1 else "precision"
-            why = f"It is stored in {own}, and computing in {own} is off by {found[own]['error']:.1%} of fp32's output; "
+            why = (
+                f"It is stored in {own}, and computing in {own} is off by {found[own]['error']:.1%} of fp32's output; "
+            )
             why += f"values inside reach {found['largest_inside']:.3g}."
-            findings.append(Finding("precision", probe.name, kind, "dtype", False, own, "fp32", rung, 0.95, why))
+            findings.append(
+                DiagnosisFinding("precision", probe.name, kind, "dtype", False, own, "fp32", rung, 0.95, why)
+            )
     return StepResult("precision", findings, lines, facts)
 
 
@@ -91,7 +95,11 @@ def largest_activations(model: torch.nn.Module) -> Iterator[dict[str, float]]:
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if not list(module.children())]
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
     try:
         yield peaks
     finally:

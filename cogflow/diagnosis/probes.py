@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
-from cogflow.diagnosis.evidence import velocity, whole_patches
-from cogflow.diagnosis.facts import dtype_of
+from cogflow.assemble.components import STEMS
+from cogflow.diagnosis.config_differences import dtype_of
+from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.precision import Probe
-from cogflow.diagnosis.side import Side
-from cogflow.models.components import SAFETENSORS_ONLY, encode_prompts
-from cogflow.models.convolutions import by_onednn
-from cogflow.pipeline.parts import STEMS
+from cogflow.diagnosis.weight_evidence import velocity, whole_patches
+from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts
+from cogflow.models.onednn import by_onednn
 from cogflow.sampling.noise import noise_for
 from cogflow.weights.reader import WeightsFolder
 
@@ -28,11 +28,19 @@ def parameters(name: str, folder: Path) -> int:
     return sum(math.prod(info.shape) for info in WeightsFolder(folder, STEMS[name]).tensors.values())
 
 
-def probes_of(side: Side, latents: torch.Tensor, caption: str, embeds: torch.Tensor, device: torch.device, whole: set[str]) -> list[Probe]:
+def probes_of(
+    side: DiagnosisInput,
+    latents: torch.Tensor,
+    caption: str,
+    embeds: torch.Tensor,
+    device: torch.device,
+    whole: set[str],
+) -> list[Probe]:
     """``latents``: of a clip, not scaled, ``[channels, frames, h, w]``; ``embeds``: of its caption; ``whole``: what can be run."""
     folders = {name: side.parts[name].folder for name in STEMS if name in whole}
     sizes = {
-        name: sum(math.prod(info.shape) for info in WeightsFolder(folder, STEMS[name]).tensors.values()) for name, folder in folders.items()
+        name: sum(math.prod(info.shape) for info in WeightsFolder(folder, STEMS[name]).tensors.values())
+        for name, folder in folders.items()
     }
     length, factor = embeds.shape[0], float(side.parts["vae"].settings.get("scaling_factor") or 1.0)
     patch = side.parts["transformer"].settings.get("patch_size_t") or 1
@@ -40,11 +48,16 @@ def probes_of(side: Side, latents: torch.Tensor, caption: str, embeds: torch.Ten
     noisy = LEVEL * scaled + math.sqrt(1 - LEVEL**2) * noise_for(0, "precision", scaled.shape).to(device)
 
     def encode(model: Any, dtype: torch.dtype) -> torch.Tensor:
-        tokenizer = AutoTokenizer.from_pretrained(side.parts["tokenizer"].folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            side.parts["tokenizer"].folder, local_files_only=True, trust_remote_code=False
+        )
         return encode_prompts(tokenizer, model, [caption], length)
 
     made = {
-        "text_encoder": (lambda: T5EncoderModel.from_pretrained(folders["text_encoder"], dtype=torch.float32, **SAFETENSORS_ONLY), encode),
+        "text_encoder": (
+            lambda: T5EncoderModel.from_pretrained(folders["text_encoder"], dtype=torch.float32, **SAFETENSORS_ONLY),
+            encode,
+        ),
         "transformer": (
             lambda: CogVideoXTransformer3DModel.from_pretrained(folders["transformer"], **FP32),
             lambda model, dtype: velocity(model, noisy, embeds, TIMESTEP, device, dtype),
@@ -54,10 +67,15 @@ def probes_of(side: Side, latents: torch.Tensor, caption: str, embeds: torch.Ten
             lambda model, dtype: model.decode(latents[None].to(device, dtype)).sample,
         ),
     }
-    from_image = side.parts["transformer"].settings.get("in_channels") != side.parts["transformer"].settings.get("out_channels")
+    from_image = side.parts["transformer"].settings.get("in_channels") != side.parts["transformer"].settings.get(
+        "out_channels"
+    )
     wanted = [name for name in made if name in folders and not (name == "transformer" and from_image)]
 
     def loader(name: str) -> Any:
         return lambda: made[name][0]().to(device).eval().requires_grad_(False)
 
-    return [Probe(name, sizes[name], loader(name), made[name][1], dtype_of(side.parts[name], STEMS[name])) for name in wanted]
+    return [
+        Probe(name, sizes[name], loader(name), made[name][1], dtype_of(side.parts[name], STEMS[name]))
+        for name in wanted
+    ]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cogflow.diagnosis.finding import Finding, StepResult
-from cogflow.diagnosis.render import SAMPLING, Mix, Rendered, Renderer, swapped
+from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
+from cogflow.diagnosis.rendering import SAMPLING, Mix, Rendered, Renderer, swapped
 from cogflow.sharpness.verdict import compare
 
 SAME = 45.0
@@ -55,16 +55,26 @@ class Tried:
         return bool(self.failed) or self.harm < SAME
 
 
-def suspects_of(findings: Sequence[Finding], different: Sequence[str]) -> list[Suspect]:
+def suspects_of(findings: Sequence[DiagnosisFinding], different: Sequence[str]) -> list[Suspect]:
     """What the steps before came upon: fields by themselves, components whose weights differ as a whole."""
-    fields = [Suspect(one.component, one.name) for one in findings if one.step == "facts" and one.kind == "config" and one.name]
+    fields = [
+        Suspect(one.component, one.name)
+        for one in findings
+        if one.step == "facts" and one.kind == "config" and one.name
+    ]
     fields = [one for one in fields if one.component != "tokenizer" and one.field != "_class_name"]
     whole = [Suspect(name) for name in different]
     return list(dict.fromkeys([*whole, *fields]))
 
 
 def try_swaps(
-    candidate: Mix, reference: Mix, suspects: Sequence[Suspect], render: Renderer, *, target: Mix, advance: Callable[[str], None]
+    candidate: Mix,
+    reference: Mix,
+    suspects: Sequence[Suspect],
+    render: Renderer,
+    *,
+    target: Mix,
+    advance: Callable[[str], None],
 ) -> tuple[StepResult, list[Tried]]:
     """Render what it takes; ``target`` is how the candidate should look. The findings name the suspects that show in the picture."""
     goal = render(target)
@@ -78,7 +88,9 @@ def try_swaps(
         healed, _ = attempt(render, swapped(candidate, suspect.component, suspect.field, target))
         tried.append(Tried(suspect, psnr(alone, goal), psnr(healed, goal), kinds_of(alone, goal), failure))
     healing = smallest(candidate, target, tried, render, goal, advance) if overall < SAME else []
-    lines = [f"candidate against how it should look: {shown(overall)}{', ' + ', '.join(kinds) if kinds else ''}{failed and ' ' + failed}"]
+    lines = [
+        f"candidate against how it should look: {shown(overall)}{', ' + ', '.join(kinds) if kinds else ''}{failed and ' ' + failed}"
+    ]
     lines += [
         f"{one.suspect.name}: alone in the reference {one.failed or shown(one.harm)}, without it {shown(one.without)}"
         + (f" ({', '.join(one.kinds)})" if one.kinds else "")
@@ -87,7 +99,15 @@ def try_swaps(
     if overall < SAME:
         lines.append(f"healed by: {', '.join(one.name for one in healing) or 'nothing that was tried'}")
     findings = [
-        Finding("swaps", one.component, "shows", one.field, rung=None, confidence=0.9, why="Without it the samples are as they should be.")
+        DiagnosisFinding(
+            "swaps",
+            one.component,
+            "shows",
+            one.field,
+            rung=None,
+            confidence=0.9,
+            why="Without it the samples are as they should be.",
+        )
         for one in healing
     ]
     facts: dict[str, Any] = {
@@ -101,7 +121,12 @@ def try_swaps(
 
 
 def smallest(
-    candidate: Mix, target: Mix, tried: Sequence[Tried], render: Renderer, goal: Rendered, advance: Callable[[str], None]
+    candidate: Mix,
+    target: Mix,
+    tried: Sequence[Tried],
+    render: Renderer,
+    goal: Rendered,
+    advance: Callable[[str], None],
 ) -> list[Suspect]:
     """The smallest set whose replacement makes the candidate's samples the target's; empty when not even all of them do."""
     guilty = sorted((one for one in tried if one.harms), key=lambda one: one.harm)[:MOST]
@@ -150,4 +175,15 @@ def shown(value: float) -> str:
     return "equal" if value >= 100 else f"{value:.1f} dB"
 
 
-__all__ = ["SAMPLING", "Suspect", "Tried", "attempt", "kinds_of", "psnr", "shown", "smallest", "suspects_of", "try_swaps"]
+__all__ = [
+    "SAMPLING",
+    "Suspect",
+    "Tried",
+    "attempt",
+    "kinds_of",
+    "psnr",
+    "shown",
+    "smallest",
+    "suspects_of",
+    "try_swaps",
+]

@@ -29,7 +29,9 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cogflow" / "hashes.json"
 
 
-def hash_known(paths: Iterable[Path], advance: Advance | None = None, *, rehash: bool = False) -> tuple[dict[Path, str], int]:
+def hash_known(
+    paths: Iterable[Path], advance: Advance | None = None, *, rehash: bool = False
+) -> tuple[dict[Path, str], int]:
     """sha256 by path, and how many bytes of them were known from before. ``rehash``: read every file all the same.
 
     ``advance`` is told of (bytes, name), known ones at once. A memory that cannot be read or written costs time and nothing else.
@@ -40,7 +42,11 @@ def hash_known(paths: Iterable[Path], advance: Advance | None = None, *, rehash:
     found = (
         {}
         if rehash
-        else {path: remembered[mark] for path, mark in before.items() if mark in remembered and path.stat().st_size >= SMALLEST}
+        else {
+            path: remembered[mark]
+            for path, mark in before.items()
+            if mark in remembered and path.stat().st_size >= SMALLEST
+        }
     )
     known = 0
     for path in found:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogflow.errors import StorageError
-from cogflow.files.passing import PassingWriter
+from cogflow.files.uncached_io import UncachedWriter
 
 MODES = ("auto", "hard", "copy")
 FICLONE = 0x40049409
@@ -17,7 +17,9 @@ FICLONE = 0x40049409
 PIECE = 1 << 22
 
 
-def place_file(source: Path, target: Path, mode: str, sha256: str, advance: Callable[[int, str], None] | None = None) -> str:
+def place_file(
+    source: Path, target: Path, mode: str, sha256: str, advance: Callable[[int, str], None] | None = None
+) -> str:
     """Make ``target`` hold what ``source`` holds; returns how: reflink, hard or copy. ``target`` must not exist.
 
     ``mode``: auto (a reflink, else a hard link, else a copy), hard (or nothing), copy. ``sha256`` is the source's: a copy whose bytes
@@ -72,7 +74,7 @@ def _reflink(source: Path, target: Path) -> bool:
 
 def _copy(source: Path, target: Path, sha256: str, advance: Callable[[int, str], None] | None) -> None:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
-    writer = PassingWriter(target, "xb")
+    writer = UncachedWriter(target, "xb")
     try:
         with open(source, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
@@ -83,4 +85,6 @@ def _copy(source: Path, target: Path, sha256: str, advance: Callable[[int, str],
     finally:
         writer.close()
     if digest.hexdigest() != sha256:
-        raise StorageError(f"{source} changed while it was copied.", "Is somebody still writing it? Assemble again when it is whole.")
+        raise StorageError(
+            f"{source} changed while it was copied.", "Is somebody still writing it? Assemble again when it is whole."
+        )

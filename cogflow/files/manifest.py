@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cogflow.files.passing import read_passing
+from cogflow.files.uncached_io import read_uncached
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22
 THREADS = 8
 
 
-def hash_passing(path: Path) -> str:
+def hash_uncached(path: Path) -> str:
     """sha256 of a file's bytes as the disk holds them, in hex, for a file that was flushed and let go: its pages are not kept."""
     digest = hashlib.sha256()
-    for piece in read_passing(path):
+    for piece in read_uncached(path):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -89,7 +89,9 @@ def check_manifest(folder: Path, part: int = 0, of: int = 1) -> list[str]:
             to_hash.append(name)
     hashes = hash_files([folder / name for name in to_hash])
     problems += [
-        f"{name}: content changed (sha256 differs)" for name, sha256 in zip(to_hash, hashes, strict=True) if sha256 != expected[name][0]
+        f"{name}: content changed (sha256 differs)"
+        for name, sha256 in zip(to_hash, hashes, strict=True)
+        if sha256 != expected[name][0]
     ]
     return problems
 

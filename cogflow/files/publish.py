@@ -124,7 +124,9 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise _full(path, str(error.strerror)) from error
         if error.errno in REFUSED and _concerns(path, error.filename):
-            raise StorageError(f"{path} cannot be written: {error}", "Choose a place where you may make files and folders.") from error
+            raise StorageError(
+                f"{path} cannot be written: {error}", "Choose a place where you may make files and folders."
+            ) from error
         raise
     except Exception as error:
         if DISK_TEXT.search(str(error)):
@@ -138,7 +140,8 @@ def require_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"{path} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder}.", "Free space or choose another folder."
+            f"{path} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder}.",
+            "Free space or choose another folder.",
         )
 
 

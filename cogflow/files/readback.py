@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cogflow.errors import StorageError
-from cogflow.files.manifest import hash_passing
+from cogflow.files.manifest import hash_uncached
 
 
 class ReadBack:
     """Holds each file against what was hashed on its way to the disk; a context, so that no thread outlives the block.
 
-    The files must have been flushed and let go (:class:`cogflow.files.passing.PassingWriter`).
+    The files must have been flushed and let go (:class:`cogflow.files.uncached_io.UncachedWriter`).
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ReadBack:
 
     def add(self, path: Path, sha256: str) -> None:
         """Begin to read ``path``; returns at once."""
-        self._files.append((path, sha256, self._pool.submit(hash_passing, path)))
+        self._files.append((path, sha256, self._pool.submit(hash_uncached, path)))
 
     def waiting(self) -> int:
         """Bytes of the files that are not read yet."""
@@ -45,4 +45,6 @@ class ReadBack:
             if waited:
                 done(path.stat().st_size, path.name)
         if changed:
-            raise StorageError(f"{', '.join(changed)} came back from the disk changed.", "The disk or its memory is failing.")
+            raise StorageError(
+                f"{', '.join(changed)} came back from the disk changed.", "The disk or its memory is failing."
+            )

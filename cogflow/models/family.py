@@ -71,13 +71,40 @@ def _like_5b(**changes: Any) -> Family:
     return Family(**{**asdict(_5B), **changes})
 
 
-_1_5 = {"patch_size_t": 2, "text_tokens": 224, "frames": 81, "height": 768, "width": 1360, "fps": 16, "invert_scale_latents": True}
+_1_5 = {
+    "patch_size_t": 2,
+    "text_tokens": 224,
+    "frames": 81,
+    "height": 768,
+    "width": 1360,
+    "fps": 16,
+    "invert_scale_latents": True,
+}
 
 FAMILY: dict[str, Family] = {
     member.name: member
     for member in (
-        _like_5b(name="tiny", layers=5, heads=6, head_dim=32, text_tokens=32, text_width=64, frames=9, height=64, width=96, dtype="bf16"),
-        _like_5b(name="cogvideox-2b", layers=30, heads=30, rotary=False, dtype="fp16", scaling_factor=1.15258426, snr_shift_scale=3.0),
+        _like_5b(
+            name="tiny",
+            layers=5,
+            heads=6,
+            head_dim=32,
+            text_tokens=32,
+            text_width=64,
+            frames=9,
+            height=64,
+            width=96,
+            dtype="bf16",
+        ),
+        _like_5b(
+            name="cogvideox-2b",
+            layers=30,
+            heads=30,
+            rotary=False,
+            dtype="fp16",
+            scaling_factor=1.15258426,
+            snr_shift_scale=3.0,
+        ),
         _5B,
         _like_5b(name="cogvideox-5b-i2v", in_channels=32, learned_positions=True),
         _like_5b(name="cogvideox1.5-5b", **_1_5),

@@ -108,7 +108,9 @@ def size_problems(transformer: Mapping[str, Any], sizes: Iterable[tuple[int, int
     for frames, height, width in sizes:
         size, grid = f"{frames}x{height}x{width}", ((frames - 1) // ratio + 1, height // 8, width // 8)
         if transformer.get("use_learned_positional_embeddings") and grid != own:
-            found.append(f"{size}: the model has learned positions of {transformer['sample_frames']}x{8 * rows}x{8 * columns} alone")
+            found.append(
+                f"{size}: the model has learned positions of {transformer['sample_frames']}x{8 * rows}x{8 * columns} alone"
+            )
         elif grid[1:] != own[1:] and (grid[1] > rows or grid[2] > columns):
             found.append(f"{size}: the model's positions end at a height of {8 * rows} and a width of {8 * columns}")
     return found

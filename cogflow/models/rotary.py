@@ -9,7 +9,11 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 
 
 def rotary_tables(
-    transformer: CogVideoXTransformer3DModel, latent_frames: int, latent_height: int, latent_width: int, device: torch.device
+    transformer: CogVideoXTransformer3DModel,
+    latent_frames: int,
+    latent_height: int,
+    latent_width: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(cos, sin), each fp32 ``[tokens, head_dim]``, or ``None`` for a model with sin-cos positions (2B).
 

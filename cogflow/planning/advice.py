@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from cogflow.config.schema import DeepSpeedConfig
 from cogflow.planning import fitting, memory
+from cogflow.planning.gpu_layout import NODE, GpuLayout
 from cogflow.planning.pace import Pace, pace
 from cogflow.planning.plan import Plan
-from cogflow.planning.setting import NODE, Setting
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 SEQUENCES = (2, 4, 8)
@@ -29,7 +29,7 @@ class Option:
 
     gpus: int
     words: tuple[str, ...]
-    setting: Setting
+    setting: GpuLayout
     gpu: memory.Memory
     host: memory.Memory
     pace: Pace
@@ -60,14 +60,24 @@ def _sharing(plan: Plan, gpus: int, sequence: int) -> list[Option]:
     fitting = [option for option in _at(plan, gpus, sequence) if _fits(plan, option)]
     # What fits as it samples now need not sample otherwise.
     known = {option.words for option in fitting}
-    fitting = [one for one in fitting if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known]
+    fitting = [
+        one
+        for one in fitting
+        if TILING not in one.words or tuple(word for word in one.words if word != TILING) not in known
+    ]
     quickest = min((option.pace.step for option in fitting), default=1.0)
-    return sorted(fitting, key=lambda option: (round(50 * option.pace.step / quickest), len(option.words), option.pace.step))
+    return sorted(
+        fitting, key=lambda option: (round(50 * option.pace.step / quickest), len(option.words), option.pace.step)
+    )
 
 
 def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
     times = sequence // plan.setting.sequence
-    tilings = [plan.sampling] if plan.sampling is None or plan.sampling.tiled else [plan.sampling, replace(plan.sampling, tiled=True)]
+    tilings = (
+        [plan.sampling]
+        if plan.sampling is None or plan.sampling.tiled
+        else [plan.sampling, replace(plan.sampling, tiled=True)]
+    )
     for name in PRESETS:
         for checkpointing in (False, True):
             for sampling in tilings:
@@ -87,7 +97,7 @@ def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
                 yield _option(plan, layout, sampling, words)
 
 
-def of_preset(setting: Setting, name: str, gpus: int) -> Setting:
+def of_preset(setting: GpuLayout, name: str, gpus: int) -> GpuLayout:
     """``setting`` with the states shared as the preset ``name`` does, over ``gpus`` GPUs."""
     preset = PRESETS[name]
     return replace(
@@ -106,7 +116,7 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
     return any(getattr(deepspeed, key) != value for key, value in PRESETS[name].items())
 
 
-def _option(plan: Plan, layout: Setting, sampling: memory.Sampling | None, words: list[str]) -> Option:
+def _option(plan: Plan, layout: GpuLayout, sampling: memory.Sampling | None, words: list[str]) -> Option:
     if layout.gpus != plan.setting.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
     encoder = plan.encoder
@@ -135,7 +145,9 @@ def notes(plan: Plan) -> list[str]:
             words = f"stage.batch_size=1 stage.gradient_accumulation={plan.setting.batch * plan.setting.accumulation}"
             lines.append(f"{words}: as many clips a step with less memory")
         if plan.gpu.parts["EMA"]:
-            lines.append(f"stage.ema_device=cpu takes {plan.gpu.parts['EMA'] / 1e9:.0f} GB off each GPU, at the price of a copy a step")
+            lines.append(
+                f"stage.ema_device=cpu takes {plan.gpu.parts['EMA'] / 1e9:.0f} GB off each GPU, at the price of a copy a step"
+            )
         lines.append("data.frames, data.height and data.width smaller: activations shrink with the tokens")
     if plan.device.host is not None and plan.host.peak > plan.device.host and plan.setting.ema:
         lines.append(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogflow.config.schema import TrainStage
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape
+from cogflow.planning.gpu_layout import GpuLayout
+from cogflow.planning.transformer_size import TransformerSize
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Disk:
         return self.free is not None and self.needed > self.free
 
 
-def checkpoint(shape: Shape, setting: Setting) -> tuple[float, float, float]:
+def checkpoint(shape: TransformerSize, setting: GpuLayout) -> tuple[float, float, float]:
     """Bytes of DeepSpeed's states, of the weights beside them and of the averages."""
     weights = float(shape.parameters * setting.bytes)
     half = setting.bytes < 4

@@ -9,20 +9,28 @@ from itertools import pairwise
 
 from cogflow.config.deepspeed import EVERYTHING, KEEPS, SHARDED_KEEPS
 from cogflow.planning import flops, memory
+from cogflow.planning.gpu_layout import GpuLayout
 from cogflow.planning.memory import Sampling
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.transformer_size import Tokens, TransformerSize
 
 FILLED = 0.95
 """Share of a GPU's memory that a plan may fill: it is a prediction, and an hour of training lost to it costs more than a block."""
 
 
-def asked(setting: Setting) -> bool:
+def asked(setting: GpuLayout) -> bool:
     """Whether the settings leave something to the memory there is."""
     return setting.checkpointing and (setting.checkpoint_every == 0 or setting.keep == "auto")
 
 
-def fitted(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | None, bytes_: float, *, encoder: float) -> Setting:
+def fitted(
+    shape: TransformerSize,
+    tokens: Tokens,
+    setting: GpuLayout,
+    sampling: Sampling | None,
+    bytes_: float,
+    *,
+    encoder: float,
+) -> GpuLayout:
     """``setting`` with the least recomputation that fits into ``bytes_`` of a GPU; with all of it, when nothing fits."""
 
     def again(kept: Mapping[str, int]) -> tuple[float, int]:
@@ -37,7 +45,7 @@ def fitted(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | 
     return replace(setting, fitted=ways[-1])
 
 
-def _ways(setting: Setting, layers: int) -> Iterator[Mapping[str, int]]:
+def _ways(setting: GpuLayout, layers: int) -> Iterator[Mapping[str, int]]:
     """All that the settings allow: no block is further from another than one kind, of which the first keeps less."""
     fixed = len(range(0, layers, setting.checkpoint_every)) if setting.checkpoint_every else None
     keeps = [setting.keep] if setting.keep != "auto" else SHARDED_KEEPS if setting.zero_stage == 3 else KEEPS

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.transformer_size import Tokens, TransformerSize
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardFlops:
     """Operations of one forward pass of one sample. ``outside``: the linear layers outside of the blocks, part of ``linear``;
     ``inputs``: those of them that read what is no result of weights, so that no gradient flows on from them."""
 
@@ -25,7 +25,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepFlops:
     """Operations of one training sample: forward, backward (twice that), and once more the blocks whose activations are recomputed."""
 
     forward: float
@@ -37,7 +37,7 @@ class Step:
         return self.forward + self.backward + self.recomputation
 
 
-def forward(shape: Shape, tokens: Tokens) -> Forward:
+def forward(shape: TransformerSize, tokens: Tokens) -> ForwardFlops:
     """Of one sample, without guidance."""
     width, patch = shape.width, shape.patch**2 * shape.patch_t
     # Four projections of attention and a feed-forward of four times the width; the modulation is computed once per sample.
@@ -47,7 +47,7 @@ def forward(shape: Shape, tokens: Tokens) -> Forward:
     outputs = 2 * tokens.video * width * shape.out_channels * patch
     embeddings = 2 * (shape.time_width**2 + shape.ofs_width**2) + 2 * shape.time_width * 2 * width
     outside = inputs + outputs + embeddings
-    return Forward(
+    return ForwardFlops(
         linear=float(shape.layers * block + outside),
         attention=float(shape.layers * 4 * tokens.total**2 * width),
         outside=float(outside),
@@ -59,7 +59,7 @@ WIDEST = 1 / 3
 """Share of a block's linear layers that is the first of its feed-forward, the one whose result is not kept with the other products."""
 
 
-def step(shape: Shape, tokens: Tokens, kept: Mapping[str, int] | None = None) -> Step:
+def step(shape: TransformerSize, tokens: Tokens, kept: Mapping[str, int] | None = None) -> StepFlops:
     """Of one sample. ``kept``: blocks by what they keep (:data:`cogflow.planning.memory.KEPT`); default: all keep everything.
 
     Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted.
@@ -68,4 +68,4 @@ def step(shape: Shape, tokens: Tokens, kept: Mapping[str, int] | None = None) ->
     blocks = one.linear - one.outside
     twice = {"nothing": blocks + one.attention, "attention": blocks, "products": blocks * WIDEST}
     again = sum(count * twice.get(keep, 0.0) for keep, count in (kept or {}).items())
-    return Step(one.total, 2 * one.total - one.inputs, again / shape.layers)
+    return StepFlops(one.total, 2 * one.total - one.inputs, again / shape.layers)

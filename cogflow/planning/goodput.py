@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape
+from cogflow.planning.gpu_layout import GpuLayout
+from cogflow.planning.transformer_size import TransformerSize
 
 WEEK = 7 * 86400.0
 
@@ -95,7 +95,7 @@ class Goodput:
         return max(1, round(self.best_seconds / (self.step + self.validating)))
 
 
-def save_seconds(shape: Shape, setting: Setting, bytes: float, rate: float) -> float:
+def save_seconds(shape: TransformerSize, setting: GpuLayout, bytes: float, rate: float) -> float:
     """Of a checkpoint of ``bytes`` where each machine writes and reads ``rate`` bytes a second: all ranks write the states that ZeRO deals
     out, rank 0 alone the rest; then all ranks hash it, publish it and read it back. Training waits meanwhile."""
     together = 12.0 * shape.trained if setting.zero_stage > 0 else 0.0

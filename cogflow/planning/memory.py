@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.gpu_layout import GpuLayout
+from cogflow.planning.transformer_size import Tokens, TransformerSize
 
 SAVED, WORKING, INFERENCE = 22.1, 28.0, 13.0
 """Copies of the hidden states (tokens x width, in the training dtype) of one block: kept for the backward pass, alive at the height of
@@ -71,7 +71,9 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | None, *, encoder: float = ENCODER) -> Memory:
+def gpu(
+    shape: TransformerSize, tokens: Tokens, setting: GpuLayout, sampling: Sampling | None, *, encoder: float = ENCODER
+) -> Memory:
     """Of each GPU. ``encoder``: parameters of the text encoder; ``sampling``: ``None`` without validations."""
     trained, size, share = shape.trained, setting.bytes, 1 / setting.gpus
     whole = setting.zero_stage < 3
@@ -80,13 +82,19 @@ def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | Non
     parts: dict[str, float] = {}
     on_host = setting.offload_parameters
     parts["weights"] = shape.parameters * size * (1.0 if whole else 0.0 if on_host else share)
-    live = min(shape.parameters, max(LIVE * setting.gather_bucket, 10**6)) + min(shape.parameters, setting.gather_bucket)
+    live = min(shape.parameters, max(LIVE * setting.gather_bucket, 10**6)) + min(
+        shape.parameters, setting.gather_bucket
+    )
     parts["weights gathered"] = 0.0 if whole else min(live, shape.parameters) * size
-    parts["fp32 master"] = 0.0 if setting.offload_optimizer or (setting.zero_stage == 0 and not half) else 4 * trained * sharded
+    parts["fp32 master"] = (
+        0.0 if setting.offload_optimizer or (setting.zero_stage == 0 and not half) else 4 * trained * sharded
+    )
     parts["optimizer states"] = 0.0 if setting.offload_optimizer else 8 * trained * sharded
     parts["gradients"] = _gradients(trained, setting)
     doubled = 2 if setting.overlap and whole and setting.gpus > 1 else 1
-    carried = setting.reduced_bytes if setting.reduced_bytes > size and setting.gpus > 1 else 0  # a copy of the bucket that is sent
+    carried = (
+        setting.reduced_bytes if setting.reduced_bytes > size and setting.gpus > 1 else 0
+    )  # a copy of the bucket that is sent
     parts["buckets"] = setting.reduce_bucket * (size * doubled + carried) if setting.zero_stage > 0 else 0.0
     # What a shared sequence copies for its exchanges lies at attention, where less is alive than at the feed-forward's height.
     hidden = tokens.total / setting.sequence * shape.width * size * setting.batch
@@ -108,7 +116,7 @@ def gpu(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling | Non
     return Memory(parts, {name: bytes + CONTEXT + FRAGMENTS * bytes for name, bytes in phases.items()})
 
 
-def _gradients(trained: int, setting: Setting) -> float:
+def _gradients(trained: int, setting: GpuLayout) -> float:
     """What stays of the gradients after the backward pass. Without ZeRO half-precision training gathers them in fp32, besides."""
     if setting.zero_stage == 0:
         return trained * (setting.bytes + (4 if setting.bytes < 4 else 0))
@@ -118,7 +126,7 @@ def _gradients(trained: int, setting: Setting) -> float:
     return 0.0 if setting.offload_optimizer else trained * setting.bytes / setting.gpus
 
 
-def _step(trained: int, setting: Setting) -> float:
+def _step(trained: int, setting: GpuLayout) -> float:
     """Copy of the gradients that the update makes: one in fp32."""
     if setting.zero_stage == 0 or setting.offload_optimizer:
         return 0.0
@@ -128,13 +136,15 @@ def _step(trained: int, setting: Setting) -> float:
     return 4 * part
 
 
-def _start(shape: Shape, setting: Setting) -> float:
+def _start(shape: TransformerSize, setting: GpuLayout) -> float:
     """While DeepSpeed is built: each rank's share under ZeRO-3, else the weights whole, and once more flat in ZeRO-1 and 2."""
     weights = shape.parameters * setting.bytes
-    return float(2 * weights if setting.zero_stage in (1, 2) else weights / setting.gpus if setting.zero_stage == 3 else weights)
+    return float(
+        2 * weights if setting.zero_stage in (1, 2) else weights / setting.gpus if setting.zero_stage == 3 else weights
+    )
 
 
-def _sampling(shape: Shape, tokens: Tokens, setting: Setting, sampling: Sampling) -> float:
+def _sampling(shape: TransformerSize, tokens: Tokens, setting: GpuLayout, sampling: Sampling) -> float:
     """The larger of denoising and decoding; the autoencoder is there for both."""
     denoising = INFERENCE * tokens.total * shape.width * setting.bytes * sampling.passes
     return VAE * sampling.vae_bytes + max(denoising, decoding(sampling))
@@ -148,7 +158,7 @@ def decoding(sampling: Sampling) -> float:
     return DECODING * at_once * sampling.vae_bytes + video
 
 
-def host(shape: Shape, setting: Setting, *, validates: bool, encoder: float = ENCODER) -> Memory:
+def host(shape: TransformerSize, setting: GpuLayout, *, validates: bool, encoder: float = ENCODER) -> Memory:
     """Of one machine with ``setting.local`` processes."""
     trained, size, local = shape.trained, setting.bytes, setting.local
     share = local / setting.gpus
@@ -158,7 +168,9 @@ def host(shape: Shape, setting: Setting, *, validates: bool, encoder: float = EN
     parts["gradients"] = gradients * trained * share if setting.offload_optimizer else 0.0
     # ZeRO-1 and 2 carry the updated weights to the GPU through a buffer of their own.
     parts["weights"] = (
-        size * trained * share if setting.offload_parameters or (setting.offload_optimizer and setting.zero_stage < 3) else 0.0
+        size * trained * share
+        if setting.offload_parameters or (setting.offload_optimizer and setting.zero_stage < 3)
+        else 0.0
     )
     parts["EMA"] = 4 * shape.parameters * share if setting.ema and setting.ema_on_host else 0.0
     parts["VAE"] = local * VAE * 4.0 if validates else 0.0

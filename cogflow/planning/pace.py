@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogflow.planning import flops, traffic
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.gpu_layout import GpuLayout
+from cogflow.planning.transformer_size import Tokens, TransformerSize
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,16 @@ class Pace:
         return self.compute + self.waiting
 
 
-def pace(shape: Shape, tokens: Tokens, setting: Setting, tflops: float) -> Pace:
+def pace(shape: TransformerSize, tokens: Tokens, setting: GpuLayout, tflops: float) -> Pace:
     """Of a step of ``setting`` on GPUs that reach ``tflops`` TFLOP/s."""
     one = flops.step(shape, tokens, setting.kept(shape.layers))
     clips = setting.batch * setting.accumulation / setting.sequence
     # ZeRO-2 reduces in the backward pass of each micro step, ZeRO-0 and 1 in that of the last.
     behind = clips if setting.zero_stage >= 2 else clips / setting.accumulation
-    compute, backward = one.total * clips / (tflops * 1e12), (one.backward + one.recomputation) * behind / (tflops * 1e12)
-    return Pace(compute, traffic.exposed(traffic.traffic(shape, tokens, setting), setting, backward=backward, compute=compute))
+    compute, backward = (
+        one.total * clips / (tflops * 1e12),
+        (one.backward + one.recomputation) * behind / (tflops * 1e12),
+    )
+    return Pace(
+        compute, traffic.exposed(traffic.traffic(shape, tokens, setting), setting, backward=backward, compute=compute)
+    )

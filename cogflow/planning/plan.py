@@ -8,23 +8,34 @@ from dataclasses import dataclass
 
 import torch
 
-from cogflow import ranks
 from cogflow.config.parallel import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
 from cogflow.models.family import FAMILY
-from cogflow.planning import data, disk, fitting, flops, goodput, memory, pace, setting, shape, traffic
-from cogflow.planning.data import Clips
+from cogflow.planning import (
+    clip_counts,
+    disk,
+    fitting,
+    flops,
+    goodput,
+    gpu_layout,
+    memory,
+    pace,
+    traffic,
+    transformer_size,
+)
+from cogflow.planning.clip_counts import Clips
 from cogflow.planning.disk import Disk
-from cogflow.planning.flops import Forward, Step
+from cogflow.planning.flops import ForwardFlops, StepFlops
 from cogflow.planning.goodput import Goodput
+from cogflow.planning.gpu_layout import GpuLayout
 from cogflow.planning.memory import Memory, Sampling
 from cogflow.planning.pace import Pace
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape, Tokens
 from cogflow.planning.traffic import Traffic
+from cogflow.planning.transformer_size import Tokens, TransformerSize
+from cogflow.runtime import ranks
 
 REACHED = 0.8
 """Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
@@ -33,7 +44,18 @@ USED = 0.54
 """Share of that which training reaches, with attention, norms and the update: 428 TFLOP/s of CogVideoX-5B on an H200 (docs/benchmarks.md);
 assumed of other GPUs, until ``stage.plan_tflops`` says what was measured."""
 
-PEAKS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "A6000": 155, "4090": 165}
+PEAKS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L40": 181,
+    "A6000": 155,
+    "4090": 165,
+}
 """TFLOP/s of bf16 without sparsity, from the data sheets."""
 
 GPU_BYTES = 80e9
@@ -57,17 +79,17 @@ class Plan:
 
     config: Config
     stage: TrainStage
-    shape: Shape
+    shape: TransformerSize
     model_source: str
     dtype: str
     tokens: Tokens
     device: Device
-    setting: Setting
+    setting: GpuLayout
     sampling: Sampling | None
     gpu: Memory
     host: Memory
-    forward: Forward
-    sample: Step
+    forward: ForwardFlops
+    sample: StepFlops
     traffic: Traffic
     disk: Disk
     clips: Clips
@@ -149,14 +171,16 @@ def plan(config: Config) -> Plan:
     if not isinstance(stage, TrainStage):
         raise TypeError("a plan needs the settings of stage=train")
     run = run_folder(config.run)
-    own, model_source = shape.of_model(config.model, stage.freeze)
+    own, model_source = transformer_size.of_model(config.model, stage.freeze)
     gpus = stage.plan_gpus or ranks.world_size()
     fail(list(sequence_problems(config, gpus, own.heads)), "stage.plan_gpus says for how many GPUs to plan.")
     # Of buckets the largest: its step needs most memory, and all are counted as if they were of its size.
-    tokens = max((shape.tokens(own, *size) for size in buckets.sizes(config.data)), key=lambda found: found.total)
+    tokens = max(
+        (transformer_size.tokens(own, *size) for size in buckets.sizes(config.data)), key=lambda found: found.total
+    )
     dtype = dtype_of(config)
-    layout = setting.of_config(config, dtype, gpus, local_gpus(stage))
-    count, prompts_source = data.prompts(config)
+    layout = gpu_layout.of_config(config, dtype, gpus, local_gpus(stage))
+    count, prompts_source = clip_counts.prompts(config)
     sampling = sampling_of(config) if stage.sample_every else None
     encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
     gpu = device(stage)
@@ -178,7 +202,7 @@ def plan(config: Config) -> Plan:
         sample=flops.step(own, tokens, layout.kept(own.layers)),
         traffic=traffic.traffic(own, tokens, layout),
         disk=Disk(*disk.checkpoint(own, layout), disk.at_once(stage), disk.weights_alone(stage), disk.free(run)),
-        clips=data.clips(config, run),
+        clips=clip_counts.clips(config, run),
         prompts=count,
         prompts_source=prompts_source,
         encoder=encoder,
@@ -188,7 +212,9 @@ def plan(config: Config) -> Plan:
 def kept(config: Config) -> Mapping[str, int] | None:
     """Blocks by what they keep of their activations, where the settings leave it to the memory there is; else ``None``."""
     deepspeed = config.deepspeed
-    if not deepspeed.activation_checkpointing or (deepspeed.checkpoint_every_block and deepspeed.checkpoint_keep != "auto"):
+    if not deepspeed.activation_checkpointing or (
+        deepspeed.checkpoint_every_block and deepspeed.checkpoint_keep != "auto"
+    ):
         return None
     made = plan(config)
     return made.setting.kept(made.shape.layers)
@@ -205,8 +231,10 @@ def dtype_of(config: Config) -> str:
 def sampling_of(config: Config) -> Sampling:
     """How a validation of ``config`` samples and decodes."""
     wanted, data_ = config.sampling, config.data
-    size = 4 if wanted.vae_dtype == "auto" else setting.BYTES[wanted.vae_dtype]
-    return Sampling(data_.frames, data_.height, data_.width, 2 if wanted.guidance_scale > 1 else 1, size, wanted.vae_tiling)
+    size = 4 if wanted.vae_dtype == "auto" else gpu_layout.BYTES[wanted.vae_dtype]
+    return Sampling(
+        data_.frames, data_.height, data_.width, 2 if wanted.guidance_scale > 1 else 1, size, wanted.vae_tiling
+    )
 
 
 def local_gpus(stage: TrainStage) -> int | None:
@@ -229,7 +257,10 @@ def device(stage: TrainStage) -> Device:
     else:
         name = here.name if here is not None else "H200"
         known = next((key for key in PEAKS if key in name), "H200")
-        speed, speed_source = PEAKS[known] * REACHED * USED, f"assumed: {USED:.0%} of what large products reach on {known}"
+        speed, speed_source = (
+            PEAKS[known] * REACHED * USED,
+            f"assumed: {USED:.0%} of what large products reach on {known}",
+        )
     host = stage.plan_host_gb * 1e9 if stage.plan_host_gb else host_bytes() if here is not None else None
     return Device(size, host, speed, size_source, speed_source)
 

@@ -64,13 +64,22 @@ def rows() -> Iterator[Row]:
 def row(model: str, gpus: int, memory: int) -> Row:
     """The quickest layout that fits, by the formulas of a plan."""
     speed = MEMORY[memory] * REACHED * USED
-    words = [f"stage.plan_gpus={gpus}", f"stage.plan_memory_gb={memory}", f"stage.plan_host_gb={HOST}", f"stage.plan_tflops={speed}"]
+    words = [
+        f"stage.plan_gpus={gpus}",
+        f"stage.plan_memory_gb={memory}",
+        f"stage.plan_host_gb={HOST}",
+        f"stage.plan_tflops={speed}",
+    ]
     words += ["stage.steps=1000000", f"stage.save_every={EVERY}", f"stage.sample_every={EVERY}"]
-    asked = plan(compose(["stage=train", "stage.plan=true", f"model={model}", "data=folder", "stage.ema_decay=0.9999", *words]))
+    asked = plan(
+        compose(["stage=train", "stage.plan=true", f"model={model}", "data=folder", "stage.ema_decay=0.9999", *words])
+    )
     best = advice.at(asked, gpus)[0]
     seconds, waiting = best.pace.step, best.pace.waiting
     states, weights, averages = disk.checkpoint(asked.shape, best.setting)
-    chosen = replace(asked, setting=best.setting, disk=replace(asked.disk, deepspeed=states, weights=weights, averages=averages))
+    chosen = replace(
+        asked, setting=best.setting, disk=replace(asked.disk, deepspeed=states, weights=weights, averages=averages)
+    )
     changed = [word for word in best.words if "=" in word and "plan_gpus" not in word]
     return Row(
         model=model,

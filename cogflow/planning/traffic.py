@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogflow.planning import memory
-from cogflow.planning.setting import Setting
-from cogflow.planning.shape import Shape, Tokens
+from cogflow.planning.gpu_layout import GpuLayout
+from cogflow.planning.transformer_size import Tokens, TransformerSize
 
 INSIDE, BETWEEN, TO_HOST = 300e9, 40e9, 25e9
 """Bytes per second that a GPU reaches: to others of its machine (NVLink of an H100 or H200), to other machines (a 400 Gb/s card for each
@@ -35,7 +35,7 @@ class Traffic:
         return self.gradients + self.weights + self.averages + self.tokens
 
 
-def traffic(shape: Shape, tokens: Tokens, setting: Setting) -> Traffic:
+def traffic(shape: TransformerSize, tokens: Tokens, setting: GpuLayout) -> Traffic:
     """Rings: reducing or gathering M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice that. An all-to-all sends
     as large a share of what lies on the GPU."""
     around = (setting.gpus - 1) / setting.gpus
@@ -60,7 +60,7 @@ def traffic(shape: Shape, tokens: Tokens, setting: Setting) -> Traffic:
     return Traffic(reduced, gathered, averages, host, seconds, exchanged)
 
 
-def kept(shape: Shape, setting: Setting) -> float:
+def kept(shape: TransformerSize, setting: GpuLayout) -> float:
     """Elements that ZeRO-3 has gathered for the forward pass and still holds for the backward pass: the last ones, as many as it may
     hold at once, since it fetches ahead so far and drops nothing that it came upon; or those that it uses again within ``setting.reuse``
     elements, where these are more. A weight with d elements behind it is used again after 2 d, with recomputation after 3 d."""
@@ -68,17 +68,17 @@ def kept(shape: Shape, setting: Setting) -> float:
     return min(float(shape.parameters), max(setting.reuse / passes, memory.LIVE * setting.gather_bucket, 10**6))
 
 
-def speed(setting: Setting) -> float:
+def speed(setting: GpuLayout) -> float:
     """Bytes per second from each GPU to the next of its ring: the slowest link of the way."""
     return BETWEEN if setting.nodes > 1 else INSIDE
 
 
-def exchange_speed(setting: Setting) -> float:
+def exchange_speed(setting: GpuLayout) -> float:
     """Bytes per second between GPUs that share a sequence: neighbours, on one machine where whole groups of them fit."""
     return INSIDE if setting.local % setting.sequence == 0 else BETWEEN
 
 
-def exposed(sent: Traffic, setting: Setting, *, backward: float, compute: float) -> float:
+def exposed(sent: Traffic, setting: GpuLayout, *, backward: float, compute: float) -> float:
     """Seconds of a step that wait for communication. Gradients are reduced while the last backward pass goes on (``overlap_comm``), and
     ZeRO-3 fetches weights ahead; what is gathered after the update, what goes to the host and attention's exchanges nothing hides."""
     reducing, gathering = sent.gradients / speed(setting), sent.weights / speed(setting)

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLCogVideoX
 from cogflow.data.recognise import recognise
 from cogflow.data.shapes import BASE_COLOURS, BASE_SHAPES, Scene, draw, scenes
 from cogflow.models.tiny import FACTS
-from cogflow.sharpness.panel import measure
+from cogflow.sharpness.metrics import measure
 
 UNSEEN = 987_654
 """Seed of the clips that are measured; training draws with other seeds."""
@@ -63,7 +63,11 @@ def following(make: Callable[[str, int], np.ndarray], repeats: int) -> dict[str,
     for seed, scene in enumerate(wanted):
         frames = make(scene.caption, seed)
         seen = recognise(frames, BASE_COLOURS, BASE_SHAPES)
-        right = {"colour": seen.colour == scene.colour, "shape": seen.shape == scene.shape, "motion": seen.motion == scene.motion}
+        right = {
+            "colour": seen.colour == scene.colour,
+            "shape": seen.shape == scene.shape,
+            "motion": seen.motion == scene.motion,
+        }
         for name, value in {**right, "all": all(right.values())}.items():
             hits[name] += value
         plain = frames.astype(np.float32) / 255.0

@@ -90,7 +90,9 @@ def train_text_encoder(tokenizer: Any, steps: int, seed: int, log: Callable[[dic
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         texts = [known[i] for i in rng.integers(0, len(known), 48)]
         texts += [" ".join(rng.choice(WORDS, rng.integers(2, 10))) for _ in range(14)] + ["", ""]
-        ids = tokenizer(texts, padding="max_length", max_length=FACTS.text_tokens, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts, padding="max_length", max_length=FACTS.text_tokens, truncation=True, return_tensors="pt"
+        ).input_ids
         masked = ids.masked_fill(torch.from_numpy(rng.random(ids.shape) < 0.15) & (ids > 2), unknown)
         logits = head(encoder(masked)[0])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())

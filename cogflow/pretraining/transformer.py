@@ -21,7 +21,7 @@ from torch import nn
 from cogflow.data.shapes import draw, scenes
 from cogflow.models.rotary import rotary_tables
 from cogflow.models.tiny import FACTS, new_scheduler
-from cogflow.tracking.progress import progress
+from cogflow.runtime.progress import progress
 from cogflow.training.objective import noised, velocity_loss
 
 PIPELINE_TOKENS = 226
@@ -63,7 +63,9 @@ def learning_rate(step: int, settings: TransformerSettings) -> float:
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLCogVideoX, count: int, seed: int, state_file: Path) -> tuple[torch.Tensor, list[str]]:
+def encode_clips(
+    vae: AutoencoderKLCogVideoX, count: int, seed: int, state_file: Path
+) -> tuple[torch.Tensor, list[str]]:
     """Scaled latents ``[count, frames, channels, h, w]`` of drawn clips of the base concepts, and their captions.
 
     Kept in ``state_file``, which belongs to one autoencoder: a changed one needs another file.
@@ -73,7 +75,11 @@ def encode_clips(vae: AutoencoderKLCogVideoX, count: int, seed: int, state_file:
         latents = []
         with progress(count, "clips") as bar:
             for scene in drawn:
-                clip = torch.from_numpy(draw(scene, FACTS.frames, FACTS.height, FACTS.width)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+                clip = (
+                    torch.from_numpy(draw(scene, FACTS.frames, FACTS.height, FACTS.width)).permute(3, 0, 1, 2).float()
+                    / 127.5
+                    - 1.0
+                )
                 latents.append(vae.encode(clip[None]).latent_dist.mode()[0].transpose(0, 1) * FACTS.scaling_factor)
                 bar.advance()
         beside = state_file.with_suffix(".tmp")
@@ -103,7 +109,9 @@ def train_transformer(
     alphas = new_scheduler().alphas_cumprod
     _, frames, _, height, width = latents.shape
     rotary = rotary_tables(transformer, frames, height, width, latents.device)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-2
+    )
     averaged = {name: p.detach().clone() for name, p in transformer.named_parameters()}
     first = 0
     if state_file.is_file():
@@ -120,7 +128,9 @@ def train_transformer(
             group["lr"] = learning_rate(step, settings)
         rng = np.random.default_rng([seed, step])
         chosen = torch.from_numpy(rng.integers(0, len(latents), settings.batch))
-        texts = which[chosen].masked_fill(torch.from_numpy(rng.random(settings.batch) < settings.text_dropout), place[""])
+        texts = which[chosen].masked_fill(
+            torch.from_numpy(rng.random(settings.batch) < settings.text_dropout), place[""]
+        )
         length = PIPELINE_TOKENS if step % settings.long_every == settings.long_every - 1 else FACTS.text_tokens
         timesteps = torch.from_numpy(drawn_timesteps(rng, settings))
         x0 = latents[chosen]
@@ -143,7 +153,15 @@ def train_transformer(
             log({"part": "transformer", "step": step, "loss": smooth, "grad_norm": norm.item(), "seconds": seconds})
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             beside = state_file.with_suffix(".tmp")
-            torch.save({"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "ema": averaged, "step": step + 1}, beside)
+            torch.save(
+                {
+                    "model": transformer.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "ema": averaged,
+                    "step": step + 1,
+                },
+                beside,
+            )
             beside.replace(state_file)
     transformer.load_state_dict(averaged, strict=True)
     transformer.eval()

@@ -90,9 +90,13 @@ def phase_at(step: int, settings: VAESettings) -> Phase:
 def rate_at(step: int, settings: VAESettings) -> float:
     """Cosines to zero, each with a linear warm-up."""
     ends = [start for start, _ in settings.cycles[1:]] + [settings.steps]
-    start, peak, end = next((start, peak, end) for (start, peak), end in zip(settings.cycles, ends, strict=True) if step < end)
+    start, peak, end = next(
+        (start, peak, end) for (start, peak), end in zip(settings.cycles, ends, strict=True) if step < end
+    )
     warm = min(1.0, (step - start + 1) / settings.warmup)
-    return settings.learning_rate * max(0.005, peak * warm * (0.5 + 0.5 * math.cos(math.pi * (step - start) / (end - start))))
+    return settings.learning_rate * max(
+        0.005, peak * warm * (0.5 + 0.5 * math.cos(math.pi * (step - start) / (end - start)))
+    )
 
 
 def batch_at(pool: torch.Tensor, step: int, seed: int, settings: VAESettings) -> torch.Tensor:
@@ -143,7 +147,9 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return 2.0 * difference.square().mean() + 0.5 * difference.abs().mean() + 0.5 * edges
 
 
-def train_vae(vae: AutoencoderKLCogVideoX, settings: VAESettings, seed: int, state_file: Path, log: Callable[[dict], None]) -> None:
+def train_vae(
+    vae: AutoencoderKLCogVideoX, settings: VAESettings, seed: int, state_file: Path, log: Callable[[dict], None]
+) -> None:
     """Train ``vae`` in place, resuming from ``state_file`` when it is there."""
     optimizer = _optimizer(vae, settings)
     first = 0

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cogflow import ranks
 from cogflow.data.video import write_video
 from cogflow.files.publish import publish_folder, write_json
-from cogflow.models.components import dtype_name
+from cogflow.models.loading import dtype_name
+from cogflow.runtime import ranks
+from cogflow.runtime.progress import progress
 from cogflow.sampling.records import FRAMES as FRAMES
 from cogflow.sampling.records import newest as newest
 from cogflow.sampling.records import read_record as read_record
 from cogflow.sampling.sampler import Request, Sampler
-from cogflow.sharpness.panel import measure
-from cogflow.tracking.progress import progress
-from cogflow.tracking.sheet import contact_sheet
+from cogflow.sharpness.metrics import measure
+from cogflow.tracking.contact_sheet import contact_sheet
 
 LATENTS = "latents.safetensors"
 SHEET_COLUMNS = 5
@@ -36,7 +36,9 @@ def sample_into(
     which ZeRO-3 needs, whatever the number of prompts.
     """
     with contextlib.ExitStack() as stack:
-        partial = ranks.broadcast(stack.enter_context(publish_folder(target, replace=True)) if ranks.is_main() else None)
+        partial = ranks.broadcast(
+            stack.enter_context(publish_folder(target, replace=True)) if ranks.is_main() else None
+        )
         entries = _sample_share(partial, sampler, wanted, fps, title)
         sampler.finish()
         gathered = {entry["name"]: entry for share in ranks.gather(entries) for entry in share}
@@ -67,7 +69,9 @@ def drop_frames(folder: Path, keep: Path) -> None:
             path.unlink()
 
 
-def _sample_share(partial: Path, sampler: Sampler, wanted: Sequence[Request], fps: float, title: str) -> list[dict[str, Any]]:
+def _sample_share(
+    partial: Path, sampler: Sampler, wanted: Sequence[Request], fps: float, title: str
+) -> list[dict[str, Any]]:
     world, rank = ranks.world_size(), ranks.rank()
     rounds = -(-len(wanted) // world)
     entries, latents, frames = [], {}, {}

@@ -40,9 +40,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Prompts cannot be read from {path}: {error}", "Give a .txt (one prompt a line) or a .jsonl.") from error
+        raise DataError(
+            f"Prompts cannot be read from {path}: {error}", "Give a .txt (one prompt a line) or a .jsonl."
+        ) from error
     if path.suffix not in (".txt", ".jsonl"):
-        raise DataError(f"{path} has the ending {path.suffix or 'of no kind'}.", "Give a .txt (one prompt a line) or a .jsonl (id, text).")
+        raise DataError(
+            f"{path} has the ending {path.suffix or 'of no kind'}.",
+            "Give a .txt (one prompt a line) or a .jsonl (id, text).",
+        )
     prompts, problems = [], []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -75,4 +80,6 @@ def prompts_for(path: str | None, data_name: str, captions: Sequence[str]) -> li
         return read_prompts(Path(path).expanduser())
     if data_name == "shapes":
         return list(SHAPES_PROMPTS)
-    return [Prompt(f"caption-{index:03d}", text) for index, text in enumerate(list(dict.fromkeys(captions))[:FROM_DATA])]
+    return [
+        Prompt(f"caption-{index:03d}", text) for index, text in enumerate(list(dict.fromkeys(captions))[:FROM_DATA])
+    ]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError
-from cogflow.models.components import DTYPES, dtype_name
+from cogflow.models.loading import DTYPES, dtype_name
 from cogflow.sampling import sat
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
@@ -66,7 +66,11 @@ class Sampler:
         if from_image and (not images or settings.sampler in sat.SOLVERS):
             raise PipelineError(
                 f"The transformer takes {transformer.config.in_channels} channels: it makes videos from an image, "
-                + ("and there is none here." if not images else f"which sampling.sampler={settings.sampler} is not given."),
+                + (
+                    "and there is none here."
+                    if not images
+                    else f"which sampling.sampler={settings.sampler} is not given."
+                ),
                 "stage=train samples it from the first frames of clips with sampling.sampler=default; sample anything else with diffusers' "
                 "CogVideoXImageToVideoPipeline.",
             )
@@ -101,8 +105,12 @@ class Sampler:
     def noise(self, request: Request) -> torch.Tensor:
         """fp32 ``[1, latent frames, channels, height / 8, width / 8]``, with the padded frames that a 1.5 transformer needs."""
         vae = self.vae.config
-        frames, _ = latent_frames(self.frames, int(vae.temporal_compression_ratio), self.transformer.config.patch_size_t)
-        return noise_for(request.seed, request.prompt.id, (1, frames, vae.latent_channels, self.height // 8, self.width // 8))
+        frames, _ = latent_frames(
+            self.frames, int(vae.temporal_compression_ratio), self.transformer.config.patch_size_t
+        )
+        return noise_for(
+            request.seed, request.prompt.id, (1, frames, vae.latent_channels, self.height // 8, self.width // 8)
+        )
 
     @torch.no_grad()
     def latents(self, request: Request) -> torch.Tensor:
@@ -114,7 +122,9 @@ class Sampler:
             result = self._by_pipeline(request) if self.schedule is None else self._by_sat(request)
         finally:
             self.transformer.train(was_training)
-        _, padded = latent_frames(self.frames, int(self.vae.config.temporal_compression_ratio), self.transformer.config.patch_size_t)
+        _, padded = latent_frames(
+            self.frames, int(self.vae.config.temporal_compression_ratio), self.transformer.config.patch_size_t
+        )
         return result[0, padded:].float().cpu()
 
     def _by_pipeline(self, request: Request) -> torch.Tensor:
@@ -144,7 +154,7 @@ class Sampler:
         )  # fmt: skip
         return sat.final(self._stoppable(trajectory))
 
-    def _stoppable(self, trajectory: Iterable[sat.Step]) -> Iterator[sat.Step]:
+    def _stoppable(self, trajectory: Iterable[sat.SolverStep]) -> Iterator[sat.SolverStep]:
         for step in trajectory:
             self._give_up_if_asked()
             yield step
@@ -193,12 +203,17 @@ def decoder(vae: AutoencoderKLCogVideoX, dtype: str, tiling: bool) -> Autoencode
     # Overlaps of whole latents, about diffusers' own sixth and fifth: with other shares small tiles do not add up to the frame's size.
     rows, columns = copied.tile_latent_min_height, copied.tile_latent_min_width
     copied.enable_tiling(
-        tile_overlap_factor_height=max(1, round(rows / 6)) / rows, tile_overlap_factor_width=max(1, round(columns / 5)) / columns
+        tile_overlap_factor_height=max(1, round(rows / 6)) / rows,
+        tile_overlap_factor_width=max(1, round(columns / 5)) / columns,
     )
     return copied
 
 
-def requests(prompts: Sequence[Prompt], embeds: torch.Tensor, seeds: Sequence[int], images: Sequence[torch.Tensor] = ()) -> list[Request]:
+def requests(
+    prompts: Sequence[Prompt], embeds: torch.Tensor, seeds: Sequence[int], images: Sequence[torch.Tensor] = ()
+) -> list[Request]:
     """Every prompt with every seed; ``embeds``: ``[prompts, tokens, width]``; ``images``: first frames, which prompts take in turn."""
     taken = [images[index % len(images)] if images else None for index in range(len(prompts))]
-    return [Request(prompt, seed, embeds[index], taken[index]) for index, prompt in enumerate(prompts) for seed in seeds]
+    return [
+        Request(prompt, seed, embeds[index], taken[index]) for index, prompt in enumerate(prompts) for seed in seeds
+    ]

@@ -35,7 +35,7 @@ def draws(solver: str, steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Step:
+class SolverStep:
     """After one step: ``latents`` and the guided x0 prediction ``denoised``, fp32 ``[batch, frames, channels, h, w]``."""
 
     index: int
@@ -76,7 +76,9 @@ class Velocity:
                 "An image-to-video model needs the latents of its image.",
             )
         if config.patch_size_t is not None and frames % config.patch_size_t:
-            raise PipelineError(f"{frames} latent frames: the transformer takes multiples of {config.patch_size_t}.", "Pad them first.")
+            raise PipelineError(
+                f"{frames} latent frames: the transformer takes multiples of {config.patch_size_t}.", "Pad them first."
+            )
         inputs = torch.cat([inputs, inputs]) if self.guided else inputs
         result: torch.Tensor = self.transformer(
             hidden_states=inputs.to(self.dtype),
@@ -92,7 +94,7 @@ class Velocity:
 def steps(
     velocity: Callable[[torch.Tensor, int], torch.Tensor], noise: torch.Tensor, schedule: SatSchedule, solver: str,
     *, scale: float, dynamic: bool, noises: Noises,
-) -> Iterator[Step]:  # fmt: skip
+) -> Iterator[SolverStep]:  # fmt: skip
     """Denoise ``noise`` (``[batch, frames, channels, h, w]``), giving each :class:`Step` as it is made; the last holds the result.
 
     ``noises``: a generator, or the noises themselves in order (see :func:`draws`); sat_ddim takes none.
@@ -115,10 +117,10 @@ def steps(
                 fresh = draw()
             x = _dpm(x, denoised, before, alphas[max(index - 1, 0)], alphas[index], alphas[index + 1], fresh)
             before = denoised
-        yield Step(index, timestep, weight, x, denoised)
+        yield SolverStep(index, timestep, weight, x, denoised)
 
 
-def final(trajectory: Iterable[Step]) -> torch.Tensor:
+def final(trajectory: Iterable[SolverStep]) -> torch.Tensor:
     """The latents after the last step."""
     for step in trajectory:
         last = step.latents
@@ -168,7 +170,10 @@ def _drawer(noises: Noises, like: torch.Tensor, needed: int) -> Callable[[], tor
         found = next(given, None)
         if found is None or found.shape != like.shape:
             what = "there are fewer" if found is None else f"one has the shape {tuple(found.shape)}"
-            raise DataError(f"{needed} noises of the shape {tuple(like.shape)} are needed; {what}.", "Give them all, or a generator.")
+            raise DataError(
+                f"{needed} noises of the shape {tuple(like.shape)} are needed; {what}.",
+                "Give them all, or a generator.",
+            )
         return found.to(like.device, torch.float32)
 
     return draw

@@ -62,7 +62,9 @@ def visited(steps: int, count: int = 1000) -> list[int]:
     return [int(t) for t in np.linspace(count - 1, 0, steps, endpoint=False)][::-1]
 
 
-def table(shift: float, beta_start: float, beta_end: float, timesteps: list[int] | None = None, count: int = 1000) -> torch.Tensor:
+def table(
+    shift: float, beta_start: float, beta_end: float, timesteps: list[int] | None = None, count: int = 1000
+) -> torch.Tensor:
     """fp32 sqrt(alpha_bar) at ascending ``timesteps`` (all by default), rescaled so that the last is 0 and the first unchanged.
 
     With all timesteps it is the table of training. float64 up to the shifted alpha_bar and fp32 from there, as SAT.
@@ -81,7 +83,10 @@ def make_schedule(steps: int, shift: float, beta_start: float = 0.00085, beta_en
     Raises :class:`ConfigError` for a count that SAT cannot take.
     """
     if not FEWEST <= steps <= MOST:
-        raise ConfigError(f"SAT's samplers take {FEWEST} to {MOST} steps, not {steps}.", "Set sampling.steps, or another sampling.sampler.")
+        raise ConfigError(
+            f"SAT's samplers take {FEWEST} to {MOST} steps, not {steps}.",
+            "Set sampling.steps, or another sampling.sampler.",
+        )
     timesteps = visited(steps)
     alphas = table(shift, beta_start, beta_end, timesteps).flip(0)
     whole = table(shift, beta_start, beta_end)
@@ -97,5 +102,9 @@ def schedule_of(config: Mapping[str, Any], steps: int) -> SatSchedule:
     wrong = [f"{key}={config.get(key)} (SAT: {value})" for key, value in EXPECTED.items() if config.get(key) != value]
     if wrong or config.get("snr_shift_scale") is None:
         listed = ", ".join(wrong) or "snr_shift_scale is missing"
-        raise PipelineError(f"The scheduler is not one that SAT has: {listed}.", "Choose sampling.sampler=default for it.")
-    return make_schedule(steps, float(config["snr_shift_scale"]), float(config["beta_start"]), float(config["beta_end"]))
+        raise PipelineError(
+            f"The scheduler is not one that SAT has: {listed}.", "Choose sampling.sampler=default for it."
+        )
+    return make_schedule(
+        steps, float(config["snr_shift_scale"]), float(config["beta_start"]), float(config["beta_end"])
+    )

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from cogflow.sampling.source import ReadClip, read_clips
-from cogflow.sharpness.panel import Panel, measure
+from cogflow.sharpness.metrics import Metrics, measure
 from cogflow.sharpness.verdict import Verdict, compare
 
 IN_TIME = ("smeared", "frozen", "identical")
@@ -23,7 +23,7 @@ SMALLEST = 24  # pixels of the shorter side, below which the panel has nothing t
 class Scored:
     """Panels of the clips of one place by name, with what must be known to compare them: (height, width) and rate of each."""
 
-    panels: dict[str, Panel] = field(default_factory=dict)
+    panels: dict[str, Metrics] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     raw: bool = True
@@ -51,7 +51,11 @@ def score(place: Path, like: Scored | None = None) -> Scored:
         if wanted and wanted != size:
             clip = ReadClip(clip.name, resized(clip.frames, wanted), clip.fps, clip.raw)
             found.notes.append(f"{clip.name}: {size[1]}x{size[0]} brought to {wanted[1]}x{wanted[0]}")
-        found.panels[clip.name], found.sizes[clip.name], found.rates[clip.name] = measure(clip.frames), wanted or size, clip.fps
+        found.panels[clip.name], found.sizes[clip.name], found.rates[clip.name] = (
+            measure(clip.frames),
+            wanted or size,
+            clip.fps,
+        )
         found.raw &= clip.raw
     return found
 
@@ -89,10 +93,12 @@ def resized(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 ``[T, H, W, 3]`` at (height, width), some frames at a time."""
     parts = []
     for some in frames.split(16):
-        planes = functional.interpolate(some.permute(0, 3, 1, 2).float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        planes = functional.interpolate(
+            some.permute(0, 3, 1, 2).float(), size=size, mode="bicubic", antialias=True, align_corners=False
+        )
         parts.append(planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     return torch.cat(parts).contiguous()
 
 
-def mean(panels: Mapping[str, Panel]) -> Panel:
+def mean(panels: Mapping[str, Metrics]) -> Metrics:
     return {key: sum(panel[key] for panel in panels.values()) / len(panels) for key in next(iter(panels.values()))}

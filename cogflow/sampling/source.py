@@ -39,7 +39,9 @@ def is_frames(place: Path) -> bool:
     """Whether ``place`` is a video, a folder of videos, or a folder of pictures."""
     if place.is_file():
         return place.suffix.lower() in VIDEOS
-    return place.is_dir() and any(path.suffix.lower() in VIDEOS + PICTURES for path in place.iterdir() if path.name != "contact.png")
+    return place.is_dir() and any(
+        path.suffix.lower() in VIDEOS + PICTURES for path in place.iterdir() if path.name != "contact.png"
+    )
 
 
 def read_clips(place: Path) -> Iterator[ReadClip]:
@@ -59,7 +61,8 @@ def read_clips(place: Path) -> Iterator[ReadClip]:
     pictures = [path for path in files if path.suffix.lower() in PICTURES and path.name != "contact.png"]
     if not videos and not pictures:
         raise DataError(
-            f"{place} holds neither videos nor pictures.", f"Videos end in {' '.join(VIDEOS)}, pictures in {' '.join(PICTURES)}."
+            f"{place} holds neither videos nor pictures.",
+            f"Videos end in {' '.join(VIDEOS)}, pictures in {' '.join(PICTURES)}.",
         )
     for path in videos:
         try:
@@ -72,5 +75,7 @@ def read_clips(place: Path) -> Iterator[ReadClip]:
             images = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
             frames = torch.from_numpy(np.stack(images))
         except (OSError, ValueError) as error:
-            raise DataError(f"The pictures in {place} are not one clip: {error}", "They must be readable and of one size.") from error
+            raise DataError(
+                f"The pictures in {place} are not one clip: {error}", "They must be readable and of one size."
+            ) from error
         yield ReadClip(place.name, frames, 0.0, raw=all(path.suffix.lower() == ".png" for path in pictures))

@@ -10,19 +10,19 @@ import importlib
 from typing import Any
 
 _PLACES = {
-    "CHANNELS": "panel",
-    "Channel": "panel",
-    "Panel": "panel",
-    "change": "panel",
-    "measure": "panel",
-    "measure_batch": "panel",
+    "METRICS": "metrics",
+    "Metric": "metrics",
+    "Metrics": "metrics",
+    "change": "metrics",
+    "measure": "metrics",
+    "measure_batch": "metrics",
     "Finding": "verdict",
-    "KINDS": "verdict",
+    "DEFECTS": "verdict",
     "Verdict": "verdict",
     "compare": "verdict",
-    "NULLS": "nulls",
-    "Reading": "watch",
-    "Watch": "watch",
+    "METRIC_NOISE": "noise_model",
+    "WatchVerdict": "quality_watch",
+    "QualityWatch": "quality_watch",
 }
 """Public name to the module it lives in, imported when first asked for: torch is heavy."""
 

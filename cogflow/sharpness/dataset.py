@@ -126,7 +126,12 @@ def two_groups(detail: Mapping[str, float]) -> Groups | None:
     gap = float(means[1] - means[0])
     distance = gap / math.sqrt((deviations[0] ** 2 + deviations[1] ** 2) / 2)
     least = max(3, math.ceil(0.1 * len(values)))
-    if evidence < LEAST_EVIDENCE or gap < LEAST_GAP or distance < LEAST_DISTANCE or not least <= soft.sum() <= len(values) - least:
+    if (
+        evidence < LEAST_EVIDENCE
+        or gap < LEAST_GAP
+        or distance < LEAST_DISTANCE
+        or not least <= soft.sum() <= len(values) - least
+    ):
         return None
     return Groups(tuple(name for name, is_soft in zip(names, soft, strict=True) if is_soft), len(names), gap, distance)
 

@@ -97,7 +97,9 @@ def weighted(weights: list[float], parts: list[Tensor]) -> Tensor:
 def mirrored(image: Tensor, dim: int, before: int, after: int) -> Tensor:
     """Longer along ``dim`` by its mirror image, the border pixel repeated: c b a | a b c | c b a."""
     size = image.shape[dim]
-    return torch.cat([image.narrow(dim, 0, before).flip(dim), image, image.narrow(dim, size - after, after).flip(dim)], dim=dim)
+    return torch.cat(
+        [image.narrow(dim, 0, before).flip(dim), image, image.narrow(dim, size - after, after).flip(dim)], dim=dim
+    )
 
 
 def difference(image: Tensor, dim: int) -> Tensor:

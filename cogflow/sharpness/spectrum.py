@@ -49,7 +49,9 @@ class Spectrum:
         in_time, in_rows, in_columns, masks = self._basis(frames, height, width, truth.device)
         both = torch.cat([predicted.detach().float(), truth.detach().float()])
         coefficients = in_rows @ (both @ in_columns.T)
-        coefficients = (in_time @ coefficients.reshape(2 * batch, frames, -1)).view(2, batch, frames, channels, height * width)
+        coefficients = (in_time @ coefficients.reshape(2 * batch, frames, -1)).view(
+            2, batch, frames, channels, height * width
+        )
         p, t = coefficients.unbind(0)
         power = t * t
         noise = ((1.0 - alphas_cumprod) / alphas_cumprod.clamp(min=1e-8)).float().view(-1, 1, 1, 1)
@@ -80,7 +82,14 @@ def band_masks(frames: int, height: int, width: int) -> torch.Tensor:
     rows, columns = torch.arange(height) / height, torch.arange(width) / width
     radius = (rows[:, None].square() + columns[None].square()).sqrt().expand(frames, height, width)
     time = (torch.arange(frames) / frames)[:, None, None].expand_as(radius)
-    parts = (radius < 0.25, (radius >= 0.25) & (radius < 0.5), radius >= 0.5, time == 0, (time > 0) & (time < 0.5), time >= 0.5)
+    parts = (
+        radius < 0.25,
+        (radius >= 0.25) & (radius < 0.5),
+        radius >= 0.5,
+        time == 0,
+        (time > 0) & (time < 0.5),
+        time >= 0.5,
+    )
     return torch.stack([part.reshape(-1) for part in parts], 1).double()
 
 

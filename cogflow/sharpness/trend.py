@@ -43,7 +43,7 @@ _EMPTY: dict[str, float] = {"anchored": 0, "n": 0, "clips": 0.0, "mean": 0.0, "s
 
 
 @dataclass(frozen=True)
-class Move:
+class BandChange:
     """A change seen at ``step``: ``kind`` of KINDS, ``band`` and ``quarter`` (1 least noise) where it is largest, ``z`` (positive)."""
 
     kind: str
@@ -64,11 +64,11 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TrendPoint:
     """``values``: flat numbers to log; ``moves``: what is new, at most one per kind and level in a run."""
 
     values: dict[str, float]
-    moves: list[Move]
+    moves: list[BandChange]
 
 
 class Trend:
@@ -90,9 +90,14 @@ class Trend:
                 for quarter in range(1, QUARTERS + 1):
                     if (band, quarter) in bands:
                         mean = indicator(kind, bands[band, quarter])
-                        self._quarters[f"{kind} {band} {quarter}"] = {**_EMPTY, "anchored": 1, "clips": ANCHOR_CLIPS, "mean": mean}
+                        self._quarters[f"{kind} {band} {quarter}"] = {
+                            **_EMPTY,
+                            "anchored": 1,
+                            "clips": ANCHOR_CLIPS,
+                            "mean": mean,
+                        }
 
-    def update(self, step: int, bands: Mapping[tuple[str, int], Band], clips: Mapping[int, float]) -> Reading:
+    def update(self, step: int, bands: Mapping[tuple[str, int], Band], clips: Mapping[int, float]) -> TrendPoint:
         """Take in what one step gave: ``bands`` by name and quarter, ``clips`` the number of clips by quarter."""
         values: dict[str, float] = {}
         worst: dict[str, tuple[float, str, int]] = {}
@@ -111,14 +116,14 @@ class Trend:
                 if kind not in worst or z > worst[kind][0]:
                     worst[kind] = (z, band, quarter)
         if not worst:
-            return Reading({}, [])
+            return TrendPoint({}, [])
         moves = []
         for kind, (z, band, quarter) in worst.items():
             for level, limit in (("alarm", ALARM), ("warning", WARNING)):
                 if z >= limit:
                     # An alarm that comes at once leaves no warning to be told afterwards.
                     if f"{kind} {level}" not in self._told:
-                        moves.append(Move(kind, level, step, band, quarter, z))
+                        moves.append(BandChange(kind, level, step, band, quarter, z))
                     self._told.setdefault(f"{kind} {level}", step)
                     self._told.setdefault(f"{kind} warning", step)
                     break
@@ -127,7 +132,7 @@ class Trend:
         values["level"] = 3.0 if highest >= ALARM else 2.0 if highest >= WARNING else 0.0
         if self._told:
             values["first_warning"] = float(min(self._told.values()))
-        return Reading(values, moves)
+        return TrendPoint(values, moves)
 
     def _statistic(self, kind: str, band: str, seen: Mapping[int, tuple[float, float]]) -> float | None:
         """The mean of the steps' z over its own deviation, this step taken in; ``None`` while too little was seen."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cogflow.sharpness.kinds import PAIR_RULES, black, by_rules
-from cogflow.sharpness.nulls import NULLS
-from cogflow.sharpness.panel import CHANNELS, Panel, change
+from cogflow.sharpness.defects import PAIR_RULES, black, by_rules
+from cogflow.sharpness.metrics import METRICS, Metrics, change
+from cogflow.sharpness.noise_model import METRIC_NOISE
 
-KINDS: dict[str, str] = {
+DEFECTS: dict[str, str] = {
     "non_finite": "values that are no numbers",
     "black": "nothing but black",
     "identical": "frames repeat each other",
@@ -49,9 +49,13 @@ sizes a Gaussian of sigma 0.8 moves it by 9 to 12 deviations between takes of on
 5."""
 BLUR_CHANNELS = tuple(BLUR_WEIGHTS)
 SMEAR_PER_BLUR = 6.0  # what a blur in space takes from temporal sharpness, per unit of the composite (4.3 for sigma 0.8, 6 for sigma 4)
-SHARP_PER_CLIPPED = 0.12  # raised contrast clips, and clipping makes edges steeper: what both together add to the composite
+SHARP_PER_CLIPPED = (
+    0.12  # raised contrast clips, and clipping makes edges steeper: what both together add to the composite
+)
 VEIL_PER_BRIGHTNESS = 0.5  # a veil is light that was added: it raises the mean, too, but dark tones more
-BEST_SHARE = 1 / math.sqrt(8)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
+BEST_SHARE = 1 / math.sqrt(
+    8
+)  # of one pair's deviation, that many pairs still have: what they drift together does not average out
 DRAWS = 200  # of the bootstrap
 
 
@@ -70,10 +74,10 @@ class Finding:
 
     def line(self) -> str:
         """One plain sentence."""
-        title = CHANNELS[self.channel].title if self.channel in CHANNELS else DERIVED.get(self.channel, self.channel)
+        title = METRICS[self.channel].title if self.channel in METRICS else DERIVED.get(self.channel, self.channel)
         where = "" if self.rung is None else f" at rung {self.rung}"
         since = "" if self.since is None else f", since step {self.since}"
-        meaning = KINDS.get(self.kind, self.kind)
+        meaning = DEFECTS.get(self.kind, self.kind)
         return f"{self.level}: {self.kind.replace('_', ' ')}{where} ({meaning}): {title} {self.size:+.3g}, z {self.z:+.1f}{since}"
 
 
@@ -106,9 +110,9 @@ class Verdict:
         return f"{told} ({self.pairing})"
 
 
-def changes_of(candidate: Panel, reference: Panel) -> dict[str, float]:
+def changes_of(candidate: Metrics, reference: Metrics) -> dict[str, float]:
     """Every channel's change, and those of :data:`DERIVED`."""
-    return with_derived({name: change(name, candidate[name], reference[name]) for name in CHANNELS})
+    return with_derived({name: change(name, candidate[name], reference[name]) for name in METRICS})
 
 
 def with_derived(found: dict[str, float]) -> dict[str, float]:
@@ -125,7 +129,9 @@ def blur(changes: Mapping[str, float]) -> float:
     return sum(weight * changes[name] for name, weight in BLUR_WEIGHTS.items())
 
 
-def compare(candidate: Panel | Mapping[str, Panel], reference: Panel | Mapping[str, Panel], null: str = "variants") -> Verdict:
+def compare(
+    candidate: Metrics | Mapping[str, Metrics], reference: Metrics | Mapping[str, Metrics], null: str = "variants"
+) -> Verdict:
     """Judge ``candidate`` against ``reference``: two panels of the same content, or panels by name.
 
     Equal names are compared pair by pair; other names as two groups, mean against mean, with the wider null of other contents.
@@ -150,15 +156,17 @@ def compare(candidate: Panel | Mapping[str, Panel], reference: Panel | Mapping[s
     changes = {}
     for name, drawn in sizes.items():
         low, high = np.quantile(drawn[1:], [0.025, 0.975])
-        changes[name] = Change(drawn[0], float(low), float(high), drawn[0] / (getattr(NULLS[name], null) * scale))
+        changes[name] = Change(
+            drawn[0], float(low), float(high), drawn[0] / (getattr(METRIC_NOISE[name], null) * scale)
+        )
     return Verdict(_findings(changes, one, other), changes, pairing)
 
 
-def _named(panels: Any) -> dict[str, Panel]:
+def _named(panels: Any) -> dict[str, Metrics]:
     return {"": panels} if isinstance(next(iter(panels.values()), None), float | int) else dict(panels)
 
 
-def _paired_sizes(ours: list[Panel], theirs: list[Panel]) -> dict[str, list[float]]:
+def _paired_sizes(ours: list[Metrics], theirs: list[Metrics]) -> dict[str, list[float]]:
     """By channel the median change, and after it the medians of bootstrap draws."""
     rows = [changes_of(one, other) for one, other in zip(ours, theirs, strict=True)]
     names = list(rows[0])
@@ -168,22 +176,23 @@ def _paired_sizes(ours: list[Panel], theirs: list[Panel]) -> dict[str, list[floa
     return {name: drawn[:, place].tolist() for place, name in enumerate(names)}
 
 
-def _group_sizes(ours: list[Panel], theirs: list[Panel]) -> dict[str, list[float]]:
+def _group_sizes(ours: list[Metrics], theirs: list[Metrics]) -> dict[str, list[float]]:
     """By channel the difference of the groups' means on the channel's scale, and after it those of bootstrap draws."""
     # Changes from any one panel: on a channel's scale they differ from the values by a constant.
     one, other = (
-        np.array([[change(name, panel[name], theirs[0][name]) for name in CHANNELS] for panel in group]) for group in (ours, theirs)
+        np.array([[change(name, panel[name], theirs[0][name]) for name in METRICS] for panel in group])
+        for group in (ours, theirs)
     )
     random = np.random.default_rng(0)
     rows = [one.mean(axis=0) - other.mean(axis=0)]
     for _ in range(DRAWS):
         picked = (group[random.integers(0, len(group), len(group))].mean(axis=0) for group in (one, other))
         rows.append(next(picked) - next(picked))
-    found = [with_derived(dict(zip(CHANNELS, row.tolist(), strict=True))) for row in rows]
+    found = [with_derived(dict(zip(METRICS, row.tolist(), strict=True))) for row in rows]
     return {name: [row[name] for row in found] for name in found[0]}
 
 
-def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Panel]) -> list[Finding]:
+def _findings(changes: Mapping[str, Change], ours: list[Metrics], theirs: list[Metrics]) -> list[Finding]:
     found: list[Finding] = []
 
     def seen(kind: str, channel: str, share: float) -> None:
@@ -200,16 +209,18 @@ def _findings(changes: Mapping[str, Change], ours: list[Panel], theirs: list[Pan
     told = by_rules(z, dict.fromkeys(z, (WARNING, ALARM)), PAIR_RULES)
     if any(finding.kind == "identical" for finding in found):
         told = [one for one in told if one.rule.kind != "frozen"]
-    found += [Finding(one.rule.kind, one.level, one.rule.channel, changes[one.rule.channel].size, one.z) for one in told]
-    order = list(KINDS)
+    found += [
+        Finding(one.rule.kind, one.level, one.rule.channel, changes[one.rule.channel].size, one.z) for one in told
+    ]
+    order = list(DEFECTS)
     return sorted(found, key=lambda finding: order.index(finding.kind))
 
 
-def _not_finite(panel: Panel) -> bool:
+def _not_finite(panel: Metrics) -> bool:
     return panel["finite"] < 1
 
 
-def _repeats(panel: Panel) -> bool:
+def _repeats(panel: Metrics) -> bool:
     """More than half of the frames are the one before. Footage at half its rate has just half."""
     return panel["repeated"] > 0.6
 

@@ -22,7 +22,17 @@ _WHAT = {
     "unchanged": "the samples are the same to the bit as before the first step",
     "ema_behind": "the averaged weights lag behind",
 }
-_LOGS = ("wavelet_ratio", "edge_sharpness", "blur_effect", "contrast", "saturation", "grain", "motion", "temporal_sharpness", "detail")
+_LOGS = (
+    "wavelet_ratio",
+    "edge_sharpness",
+    "blur_effect",
+    "contrast",
+    "saturation",
+    "grain",
+    "motion",
+    "temporal_sharpness",
+    "detail",
+)
 _NO_SIZE = ("identical", "black", "non_finite", "unchanged", "ema_behind")
 
 GAUSSIAN = ((0.0, 0.0), (0.8, -0.35), (1.0, -0.55), (1.5, -1.1))

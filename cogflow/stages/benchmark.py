@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cogflow import ranks
 from cogflow.benchmarking import alarm, steps
 from cogflow.benchmarking.assemble import compare_assemble
 from cogflow.benchmarking.checkpoint_cost import checkpoints
@@ -31,10 +30,11 @@ from cogflow.benchmarking.validation_cost import validation
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.errors import CogflowError, DataError
 from cogflow.files.paths import run_folder
-from cogflow.sharpness.watch_nulls import MEASURED
-from cogflow.tracking.console import say, table
-from cogflow.tracking.progress import progress
-from cogflow.tracking.report import record_stage
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo, table
+from cogflow.runtime.progress import progress
+from cogflow.sharpness.watch_noise_model import MEASURED
+from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 FIGURES = ("seconds", "ratio_to_cp", "gb_per_second", "peak_anonymous_gb", "peak_resident_gb")
@@ -63,9 +63,13 @@ def run(config: Config) -> None:
             found[what] = {"summary": f"{what}: not measured: {error}"}
     if not ranks.is_main():
         return
-    results = {"summary": "\n".join(str(one["summary"]) for one in found.values()), **found} if stage.what == "all" else found[stage.what]
+    results = (
+        {"summary": "\n".join(str(one["summary"]) for one in found.values()), **found}
+        if stage.what == "all"
+        else found[stage.what]
+    )
     record = record_stage(folder, "benchmark", config, {"what": stage.what}, results, started=started)
-    say(f"{results['summary']}\nrecord: {record}")
+    echo(f"{results['summary']}\nrecord: {record}")
 
 
 def _measured(config: Config, stage: BenchmarkStage, what: str, folder: Path) -> dict[str, Any]:
@@ -83,7 +87,9 @@ def export(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[st
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     clone = Path(stage.vs).expanduser() if stage.vs else None
     rows = compare_export(place, config.model.name, stage.layers, stage.repeats, clone, stage.keep)
-    medians = {way: middle([row for row in rows if row["way"] == way]) for way in dict.fromkeys(row["way"] for row in rows)}
+    medians = {
+        way: middle([row for row in rows if row["way"] == way]) for way in dict.fromkeys(row["way"] for row in rows)
+    }
     ours = medians["cogflow, verified"]
     line = f"export: {shown(ours['ratio_to_cp'])} x cp, {shown(ours['peak_anonymous_gb'])} GB anonymous"
     cells = [[way, *(values[name] for name in FIGURES)] for way, values in medians.items()]
@@ -95,7 +101,10 @@ def assemble(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     size, rows = compare_assemble(place, config.model.name, stage.layers, stage.repeats, stage.keep)
     names = [name for name in FIGURES if name != "ratio_to_cp"]
-    medians = {way: middle([row for row in rows if row["way"] == way], names) for way in dict.fromkeys(row["way"] for row in rows)}
+    medians = {
+        way: middle([row for row in rows if row["way"] == way], names)
+        for way in dict.fromkeys(row["way"] for row in rows)
+    }
     ours = medians["cogflow, linked"]
     line = f"assemble: {size / 1e9:.1f} GB linked in {shown(ours['seconds'])} s with {shown(ours['peak_anonymous_gb'])} GB anonymous"
     return {"summary": line, "bytes": size, "rows": rows, "medians": medians}, (
@@ -127,10 +136,18 @@ def separation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dic
     with progress(len(chosen), "contents") as bar:
         panels = gather(chosen, stage.variants, *size, advance=bar.advance)
     if not panels:
-        raise DataError(f"No clip is large enough for {size[1]}x{size[2]}.", "Give larger clips, or a smaller data.height and data.width.")
+        raise DataError(
+            f"No clip is large enough for {size[1]}x{size[2]}.",
+            "Give larger clips, or a smaller data.height and data.width.",
+        )
     found = figures(panels)
     cells = [
-        [name, *(found["auc"][name][channel] for channel in SHOWN), found["unpaired"][name]["blur"], spelled(found["kinds"][name])]
+        [
+            name,
+            *(found["auc"][name][channel] for channel in SHOWN),
+            found["unpaired"][name]["blur"],
+            spelled(found["kinds"][name]),
+        ]
         for name in found["auc"]
     ]
     line = (
@@ -149,7 +166,9 @@ def watch(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str
         few = {name: DEGRADATIONS[name] for name in (CLEAN, "gauss 0.8", "gauss 1")}
         panels = gather(chosen, max(2, stage.variants), *size, advance=bar.advance, degradations=few)
     if len(panels) < 4:
-        raise DataError(f"{len(panels)} clips are large enough for {size[1]}x{size[2]}; 4 are needed.", "Give more or larger clips.")
+        raise DataError(
+            f"{len(panels)} clips are large enough for {size[1]}x{size[2]}; 4 are needed.", "Give more or larger clips."
+        )
     with progress(len(alarm.TRIALS), "trials") as bar:
         rows = alarm.tell(panels, MEASURED, stage.share, advance=bar.advance)
     usual = rows[next(place for place, trial in enumerate(alarm.TRIALS) if "rounds" in trial)]
@@ -164,16 +183,25 @@ def watch(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str
 def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What the per-step indicator costs beside a step of the tiny model, and at 49x480x720."""
     device = ranks.device()
-    found = [{**asdict(cost), "share": cost.share, "device": str(device)} for cost in measure_indicator(device, max(3, stage.repeats))]
+    found = [
+        {**asdict(cost), "share": cost.share, "device": str(device)}
+        for cost in measure_indicator(device, max(3, stage.repeats))
+    ]
     tiny = found[0]
     line = f"indicator: {1000 * tiny['indicator']:.2f} ms beside a step of {1000 * tiny['step']:.0f} ms on {device}, {tiny['share']:.2%}"
     columns = ["name", "indicator", "step", "share"]
-    return {"summary": line, "rows": found}, (columns, [["" if row[name] is None else row[name] for name in columns] for row in found])
+    return {"summary": line, "rows": found}, (
+        columns,
+        [["" if row[name] is None else row[name] for name in columns] for row in found],
+    )
 
 
 def overhead(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What cogflow's training step costs beside a bare DeepSpeed loop on the same engine and clips."""
-    with open_tracker(config, "benchmark", folder) as tracker, progress(len(SIZES) * (max(3, stage.repeats) + WARM_UP), "turns") as bar:
+    with (
+        open_tracker(config, "benchmark", folder) as tracker,
+        progress(len(SIZES) * (max(3, stage.repeats) + WARM_UP), "turns") as bar,
+    ):
         rows = compare_steps(config, stage, tracker, bar.advance)
     line = "; ".join(told(row) for row in rows)
     return {"summary": f"overhead: {line}", "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
@@ -204,7 +232,19 @@ WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], T
 }
 
 
-ALL = ("train", "overhead", "checkpoint", "validate", "prepare", "loader", "export", "assemble", "panel", "indicator", "traffic")
+ALL = (
+    "train",
+    "overhead",
+    "checkpoint",
+    "validate",
+    "prepare",
+    "loader",
+    "export",
+    "assemble",
+    "panel",
+    "indicator",
+    "traffic",
+)
 """What stage.what=all measures, one after another: all but the judgement of the panel and the watch."""
 
 
@@ -216,7 +256,9 @@ def middle(rows: list[dict[str, Any]], names: Sequence[str] = FIGURES) -> dict[s
 
 def spelled(kinds: dict[str, float]) -> str:
     """Kinds that at least one pair in twenty raises."""
-    return ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(kinds.items(), key=lambda item: -item[1]) if share >= 0.05)
+    return ", ".join(
+        f"{kind} {share:.0%}" for kind, share in sorted(kinds.items(), key=lambda item: -item[1]) if share >= 0.05
+    )
 
 
 def spelled_counts(kinds: dict[str, int]) -> str:

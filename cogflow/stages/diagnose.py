@@ -6,19 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import Config, DiagnoseStage
+from cogflow.diagnosis.conclusion import Diagnosis, as_json, conclude, mending
+from cogflow.diagnosis.diagnosis_input import resolve
 from cogflow.diagnosis.examination import Examination
 from cogflow.diagnosis.finding import StepResult
-from cogflow.diagnosis.fix import mend
-from cogflow.diagnosis.page import write_page
-from cogflow.diagnosis.side import resolve
-from cogflow.diagnosis.verdict import Verdict, as_json, conclude, mending
+from cogflow.diagnosis.html_page import write_page
+from cogflow.diagnosis.repair import repair
 from cogflow.errors import QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.files.publish import write_json
-from cogflow.tracking.console import say
-from cogflow.tracking.report import record_stage
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
+from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 ORDER = ("facts", "weights", "rungs", "swaps", "precision", "evidence")
@@ -39,22 +39,24 @@ def diagnose(config: Config) -> None:
     folder = run_folder(config.run)
     place = Path(stage.candidate).expanduser() if stage.candidate else folder
     candidate = resolve(place, config.model, "candidate")
-    reference = resolve(Path(stage.reference).expanduser() if stage.reference else None, config.model, "reference", candidate)
+    reference = resolve(
+        Path(stage.reference).expanduser() if stage.reference else None, config.model, "reference", candidate
+    )
     examination = Examination(candidate, reference, config, stage)
     steps: list[StepResult] = []
     for number, name in enumerate(ORDER, start=1):
         if reason := examination.skip(name, steps):
-            say(f"[{number}/7] {name}: {reason}")
+            echo(f"[{number}/7] {name}: {reason}")
             continue
-        say(f"[{number}/7] {name}")
+        echo(f"[{number}/7] {name}")
         result = getattr(examination, name)(steps)
         for line in result.lines:
-            say(f"  {line}")
+            echo(f"  {line}")
         steps.append(result)
     output = Path(stage.output).expanduser() if stage.output else folder / "mended"
     command = mending(place, reference.place, config.model.name, output)
     verdict = conclude(candidate, reference, steps, examination.tried, command)
-    say(f"[7/7] verdict\n  {verdict.line}")
+    echo(f"[7/7] verdict\n  {verdict.line}")
     facts: dict[str, Any] = {
         "candidate": str(place),
         "reference": str(reference.place or reference.family and reference.family.name or "its own record"),
@@ -65,19 +67,25 @@ def diagnose(config: Config) -> None:
     conclusion(config, folder, examination, verdict, steps, facts, started)
 
 
-def mended(output: Path, examination: Examination, verdict: Verdict) -> dict[str, Any]:
+def mended(output: Path, examination: Examination, verdict: Diagnosis) -> dict[str, Any]:
     """Write the mended folder; what proved it."""
-    assembly, left = mend(
+    assembly, left = repair(
         output, examination.candidate, examination.reference, verdict.findings, examination.called(), examination.prove
     )  # fmt: skip
     for finding in left:
-        say(f"  left as it is, for want of a reference: {finding.line()}")
-    say(f"  mended: {output} ({assembly['verify']['line']})")
+        echo(f"  left as it is, for want of a reference: {finding.line()}")
+    echo(f"  mended: {output} ({assembly['verify']['line']})")
     return {"where": str(output), **assembly["verify"], "left": [finding.place for finding in left]}
 
 
 def conclusion(
-    config: Config, folder: Path, examination: Examination, verdict: Verdict, steps: list[StepResult], facts: dict[str, Any], started: float
+    config: Config,
+    folder: Path,
+    examination: Examination,
+    verdict: Diagnosis,
+    steps: list[StepResult],
+    facts: dict[str, Any],
+    started: float,
 ) -> None:
     """Write what was found where people look for it; :class:`QualityGateError` when there is a fault."""
     found = as_json(verdict, steps, **facts)
@@ -93,8 +101,10 @@ def conclusion(
             tracker.image(0, f"diagnose/{name}", path)
     summary = "agrees" if verdict.agrees else verdict.line
     inputs = {"candidate": facts["candidate"], "reference": facts["reference"]}
-    record_stage(folder, "diagnose", config, inputs, {"summary": summary, "where": str(page.path), **facts}, started=started)
-    say(f"diagnosis: {folder / 'diagnosis.json'}\npage:      {page.path}")
+    record_stage(
+        folder, "diagnose", config, inputs, {"summary": summary, "where": str(page.path), **facts}, started=started
+    )
+    echo(f"diagnosis: {folder / 'diagnosis.json'}\npage:      {page.path}")
     if not verdict.agrees:
         hint = f"Mended: {facts['mended']['where']}" if "mended" in facts else f"To mend it: {facts['command']}"
         raise QualityGateError(verdict.line, hint)

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import Config, ExportStage
-from cogflow.conversion.component import Prepared, check_tables, prepare
-from cogflow.conversion.export import export_diffusers, written_bytes
-from cogflow.conversion.export_sat import export_sat
-from cogflow.conversion.origin import Origin, find_origin
+from cogflow.export.component import PreparedExport, check_tables, prepare
+from cogflow.export.origin import ExportOrigin, find_origin
+from cogflow.export.to_diffusers import export_diffusers, written_bytes
+from cogflow.export.to_sat import export_sat
 from cogflow.files.paths import run_folder
-from cogflow.tracking.console import say, table
-from cogflow.tracking.progress import progress
-from cogflow.tracking.report import record_stage
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo, table
+from cogflow.runtime.progress import progress
+from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
 SHOWN = 5  # tensors in the console's table, those that the cast changed most
@@ -40,9 +40,9 @@ def _export(config: Config) -> None:
     source = Path(stage.source) if stage.source else folder
     origin = find_origin(source, stage.components, stage.weights, stage.masters, stage.config)
     for problem in origin.passed_over:
-        say(f"warning: passed over a broken checkpoint: {problem}")
+        echo(f"warning: passed over a broken checkpoint: {problem}")
     for note in origin.notes:
-        say(f"note: {note}")
+        echo(f"note: {note}")
     given = {key: value for key, value in asdict(stage.facts).items() if value is not None}
     # In the main job the model is known by name, and the checkpoint says it, too; facts are for what comes from elsewhere.
     family = config.model.name if origin.tensors is not None else "auto"
@@ -51,7 +51,7 @@ def _export(config: Config) -> None:
     if stage.dry_run:
         for component in prepared.components:
             check_tables(component)
-        say(f"dry run: nothing is written. {written_bytes(prepared) / 1e9:.2f} GB would go to {output}")
+        echo(f"dry run: nothing is written. {written_bytes(prepared) / 1e9:.2f} GB would go to {output}")
         return
     bar = partial(progress, unit="bytes")
     if stage.to == "sat":
@@ -61,37 +61,46 @@ def _export(config: Config) -> None:
     _tell(config, folder, output, origin, description, started)
 
 
-def _announce(origin: Origin, prepared: Prepared, stage: ExportStage) -> None:
+def _announce(origin: ExportOrigin, prepared: PreparedExport, stage: ExportStage) -> None:
     """What was found, what it was taken for, and what will be done."""
     step = "" if origin.step is None else f" of step {origin.step}"
-    say(f"exporting {origin.place} ({origin.kind}, {origin.weights} weights{step})")
+    echo(f"exporting {origin.place} ({origin.kind}, {origin.weights} weights{step})")
     if prepared.facts is not None:
         table(prepared.facts.table(), ["fact", "value", "from"])
-        say(f"model: {prepared.facts.family or 'no member of the family at its published size'}")
+        echo(f"model: {prepared.facts.family or 'no member of the family at its published size'}")
     if prepared.adapted:
-        say(f"LoRA: {', '.join(f'{key} {value}' for key, value in prepared.adapted.items())}")
+        echo(f"LoRA: {', '.join(f'{key} {value}' for key, value in prepared.adapted.items())}")
     for name, count in prepared.ignored.items():
-        say(f"ignored: {count} tensors of {name} (stage.components names what is exported)")
+        echo(f"ignored: {count} tensors of {name} (stage.components names what is exported)")
     rows = []
     for component in prepared.components:
         outputs = component.outputs()
         kinds = sorted({output.operation for output in outputs})
         operations = ", ".join(f"{sum(output.operation == kind for output in outputs)} {kind}" for kind in kinds)
         size = sum(output.bytes(component.dtype) for output in outputs)
-        rows.append([component.name, str(len(outputs)), operations, str(len(component.dropped)), f"{size / 1e9:.3f} GB"])
+        rows.append(
+            [component.name, str(len(outputs)), operations, str(len(component.dropped)), f"{size / 1e9:.3f} GB"]
+        )
     table(rows, ["component", "tensors", "how", "dropped", "size"])
     if stage.dry_run:
-        dropped = [[component.name, name, reason] for component in prepared.components for name, reason in component.dropped]
+        dropped = [
+            [component.name, name, reason] for component in prepared.components for name, reason in component.dropped
+        ]
         if dropped:
             table(dropped, ["component", "dropped", "why"])
 
 
-def _tell(config: Config, folder: Path, output: Path, origin: Origin, description: dict[str, Any], started: float) -> None:
+def _tell(
+    config: Config, folder: Path, output: Path, origin: ExportOrigin, description: dict[str, Any], started: float
+) -> None:
     summary, step = description["summary"], origin.step or 0
     most = sorted(description["tensors"], key=lambda fact: fact["changed"], reverse=True)[:SHOWN]
     columns = ["tensor", "shape", "from", "to", "largest change", "relative", "became zero", "subnormal"]
     keys = ("name", "shape", "dtype_in", "dtype_out", "changed", "relative", "became_zero", "became_subnormal")
-    rows = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in (fact[key] for key in keys)] for fact in most]
+    rows = [
+        [f"{value:.3g}" if isinstance(value, float) else str(value) for value in (fact[key] for key in keys)]
+        for fact in most
+    ]
     line = (
         f"{summary['parameters']:,} parameters in {description['dtype']}, largest change {summary['changed']:.3g}, "
         f"{summary['became_zero']} values became zero"
@@ -99,9 +108,9 @@ def _tell(config: Config, folder: Path, output: Path, origin: Origin, descriptio
     if summary["changed"] > 0:
         table(rows, columns)
     for dtype, count in summary["holds_only"].items():
-        say(f"note: {count} tensors are stored wider, but hold only values of {dtype}: they were rounded before")
+        echo(f"note: {count} tensors are stored wider, but hold only values of {dtype}: they were rounded before")
     for name, proof in description["proof"].items():
-        say(f"proof: {name}: {_proof(proof)}")
+        echo(f"proof: {name}: {_proof(proof)}")
     with open_tracker(config, "export", folder) as tracker:
         counted = ("parameters", "changed", "relative", "became_zero", "became_subnormal")
         tracker.log(step, {f"export/{name}": summary[name] for name in counted})
@@ -109,18 +118,25 @@ def _tell(config: Config, folder: Path, output: Path, origin: Origin, descriptio
             tracker.table("export/most_changed", columns, rows)
         if description["facts"]:
             tracker.table(
-                "export/facts", ["fact", "value", "from"], [[fact["fact"], fact["value"], fact["from"]] for fact in description["facts"]]
+                "export/facts",
+                ["fact", "value", "from"],
+                [[fact["fact"], fact["value"], fact["from"]] for fact in description["facts"]],
             )
         tracker.artifact("export", "model", output, uses=["transformer"])
         tracker.artifact("export-report", "report", output / "export.json")
-    inputs = {"source": description["source"], "weights": origin.weights, "step": origin.step, "files": dict(origin.files)}
+    inputs = {
+        "source": description["source"],
+        "weights": origin.weights,
+        "step": origin.step,
+        "files": dict(origin.files),
+    }
     results = {
         "summary": line,
         "where": str(output),
         **{key: description[key] for key in ("dtype", "files", "weights_sha256", "trained_with", "family", "proof")},
     }
     record_stage(folder, "export", config, inputs, results, started=started)
-    say(f"{line}\nexported: {output}\nreport:   {output / 'export.json'}")
+    echo(f"{line}\nexported: {output}\nreport:   {output / 'export.json'}")
 
 
 def _proof(proof: dict[str, Any]) -> str:

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import Config, DiagnoseStage, FlowStage, StageConfig
 from cogflow.diagnosis.incident import as_in_2024
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo, table
 from cogflow.sampling import gallery
 from cogflow.stages import assemble, diagnose, export, prepare, train
-from cogflow.tracking.console import say, table
-from cogflow.tracking.record import write_record
-from cogflow.tracking.report import write_report
+from cogflow.tracking.html_report import write_report
+from cogflow.tracking.stage_record import write_record
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training import sequence
 
@@ -36,7 +36,7 @@ def run(config: Config) -> None:
         (diagnose, patient(stage, folder)),
     ]  # fmt: skip
     for number, (module, settings) in enumerate(steps, start=1):
-        say(f"\n[{number}/{len(steps)}] {settings.name}")
+        echo(f"\n[{number}/{len(steps)}] {settings.name}")
         if module is diagnose and stage.incident:
             replay(config, settings, folder)
         else:
@@ -51,7 +51,9 @@ def patient(stage: FlowStage, folder: Path) -> DiagnoseStage:
     """What is diagnosed: the pipeline, by itself; in the incident what was made of it, held against it."""
     made, sound = folder / "pipeline-2024", folder / "pipeline"
     if stage.incident:
-        return replace(stage.diagnose, candidate=str(made), reference=str(sound), fix=True, output=str(folder / "mended"))
+        return replace(
+            stage.diagnose, candidate=str(made), reference=str(sound), fix=True, output=str(folder / "mended")
+        )
     return replace(stage.diagnose, candidate=stage.diagnose.candidate or str(sound))
 
 
@@ -59,15 +61,19 @@ def replay(config: Config, settings: StageConfig, folder: Path) -> None:
     """The incident: every load succeeds, and the diagnosis finds fault, as it must."""
     if ranks.is_main():
         where = as_in_2024(folder / "pipeline", folder / "pipeline-2024")
-        say(f"{where}: the same weights with the settings that CogVideo's converter wrote in 2024. It loads and samples without a word.")
+        echo(
+            f"{where}: the same weights with the settings that CogVideo's converter wrote in 2024. It loads and samples without a word."
+        )
     ranks.barrier()
     try:
         diagnose.run(replace(config, stage=settings))
     except QualityGateError as error:
-        say(f"the diagnosis ends as it does for such a pipeline, with exit code 3: {error.hint}")
+        echo(f"the diagnosis ends as it does for such a pipeline, with exit code 3: {error.hint}")
         return
     if ranks.is_main():
-        raise PipelineError("The diagnosis found nothing wrong with the pipeline of 2024.", "It should have: please report this.")
+        raise PipelineError(
+            "The diagnosis found nothing wrong with the pipeline of 2024.", "It should have: please report this."
+        )
 
 
 def close(config: Config, folder: Path, started: float) -> None:
@@ -80,9 +86,9 @@ def close(config: Config, folder: Path, started: float) -> None:
         place = tracker.url_or_dir
     write_record(folder, "flow", config, {}, results, started=started)
     report = write_report(folder)
-    say("")
+    echo("")
     table(rows, ["stage", "result", "seconds", "where"])
-    say(
+    echo(
         f"videos:   {samples or 'none'}\npipeline: {pipeline}\nreport:   {report}\nW&B run:  {place}\n"
         f"finished in {time.time() - started:.0f} s"
     )
@@ -96,5 +102,7 @@ def closing_rows(folder: Path) -> list[list[str]]:
         if path.is_file():
             record = json.loads(path.read_text())
             results = record["results"]
-            rows.append([name, str(results.get("summary", "")), f"{record['seconds']:.0f}", str(results.get("where", ""))])
+            rows.append(
+                [name, str(results.get("summary", "")), f"{record['seconds']:.0f}", str(results.get("where", ""))]
+            )
     return rows

@@ -11,25 +11,25 @@ from pathlib import Path
 
 import torch
 
-from cogflow import ranks
 from cogflow.config.schema import Config, PrepareStage
 from cogflow.data import buckets
+from cogflow.data.clip_index import LAYOUTS
 from cogflow.data.encode import QUARANTINE, Embed
-from cogflow.data.index import LAYOUTS
-from cogflow.data.prepare import PrepareResult, prepare
+from cogflow.data.preparation import PrepareResult, prepare
 from cogflow.data.shapes_folder import draw_folder
 from cogflow.errors import ConfigError, DataError
 from cogflow.files.manifest import hash_file
 from cogflow.files.paths import run_folder
-from cogflow.models import components, inputs
-from cogflow.rungs import report as ladder
-from cogflow.rungs import source
-from cogflow.tracking.console import say
-from cogflow.tracking.progress import progress
-from cogflow.tracking.report import record_stage
-from cogflow.tracking.standing import Watchdog, mark
+from cogflow.ladder import clip_rungs
+from cogflow.ladder import ladder_report as ladder
+from cogflow.models import inputs, loading
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
+from cogflow.runtime.heartbeat import Watchdog, enter_phase
+from cogflow.runtime.progress import progress
+from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
-from cogflow.training.breakdown import lost_told
+from cogflow.training.failures import translate_lost_ranks
 
 CACHE = "cache"
 
@@ -42,28 +42,30 @@ def run(config: Config) -> None:
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
-    model = components.model_folder(config.model)
+    model = loading.model_folder(config.model)
     clips_folder = find_clips(config, folder)
     device = ranks.device()
-    dtype = components.resolve_dtype(config.model, device)
-    hashes = ranks.agreed(lambda: model_hashes(model, dtype))
+    dtype = loading.resolve_dtype(config.model, device)
+    hashes = ranks.run_on_main(lambda: model_hashes(model, dtype))
     max_length = caption_length(model)
     transformer = inputs.read_transformer_config(model)
-    inputs.check_sizes(transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)})
+    inputs.check_sizes(
+        transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)}
+    )
 
     def load_text() -> Embed:
-        tokenizer = components.load_tokenizer(model)
-        encoder = components.load_text_encoder(model, dtype, device)
+        tokenizer = loading.load_tokenizer(model)
+        encoder = loading.load_text_encoder(model, dtype, device)
 
         def embed(texts: Sequence[str]) -> torch.Tensor:
-            return components.encode_prompts(tokenizer, encoder, list(texts), max_length)
+            return loading.encode_prompts(tokenizer, encoder, list(texts), max_length)
 
         return embed
 
-    with Watchdog(folder, 60 * stage.stall_minutes) as watchdog, lost_told(watchdog):
+    with Watchdog(folder, 60 * stage.stall_minutes) as watchdog, translate_lost_ranks(watchdog):
         result = prepare(
             config,
-            load_vae=lambda: components.load_vae(model, torch.float32, device),
+            load_vae=lambda: loading.load_vae(model, torch.float32, device),
             load_text=load_text,
             folder=folder / CACHE,
             clips_folder=clips_folder,
@@ -72,7 +74,7 @@ def run(config: Config) -> None:
             report=progress,
             images=config.data.image_variants if inputs.takes_image(transformer) else 0,
         )
-        mark("telling what was prepared")
+        enter_phase("telling what was prepared")
         if ranks.is_main():
             _tell(config, folder, clips_folder, hashes, result, started)
         ranks.barrier()
@@ -88,14 +90,14 @@ def find_clips(config: Config, folder: Path) -> Path:
     else:
         raise DataError("data=folder needs data.path", LAYOUTS)
     if data.name == "shapes":
-        ranks.agreed(lambda: draw_folder(clips_folder, data))
+        ranks.run_on_main(lambda: draw_folder(clips_folder, data))
     return clips_folder
 
 
 def model_hashes(model: Path, text_dtype: torch.dtype) -> dict[str, str]:
     """What determines the latents ("vae") and the embeddings (the rest): hashes over the components' files, and the dtype."""
     hashes = {name: _hash_folder(model / name) for name in ("vae", "text_encoder", "tokenizer")}
-    return {**hashes, "text_dtype": components.dtype_name(text_dtype)}
+    return {**hashes, "text_dtype": loading.dtype_name(text_dtype)}
 
 
 def caption_length(model: Path) -> int:
@@ -106,27 +108,44 @@ def caption_length(model: Path) -> int:
 def _hash_folder(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
-        raise ConfigError(f"{folder} is missing or empty", "preparing needs the vae, text_encoder and tokenizer of a pipeline folder")
+        raise ConfigError(
+            f"{folder} is missing or empty", "preparing needs the vae, text_encoder and tokenizer of a pipeline folder"
+        )
     listing = [[path.relative_to(folder).as_posix(), hash_file(path)] for path in files]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _tell(config: Config, folder: Path, clips_folder: Path, hashes: dict[str, str], result: PrepareResult, started: float) -> None:
+def _tell(
+    config: Config, folder: Path, clips_folder: Path, hashes: dict[str, str], result: PrepareResult, started: float
+) -> None:
     reused = result.clips - result.encoded_clips
     summary = (
         f"{result.clips} clips ({result.train} to train on, {result.holdout} held out): {result.encoded_clips} encoded, {reused} reused; "
         f"{result.encoded_captions} captions encoded"
     )
     if result.buckets:
-        summary += "; to train on by bucket: " + ", ".join(f"{bucket} {count}" for bucket, count in result.buckets.items())
+        summary += "; to train on by bucket: " + ", ".join(
+            f"{bucket} {count}" for bucket, count in result.buckets.items()
+        )
     for warning in result.warnings:
-        say(f"warning: {warning}")
+        echo(f"warning: {warning}")
     with open_tracker(config, "prepare", folder) as tracker:
-        tracker.log(0, {f"prepare/{name}": float(getattr(result, name)) for name in ("clips", "unreadable", "upscaled", "seconds")})
+        tracker.log(
+            0,
+            {
+                f"prepare/{name}": float(getattr(result, name))
+                for name in ("clips", "unreadable", "upscaled", "seconds")
+            },
+        )
         listed = [path for path in (result.folder / "index.json", result.folder / QUARANTINE) if path.is_file()]
         tracker.artifact(f"{config.run.name}-clips", "dataset", listed)
-        source.gather(folder, result.folder, config.data)
+        clip_rungs.gather(folder, result.folder, config.data)
         findings = ladder.tell(tracker, folder)
-    results = {"summary": summary, "where": str(result.folder), **asdict(result), "findings": [one.line for one in findings]}
+    results = {
+        "summary": summary,
+        "where": str(result.folder),
+        **asdict(result),
+        "findings": [one.line for one in findings],
+    }
     record_stage(folder, "prepare", config, {"clips": str(clips_folder), "models": hashes}, results, started=started)
-    say(f"{summary}\nprepared clips: {result.folder}")
+    echo(f"{summary}\nprepared clips: {result.folder}")

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from diffusers import CogVideoXPipeline
 
-from cogflow import ranks
 from cogflow.config.schema import Config, PretrainStage
 from cogflow.files.paths import run_folder
 from cogflow.files.publish import publish_folder, write_json
 from cogflow.models import tiny
-from cogflow.models.components import encode_prompts, load_text_encoder, load_tokenizer
-from cogflow.models.convolutions import by_onednn
+from cogflow.models.loading import encode_prompts, load_text_encoder, load_tokenizer
+from cogflow.models.onednn import by_onednn
 from cogflow.pretraining import figures
 from cogflow.pretraining.text import make_tokenizer, train_text_encoder
 from cogflow.pretraining.transformer import TransformerSettings, encode_clips, train_transformer
 from cogflow.pretraining.vae import VAESettings, clip_pool, normalise_latents, train_vae
-from cogflow.tracking.console import say, table
-from cogflow.tracking.report import record_stage
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo, table
+from cogflow.tracking.html_report import record_stage
 
 
 def run(config: Config) -> None:
@@ -35,21 +35,25 @@ def run(config: Config) -> None:
     output = Path(stage.output) if stage.output else folder / "model"
     log = Log(folder / "pretrain.log.jsonl")
 
-    say("1/4 tokenizer and text encoder")
+    echo("1/4 tokenizer and text encoder")
     if not (state / "text_encoder" / "model.safetensors").is_file():
         tokenizer = make_tokenizer(state / "tokenizer")
         train_text_encoder(tokenizer, stage.text_steps, stage.seed, log).save_pretrained(state / "text_encoder")
     tokenizer, text_encoder = load_tokenizer(state), load_text_encoder(state)
 
-    say("2/4 autoencoder")
+    echo("2/4 autoencoder")
     torch.manual_seed(stage.seed)
     vae = by_onednn(tiny.new_vae())
     settings = VAESettings().scaled(stage.vae_steps)
     train_vae(vae, settings, stage.seed, state / "vae.pt", log)
-    unseen = clip_pool(stage.check_clips, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float() / 127.5 - 1.0
+    unseen = (
+        clip_pool(stage.check_clips, figures.UNSEEN - 1, settings.frames, settings.height, settings.width).float()
+        / 127.5
+        - 1.0
+    )
     factors = normalise_latents(vae, unseen)
 
-    say("3/4 transformer")
+    echo("3/4 transformer")
     device = ranks.device()
     transformer_settings = TransformerSettings(steps=stage.transformer_steps, clips=stage.clips)
     latents, captions = encode_clips(vae, transformer_settings.clips, stage.seed + 1, state / "latents.safetensors")
@@ -59,10 +63,21 @@ def run(config: Config) -> None:
     def embed(texts: list[str], tokens: int) -> torch.Tensor:
         return encode_prompts(tokenizer, text_encoder, texts, tokens).to(device)
 
-    train_transformer(transformer, latents.to(device), captions, embed, transformer_settings, stage.seed, state / "transformer.pt", log)
+    train_transformer(
+        transformer,
+        latents.to(device),
+        captions,
+        embed,
+        transformer_settings,
+        stage.seed,
+        state / "transformer.pt",
+        log,
+    )
 
-    say("4/4 figures")
-    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer.cpu().to(torch.bfloat16).float(), tiny.new_scheduler())
+    echo("4/4 figures")
+    pipeline = CogVideoXPipeline(
+        tokenizer, text_encoder, vae, transformer.cpu().to(torch.bfloat16).float(), tiny.new_scheduler()
+    )
     measured = {
         "roundtrip": figures.roundtrip(vae, stage.check_clips),
         "following": figures.following(sampler(pipeline, stage.check_steps), stage.check_repeats),
@@ -73,14 +88,23 @@ def run(config: Config) -> None:
         pipeline.save_pretrained(partial)
         for name in ("spiece.model",):
             (partial / "tokenizer" / name).write_bytes((state / "tokenizer" / name).read_bytes())
-        recipe = {"command": "python -m cogflow experiment=tiny_pretrain", "seed": stage.seed, "latent_factors": factors}
+        recipe = {
+            "command": "python -m cogflow experiment=tiny_pretrain",
+            "seed": stage.seed,
+            "latent_factors": factors,
+        }
         write_json(partial / "recipe.json", {**recipe, "steps": log.summary(), "figures": measured})
-    results = {"summary": f"{measured['roundtrip']['psnr_mean_db']:.1f} dB round trip", "where": str(output), **measured}
+    results = {
+        "summary": f"{measured['roundtrip']['psnr_mean_db']:.1f} dB round trip",
+        "where": str(output),
+        **measured,
+    }
     record_stage(folder, "pretrain", config, {}, results, started=started)
     table(
-        [[part, name, f"{value:.3f}"] for part, values in measured.items() for name, value in values.items()], ["part", "figure", "value"]
+        [[part, name, f"{value:.3f}"] for part, values in measured.items() for name, value in values.items()],
+        ["part", "figure", "value"],
     )
-    say(f"model: {output}")
+    echo(f"model: {output}")
 
 
 def sampler(pipeline: CogVideoXPipeline, steps: int) -> Any:
@@ -107,7 +131,11 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**values, "time": time.time()}) + "\n")
         if values["step"] % 100 == 0:
-            say(" ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{value}" for name, value in values.items()))
+            echo(
+                " ".join(
+                    f"{name}={value:.4g}" if isinstance(value, float) else f"{value}" for name, value in values.items()
+                )
+            )
 
     def summary(self) -> dict[str, Any]:
         """Last step of each part, with the seconds it took (time between lines; pauses of over five minutes do not count)."""

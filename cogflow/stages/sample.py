@@ -6,19 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import Config, SampleStage
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.paths import run_folder
-from cogflow.models import components
-from cogflow.models.untrusted import refuse_code
+from cogflow.models import loading
+from cogflow.models.code_check import refuse_code
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo, table
 from cogflow.sampling import gallery
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.sampling.score import IN_TIME, Scored, against, mean, rates_differ, score
 from cogflow.sampling.source import frames_of, is_frames, read_clips
-from cogflow.tracking.console import say, table
-from cogflow.tracking.report import record_stage
+from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 from cogflow.weights.fingerprint import fingerprint
 from cogflow.weights.source import find_source
@@ -39,11 +39,17 @@ def run(config: Config) -> None:
     reference = Path(stage.reference).expanduser() if stage.reference else None
     for place in (source, reference):
         if place is not None and not place.exists():
-            raise DataError(f"{place} does not exist.", "Give a run, a checkpoint, a pipeline folder, a video or a folder of frames.")
+            raise DataError(
+                f"{place} does not exist.",
+                "Give a run, a checkpoint, a pipeline folder, a video or a folder of frames.",
+            )
     if reference is not None and (frames := frames_of(reference)) is not None:
         reference = frames
     elif reference is not None:
-        raise DataError(f"stage.reference={reference} holds no videos or frames.", "Sample it first, then give its folder of videos.")
+        raise DataError(
+            f"stage.reference={reference} holds no videos or frames.",
+            "Sample it first, then give its folder of videos.",
+        )
     how: dict[str, Any] | None = None
     where = source
     if not is_frames(source):
@@ -57,27 +63,31 @@ def run(config: Config) -> None:
 def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> dict[str, Any]:
     """Sample every prompt from its fixed noise into ``where``; returns how the samples were made."""
     device = ranks.device()
-    dtype = components.resolve_dtype(config.model, device)
+    dtype = loading.resolve_dtype(config.model, device)
     if (source / "model_index.json").is_file():
         refuse_code(source)
         base, transformer_folder = source, source
     else:
-        base = components.model_folder(config.model)
+        base = loading.model_folder(config.model)
         # .../transformer or .../ema of a verified checkpoint, or an export
         found = find_source(source, "auto").folder
         transformer_folder = found
     data = config.data
     prompts = prompts_for(stage.prompts or config.sampling.prompts, data.name, captions(config))
-    tokenizer, encoder = components.load_tokenizer(base), components.load_text_encoder(base, dtype, device)
+    tokenizer, encoder = loading.load_tokenizer(base), loading.load_text_encoder(base, dtype, device)
     transformer = load_transformer(transformer_folder, dtype, device)
     texts = [prompt.text for prompt in prompts] + [""]
-    embeds = components.encode_prompts(tokenizer, encoder, texts, transformer.config.max_text_seq_length).cpu()
+    embeds = loading.encode_prompts(tokenizer, encoder, texts, transformer.config.max_text_seq_length).cpu()
     del encoder
     sampler = Sampler(
-        transformer, components.load_vae(base), components.load_scheduler(base), embeds[-1], config.sampling,
+        transformer, loading.load_vae(base), loading.load_scheduler(base), embeds[-1], config.sampling,
         frames=data.frames, height=data.height, width=data.width, device=device, dtype=dtype,
     )  # fmt: skip
-    facts: dict[str, Any] = {"step": None, "source": str(source), "weights_sha256": fingerprint(transformer.state_dict().items())}
+    facts: dict[str, Any] = {
+        "step": None,
+        "source": str(source),
+        "weights_sha256": fingerprint(transformer.state_dict().items()),
+    }
     record = gallery.sample_into(
         where, sampler, requests(prompts, embeds, config.sampling.seeds), fps=data.fps, facts=facts, title="samples"
     )
@@ -90,9 +100,9 @@ def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
     if (folder / "config.json").is_file():
         from diffusers import CogVideoXTransformer3DModel
 
-        loaded = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, **components.SAFETENSORS_ONLY)
+        loaded = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, **loading.SAFETENSORS_ONLY)
         return loaded.to(device).eval()
-    return components.load_transformer(folder, dtype, device).eval()
+    return loading.load_transformer(folder, dtype, device).eval()
 
 
 def captions(config: Config) -> list[str]:
@@ -114,7 +124,11 @@ def conclude(
     ours = measured(where, others)
     names = list(next(iter(ours.panels.values())))
     table([[name, *(f"{panel[key]:.3f}" for key in SHOWN)] for name, panel in ours.panels.items()], ["clip", *SHOWN])
-    results: dict[str, Any] = {"summary": f"{len(ours.panels)} clips measured", "where": str(where), "sharpness": ours.panels}
+    results: dict[str, Any] = {
+        "summary": f"{len(ours.panels)} clips measured",
+        "where": str(where),
+        "sharpness": ours.panels,
+    }
     if how is not None:
         results["sampling"] = how
         results["summary"] += f", sampled by {how['scheduler']}"
@@ -125,20 +139,24 @@ def conclude(
         comparison = against(ours, others, stage.fail_on)
         results |= {"reference": str(reference), "comparison": comparison}
         results["summary"] += (
-            f", worse than the reference: {', '.join(comparison['kinds'])}" if comparison["worse"] else ", as good as the reference"
+            f", worse than the reference: {', '.join(comparison['kinds'])}"
+            if comparison["worse"]
+            else ", as good as the reference"
         )
         for note in remarks(ours, others):
-            say(f"note: {note}")
+            echo(f"note: {note}")
         table(changes_rows(comparison), ["channel", "change", "from", "to", "z"])
-        say(comparison["line"])
+        echo(comparison["line"])
     with open_tracker(config, "sample", folder) as tracker:
         tracker.log(0, {f"sample/{key}": value for key, value in mean(ours.panels).items()})
-        tracker.table("sample/sharpness", ["clip", *names], [[name, *panel.values()] for name, panel in ours.panels.items()])
+        tracker.table(
+            "sample/sharpness", ["clip", *names], [[name, *panel.values()] for name, panel in ours.panels.items()]
+        )
         if comparison is not None:
             tracker.table("sample/comparison", ["channel", "change", "from", "to", "z"], changes_rows(comparison))
     folder.mkdir(parents=True, exist_ok=True)
     record = record_stage(folder, "sample", config, {"source": str(source)}, results, started=started)
-    say(f"{results['summary']}\nclips:  {where}\nrecord: {record}")
+    echo(f"{results['summary']}\nclips:  {where}\nrecord: {record}")
     if comparison is not None and comparison["worse"]:
         lines = [finding["line"] for finding in comparison["findings"] if finding["kind"] in comparison["kinds"]]
         raise QualityGateError(
@@ -177,11 +195,16 @@ def remarks(ours: Scored, others: Scored) -> list[str]:
     """What a reader of the verdict should know."""
     said = list(ours.notes)
     if not (ours.raw and others.raw):
-        said.append("measured on videos that went through a codec, which softens and adds noise of its own; raw frames tell more")
+        said.append(
+            "measured on videos that went through a codec, which softens and adds noise of its own; raw frames tell more"
+        )
     if rates_differ(ours, others):
         said.append(f"the frame rates differ: {', '.join(IN_TIME)} are not judged")
     return said
 
 
 def changes_rows(comparison: dict[str, Any]) -> list[list[str]]:
-    return [[name, *(f"{one[key]:+.3f}" for key in ("size", "low", "high", "z"))] for name, one in comparison["changes"].items()]
+    return [
+        [name, *(f"{one[key]:+.3f}" for key in ("size", "low", "high", "z"))]
+        for name, one in comparison["changes"].items()
+    ]

@@ -6,29 +6,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
-from cogflow.models import components, inputs
-from cogflow.planning import report as planning
+from cogflow.models import inputs, loading
+from cogflow.planning import plan_report as planning
 from cogflow.planning.plan import kept
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
+from cogflow.runtime.heartbeat import Watchdog
+from cogflow.runtime.progress import progress
+from cogflow.runtime.stop_signals import StopRequest
 from cogflow.sampling import gallery
-from cogflow.tracking.console import say
-from cogflow.tracking.progress import progress
-from cogflow.tracking.record import write_record
-from cogflow.tracking.report import write_report
-from cogflow.tracking.standing import Watchdog
+from cogflow.tracking.html_report import write_report
+from cogflow.tracking.stage_record import write_record
 from cogflow.tracking.tracker import Tracker, open_tracker
 from cogflow.training import checkpoint, policy, retention, sequence, speed
-from cogflow.training.breakdown import told
-from cogflow.training.identity import check_same
+from cogflow.training.failures import translate_errors
 from cogflow.training.loop import Hooks
-from cogflow.training.prepared import Prepared
 from cogflow.training.rollback import Rollback
-from cogflow.training.signals import StopRequest
+from cogflow.training.run_identity import check_same
+from cogflow.training.setup import TrainingSetup
 
 MOST_DROPPED = 0.5
 
@@ -49,26 +49,31 @@ def run(config: Config) -> None:
     retention.sweep_all(folder / "checkpoints")
     found, passed = checkpoint.find(stage.resume, folder / "checkpoints")
     for line in passed:
-        say(f"warning: checkpoint passed over: {line}")
+        echo(f"warning: checkpoint passed over: {line}")
     found, before, rollbacks = where_to_start(found, stage, folder)
     if before is not None:
         check_same(before, config, cache)
         if before["step"] >= stage.steps:
-            say(f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; give more stage.steps to go on")
+            echo(
+                f"this run is finished: {found} stands at step {before['step']} of {stage.steps}; give more stage.steps to go on"
+            )
             return
     with (
         open_tracker(config, "train", folder) as tracker,
         Watchdog(folder, 60 * stage.stall_minutes) as watchdog,
         StopRequest() as request,  # up to the report: after the last step a signal has nothing left to stop
     ):
-        with told(config, watchdog):
+        with translate_errors(config, watchdog):
             keeps = kept(config)
             if keeps is not None:
-                say(f"activations: {planning.keeping(keeps)}")
-            prepared = Prepared(config, cache, folder, tracker, keeps)
+                echo(f"activations: {planning.keeping(keeps)}")
+            prepared = TrainingSetup(config, cache, folder, tracker, keeps)
             train(prepared, tracker, request, found, rollbacks)
         tracker.artifact(
-            "checkpoint", "checkpoint", [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"], uses=["clips"]
+            "checkpoint",
+            "checkpoint",
+            [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"],
+            uses=["clips"],
         )
         finish(config, folder, cache, prepared, started, tracker.url_or_dir)
 
@@ -77,16 +82,27 @@ def open_cache(config: Config, folder: Path) -> LatentCache:
     """The prepared clips, which must have been made with this config's data settings."""
     cache = LatentCache(folder / "cache")
     if problems := cache.mismatches(config.data):
-        raise ConfigError("The prepared clips were made with other settings: " + "; ".join(problems), "Run stage=prepare again.")
-    transformer = inputs.read_transformer_config(components.model_folder(config.model))
+        raise ConfigError(
+            "The prepared clips were made with other settings: " + "; ".join(problems), "Run stage=prepare again."
+        )
+    transformer = inputs.read_transformer_config(loading.model_folder(config.model))
     if inputs.takes_image(transformer) != bool(cache.image_variants):
-        of = "without first frames, for text to video" if not cache.image_variants else "with first frames, for image to video"
-        raise ConfigError(f"The prepared clips were made {of}; the model is not for that.", "Run stage=prepare again, with this model.")
+        of = (
+            "without first frames, for text to video"
+            if not cache.image_variants
+            else "with first frames, for image to video"
+        )
+        raise ConfigError(
+            f"The prepared clips were made {of}; the model is not for that.",
+            "Run stage=prepare again, with this model.",
+        )
     inputs.check_sizes(transformer, buckets.sizes(config.data))
     return cache
 
 
-def where_to_start(found: Path | None, stage: TrainStage, folder: Path) -> tuple[Path | None, dict[str, Any] | None, list[Rollback]]:
+def where_to_start(
+    found: Path | None, stage: TrainStage, folder: Path
+) -> tuple[Path | None, dict[str, Any] | None, list[Rollback]]:
     """The checkpoint to go on from, its ``trainer.json``, and the rollbacks that hold: a run that an alarm stopped may go back first."""
     trainer = checkpoint.read_trainer(found) if found else None
     try:
@@ -95,7 +111,9 @@ def where_to_start(found: Path | None, stage: TrainStage, folder: Path) -> tuple
         return back.path, checkpoint.read_trainer(back.path), back.rollbacks
 
 
-def train(prepared: Prepared, tracker: Tracker, request: StopRequest, found: Path | None, rollbacks: list[Rollback]) -> None:
+def train(
+    prepared: TrainingSetup, tracker: Tracker, request: StopRequest, found: Path | None, rollbacks: list[Rollback]
+) -> None:
     """Go on from ``found`` to the last step, going back where ``stage.on_blur=rollback`` says so."""
     stage, folder, reached = prepared.stage, prepared.folder, 0
 
@@ -123,7 +141,7 @@ def train(prepared: Prepared, tracker: Tracker, request: StopRequest, found: Pat
             tracker.rewind(step)
             bar.advance(step - reached)
             if step:
-                say(f"resuming {folder} after step {step}")
+                echo(f"resuming {folder} after step {step}")
             try:
                 prepared.trainer.run(step, hooks, owed=owed)
                 return
@@ -139,7 +157,9 @@ def few_captions(dropout: float) -> str:
     )
 
 
-def finish(config: Config, folder: Path, cache: LatentCache, prepared: Prepared, started: float, wandb: str) -> None:
+def finish(
+    config: Config, folder: Path, cache: LatentCache, prepared: TrainingSetup, started: float, wandb: str
+) -> None:
     """Write ``train.json`` and the report, and say where everything is."""
     if not ranks.is_main():
         return
@@ -152,4 +172,6 @@ def finish(config: Config, folder: Path, cache: LatentCache, prepared: Prepared,
     results = {"summary": summary, "where": str(last), "samples": str(samples) if samples else None, "wandb": wandb}
     write_record(folder, "train", config, inputs, results, started=started)
     report = write_report(folder)
-    say(f"checkpoint: {last}\nsamples:    {samples or 'none (stage.sample_every=0)'}\nreport:     {report}\nW&B:        {wandb}")
+    echo(
+        f"checkpoint: {last}\nsamples:    {samples or 'none (stage.sample_every=0)'}\nreport:     {report}\nW&B:        {wandb}"
+    )

@@ -83,7 +83,13 @@ def chart(
             _, y = at(*line.points.finite[0])
             parts.append(f'<line class="reference" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         parts += drawn
-        hover.append({"label": line.label, "colour": line.colour, "at": [[*at(step, value), step, short(value)] for step, value in shown]})
+        hover.append(
+            {
+                "label": line.label,
+                "colour": line.colour,
+                "at": [[*at(step, value), step, short(value)] for step, value in shown],
+            }
+        )
     parts.append("</g>")
     svg = (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
@@ -189,7 +195,9 @@ def _draw(line: Line, at: Place, height: int) -> tuple[list[str], list[tuple[int
         shown = _thin(finite)
         parts += [_path(run, at, f"line s{line.colour}") for run in _runs(line.points)]
     if line.dots:
-        parts += [f'<circle class="dot s{line.colour}" cx="{x}" cy="{y}" r="3"/>' for x, y in (at(*point) for point in shown)]
+        parts += [
+            f'<circle class="dot s{line.colour}" cx="{x}" cy="{y}" r="3"/>' for x, y in (at(*point) for point in shown)
+        ]
     for step, value in zip(line.points.steps, line.points.values, strict=True):
         if value is None:
             x, _ = at(step, 0)

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from cogflow.errors import DataError, UserError
+from cogflow.tracking.contact_sheet import enlarge, pick
 from cogflow.tracking.curves import SMOOTH_FROM, running_mean
 from cogflow.tracking.run_data import RunData, Sample, Validation, read_run
-from cogflow.tracking.sheet import enlarge, pick
 
 PROMPTS = 4
 FRAMES = 3
@@ -38,7 +38,8 @@ def write_picture(folder: Path, output: Path) -> Path:
     pairs = _pairs(run)
     if not pairs:
         raise DataError(
-            f"{folder} holds no validation samples to draw", "a run has them in samples/step-*/ when stage.sample_every is not 0"
+            f"{folder} holds no validation samples to draw",
+            "a run has them in samples/step-*/ when stage.sample_every is not 0",
         )
     first, last = run.validations[0], run.validations[-1]
     height = max(3.6, 0.62 + 1.22 * len(pairs))
@@ -57,7 +58,11 @@ def _pairs(run: RunData) -> list[tuple[Sample, Sample]]:
     if not run.validations:
         return []
     first, last = run.validations[0], run.validations[-1]
-    keys = [key for key, sample in last.samples.items() if sample.video and key in first.samples and first.samples[key].video]
+    keys = [
+        key
+        for key, sample in last.samples.items()
+        if sample.video and key in first.samples and first.samples[key].video
+    ]
     return [(first.samples[keys[index]], last.samples[keys[index]]) for index in pick(len(keys), PROMPTS)]
 
 
@@ -101,7 +106,9 @@ def _read(sample: Sample) -> list[np.ndarray]:
 
 def _curves(area: SubFigure, run: RunData) -> None:
     above, below = area.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.28})
-    area.subplots_adjust(left=0.165, right=0.97, top=1 - 0.42 / area.bbox.height * 150, bottom=0.52 / area.bbox.height * 150)
+    area.subplots_adjust(
+        left=0.165, right=0.97, top=1 - 0.42 / area.bbox.height * 150, bottom=0.52 / area.bbox.height * 150
+    )
     loss, heldout = run.curve("train/loss").finite, run.curve("heldout/loss").finite
     if loss:
         steps, values = [step for step, _ in loss], [value for _, value in loss]
@@ -109,7 +116,11 @@ def _curves(area: SubFigure, run: RunData) -> None:
         if dense:
             above.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
         above.plot(
-            steps, running_mean(values, max(5.0, len(values) / 30)) if dense else values, color=BLUE, linewidth=1.6, label="training"
+            steps,
+            running_mean(values, max(5.0, len(values) / 30)) if dense else values,
+            color=BLUE,
+            linewidth=1.6,
+            label="training",
         )
         above.set_ylim(0, 1.08 * float(np.quantile(values + [value for _, value in heldout], 0.995)))
     if heldout:
@@ -122,7 +133,11 @@ def _curves(area: SubFigure, run: RunData) -> None:
     wavelet, blur = run.curve("sharpness/wavelet_ratio").finite, run.curve("sharpness/blur_effect").finite
     if wavelet:
         below.plot(
-            [step for step, _ in wavelet], [value - wavelet[0][1] for _, value in wavelet], color=GREEN, label="wavelet ratio", **DOTTED
+            [step for step, _ in wavelet],
+            [value - wavelet[0][1] for _, value in wavelet],
+            color=GREEN,
+            label="wavelet ratio",
+            **DOTTED,
         )
     if blur and min(value for _, value in blur) > 0:
         changes = [math.log(value / blur[0][1]) for _, value in blur]

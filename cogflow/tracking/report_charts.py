@@ -9,7 +9,10 @@ QUARTERS = ("1st (least noise)", "2nd", "3rd", "4th (most)")
 
 
 def loss_charts(run: RunData) -> list[Chart]:
-    lines = [Line("training", run.curve("train/loss"), 1, smooth=True), Line("held out", run.curve("heldout/loss"), 2, dots=True)]
+    lines = [
+        Line("training", run.curve("train/loss"), 1, smooth=True),
+        Line("held out", run.curve("heldout/loss"), 2, dots=True),
+    ]
     return _present(chart("Loss", lines, width=660, height=520, until=run.last_step))
 
 
@@ -39,7 +42,10 @@ def sharpness_charts(run: RunData) -> list[Chart]:
 
 def other_charts(run: RunData) -> list[Chart]:
     def quarters(prefix: str, **style: bool) -> list[Line]:
-        return [Line(label, run.curve(f"{prefix}/loss_q{number}"), number, **style) for number, label in enumerate(QUARTERS, 1)]
+        return [
+            Line(label, run.curve(f"{prefix}/loss_q{number}"), number, **style)
+            for number, label in enumerate(QUARTERS, 1)
+        ]
 
     def one(title: str, name: str, note: str = "", *, smooth: bool = False) -> Chart | None:
         return chart(
@@ -77,18 +83,44 @@ def watch_charts(run: RunData) -> list[Chart]:
     names = [name for name in run.metrics if name.startswith("watch/") and name not in ("watch/level", "watch/score")]
     # The four that moved most, blur first: there are more channels than colours.
     names.sort(
-        key=lambda name: (name not in ("watch/blur", "watch/soft"), -max((abs(value) for _, value in run.curve(name).finite), default=0))
+        key=lambda name: (
+            name not in ("watch/blur", "watch/soft"),
+            -max((abs(value) for _, value in run.curve(name).finite), default=0),
+        )
     )
-    lines = [Line(name.partition("/")[2].replace("_", " "), run.curve(name), colour, dots=True) for colour, name in enumerate(names[:4], 1)]
+    lines = [
+        Line(name.partition("/")[2].replace("_", " "), run.curve(name), colour, dots=True)
+        for colour, name in enumerate(names[:4], 1)
+    ]
     levels = [Line("level", run.curve("watch/level"), 2, dots=True)]
-    high = [Line(label, run.curve(f"spectrum/high_q{number}"), number, smooth=True) for number, label in enumerate(QUARTERS, 1)]
+    high = [
+        Line(label, run.curve(f"spectrum/high_q{number}"), number, smooth=True)
+        for number, label in enumerate(QUARTERS, 1)
+    ]
     trend = [Line("z", run.curve("spectrum/z"), 3, smooth=True)]
     until, height = run.last_step, 180
     return _present(
-        chart("Watch", lines, note="change against step 0, in deviations of nothing wrong", height=height, until=until, least=6.0),
-        chart("Watch level", levels, note="0 quiet, 1 learning, 2 warning, 3 alarm", height=height, until=until, least=3.0),
-        chart("Fine detail recovered", high, note="share of the latents' finest band in the x0 prediction", height=height, until=until),
-        chart("Trend of fine detail", trend, note="z of its change, at every step", height=height, until=until, least=6.0),
+        chart(
+            "Watch",
+            lines,
+            note="change against step 0, in deviations of nothing wrong",
+            height=height,
+            until=until,
+            least=6.0,
+        ),
+        chart(
+            "Watch level", levels, note="0 quiet, 1 learning, 2 warning, 3 alarm", height=height, until=until, least=3.0
+        ),
+        chart(
+            "Fine detail recovered",
+            high,
+            note="share of the latents' finest band in the x0 prediction",
+            height=height,
+            until=until,
+        ),
+        chart(
+            "Trend of fine detail", trend, note="z of its change, at every step", height=height, until=until, least=6.0
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogflow.tracking.metrics import EVENTS, read_lines
+from cogflow.tracking.metrics_log import EVENTS, read_lines
 
 ORDER = ("pretrain", "prepare", "train", "sample", "export", "assemble", "diagnose", "benchmark", "flow")
 
@@ -126,7 +126,11 @@ def _metrics(path: Path) -> tuple[dict[str, Points], int | None]:
         if not isinstance(step, int):
             continue
         for name, value in line.items():
-            if name in ("step", "time") or isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
+            if (
+                name in ("step", "time")
+                or isinstance(value, bool)
+                or not (value is None or isinstance(value, int | float))
+            ):
                 continue
             finite = value is not None and math.isfinite(value)
             values.setdefault(name, {})[step] = float(value) if finite and value is not None else None

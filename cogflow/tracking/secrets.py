@@ -11,7 +11,8 @@ HIDDEN = "***"
 
 # "token" counts only as the last word: max_tokens and tokenizer are settings, HF_TOKEN and access-token are not.
 _NAME = re.compile(
-    r"(^|[_.\-])(api_?key|apikey|token|secret|secret_key|access_key|private_key|password|passwd|credentials?)$", re.IGNORECASE
+    r"(^|[_.\-])(api_?key|apikey|token|secret|secret_key|access_key|private_key|password|passwd|credentials?)$",
+    re.IGNORECASE,
 )
 _ASSIGNED = re.compile(
     r"(?P<name>[\w.\-]*?(?:api_?key|apikey|token|secret|secret_key|access_key|private_key|password|passwd|credentials?))(?P<sign>=|:\s*|\s+)(?P<value>[^\s,;\"']+)",

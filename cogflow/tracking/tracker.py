@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import Config
 from cogflow.files.manifest import hash_file
 from cogflow.files.publish import write_json
-from cogflow.tracking.console import say
-from cogflow.tracking.metrics import EVENTS, MetricsLog, append_line, number
-from cogflow.tracking.record import command_line, plain, versions
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
+from cogflow.tracking.metrics_log import EVENTS, MetricsLog, append_line, number
 from cogflow.tracking.secrets import scrub
+from cogflow.tracking.stage_record import command_line, plain, versions
 from cogflow.tracking.wandb_mode import choose_mode
 from cogflow.tracking.wandb_run import WandbRun
 
@@ -43,7 +43,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -88,7 +90,9 @@ class MainTracker(Tracker):
             config=scrub(plain(config) | {"command": command_line(), "versions": versions()}),
         )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(int(kind is not None))
 
     @property
@@ -152,7 +156,7 @@ class MainTracker(Tracker):
 
         ``picture`` (png or jpg) shows what is meant; W&B's alerts are text, so it gets it as an image ``alerts/frames`` beside.
         """
-        say(f"{'note' if level == 'INFO' else 'warning' if level == 'WARN' else 'error'}: {title}: {text}")
+        echo(f"{'note' if level == 'INFO' else 'warning' if level == 'WARN' else 'error'}: {title}: {text}")
         shown = {} if picture is None else {"picture": self._relative(picture)}
         self._event("alert", title=title, text=text, level=level, **shown)
         if (

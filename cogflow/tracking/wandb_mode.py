@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cogflow.tracking.console import say
+from cogflow.runtime.console import echo
 
 
 def choose_mode(wanted: str) -> str:
@@ -17,10 +17,10 @@ def choose_mode(wanted: str) -> str:
     mode = (os.environ.get("WANDB_MODE") or wanted).strip().lower()
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if mode not in ("offline", "online", "disabled"):
-        say(f"warning: W&B mode {mode!r} is none of online, offline, disabled; going on offline")
+        echo(f"warning: W&B mode {mode!r} is none of online, offline, disabled; going on offline")
         return "offline"
     if mode == "online" and not has_key():
-        say("warning: W&B is to be online, but no key is set (WANDB_API_KEY or `wandb login`); going on offline")
+        echo("warning: W&B is to be online, but no key is set (WANDB_API_KEY or `wandb login`); going on offline")
         return "offline"
     return mode
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cogflow.tracking.console import say
+from cogflow.runtime.console import echo
 from cogflow.tracking.wandb_service import Caller, NoAnswer, end_service, within
 
 INIT_SECONDS = 30.0
@@ -119,7 +119,9 @@ class WandbRun:
         if self.run is None:
             return ""
         run = self.run
-        return self._try("did not tell its place", lambda: str((self.online and run.url) or run.settings.sync_dir)) or ""
+        return (
+            self._try("did not tell its place", lambda: str((self.online and run.url) or run.settings.sync_dir)) or ""
+        )
 
     def define(self, *prefixes: str) -> None:
         """Draw what is named ``prefix/...`` over our ``step``, not over W&B's own count of calls."""
@@ -172,12 +174,21 @@ class WandbRun:
         def build() -> Any:
             import wandb
 
-            return wandb.Table(columns=list(columns), data=[[cell(value) for value in row] for row in rows], allow_mixed_types=True)
+            return wandb.Table(
+                columns=list(columns), data=[[cell(value) for value in row] for row in rows], allow_mixed_types=True
+            )
 
         return self.call("did not take a table", build)
 
     def artifact(
-        self, name: str, kind: str, files: dict[str, Path], metadata: dict[str, Any], *, upload: bool, uses: Sequence[str]
+        self,
+        name: str,
+        kind: str,
+        files: dict[str, Path],
+        metadata: dict[str, Any],
+        *,
+        upload: bool,
+        uses: Sequence[str],
     ) -> None:
         """Record ``files`` (name inside the artifact -> path) as a version of ``name``; by reference when not to be uploaded."""
 
@@ -193,7 +204,8 @@ class WandbRun:
             if self.online:  # offline, W&B refuses to take an input: the lineage stands in the metadata
                 for used in uses:
                     self._try(
-                        f"did not find the input {used}", partial(within, USE_SECONDS, partial(self.run.use_artifact, f"{used}:latest"))
+                        f"did not find the input {used}",
+                        partial(within, USE_SECONDS, partial(self.run.use_artifact, f"{used}:latest")),
                     )
             self.run.log_artifact(artifact)
 
@@ -211,9 +223,11 @@ class WandbRun:
         self.call("did not finish", lambda: run.finish(exit_code=exit_code), FINISH_SECONDS + CALL_SECONDS)
         self._let_go()
         if self.online and time.monotonic() - began >= SETTINGS["finish_timeout"]:
-            say(f"warning: W&B did not take everything in {time.monotonic() - began:.0f} s; to upload the rest: wandb sync {folder}")
+            echo(
+                f"warning: W&B did not take everything in {time.monotonic() - began:.0f} s; to upload the rest: wandb sync {folder}"
+            )
         if not self.online and place:
-            say(f"W&B offline: {place} (to upload it: wandb sync {place})")
+            echo(f"W&B offline: {place} (to upload it: wandb sync {place})")
 
     def call(self, failure: str, action: Callable[[], T], seconds: float | None = None) -> T | None:
         """``action()``, or ``None`` and a warning. Once too much has failed, or one took longer than ``seconds`` (default
@@ -249,7 +263,7 @@ class WandbRun:
         if not hung and self._failures < MOST_FAILURES:
             return
         why = "does not answer" if hung else "failed too often"
-        say(f"warning: W&B {why} and is left alone; metrics.jsonl and report.html hold everything")
+        echo(f"warning: W&B {why} and is left alone; metrics.jsonl and report.html hold everything")
         self._let_go()
         if not WandbRun.alive:  # ending it would end other stages' runs, too
             end_service(at_once=hung)
@@ -269,4 +283,4 @@ class WandbRun:
     def _failed(self, failure: str, error: Exception) -> None:
         self._failures += 1
         first = (str(error).strip().splitlines() or [""])[0][:200]
-        say(f"warning: W&B {failure} ({type(error).__name__}: {first})")
+        echo(f"warning: W&B {failure} ({type(error).__name__}: {first})")

@@ -67,7 +67,9 @@ def training_batch(
         embeds.append(cache.empty_embeds if rng.random() < text_dropout else clip.embeds)
         if inputs.image_factor is not None:
             images.append(inputs.beside(_first_frame(cache, index, [*key, slot], image_dropout), latents[-1]))
-    return Batch(torch.stack(latents), torch.stack(noises), torch.stack(embeds), torch.tensor(timesteps), _stacked(images))
+    return Batch(
+        torch.stack(latents), torch.stack(noises), torch.stack(embeds), torch.tensor(timesteps), _stacked(images)
+    )
 
 
 def heldout_batch(cache: LatentCache, chosen: Sequence[tuple[int, int]], *, inputs: Inputs) -> Batch:

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.manifest import check_manifest, files_below, hash_files, share_of
 from cogflow.files.publish import publish_folder, require_space, storage_errors, sync, write_json
-from cogflow.tracking.standing import mark
+from cogflow.runtime import ranks
+from cogflow.runtime.heartbeat import enter_phase
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
-from cogflow.training.redeal import redeal
+from cogflow.training.reshard import reshard
 from cogflow.training.saved_weights import read_weights, save_weights
 from cogflow.weights.zero_files import read_states
 
@@ -48,7 +48,9 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict[str, Any], *, states: bool = True) -> Saved:
+def save(
+    folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict[str, Any], *, states: bool = True
+) -> Saved:
     """Publish ``folder/step-...``, read it back, and point ``latest.json`` at it. Collective; a step that is already there is replaced.
 
     ``states``: DeepSpeed's states, too; without them it is for export, and cannot be resumed. Raises :class:`StorageError` when the
@@ -59,13 +61,15 @@ def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict
 
     def part(name: str) -> None:
         parts[name] = time.perf_counter() - began - sum(parts.values())
-        mark(f"step {step}: saving, after its {name}")
+        enter_phase(f"step {step}: saving, after its {name}")
 
     needed = needed_bytes(folder, engine, ema, states=states)
-    ranks.agreed(lambda: require_space(target, needed))
+    ranks.run_on_main(lambda: require_space(target, needed))
     known: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        partial: Path = ranks.agreed(lambda: stack.enter_context(publish_folder(target, replace=True, known=known)))
+        partial: Path = ranks.run_on_main(
+            lambda: stack.enter_context(publish_folder(target, replace=True, known=known))
+        )
         if states:
             with own_errors(target):
                 engine.save(partial / "deepspeed")
@@ -84,7 +88,10 @@ def save(folder: Path, step: int, engine: Engine, ema: EMA | None, trainer: dict
     # The renaming is done when rank 0 left the block.
     ranks.barrier()
     if problems := verified(target):
-        raise StorageError(f"{target} came back from the disk changed: {problems[0]}", "The disk is failing; older checkpoints are kept.")
+        raise StorageError(
+            f"{target} came back from the disk changed: {problems[0]}",
+            "The disk is failing; older checkpoints are kept.",
+        )
     part("verifying")
     size = sum((target / name).stat().st_size for name in files_below(target)) if ranks.is_main() else 0
     if ranks.is_main() and states:
@@ -101,7 +108,7 @@ def point_at(path: Path) -> None:
 @contextlib.contextmanager
 def own_errors(path: Path) -> Iterator[None]:
     """What the disk refuses this rank alone, as an error that names ``path`` and is told by this rank."""
-    with ranks.own_errors(), storage_errors(path):
+    with ranks.tag_rank_errors(), storage_errors(path):
         yield
 
 
@@ -117,25 +124,33 @@ def needed_bytes(folder: Path, engine: Engine, ema: EMA | None, *, states: bool)
 
 def hash_together(folder: Path) -> dict[str, str]:
     """sha256 of every file below ``folder`` by relative path, synced and hashed by all ranks side by side. Collective."""
-    sizes = ranks.broadcast({name: (folder / name).stat().st_size for name in files_below(folder)} if ranks.is_main() else None)
+    sizes = ranks.broadcast(
+        {name: (folder / name).stat().st_size for name in files_below(folder)} if ranks.is_main() else None
+    )
     mine = share_of(sizes, ranks.rank(), ranks.world_size())
     with own_errors(folder):
         for name in mine:
             sync(folder / name)
         hashes = hash_files([folder / name for name in mine])
-    return {name: sha256 for some in ranks.gather(dict(zip(mine, hashes, strict=True))) for name, sha256 in some.items()}
+    return {
+        name: sha256 for some in ranks.gather(dict(zip(mine, hashes, strict=True))) for name, sha256 in some.items()
+    }
 
 
 def verified(path: Path) -> list[str]:
     """What of ``path`` is not as its manifest says, the same on every rank; each reads a share. Collective."""
-    found = ranks.gather(check_manifest(path, ranks.rank(), ranks.world_size()) if path.is_dir() else ["there is no such folder"])
+    found = ranks.gather(
+        check_manifest(path, ranks.rank(), ranks.world_size()) if path.is_dir() else ["there is no such folder"]
+    )
     return sorted({problem for problems in found for problem in problems})
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that its manifest proves whole, and a line for each newer one that was passed over. Collective."""
     passed: list[str] = []
-    paths = sorted((p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True)
+    paths = sorted(
+        (p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True
+    )
     for path in ranks.broadcast(paths):
         problems = verified(path)
         if not problems:
@@ -154,7 +169,10 @@ def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
         return newest(folder)
     path = Path(resume).expanduser()
     if problems := verified(path):
-        raise CheckpointError(f"stage.resume={resume} cannot be resumed: {problems[0]}", "Name a folder checkpoints/step-..., or use auto.")
+        raise CheckpointError(
+            f"stage.resume={resume} cannot be resumed: {problems[0]}",
+            "Name a folder checkpoints/step-..., or use auto.",
+        )
     if not (path / "deepspeed").is_dir():
         raise CheckpointError(
             f"stage.resume={resume} holds weights alone, without the optimizer's states.",
@@ -173,10 +191,12 @@ def load(path: Path, engine: Engine, ema: EMA | None, *, same_layout: bool = Tru
         check_pickles(path / "deepspeed")
         engine.load(path / "deepspeed")
     else:
-        redeal(path, engine)
+        reshard(path, engine)
     if ema is not None:
         if not (path / "ema").is_dir():
-            raise CheckpointError(f"{path} holds no averaged weights.", "It was trained with stage.ema_decay=0; resume with that.")
+            raise CheckpointError(
+                f"{path} holds no averaged weights.", "It was trained with stage.ema_decay=0; resume with that."
+            )
         ema.load(read_weights(path / "ema"), int(trainer["ema_updates"]))
     return trainer
 
@@ -196,4 +216,6 @@ def read_trainer(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "trainer.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'trainer.json'} cannot be read: {error}", "Resume from another checkpoint.") from error
+        raise CheckpointError(
+            f"{path / 'trainer.json'} cannot be read: {error}", "Resume from another checkpoint."
+        ) from error

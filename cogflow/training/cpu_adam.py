@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cogflow import ranks
 from cogflow.errors import ConfigError
-from cogflow.tracking.console import say
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 
 NAME = "cpu_adam"
 BROKEN_OFF = 20 * 60.0
@@ -21,7 +21,7 @@ BROKEN_OFF = 20 * 60.0
 def compiling() -> Iterator[None]:
     """Around the first use. Raises :class:`ConfigError` when it cannot be compiled, and when an earlier compilation was broken off: its
     lock would have every later start wait for ever, without a word (``torch/utils/file_baton.py``)."""
-    with ranks.own_errors():
+    with ranks.tag_rank_errors():
         _look_for_locks()
         try:
             yield
@@ -46,10 +46,12 @@ def _look_for_locks() -> None:
                 f"A compilation of DeepSpeed's Adam for the host was broken off {age / 60:.0f} minutes ago and left {lock}",
                 f"When no other process compiles it: rm -r {lock.parent}",
             )
-        say(f"waiting for another process to compile DeepSpeed's Adam for the host (if there is none: rm -r {lock.parent})")
+        echo(
+            f"waiting for another process to compile DeepSpeed's Adam for the host (if there is none: rm -r {lock.parent})"
+        )
         return
     if not any(root.glob(f"**/{NAME}/*.so")):
-        say("compiling DeepSpeed's Adam for the host: a minute, once a machine")
+        echo("compiling DeepSpeed's Adam for the host: a minute, once a machine")
 
 
 def _last_line(error: Exception) -> str:

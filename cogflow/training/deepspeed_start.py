@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.errors import ConfigError
-from cogflow.training.adamw import GuardedAdamW
+from cogflow.runtime import ranks
 from cogflow.training.cpu_adam import compiling
+from cogflow.training.guarded_adamw import GuardedAdamW
 
 
 def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> dict[str, Any]:
@@ -40,7 +40,9 @@ def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) 
     if deepspeed.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # One rank sums nothing: a copy in fp32 and back would change no bit.
-    reduced = {} if deepspeed.reduce_dtype == "model" or ranks.world_size() == 1 else {"communication_data_type": "fp32"}
+    reduced = (
+        {} if deepspeed.reduce_dtype == "model" or ranks.world_size() == 1 else {"communication_data_type": "fp32"}
+    )
     return {
         "train_micro_batch_size_per_gpu": stage.batch_size,
         "gradient_accumulation_steps": stage.gradient_accumulation,
@@ -51,7 +53,12 @@ def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) 
         **reduced,
         # A step whose gradient is not finite is found over all ranks before the update, and left out.
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
-        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000},
+        "fp16": {
+            "enabled": dtype == torch.float16,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+        },
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -102,7 +109,9 @@ def start_deepspeed() -> Any:
             # In memory: one process needs no port.
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     return deepspeed
 
 
@@ -111,7 +120,9 @@ def check_dtype(dtype: torch.dtype) -> None:
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
-    wanted = {torch.float16: device.is_fp16_supported, torch.bfloat16: device.is_bf16_supported}.get(dtype, lambda: True)
+    wanted = {torch.float16: device.is_fp16_supported, torch.bfloat16: device.is_bf16_supported}.get(
+        dtype, lambda: True
+    )
     if not wanted():
         raise ConfigError(
             f"model.dtype={str(dtype).removeprefix('torch.')}: DeepSpeed does not train in it on this {device.device_name()}.",
@@ -119,8 +130,15 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], deepspeed_settings: DeepSpeedConfig, stage: TrainStage) -> torch.optim.Optimizer:
-    arguments = {"lr": stage.learning_rate, "betas": tuple(stage.betas), "eps": stage.eps, "weight_decay": stage.weight_decay}
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], deepspeed_settings: DeepSpeedConfig, stage: TrainStage
+) -> torch.optim.Optimizer:
+    arguments = {
+        "lr": stage.learning_rate,
+        "betas": tuple(stage.betas),
+        "eps": stage.eps,
+        "weight_decay": stage.weight_decay,
+    }
     if deepspeed_settings.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

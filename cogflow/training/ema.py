@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from cogflow import ranks
+from cogflow.runtime import ranks
 from cogflow.training.engine import Engine
 
 
@@ -19,11 +19,15 @@ class EMA:
     steps from one update to the next, whose decay is that of so many steps.
     """
 
-    def __init__(self, engine: Engine, decay: float, *, warmup: bool = True, every: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, engine: Engine, decay: float, *, warmup: bool = True, every: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
         self.decay, self.warmup, self.every = decay, warmup, every
         self.updates = 0
         self.average = {
-            name: weight.to(device, torch.float32, copy=True) for index, (name, weight) in self._trained(engine) if _mine(index)
+            name: weight.to(device, torch.float32, copy=True)
+            for index, (name, weight) in self._trained(engine)
+            if _mine(index)
         }
 
     @staticmethod

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.errors import CheckpointError, ConfigError, QualityGateError
+from cogflow.runtime import ranks
 from cogflow.training import zero_update
 from cogflow.training.deepspeed_start import check_dtype, make_optimizer, settings, start_deepspeed
 
@@ -28,7 +28,9 @@ class Engine:
     without ZeRO, which DeepSpeed trains by other rules.
     """
 
-    def __init__(self, module: torch.nn.Module, deepspeed_settings: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: torch.nn.Module, deepspeed_settings: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype
+    ) -> None:
         if deepspeed_settings.zero_stage == 0 and dtype != torch.float32:
             raise ConfigError(
                 f"deepspeed=zero0 trains in fp32 only, not in {str(dtype).removeprefix('torch.')}: fp32 masters need ZeRO.",
@@ -41,7 +43,10 @@ class Engine:
         self.zero_stage, self.dtype, self._stage = deepspeed_settings.zero_stage, dtype, stage
         self._gathered = deepspeed.zero.GatheredParameters
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=trained, optimizer=optimizer, config=settings(deepspeed_settings, stage, dtype)
+            model=module,
+            model_parameters=trained,
+            optimizer=optimizer,
+            config=settings(deepspeed_settings, stage, dtype),
         )
 
         if self.zero_stage in (1, 2) and not deepspeed_settings.offload_optimizer:

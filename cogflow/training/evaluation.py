@@ -9,9 +9,9 @@ import torch
 
 from cogflow.sharpness import spectrum
 from cogflow.sharpness.trend import Trend
-from cogflow.training import figures
-from cogflow.training.averages import Averages
+from cogflow.training import metric_table
 from cogflow.training.ema import EMA
+from cogflow.training.ema_check import Averages
 from cogflow.training.engine import Engine
 from cogflow.training.overfitting import Overfitting
 
@@ -24,7 +24,7 @@ Warn = Callable[[str, str], None]
 
 
 class Evaluation:
-    """``measure`` gives the table of :mod:`cogflow.training.figures` on the held-out clips with the weights of the moment, or ``None``
+    """``measure`` gives the table of :mod:`cogflow.training.metric_table` on the held-out clips with the weights of the moment, or ``None``
     where there are no such clips. Collective."""
 
     def __init__(self, engine: Engine, ema: EMA | None, measure: Callable[[], torch.Tensor | None]) -> None:
@@ -37,8 +37,8 @@ class Evaluation:
         table = self._measured()
         if table is None:
             return
-        found = spectrum.bands(table[figures.LOSS_ROWS :])
-        values = figures.losses(table, "heldout") | figures.bands(table, "heldout", found)
+        found = spectrum.bands(table[metric_table.LOSS_ROWS :])
+        values = metric_table.losses(table, "heldout") | metric_table.bands(table, "heldout", found)
         if (scale := spectrum.scale_seen(found)) is not None:
             values["heldout/scale"] = scale
         if done == 0:
@@ -55,7 +55,7 @@ class Evaluation:
             averaged = self._measured()
         if averaged is None:
             return
-        averages = figures.losses(averaged, "ema/heldout") | figures.bands(averaged, "ema")
+        averages = metric_table.losses(averaged, "ema/heldout") | metric_table.bands(averaged, "ema")
         averages = {name.replace("ema/heldout/", "ema/heldout_"): value for name, value in averages.items()}
         log(done, averages)
         if line := self.averages.update(done, values["heldout/loss"], averages["ema/heldout_loss"]):

@@ -20,7 +20,9 @@ class Loader:
     ``waited``: seconds for which training stood still for its data since :meth:`spent` was asked last.
     """
 
-    def __init__(self, make: Callable[[int, int], Batch], accumulation: int, device: torch.device, ahead: int = 2) -> None:
+    def __init__(
+        self, make: Callable[[int, int], Batch], accumulation: int, device: torch.device, ahead: int = 2
+    ) -> None:
         self._make, self._accumulation, self._device, self._most = make, accumulation, device, ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()

@@ -9,29 +9,29 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
 from cogflow.models.inputs import Inputs
 from cogflow.models.rotary import rotary_tables
+from cogflow.runtime import ranks
+from cogflow.runtime.heartbeat import enter_phase
 from cogflow.sampling.sampler import Interrupted
 from cogflow.sharpness import spectrum
-from cogflow.tracking.standing import mark
-from cogflow.training import figures
+from cogflow.training import metric_table
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.evaluation import Evaluation
-from cogflow.training.following import Following, Hooks, Update
 from cogflow.training.guards import MOST_SKIPPED, not_finite_line
 from cogflow.training.heldout import heldout_table
 from cogflow.training.loader import Loader
 from cogflow.training.objective import Losses, noised, velocity_loss
 from cogflow.training.rollback import Rollback, rate_factor
 from cogflow.training.schedule import learning_rate
-from cogflow.training.sequence import Place
+from cogflow.training.sequence import RankPlacement
+from cogflow.training.step_monitor import Hooks, StepMonitor, Update
 
 GO_ON = "Run the same command again to go on."
 
@@ -54,9 +54,9 @@ class Trainer:
         self.inputs, self.device, self.dtype = inputs, device, dtype
         self.log_every, self.ahead = config.tracking.log_every, config.speed.prefetch
         self.spectrum = spectrum.Spectrum()
-        self.place = Place(config.parallel.sequence)
+        self.place = RankPlacement(config.parallel.sequence)
         samples = self.stage.batch_size * self.stage.gradient_accumulation * self.place.data_ranks
-        self.following = Following(engine, self.log_every, self.stage.steps, samples, device)
+        self.following = StepMonitor(engine, self.log_every, self.stage.steps, samples, device)
         self.evaluation = Evaluation(engine, ema, self.evaluate)
         self.rollbacks: Sequence[Rollback] = ()
         self._rotary: dict[tuple[int, ...], Any] = {}
@@ -90,36 +90,38 @@ class Trainer:
     def train_step(self, step: int, loader: Loader) -> Update:
         """One update, which a gradient that is not finite on any rank leaves out before anything is changed by it."""
         stage, name = self.stage, f"step {step + 1}"
-        table = figures.empty(self.device)
+        table = metric_table.empty(self.device)
         self._own, applied, spike = [], False, False
         rate = learning_rate(step, stage) * rate_factor(self.rollbacks, step)
         looked_at = (step + 1) % self.log_every == 0
         for micro in range(stage.gradient_accumulation):
-            mark(f"{name}: waiting for data")
+            enter_phase(f"{name}: waiting for data")
             batch = loader.take(step, micro)
-            mark(f"{name}: forward")
+            enter_phase(f"{name}: forward")
             losses = self.losses(batch)
             if self.place.counts:
                 table += self.table(losses, batch)
             self._own.append(losses.per_sample.detach())
-            mark(f"{name}: backward")
+            enter_phase(f"{name}: backward")
             loader.go_on()
             self.engine.backward(losses.mean)
             if micro == stage.gradient_accumulation - 1:
                 # One collective serves the log, the guards and the indicator.
-                table = ranks.total(table)
-                spike = stage.on_spike == "skip" and self.following.loss_spikes.is_spike(figures.mean_loss(table))
+                table = ranks.sum_over_ranks(table)
+                spike = stage.on_spike == "skip" and self.following.loss_spikes.is_spike(metric_table.mean_loss(table))
                 if looked_at:
                     self.following.movement.before()
-            mark(f"{name}: update")
+            enter_phase(f"{name}: update")
             applied = self.engine.step(rate, skip=spike)
         norm = self.engine.gradient_norm() if applied else math.inf
-        return Update(step + 1, table, norm, rate, applied, spike, self.following.movement.unchanged() if looked_at else None)
+        return Update(
+            step + 1, table, norm, rate, applied, spike, self.following.movement.unchanged() if looked_at else None
+        )
 
     def table(self, losses: Losses, batch: Batch) -> torch.Tensor:
         """This rank's figures of ``batch``, on the device: losses, and the prediction's bands against the true latents'."""
         bands = self.spectrum.sums(losses.x0, batch.latents, self.alphas_cumprod[batch.timesteps])
-        return figures.by_quarter(losses.per_sample, bands, batch.timesteps)
+        return metric_table.by_quarter(losses.per_sample, bands, batch.timesteps)
 
     def losses(self, batch: Batch) -> Losses:
         """Forward pass and objective of ``batch``, which lies on the device."""
@@ -138,7 +140,12 @@ class Trainer:
     def evaluate(self) -> torch.Tensor | None:
         """The table of figures on the held-out clips with the weights of this moment; ``None`` without such clips. Collective."""
         return heldout_table(
-            self.cache, lambda batch: self.table(self.losses(batch), batch), self.stage.batch_size, self.inputs, self.device, self.place
+            self.cache,
+            lambda batch: self.table(self.losses(batch), batch),
+            self.stage.batch_size,
+            self.inputs,
+            self.device,
+            self.place,
         )
 
     def state(self) -> dict[str, Any]:
@@ -159,14 +166,15 @@ class Trainer:
     def _left_out(self, update: Update, hooks: Hooks, loader: Loader) -> None:
         """A step that changed nothing: a spike that was to be left out, fp16 looking for its loss scale, or a fault."""
         lost = [not bool(torch.isfinite(own).all()) for own in self._own]
-        if update.spike or not (ranks.anywhere(any(lost)) or self.dtype != torch.float16):
+        if update.spike or not (ranks.any_rank(any(lost)) or self.dtype != torch.float16):
             return
         self.following.read(hooks, loader.spent())
         mine = [name for micro, own in enumerate(lost) if own for name in self._names(update.done - 1, micro)]
         line = not_finite_line(update.done, ranks.gather(mine[:4]))
         if self.following.skipped.in_a_row + 1 >= MOST_SKIPPED:
             raise QualityGateError(
-                f"{line}. It is the {MOST_SKIPPED}th step in a row that is left out.", "Lower stage.learning_rate or look at the data."
+                f"{line}. It is the {MOST_SKIPPED}th step in a row that is left out.",
+                "Lower stage.learning_rate or look at the data.",
             )
         hooks.not_finite(update.done - 1, line)
 
@@ -176,12 +184,12 @@ class Trainer:
         sampled = due(done, stage.sample_every, stage.steps)
         before = copy.deepcopy(self.state()) if sampled else {}
         if due(done, stage.evaluate_every, stage.steps):
-            mark(f"step {done}: held-out loss")
+            enter_phase(f"step {done}: held-out loss")
             self.evaluation(done, self.following.trend, hooks.log, hooks.warn)
         if done > 0 and (sampled or due(done, stage.evaluate_every, stage.steps)):
             self.following.moved(done, hooks)
         if sampled:
-            mark(f"step {done}: validation")
+            enter_phase(f"step {done}: validation")
             try:
                 hooks.validate(done)
             except Interrupted:
@@ -190,12 +198,14 @@ class Trainer:
                 if done > 0:
                     hooks.stopped(done)
                 saved = "a checkpoint is saved" if done > 0 else "nothing is trained yet"
-                raise Stopped(f"Stopped in the validation after step {done} of {stage.steps}; {saved}.", GO_ON) from None
+                raise Stopped(
+                    f"Stopped in the validation after step {done} of {stage.steps}; {saved}.", GO_ON
+                ) from None
         if done > 0 and due(done, stage.weights_every, stage.steps):
-            mark(f"step {done}: saving weights")
+            enter_phase(f"step {done}: saving weights")
             hooks.save_weights(done)
         if done > 0 and (done == stage.steps or (stage.save_every and done % stage.save_every == 0)):
-            mark(f"step {done}: saving")
+            enter_phase(f"step {done}: saving")
             hooks.save(done)
         self.following.go_on()
 

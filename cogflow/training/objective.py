@@ -20,13 +20,17 @@ class Losses:
     x0: torch.Tensor
 
 
-def noised(x0: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+def noised(
+    x0: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
     """sqrt(a) x0 + sqrt(1 - a) noise, for latents ``[batch, frames, channels, h, w]`` and int64 ``timesteps`` ``[batch]``."""
     a = alphas_cumprod[timesteps].float().view(-1, *([1] * (x0.dim() - 1)))
     return a.sqrt() * x0 + (1.0 - a).sqrt() * noise
 
 
-def velocity_loss(v: torch.Tensor, x0: torch.Tensor, x_t: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Losses:
+def velocity_loss(
+    v: torch.Tensor, x0: torch.Tensor, x_t: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
+) -> Losses:
     """The loss of a velocity prediction ``v`` for noised latents ``x_t``, in fp32 whatever the dtype of ``v``."""
     a = alphas_cumprod[timesteps].float().view(-1, *([1] * (x0.dim() - 1)))
     predicted = a.sqrt() * x_t.float() - (1.0 - a).sqrt() * v.float()

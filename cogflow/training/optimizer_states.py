@@ -27,7 +27,11 @@ def put_states(engine: Engine, parameter: Any, states: dict[str, torch.Tensor]) 
             part[: len(mine)].data.copy_(mine)
     elif (mapping := parameter._hp_mapping) is not None:
         group = next(i for i, some in enumerate(optimizer.bit16_groups) if any(one is parameter for one in some))
-        flat, place, source = optimizer.single_partition_of_fp32_groups[group], mapping.hp_fragment_address, mapping.lp_fragment_address
+        flat, place, source = (
+            optimizer.single_partition_of_fp32_groups[group],
+            mapping.hp_fragment_address,
+            mapping.lp_fragment_address,
+        )
         for key, value in states.items():
             target = flat if key == "fp32" else _state_of(engine, flat)[key]
             mine = value.reshape(-1)[source.start : source.start + source.numel]

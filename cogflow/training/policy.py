@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.schema import TrainStage
 from cogflow.errors import QualityGateError
-from cogflow.tracking.console import say
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 from cogflow.training import rollback
 from cogflow.training.checkpoint import step_name
-from cogflow.training.identity import changed
 from cogflow.training.retention import all_of, last_sharp, step_of
+from cogflow.training.run_identity import changed
 from cogflow.training.validation import Outcome
 
 
@@ -26,7 +26,9 @@ class GoBack(Exception):
         self.start, self.path, self.rollbacks = start, path, rollbacks
 
 
-def act(outcome: Outcome | None, stage: TrainStage, folder: Path, quiet: int | None, save: Callable[[int], None]) -> None:
+def act(
+    outcome: Outcome | None, stage: TrainStage, folder: Path, quiet: int | None, save: Callable[[int], None]
+) -> None:
     """Do what ``stage.on_blur`` says about an alarm; return when training goes on. Collective.
 
     Raises :class:`QualityGateError` (stop) with the last sharp checkpoint's path, or :class:`GoBack`.
@@ -54,7 +56,9 @@ def not_finite(
     if stage.on_not_finite == "skip":
         warn("a step was left out", line)
         return
-    newest: Path | None = ranks.broadcast(next(reversed(all_of(folder / "checkpoints")), None) if ranks.is_main() else None)
+    newest: Path | None = ranks.broadcast(
+        next(reversed(all_of(folder / "checkpoints")), None) if ranks.is_main() else None
+    )
     if stage.on_not_finite == "rollback" and newest is not None:
         _back(folder, stage, step, newest, line)
     if step > 0 and (newest is None or step_of(newest) != step):
@@ -80,11 +84,15 @@ def _back(folder: Path, stage: TrainStage, start: int, sharp: Path, line: str) -
             f"Step {start}: {line}. The run is back at {sharp}; what came later is in {aside}. It stops there: {refused}.",
             "Lower stage.learning_rate, or give stage.rollback.learning_rate_ratio (such as 0.3), and run the command again.",
         )
-    say(f"warning: step {start}: {line}; going back to {sharp} with {ratio:g} of the learning rate; what came later is in {aside}")
+    echo(
+        f"warning: step {start}: {line}; going back to {sharp} with {ratio:g} of the learning rate; what came later is in {aside}"
+    )
     raise GoBack(start, sharp, rollbacks)
 
 
-def before_resuming(found: Path | None, trainer: dict[str, Any] | None, stage: TrainStage, folder: Path) -> list[rollback.Rollback]:
+def before_resuming(
+    found: Path | None, trainer: dict[str, Any] | None, stage: TrainStage, folder: Path
+) -> list[rollback.Rollback]:
     """The rollbacks that hold for a run that resumes ``found`` (``trainer``: its trainer.json). Collective.
 
     Raises :class:`QualityGateError` for a run that stands where an alarm stopped it and would only repeat itself or go on blurred, and
@@ -103,7 +111,9 @@ def before_resuming(found: Path | None, trainer: dict[str, Any] | None, stage: T
     if last is None or last.learning_rate_ratio != 1.0 or last.to != trainer["step"] or stage.on_blur != "rollback":
         return rollbacks
     if stage.rollback.learning_rate_ratio != 1.0 and len(rollbacks) <= stage.rollback.most:
-        return ranks.broadcast(rollback.with_ratio(folder, stage.rollback.learning_rate_ratio) if ranks.is_main() else None)
+        return ranks.broadcast(
+            rollback.with_ratio(folder, stage.rollback.learning_rate_ratio) if ranks.is_main() else None
+        )
     if not changed(trainer, stage):
         raise QualityGateError(
             f"This run went back to {found} after {last.reason} The same settings would repeat the same run.",

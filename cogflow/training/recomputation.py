@@ -28,7 +28,9 @@ ATTENTION = (
 """Kernels of ``scaled_dot_product_attention``; ``math`` is no operation of its own, and its scores are too large to be kept."""
 
 
-def recompute(transformer: Any, deepspeed: DeepSpeedConfig, kept: Mapping[str, int] | None = None, mode: str | None = None) -> None:
+def recompute(
+    transformer: Any, deepspeed: DeepSpeedConfig, kept: Mapping[str, int] | None = None, mode: str | None = None
+) -> None:
     """Drop the activations of all blocks, of every ``checkpoint_every_block``-th, or of those that ``kept`` names, spread evenly.
 
     ``kept``: blocks by what they keep, as a plan's settings have it; default: what ``deepspeed`` says, whose ``auto`` is nothing here,

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.errors import CheckpointError
 from cogflow.files.publish import LEFTOVER, sweep
+from cogflow.runtime import ranks
 from cogflow.training.checkpoint import STEP, read_trainer
 
 SHARP = ("quiet", "learning")
@@ -42,7 +42,13 @@ def rank(verdict: Mapping[str, Any] | None) -> tuple[float, float]:
 
 
 def to_delete(
-    paths: Sequence[Path], verdicts: Mapping[Path, Mapping[str, Any] | None], *, last: int, every: int, best: int, sharp: Path | None
+    paths: Sequence[Path],
+    verdicts: Mapping[Path, Mapping[str, Any] | None],
+    *,
+    last: int,
+    every: int,
+    best: int,
+    sharp: Path | None,
 ) -> list[Path]:
     """Those of ``paths`` (oldest first) that nothing keeps. Of equally good ones the newer stays."""
     judged = [path for path in paths if rank(verdicts.get(path))[0] > -math.inf]

@@ -15,7 +15,7 @@ from pathlib import Path
 from cogflow.config.schema import RollbackConfig
 from cogflow.errors import CheckpointError
 from cogflow.files.publish import write_json
-from cogflow.tracking.metrics import EVENTS, TRAINING, read_lines
+from cogflow.tracking.metrics_log import EVENTS, TRAINING, read_lines
 from cogflow.training.checkpoint import STEP
 
 FILE = "rollback.json"
@@ -44,7 +44,8 @@ def read(folder: Path) -> list[Rollback]:
         return [Rollback(**entry) for entry in json.loads(path.read_text())["rollbacks"]]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}", "It says which learning rate holds; restore it, or start anew with stage.resume=never."
+            f"{path} cannot be read: {error}",
+            "It says which learning rate holds; restore it, or start anew with stage.resume=never.",
         ) from error
 
 
@@ -109,7 +110,9 @@ def set_aside(folder: Path, target: Path, step: int) -> None:
     """Move checkpoints and samples beyond ``step`` into ``target``, and copy the lines of metrics that will be rewound."""
     target.mkdir(parents=True, exist_ok=True)
     lines = [
-        line for line in read_lines(folder / "metrics.jsonl") if line.get("step", 0) > step and any(n.startswith(TRAINING) for n in line)
+        line
+        for line in read_lines(folder / "metrics.jsonl")
+        if line.get("step", 0) > step and any(n.startswith(TRAINING) for n in line)
     ]
     if lines:
         (target / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

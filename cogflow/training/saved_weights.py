@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cogflow import ranks
 from cogflow.files.publish import storage_errors, write_json
+from cogflow.runtime import ranks
 from cogflow.training.engine import Engine
 
 STEM = "diffusion_pytorch_model"

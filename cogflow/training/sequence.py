@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.config.parallel import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.config.schema import Config
-from cogflow.models.components import model_folder
 from cogflow.models.inputs import read_transformer_config
-from cogflow.training.ulysses import ASKED, Share, UlyssesProcessor, gathered
+from cogflow.models.loading import model_folder
+from cogflow.runtime import ranks
+from cogflow.training.ulysses import ASKED, SequenceShard, UlyssesProcessor, gathered
 
 DIFFUSERS_HEADS = 30
 """Attention heads of a transformer whose config.json does not say."""
@@ -31,11 +31,17 @@ def check(config: Config) -> None:
     """Raise :class:`ConfigError` when ``parallel.sequence`` does not divide the ranks, or the attention heads of the model. Cheap."""
     if config.parallel.sequence > 1:
         transformer = read_transformer_config(model_folder(config.model))
-        fail(list(sequence_problems(config, ranks.world_size(), int(transformer.get("num_attention_heads", DIFFUSERS_HEADS)))))
+        fail(
+            list(
+                sequence_problems(
+                    config, ranks.world_size(), int(transformer.get("num_attention_heads", DIFFUSERS_HEADS))
+                )
+            )
+        )
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlacement:
     """Where this process stands when ``size`` consecutive ranks share each batch: they are one data rank."""
 
     size: int = 1
@@ -66,7 +72,7 @@ def split(transformer: Any, size: int) -> None:
     group's, times ``size``: their mean over all ranks, as DeepSpeed takes it, is the gradient of the mean loss of all batches.
     """
     if size > 1:
-        Hooks(transformer, ranks.neighbours(size), ranks.rank() % size, size)
+        Hooks(transformer, ranks.consecutive_group(size), ranks.rank() % size, size)
 
 
 class Hooks:
@@ -74,7 +80,7 @@ class Hooks:
 
     def __init__(self, transformer: Any, group: Any, index: int, size: int) -> None:
         self.group, self.index, self.size = group, index, size
-        self.share: Share | None = None
+        self.share: SequenceShard | None = None
         """Of the forward pass that goes on. Recomputation comes after it, and finds its share among the block's arguments."""
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(UlyssesProcessor(block.attn1.processor))
@@ -84,19 +90,29 @@ class Hooks:
         transformer.proj_out.register_forward_hook(self._gather)
         transformer.register_forward_hook(self._end, always_call=True)
 
-    def _begin(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _begin(
+        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The share of what the transformer is given, which must come by name."""
         self.share = None
         if not (kwargs.get("attention_kwargs") or {}).get(ASKED):
             return None
-        config, frames, (height, width) = transformer.config, kwargs["hidden_states"].shape[1], kwargs["hidden_states"].shape[-2:]
+        config, frames, (height, width) = (
+            transformer.config,
+            kwargs["hidden_states"].shape[1],
+            kwargs["hidden_states"].shape[-2:],
+        )
         video = frames // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
         text = kwargs["encoder_hidden_states"].shape[1]
-        self.share = Share(self.group, self.index, parts(text, self.size), parts(video, self.size)[::-1])
+        self.share = SequenceShard(self.group, self.index, parts(text, self.size), parts(video, self.size)[::-1])
         tables = kwargs.get("image_rotary_emb")
         if tables is not None:
             tables = tuple(self.share.of_video(table, dim=0) for table in tables)
-        return args, {**kwargs, "image_rotary_emb": tables, "attention_kwargs": {**kwargs["attention_kwargs"], ASKED: self.share}}
+        return args, {
+            **kwargs,
+            "image_rotary_emb": tables,
+            "attention_kwargs": {**kwargs["attention_kwargs"], ASKED: self.share},
+        }
 
     def _cut_video(self, _: Any, args: tuple[torch.Tensor, ...], embedded: torch.Tensor) -> torch.Tensor | None:
         """All text and this rank's video, ``[batch, tokens, width]``: the transformer itself takes them apart by the text's length."""
@@ -106,7 +122,9 @@ class Hooks:
         # A copy, so that the memory of the whole is free.
         return torch.cat([text, self.share.of_video(video, dim=1)], dim=1)
 
-    def _cut_text(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _cut_text(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         (place, name), (last, settings) = TEXT, SETTINGS
         share = ((args[last] if len(args) > last else kwargs.get(settings)) or {}).get(ASKED)
         if share is None:

@@ -21,7 +21,7 @@ ASKED = "sequence"
 
 
 @dataclass(frozen=True)
-class Share:
+class SequenceShard:
     """This rank's tokens, the ``index``-th of ``group``. ``text``, ``video``: numbers of tokens of all ranks of the group, in its order."""
 
     group: Any
@@ -61,7 +61,7 @@ class UlyssesProcessor:
 
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None, sequence: Share | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None, sequence: SequenceShard | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if sequence is None:
             return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -84,22 +84,25 @@ class UlyssesProcessor:
         return shown, given
 
 
-def heads_for_tokens(own: Sequence[torch.Tensor], share: Share) -> tuple[torch.Tensor, ...]:
+def heads_for_tokens(own: Sequence[torch.Tensor], share: SequenceShard) -> tuple[torch.Tensor, ...]:
     """Each of ``own`` ``[batch, this rank's tokens, heads, width]`` as ``[batch, all tokens, heads / size, width]``: of this rank's
     heads, the tokens rank by rank. One exchange for all of them; differentiable. Collective in the group."""
     dealt = [one.unflatten(2, (share.size, -1)).permute(2, 1, 0, 3, 4) for one in own]
     rows = torch.stack(dealt, dim=2).flatten(0, 1)  # [rank and token, which, batch, heads / size, width], in one copy
-    return tuple(one.transpose(0, 1) for one in _exchanged(rows, [share.tokens[share.index]] * share.size, share.tokens, share).unbind(1))
+    return tuple(
+        one.transpose(0, 1)
+        for one in _exchanged(rows, [share.tokens[share.index]] * share.size, share.tokens, share).unbind(1)
+    )
 
 
-def tokens_for_heads(attended: torch.Tensor, share: Share) -> torch.Tensor:
+def tokens_for_heads(attended: torch.Tensor, share: SequenceShard) -> torch.Tensor:
     """The way back: ``[batch, all tokens, heads / size, width]`` as ``[batch, this rank's tokens, heads, width]``."""
     own = share.tokens[share.index]
     rows = _exchanged(attended.transpose(0, 1), share.tokens, [own] * share.size, share)
     return rows.unflatten(0, (share.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
-def gathered(own: torch.Tensor, share: Share) -> torch.Tensor:
+def gathered(own: torch.Tensor, share: SequenceShard) -> torch.Tensor:
     """``[batch, all video tokens, width]`` of every rank's ``own`` part, the same on every rank of the group.
 
     Every rank goes on to the same loss; backwards each keeps the gradient of its own part, times the number of ranks, so that the mean
@@ -115,7 +118,7 @@ def _turned(one: torch.Tensor, text: int, tables: tuple[torch.Tensor, torch.Tens
     return torch.cat([one[:, :text], turned], dim=1)
 
 
-def _exchanged(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], share: Share) -> torch.Tensor:
+def _exchanged(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], share: SequenceShard) -> torch.Tensor:
     exchanged: torch.Tensor = _Exchange.apply(rows, send, receive, share.group)
     return exchanged
 
@@ -144,7 +147,7 @@ class _Gather(torch.autograd.Function):
     """See :func:`gathered`. By the same exchange, since parts of unequal length are what it is for."""
 
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, share: Share) -> torch.Tensor:
+    def forward(ctx: Any, own: torch.Tensor, share: SequenceShard) -> torch.Tensor:
         ctx.share = share
         rows = own.transpose(0, 1)
         count = len(rows)

@@ -15,18 +15,18 @@ from typing import Any
 
 from PIL import Image
 
-from cogflow import ranks
 from cogflow.config.schema import Config
 from cogflow.data.cache import LatentCache
-from cogflow.rungs import ceiling, roundtrip
-from cogflow.rungs import report as ladder_report
-from cogflow.rungs import samples as rungs
+from cogflow.ladder import ladder_report as ladder_report
+from cogflow.ladder import reconstruction_bound, vae_roundtrip
+from cogflow.ladder import sample_rungs as rungs
+from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 from cogflow.sampling import gallery
 from cogflow.sampling.sampler import Request, Sampler
-from cogflow.sharpness.panel import CHANNELS
-from cogflow.sharpness.watch import LEVELS, Reading, Watch
-from cogflow.tracking.console import say
-from cogflow.tracking.report import write_report
+from cogflow.sharpness.metrics import METRICS
+from cogflow.sharpness.quality_watch import LEVELS, QualityWatch, WatchVerdict
+from cogflow.tracking.html_report import write_report
 from cogflow.tracking.tracker import Tracker
 from cogflow.training.checkpoint import step_name
 from cogflow.training.ema import EMA
@@ -57,11 +57,17 @@ class Validation:
         sampler: Callable[[], Sampler], wanted: Sequence[Request], scaling_factor: float,
     ) -> None:  # fmt: skip
         self.config, self.cache, self.folder, self.tracker = config, cache, folder, tracker
-        self.engine, self.ema, self.sampler, self.wanted, self.scaling_factor = engine, ema, sampler, wanted, scaling_factor
-        self.watch: Watch | None = None
+        self.engine, self.ema, self.sampler, self.wanted, self.scaling_factor = (
+            engine,
+            ema,
+            sampler,
+            wanted,
+            scaling_factor,
+        )
+        self.watch: QualityWatch | None = None
         self.base: dict[str, Any] | None = None
         self.ceiling: dict[str, dict[str, float]] | None = None
-        self.last: Reading | None = None
+        self.last: WatchVerdict | None = None
         self.outcome: Outcome | None = None
         self.stop: Callable[[], bool] | None = None
         """Whether training is asked to stop: then sampling ends with :class:`~cogflow.sampling.sampler.Interrupted`. Collective."""
@@ -99,7 +105,10 @@ class Validation:
     def replay(self, step: int) -> None:
         """Bring the watch to where it stood after ``step`` steps. Collective."""
         self.watch = self.base = self.last = self.outcome = self.quiet = None
-        folders = sorted((p for p in (self.folder / "samples").glob("step-*") if int(p.name[5:]) <= step), key=lambda p: int(p.name[5:]))
+        folders = sorted(
+            (p for p in (self.folder / "samples").glob("step-*") if int(p.name[5:]) <= step),
+            key=lambda p: int(p.name[5:]),
+        )
         if not ranks.broadcast(bool(folders)):
             return
         self._ceiling()
@@ -113,8 +122,8 @@ class Validation:
 
     def _ceiling(self) -> None:
         if self.ceiling is None:
-            roundtrip.measure(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
-            self.ceiling = ranks.broadcast(ceiling.read(self.folder) if ranks.is_main() else None)
+            vae_roundtrip.measure(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
+            self.ceiling = ranks.broadcast(reconstruction_bound.read(self.folder) if ranks.is_main() else None)
 
     def _schedule(self) -> None:
         sampler = self.sampler()
@@ -133,7 +142,9 @@ class Validation:
             }
             sampler = self.sampler()
             sampler.stop = self.stop
-            return gallery.sample_into(target, sampler, self.wanted, fps=self.config.data.fps, facts=facts, title=f"samples at step {done}")
+            return gallery.sample_into(
+                target, sampler, self.wanted, fps=self.config.data.fps, facts=facts, title=f"samples at step {done}"
+            )
 
     def _tell_samples(self, done: int, target: Path, record: dict[str, Any], began: float) -> None:
         self.tracker.log(done, {**gallery.mean_sharpness(record), "validation/seconds": time.perf_counter() - began})
@@ -141,40 +152,45 @@ class Validation:
         for sample in record["samples"]:
             self.tracker.video(done, f"samples/{sample['name']}", target / sample["video"], sample["text"])
 
-    def _rungs(self, done: int, record: dict[str, Any], reading: Reading | None) -> None:
+    def _rungs(self, done: int, record: dict[str, Any], reading: WatchVerdict | None) -> None:
         if done == 0:
             pipeline = self.sampler().pipeline
-            rungs.base(self.folder, record, family=self.config.model.name, scheduler=pipeline.scheduler, vae=pipeline.vae)
+            rungs.base(
+                self.folder, record, family=self.config.model.name, scheduler=pipeline.scheduler, vae=pipeline.vae
+            )
         else:
             rungs.tuned(self.folder, record, reading.findings if reading is not None else None)
         ladder_report.tell(self.tracker, self.folder, done)
 
-    def _judge(self, done: int, record: dict[str, Any]) -> Reading | None:
+    def _judge(self, done: int, record: dict[str, Any]) -> WatchVerdict | None:
         """Let the watch see ``record``; the first record is what all others are held against. Rank 0 only."""
         panels = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
-        if any(missing := set(CHANNELS) - set(panel) for panel in panels.values()):
-            say(f"note: the samples of step {done} have no {', '.join(sorted(missing))}: the watch leaves them out")
+        if any(missing := set(METRICS) - set(panel) for panel in panels.values()):
+            echo(f"note: the samples of step {done} have no {', '.join(sorted(missing))}: the watch leaves them out")
             return None
         if done == 0:
-            self.base, self.watch, self.last, self.quiet = record, Watch(panels, self.ceiling or None), None, 0
+            self.base, self.watch, self.last, self.quiet = record, QualityWatch(panels, self.ceiling or None), None, 0
             return None
         if self.watch is None or self.base is None:
-            say("note: no samples from before the first step: the watch has nothing to hold these against")
+            echo("note: no samples from before the first step: the watch has nothing to hold these against")
             return None
         other = [name for name in SAME if record.get(name) != self.base.get(name)]
         if other or {sample["name"] for sample in self.base["samples"]} != set(panels):
             what = ", ".join(other) or "the prompts"
-            say(f"warning: step {done} was sampled otherwise than step 0 ({what}); the watch leaves it out")
+            echo(f"warning: step {done} was sampled otherwise than step 0 ({what}); the watch leaves it out")
             return None
         self.last = self.watch.update(done, panels)
         if self.last.level in SHARP:
             self.quiet = done
         return self.last
 
-    def _tell(self, reading: Reading, before: Reading | None, target: Path) -> None:
+    def _tell(self, reading: WatchVerdict, before: WatchVerdict | None, target: Path) -> None:
         """Numbers always; an alert for each finding that the validation before did not have at this level."""
         values = {f"watch/{name}": value + 0.0 for name, value in reading.z.items()}
-        self.tracker.log(reading.step, {"watch/level": float(LEVELS.index(reading.level)), "watch/score": reading.score + 0.0, **values})
+        self.tracker.log(
+            reading.step,
+            {"watch/level": float(LEVELS.index(reading.level)), "watch/score": reading.score + 0.0, **values},
+        )
         known = {(finding.kind, finding.level) for finding in before.findings} if before is not None else set()
         fresh = [finding for finding in reading.findings if (finding.kind, finding.level) not in known]
         if not fresh:
@@ -182,7 +198,9 @@ class Validation:
         picture = self._picture(reading.step, target)
         for finding in fresh:
             title = f"step {reading.step}: {finding.kind.replace('_', ' ')}"
-            self.tracker.alert(title[:63], finding.line(), "ERROR" if finding.level == "alarm" else "WARN", picture=picture)
+            self.tracker.alert(
+                title[:63], finding.line(), "ERROR" if finding.level == "alarm" else "WARN", picture=picture
+            )
 
     def _picture(self, done: int, target: Path) -> Path | None:
         """The sheets of step 0 and of now above each other, as ``watch/step-....png``."""
@@ -203,13 +221,23 @@ class Validation:
         both.save(path)
         return path
 
-    def _share(self, reading: Reading | None) -> Outcome | None:
+    def _share(self, reading: WatchVerdict | None) -> Outcome | None:
         """Rank 0's reading on every rank, in short."""
         mine = None
         if reading is not None:
-            bad = [finding for finding in reading.findings if finding.level == reading.level] if reading.level not in SHARP else []
+            bad = (
+                [finding for finding in reading.findings if finding.level == reading.level]
+                if reading.level not in SHARP
+                else []
+            )
             line = "; ".join(finding.line() for finding in bad)
-            mine = Outcome(reading.step, reading.level, float(reading.score), line, tuple(finding.kind for finding in reading.findings))
+            mine = Outcome(
+                reading.step,
+                reading.level,
+                float(reading.score),
+                line,
+                tuple(finding.kind for finding in reading.findings),
+            )
         outcome, self.quiet = ranks.broadcast((mine, self.quiet))
         self.outcome = outcome or self.outcome
         return outcome

@@ -20,7 +20,9 @@ def lighten(optimizer: Any, world_size: int) -> None:
     optimizer.has_overflow = lambda *_, **__: False
     optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: norm(optimizer, gradients)
     optimizer._get_preflattened_grad_partition = lambda group: flat(
-        optimizer.averaged_gradients[group], int(optimizer.partition_size[group]), optimizer.single_partition_of_fp32_groups[group]
+        optimizer.averaged_gradients[group],
+        int(optimizer.partition_size[group]),
+        optimizer.single_partition_of_fp32_groups[group],
     )
     if isinstance(optimizer.optimizer, torch.optim.AdamW) and optimizer.optimizer.defaults["fused"]:
         optimizer.unscale_and_clip_grads = lambda _, total_norm: scale_in_kernel(optimizer, total_norm)

@@ -24,7 +24,14 @@ from cogflow.weights.zero_files import SHARDED_MODEL, has_masters, tagged
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 EMA = "-ema"
 SIZES = "model_config.json"
-SAT_HEADS = ("model.diffusion_model.", "conditioner.", "first_stage_model.", "mixins.", "transformer.layers.", "time_embed.")
+SAT_HEADS = (
+    "model.diffusion_model.",
+    "conditioner.",
+    "first_stage_model.",
+    "mixins.",
+    "transformer.layers.",
+    "time_embed.",
+)
 VAE_HEADS = ("encoder.down.", "encoder.mid.block_", "decoder.up.", "decoder.mid.block_")
 DIFFUSERS_WORDS = ("transformer_blocks.", "encoder.down_blocks.", "decoder.up_blocks.")
 
@@ -64,7 +71,10 @@ def find(place: Path, weights: str = "auto", masters: str = "auto") -> Found:
     Raises :class:`CheckpointError` for what is missing, broken or of no known kind, :class:`ConfigError` for unknown words,
     :class:`ConversionError` for model-parallel parts that cannot be joined.
     """
-    for key, value, known in (("weights", weights, ("auto", "model", "ema")), ("masters", masters, ("auto", "fp32", "bf16"))):
+    for key, value, known in (
+        ("weights", weights, ("auto", "model", "ema")),
+        ("masters", masters, ("auto", "fp32", "bf16")),
+    ):
         if value not in known:
             raise ConfigError(f"{key}={value} is unknown.", f"Choose {', '.join(known[:-1])} or {known[-1]}.")
     place = Path(place).expanduser()
@@ -84,15 +94,22 @@ def find(place: Path, weights: str = "auto", masters: str = "auto") -> Found:
             return _diffusers(folder, weights, masters)
     steps = sorted(path for path in place.iterdir() if path.is_dir() and _is_step(path) and not path.name.endswith(EMA))
     if len(steps) == 1:
-        return _step_folder(steps[0], weights, masters, [f"{place} has no file latest; {steps[0].name} is the only step in it."])
+        return _step_folder(
+            steps[0], weights, masters, [f"{place} has no file latest; {steps[0].name} is the only step in it."]
+        )
     if steps:
         names = ", ".join(path.name for path in steps[:12])
-        raise CheckpointError(f"{place} has no file latest, and several steps: {names}.", f"Give the one you mean: {steps[-1]}")
+        raise CheckpointError(
+            f"{place} has no file latest, and several steps: {names}.", f"Give the one you mean: {steps[-1]}"
+        )
     files = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
     if len(files) == 1:
         return _file(files[0], weights, masters, [f"{files[0].name} is the only weights file in {place}."])
     entries = sorted(path.name + "/" * path.is_dir() for path in place.iterdir())
-    raise CheckpointError(f"{place} is no place of weights that cogflow knows. It holds {', '.join(entries[:12]) or 'nothing'}.", _EXPECTED)
+    raise CheckpointError(
+        f"{place} is no place of weights that cogflow knows. It holds {', '.join(entries[:12]) or 'nothing'}.",
+        _EXPECTED,
+    )
 
 
 def _is_step(folder: Path) -> bool:
@@ -104,7 +121,9 @@ def _step_folder(folder: Path, weights: str, masters: str, notes: list[str]) -> 
     folder, weights = _model_or_ema(folder, weights, notes)
     if not _is_step(folder):
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-        raise CheckpointError(f"{folder} holds no mp_rank_00_model_states.pt. It holds {names or 'nothing'}.", _EXPECTED)
+        raise CheckpointError(
+            f"{folder} holds no mp_rank_00_model_states.pt. It holds {names or 'nothing'}.", _EXPECTED
+        )
     sharded = {int(match[2]) for path in folder.iterdir() if (match := SHARDED_MODEL.fullmatch(path.name))}
     parts = model_parts(folder)
     with_masters = has_masters(folder)
@@ -152,22 +171,29 @@ def _model_or_ema(folder: Path, weights: str, notes: list[str]) -> tuple[Path, s
     other = folder.with_name(name if given == "ema" else name + EMA)
     if weights in ("auto", given):
         if weights == "auto" and given == "model" and other.is_dir():
-            notes.append(f"The model's weights are taken; their average lies beside them, in {other.name} (weights=ema).")
+            notes.append(
+                f"The model's weights are taken; their average lies beside them, in {other.name} (weights=ema)."
+            )
         return folder, given
     if not other.is_dir():
         raise CheckpointError(
-            f"{folder} is of weights={given}; {other.name} is not beside it.", f"Use weights={given}, or copy {other.name}."
+            f"{folder} is of weights={given}; {other.name} is not beside it.",
+            f"Use weights={given}, or copy {other.name}.",
         )
     return other, weights
 
 
 def _file(path: Path, weights: str, masters: str, notes: list[str]) -> Found:
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path} is one file of a folder.", "Give the folder, with config.json and all safetensors in it.")
+        raise CheckpointError(
+            f"{path} is one file of a folder.", "Give the folder, with config.json and all safetensors in it."
+        )
     of_step = PART.fullmatch(path.name) is not None
     ema = of_step and path.parent.name.endswith(EMA)
     if weights == ("model" if ema else "ema"):
-        raise CheckpointError(f"{path} is of weights={'ema' if ema else 'model'}.", "Give the folder that holds both, or the other file.")
+        raise CheckpointError(
+            f"{path} is of weights={'ema' if ema else 'model'}.", "Give the folder that holds both, or the other file."
+        )
     file = TorchFile(path)
     check_count(file, 1)
     if of_step and (parts := len(model_parts(path.parent))) > 1:
@@ -178,18 +204,37 @@ def _file(path: Path, weights: str, masters: str, notes: list[str]) -> Found:
         notes.append(f"The weights lie under {file.wrapper} in {path.name}.")
     step = _step(file.metadata, path.parent.name if of_step else "")
     return Found(
-        _kind(path, file.tensors), file, path, [path], step, "ema" if ema else "model", _yamls(path.parent), dict(file.metadata), notes
+        _kind(path, file.tensors),
+        file,
+        path,
+        [path],
+        step,
+        "ema" if ema else "model",
+        _yamls(path.parent),
+        dict(file.metadata),
+        notes,
     )
 
 
 def _diffusers(folder: Path, weights: str, masters: str) -> Found:
     if weights == "ema":
-        raise CheckpointError(f"{folder} holds no EMA weights.", "weights=ema needs SAT's <iteration>-ema, or a checkpoint of cogflow.")
+        raise CheckpointError(
+            f"{folder} holds no EMA weights.", "weights=ema needs SAT's <iteration>-ema, or a checkpoint of cogflow."
+        )
     stem = STEM if any(folder.glob(f"{STEM}*.safetensors*")) else "model"
     source = WeightsFolder(folder, stem)
     if masters == "fp32":
         _must_be_fp32(folder, source.tensors)
-    return Found("diffusers", source, folder, list(source.files), None, "model", [], {"config": read_json(folder / "config.json")})
+    return Found(
+        "diffusers",
+        source,
+        folder,
+        list(source.files),
+        None,
+        "model",
+        [],
+        {"config": read_json(folder / "config.json")},
+    )
 
 
 def _kind(place: Path, tensors: Mapping[str, TensorInfo], or_diffusers: bool = False) -> str:
@@ -212,7 +257,11 @@ def _kind(place: Path, tensors: Mapping[str, TensorInfo], or_diffusers: bool = F
 
 
 def _must_be_fp32(place: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    low = [info for info in tensors.values() if info.dtype.is_floating_point and info.dtype not in (torch.float32, torch.float64)]
+    low = [
+        info
+        for info in tensors.values()
+        if info.dtype.is_floating_point and info.dtype not in (torch.float32, torch.float64)
+    ]
     if low:
         raise CheckpointError(
             f"{place} holds no fp32 master weights: {low[0].name} is in {str(low[0].dtype).removeprefix('torch.')}.",

@@ -52,7 +52,9 @@ def model_parts(folder: Path) -> list[Path]:
     missing = sorted(set(range(max(parts, default=-1) + 1)) - parts.keys())
     if missing:
         names = ", ".join(f"mp_rank_{number:02d}_model_states.pt" for number in missing[:8])
-        raise CheckpointError(f"{folder} lacks {names}; it holds parts up to {max(parts)}.", "Copy every part of the checkpoint.")
+        raise CheckpointError(
+            f"{folder} lacks {names}; it holds parts up to {max(parts)}.", "Copy every part of the checkpoint."
+        )
     return [parts[number] for number in sorted(parts)]
 
 
@@ -99,7 +101,9 @@ class Joined:
             tensors[name] = _joined_info(infos, self._splits[name])
         problems += _whole_layers(tensors)
         if problems:
-            raise ConversionError(f"The {len(self.parts)} model-parallel parts cannot be joined:\n{listed(problems)}", _UNSETTLED)
+            raise ConversionError(
+                f"The {len(self.parts)} model-parallel parts cannot be joined:\n{listed(problems)}", _UNSETTLED
+            )
         self.tensors: Mapping[str, TensorInfo] = tensors
 
     def read(self, name: str) -> torch.Tensor:

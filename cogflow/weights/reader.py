@@ -47,7 +47,9 @@ class WeightsFolder:
         for file in self.files:
             for info, place in _header(file):
                 if info.name in self.tensors:
-                    raise CheckpointError(f"{info.name} is in two files: {self.tensors[info.name].file} and {file}.", _AGAIN)
+                    raise CheckpointError(
+                        f"{info.name} is in two files: {self.tensors[info.name].file} and {file}.", _AGAIN
+                    )
                 self.tensors[info.name], self._places[info.name] = info, place
         if index is not None:
             _agree(self.folder, index, self.tensors)
@@ -62,7 +64,9 @@ class WeightsFolder:
         if start == end:
             return torch.empty(info.shape, dtype=info.dtype)
         if info.file not in self._mapped:
-            self._mapped[info.file] = torch.from_file(str(info.file), shared=False, size=info.file.stat().st_size, dtype=torch.uint8)
+            self._mapped[info.file] = torch.from_file(
+                str(info.file), shared=False, size=info.file.stat().st_size, dtype=torch.uint8
+            )
         values = self._mapped[info.file][start:end]
         if start % info.dtype.itemsize:  # other writers need not align
             values = values.clone()
@@ -104,14 +108,17 @@ def contained_file(folder: Path, name: str) -> Path:
                     return contained(parent.parent, str((place / name).relative_to(parent.parent)))
         return contained(folder, name)
     except DataError as error:
-        raise CheckpointError(f"{folder}: {error.message}", "Every file of a component lies in its own folder.") from error
+        raise CheckpointError(
+            f"{folder}: {error.message}", "Every file of a component lies in its own folder."
+        ) from error
 
 
 def _files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
     single, index_path = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file() and index_path.is_file():
         raise CheckpointError(
-            f"{folder} holds {single.name} and an index of shards: which of them is meant is unclear.", "Remove the one that is old."
+            f"{folder} holds {single.name} and an index of shards: which of them is meant is unclear.",
+            "Remove the one that is old.",
         )
     if single.is_file():
         return [contained_file(folder, single.name)], None
@@ -136,7 +143,9 @@ def _agree(folder: Path, index: dict[str, str], tensors: dict[str, TensorInfo]) 
         for name, shard in sorted(index.items())
         if name not in tensors or tensors[name].file.name != Path(shard).name
     ]
-    problems += [f"{name}: in {tensors[name].file.name}, not in the index" for name in sorted(tensors.keys() - index.keys())]
+    problems += [
+        f"{name}: in {tensors[name].file.name}, not in the index" for name in sorted(tensors.keys() - index.keys())
+    ]
     if problems:
         raise CheckpointError(f"{folder}: index and shards disagree.\n" + listed(problems), _AGAIN)
 

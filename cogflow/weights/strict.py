@@ -28,14 +28,21 @@ def skeleton(config: Mapping[str, Any], where: Path | str, component: str = "tra
     name = wanted.__name__
     if config.get("_class_name") != name or "auto_map" in config:
         raise ConversionError(
-            f"{where} is of class {config.get('_class_name')!r}, and not plainly of {name}.", "cogflow runs no code from a model folder."
+            f"{where} is of class {config.get('_class_name')!r}, and not plainly of {name}.",
+            "cogflow runs no code from a model folder.",
         )
-    unknown = sorted(key for key in config if not key.startswith("_") and key not in inspect.signature(wanted).parameters)
+    unknown = sorted(
+        key for key in config if not key.startswith("_") and key not in inspect.signature(wanted).parameters
+    )
     if unknown:
-        raise ConversionError(f"{where} has settings that {name} does not know: {', '.join(unknown)}.", "Correct or remove them.")
+        raise ConversionError(
+            f"{where} has settings that {name} does not know: {', '.join(unknown)}.", "Correct or remove them."
+        )
     try:
         with init_empty_weights():
-            model: torch.nn.Module = wanted.from_config({key: value for key, value in config.items() if key != "_name_or_path"})
+            model: torch.nn.Module = wanted.from_config(
+                {key: value for key, value in config.items() if key != "_name_or_path"}
+            )
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise ConversionError(f"{where} describes no {component} that can be built: {error}") from error
     return model
@@ -61,7 +68,9 @@ def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], wanted: str) -> list[str]:
+def differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], wanted: str
+) -> list[str]:
     """What of the shapes ``found`` is not as ``expected``, one line each; ``wanted``: words before the shape that it should be."""
     problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"extra: {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]

@@ -27,7 +27,9 @@ class Renamed:
 
     def __init__(self, source: Tensors, names: Mapping[str, str]) -> None:
         self.source, self.names = source, dict(names)
-        self.tensors: Mapping[str, TensorInfo] = {new: replace(source.tensors[old], name=new) for new, old in self.names.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            new: replace(source.tensors[old], name=new) for new, old in self.names.items()
+        }
 
     def read(self, name: str) -> torch.Tensor:
         return self.source.read(self.names[name])

@@ -12,8 +12,8 @@ from typing import IO, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cogflow.files.passing import PassingWriter
-from cogflow.weights.statistics import TensorFacts
+from cogflow.files.uncached_io import UncachedWriter
+from cogflow.weights.cast_statistics import TensorFacts
 from cogflow.weights.writer import Output, one_thread, stream_tensor
 
 
@@ -37,7 +37,7 @@ def write_torch(
     # Values that are not weights (beside) come after the weights, and torch numbers storages in the order it meets them.
     with open(path, "rb") as file:
         places = _places(path, file, len(outputs))
-    with contextlib.closing(PassingWriter(path, "r+b")) as values, one_thread():
+    with contextlib.closing(UncachedWriter(path, "r+b")) as values, one_thread():
         for place, output in zip(places, outputs, strict=True):
             values.seek(place)
             report(stream_tensor(output, dtype(output), values))

@@ -43,10 +43,16 @@ class TorchFile:
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, tuple(value.shape), value.dtype, self.path) for name, value in self._values.items()
         }
-        odd = [f"{name}: {value.layout}" for name, value in self._values.items() if value.layout != torch.strided or value.is_meta]
+        odd = [
+            f"{name}: {value.layout}"
+            for name, value in self._values.items()
+            if value.layout != torch.strided or value.is_meta
+        ]
         odd += [f"{name}: quantized" for name, value in self._values.items() if value.is_quantized]
         if odd:
-            raise CheckpointError(f"{self.path} holds tensors that cogflow does not read:\n{listed(odd)}", "Save them as plain tensors.")
+            raise CheckpointError(
+                f"{self.path} holds tensors that cogflow does not read:\n{listed(odd)}", "Save them as plain tensors."
+            )
         self.wrapper = wrapper
         rest = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         self.metadata: dict[str, Any] = {**plain_values(beside | rest), "wrapper": wrapper}
@@ -68,7 +74,8 @@ def unwrap(content: Any, path: Path) -> tuple[dict[str, Any], str, dict[str, Any
             break
         if len(inside) > 1:
             raise CheckpointError(
-                f"{path} holds weights under {' and '.join(inside)}: which are meant is unclear.", "Save the ones you mean alone."
+                f"{path} holds weights under {' and '.join(inside)}: which are meant is unclear.",
+                "Save the ones you mean alone.",
             )
         beside |= {key: value for key, value in content.items() if key != inside[0]}
         words.append(inside[0])
@@ -77,7 +84,8 @@ def unwrap(content: Any, path: Path) -> tuple[dict[str, Any], str, dict[str, Any
     if not names:
         inside = [f"{key!r}: {type(value).__name__}" for key, value in content.items()]
         raise CheckpointError(
-            f"{path} holds no tensors by name. It holds:\n{listed(inside, 8)}" if inside else f"{path} is {{}}.", _EXPECTED
+            f"{path} holds no tensors by name. It holds:\n{listed(inside, 8)}" if inside else f"{path} is {{}}.",
+            _EXPECTED,
         )
     strange = [repr(key) for key in content if not isinstance(key, str)]
     if strange:

@@ -103,7 +103,9 @@ def _check(path: Path) -> bool:
         return True
     if start.startswith(LEGACY):
         return False
-    raise CheckpointError(f"{path} is no torch file: {looks_like(start)}", "Expected is what torch.save writes: .pt, .bin or .ckpt.")
+    raise CheckpointError(
+        f"{path} is no torch file: {looks_like(start)}", "Expected is what torch.save writes: .pt, .bin or .ckpt."
+    )
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -112,13 +114,16 @@ def _check_archive(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated: its table of contents, which comes last, is missing.", _AGAIN) from error
+        raise CheckpointError(
+            f"{path} is truncated: its table of contents, which comes last, is missing.", _AGAIN
+        ) from error
     names = [entry.filename for entry in entries]
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(f"{path} is a TorchScript program, not weights.", "Save the model's state_dict().")
     if not any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in names):
         raise CheckpointError(
-            f"{path} is a zip archive, but not one that torch wrote. It holds {', '.join(names[:3]) or 'nothing'}.", "Unpack it first?"
+            f"{path} is a zip archive, but not one that torch wrote. It holds {', '.join(names[:3]) or 'nothing'}.",
+            "Unpack it first?",
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} was unpacked and packed again, compressed; torch's files are not.", _AGAIN)

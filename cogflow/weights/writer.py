@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from cogflow.weights.shards import Spec, Stream, header, raw, split
-from cogflow.weights.statistics import Passing, TensorFacts, short
+from cogflow.weights.cast_statistics import CastStatistics, TensorFacts, short
+from cogflow.weights.safetensors_stream import Spec, Stream, header, raw, split
 
 PIECE = 1 << 22
 """Values handed on together."""
@@ -95,8 +95,10 @@ def stream_tensor(output: Output, dtype: torch.dtype, stream: Sink) -> TensorFac
     """Produce one tensor, cast it to ``dtype`` and write its bytes to ``stream``, piece by piece; its facts."""
     tensor = output.produce()
     if tuple(tensor.shape) != output.shape or tensor.dtype != output.dtype:
-        raise RuntimeError(f"{output.name}: {short(tensor.dtype)} {list(tensor.shape)} was made, {list(output.shape)} was planned")
-    passing = Passing(output.dtype, dtype)
+        raise RuntimeError(
+            f"{output.name}: {short(tensor.dtype)} {list(tensor.shape)} was made, {list(output.shape)} was planned"
+        )
+    passing = CastStatistics(output.dtype, dtype)
     before, after = hashlib.sha256(), hashlib.sha256()
     for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):
         cast = passing.cast(piece)

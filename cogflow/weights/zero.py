@@ -138,7 +138,10 @@ class ZeroFolder:
                 "Take the weights as stored (masters=bf16).",
             )
         if counts != {len(files)}:
-            raise CheckpointError(f"{self.folder} was saved by {counts.pop()} ranks; the optimizer states of {len(files)} are here.", AGAIN)
+            raise CheckpointError(
+                f"{self.folder} was saved by {counts.pop()} ranks; the optimizer states of {len(files)} are here.",
+                AGAIN,
+            )
         if self._moment is None:
             key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
             groups = [flat_groups(state.get(key), path) for state, path in zip(states, files, strict=True)]
@@ -150,15 +153,22 @@ class ZeroFolder:
         shapes = self._models[0].get("param_shapes")
         if not isinstance(shapes, (list, tuple)) or not shapes:
             raise CheckpointError(
-                f"{self.files[0]} says nothing of its parameters' shapes (param_shapes).", "DeepSpeed writes it since 0.3.16."
+                f"{self.files[0]} says nothing of its parameters' shapes (param_shapes).",
+                "DeepSpeed writes it since 0.3.16.",
             )
         if stage == 3:
             if len(self._models) != len(files):
-                raise CheckpointError(f"{self.folder} holds {len(self._models)} model states and {len(files)} optimizer states.", AGAIN)
-            self._cut_parameters(groups, {name: tuple(shape) for group in shapes for name, shape in group.items()}, files)
+                raise CheckpointError(
+                    f"{self.folder} holds {len(self._models)} model states and {len(files)} optimizer states.", AGAIN
+                )
+            self._cut_parameters(
+                groups, {name: tuple(shape) for group in shapes for name, shape in group.items()}, files
+            )
         else:
             paddings = states[0].get("param_alignment_paddings")
-            self._cut_groups(groups, [{name: tuple(shape) for name, shape in group.items()} for group in shapes], paddings, files)
+            self._cut_groups(
+                groups, [{name: tuple(shape) for name, shape in group.items()} for group in shapes], paddings, files
+            )
         if self._moment is not None:
             return stage
         self._take_frozen(stage)
@@ -175,7 +185,9 @@ class ZeroFolder:
     ) -> None:
         """Stages 1 and 2: ``groups[rank][group]`` is the rank's stretch of the group's vector."""
         if len(groups[0]) != len(shapes):
-            raise CheckpointError(f"{files[0]} has {len(groups[0])} groups of parameters, {self.files[0]} {len(shapes)}.", AGAIN)
+            raise CheckpointError(
+                f"{files[0]} has {len(groups[0])} groups of parameters, {self.files[0]} {len(shapes)}.", AGAIN
+            )
         for number, group in enumerate(shapes):
             parts = [flat[number] for flat in groups]
             gaps = paddings[number] if isinstance(paddings, (list, tuple)) and number < len(paddings) else []
@@ -184,31 +196,45 @@ class ZeroFolder:
                 size = math.prod(shape)
                 pieces = _stretch(parts, offset, size)
                 if sum(map(len, pieces)) != size:
-                    raise CheckpointError(f"{name} reaches beyond the end of the ranks' optimizer states in {self.folder}.", AGAIN)
+                    raise CheckpointError(
+                        f"{name} reaches beyond the end of the ranks' optimizer states in {self.folder}.", AGAIN
+                    )
                 self._values[name] = _Value(pieces, shape, parts[0].dtype, files[0])
                 offset += size + (gaps[index] if index < len(gaps) else 0)
-            have, align = sum(map(len, parts)), 2 * len(files)  # padded to a multiple of this; some versions cut the padding off
+            have, align = (
+                sum(map(len, parts)),
+                2 * len(files),
+            )  # padded to a multiple of this; some versions cut the padding off
             if math.ceil(have / align) != math.ceil(offset / align):
                 raise CheckpointError(
                     f"{self.folder}: group {number} has {have} values, its {len(group)} parameters need {offset}.",
                     "These model states and optimizer states do not belong together?",
                 )
 
-    def _cut_parameters(self, groups: list[list[torch.Tensor]], shapes: dict[str, tuple[int, ...]], files: list[Path]) -> None:
+    def _cut_parameters(
+        self, groups: list[list[torch.Tensor]], shapes: dict[str, tuple[int, ...]], files: list[Path]
+    ) -> None:
         """Stage 3: ``groups[rank]`` in a row hold the rank's stretch of every parameter."""
         offset, ranks = 0, len(groups)
         for name, shape in shapes.items():
             size = math.prod(shape)
             share = math.ceil(size / ranks)
             wanted = [min(share, max(size - rank * share, 0)) for rank in range(ranks)]  # the rest is padding
-            pieces = [piece for flat, length in zip(groups, wanted, strict=True) for piece in _stretch(flat, offset, length)]
+            pieces = [
+                piece for flat, length in zip(groups, wanted, strict=True) for piece in _stretch(flat, offset, length)
+            ]
             if sum(map(len, pieces)) != size:
-                raise CheckpointError(f"{name} reaches beyond the end of the ranks' optimizer states in {self.folder}.", AGAIN)
+                raise CheckpointError(
+                    f"{name} reaches beyond the end of the ranks' optimizer states in {self.folder}.", AGAIN
+                )
             self._values[name] = _Value(pieces, shape, groups[0][0].dtype, files[0])
             offset += share
         for flat, path in zip(groups, files, strict=True):
             if (have := sum(map(len, flat))) != offset:
-                raise CheckpointError(f"{path} has {have} values, its parameters need {offset}.", "Files of several checkpoints are mixed?")
+                raise CheckpointError(
+                    f"{path} has {have} values, its parameters need {offset}.",
+                    "Files of several checkpoints are mixed?",
+                )
 
     def _take_frozen(self, stage: int) -> None:
         """Frozen parameters are kept beside the module: whole, or (stage 3) a padded stretch per rank."""
@@ -227,7 +253,11 @@ class ZeroFolder:
         for name, original in (self._models[0].get("shared_params") or {}).items():
             if original in self._values:
                 self._values[name] = self._values[original]
-        where = {_place(tensor): self._values[name] for name, tensor in module.items() if name in self._values and tensor.numel()}
+        where = {
+            _place(tensor): self._values[name]
+            for name, tensor in module.items()
+            if name in self._values and tensor.numel()
+        }
         lost = []
         for name, tensor in module.items():
             if name in self._values:
@@ -248,7 +278,9 @@ class ZeroFolder:
         return {name: tuple(shape) for group in listed_groups for name, shape in group.items()}
 
     def _is_split(self, name: str) -> bool:
-        return len(self._models) > 1 or any(not _has(self._module, other, shape) for other, shape in self._shapes().items())
+        return len(self._models) > 1 or any(
+            not _has(self._module, other, shape) for other, shape in self._shapes().items()
+        )
 
 
 def _stretch(parts: Sequence[torch.Tensor], offset: int, size: int) -> list[torch.Tensor]:

@@ -33,9 +33,13 @@ def tagged(folder: Path) -> Path:
     try:
         tag = latest.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{latest} cannot be read: {error}", "It holds one word, the name of a folder beside it.") from error
+        raise CheckpointError(
+            f"{latest} cannot be read: {error}", "It holds one word, the name of a folder beside it."
+        ) from error
     if not tag or Path(tag).name != tag or tag == "..":
-        raise CheckpointError(f"{latest} names no folder beside it: {tag[:60]!r}.", "It holds one word, such as 500 or global_step500.")
+        raise CheckpointError(
+            f"{latest} names no folder beside it: {tag[:60]!r}.", "It holds one word, such as 500 or global_step500."
+        )
     if not (folder / tag).is_dir():
         beside = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise CheckpointError(
@@ -52,9 +56,13 @@ def has_masters(folder: Path) -> bool:
 
 def choose_part(folder: Path, part: int | None) -> int:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder.", "A DeepSpeed checkpoint is a folder with latest, or its global_step<N>.")
+        raise CheckpointError(
+            f"{folder} is no folder.", "A DeepSpeed checkpoint is a folder with latest, or its global_step<N>."
+        )
     names = [path.name for path in folder.iterdir()]
-    parts = {int(match[1]) for name in names if (match := re.search(r"mp_rank_(\d+)_(?:model|optim)_states\.pt$", name))}
+    parts = {
+        int(match[1]) for name in names if (match := re.search(r"mp_rank_(\d+)_(?:model|optim)_states\.pt$", name))
+    }
     if not parts:
         raise CheckpointError(
             f"{folder} holds no mp_rank_00_model_states.pt. It holds {', '.join(sorted(names)[:8]) or 'nothing'}.",
@@ -63,7 +71,9 @@ def choose_part(folder: Path, part: int | None) -> int:
     if any(name.startswith("expp_rank_") for name in names):
         raise CheckpointError(f"{folder} is of a mixture of experts, which cogflow does not read.")
     if part is None and parts != {0}:
-        raise CheckpointError(f"{folder} has {len(parts)} model-parallel parts.", "Give the folder, so that all are joined.")
+        raise CheckpointError(
+            f"{folder} has {len(parts)} model-parallel parts.", "Give the folder, so that all are joined."
+        )
     return part or 0
 
 
@@ -77,14 +87,16 @@ def of_ranks(folder: Path, pattern: re.Pattern[str], part: int) -> list[Path]:
         rank = int(match[1])
         if rank in found:
             raise CheckpointError(
-                f"{folder} holds {found[rank].name} and {path.name}: two files of one rank.", "Remove the one that is old."
+                f"{folder} holds {found[rank].name} and {path.name}: two files of one rank.",
+                "Remove the one that is old.",
             )
         found[rank] = path
     if found and set(found) != set(range(max(found) + 1)):
         missing = sorted(set(range(max(found) + 1)) - found.keys())
         example = found[max(found)].name
         raise CheckpointError(
-            f"{folder} lacks the files of ranks {', '.join(map(str, missing[:8]))}, such as {example} of its last.", AGAIN
+            f"{folder} lacks the files of ranks {', '.join(map(str, missing[:8]))}, such as {example} of its last.",
+            AGAIN,
         )
     return [found[rank] for rank in sorted(found)]
 
@@ -110,14 +122,22 @@ def zero_stage(state: dict[str, Any], path: Path) -> int:
     if stage is None and "single_partition_of_fp32_groups" in state:
         return 1  # DeepSpeed's BF16_Optimizer, used with stage 1, names none
     if stage not in (1, 2, 3):
-        raise CheckpointError(f"{path} is of ZeRO stage {stage}; cogflow reads 1, 2 and 3.", "Take the weights as stored (masters=bf16).")
+        raise CheckpointError(
+            f"{path} is of ZeRO stage {stage}; cogflow reads 1, 2 and 3.", "Take the weights as stored (masters=bf16)."
+        )
     return int(stage)
 
 
 def flat_groups(value: Any, path: Path) -> list[torch.Tensor]:
     groups = [value] if isinstance(value, torch.Tensor) else value
-    if not isinstance(groups, (list, tuple)) or not groups or not all(isinstance(flat, torch.Tensor) for flat in groups):
-        raise CheckpointError(f"{path} holds no flat groups of master weights.", "Take the weights as stored (masters=bf16).")
+    if (
+        not isinstance(groups, (list, tuple))
+        or not groups
+        or not all(isinstance(flat, torch.Tensor) for flat in groups)
+    ):
+        raise CheckpointError(
+            f"{path} holds no flat groups of master weights.", "Take the weights as stored (masters=bf16)."
+        )
     return [flat.detach().reshape(-1) for flat in groups]
 
 

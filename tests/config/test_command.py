@@ -19,7 +19,12 @@ from cogflow.stages import SUMMARIES
 
 def cogflow(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cogflow", *words], cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "cogflow", *words],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -32,7 +37,9 @@ def cogflow(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedPro
         (["--halp"], ["--halp", "usage:"]),
     ],
 )
-def test_a_mistake_exits_2_with_one_message_and_no_traceback(tmp_path: Path, words: list[str], parts: list[str]) -> None:
+def test_a_mistake_exits_2_with_one_message_and_no_traceback(
+    tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
     result = cogflow(*words, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert "Traceback" not in result.stderr and [part for part in parts if part not in result.stderr] == []
@@ -118,7 +125,11 @@ class Stage:
     ],
 )
 def test_exit_codes(
-    error: BaseException | None, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException | None,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "load", lambda name: Stage(error))
@@ -152,7 +163,9 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_fault(
 
 def test_the_installed_package_finds_its_configs(tmp_path: Path, repository: Path) -> None:
     """As a wheel lays it out: configs inside the package, nothing beside it."""
-    shutil.copytree(repository / "cogflow", tmp_path / "site" / "cogflow", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copytree(
+        repository / "cogflow", tmp_path / "site" / "cogflow", ignore=shutil.ignore_patterns("assets", "__pycache__")
+    )
     shutil.copytree(repository / "configs", tmp_path / "site" / "cogflow" / "configs")
     result = cogflow("stage=train", "--cfg", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert result.returncode == 0, result.stderr

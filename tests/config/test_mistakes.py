@@ -52,7 +52,10 @@ ONE: dict[str, list[str]] = {
     "stage=train stage.on_blur=stop stage.sample_every=0": ["stage.on_blur=stop", "stage.sample_every"],
     "stage=train stage.keep_best=2 stage.sample_every=0": ["stage.keep_best=2", "stage.sample_every"],
     "stage=train stage.on_blur=rollback stage.save_every=0": ["stage.on_blur=rollback", "stage.save_every"],
-    "stage=flow stage.train.on_blur=rollback stage.train.save_every=0": ["stage.train.on_blur=rollback", "stage.train.save_every"],
+    "stage=flow stage.train.on_blur=rollback stage.train.save_every=0": [
+        "stage.train.on_blur=rollback",
+        "stage.train.save_every",
+    ],
     "stage=train stage.rollback.learning_rate_ratio=1.5": ["stage.rollback.learning_rate_ratio=1.5", "at most 1"],
     "stage=train stage.rollback.most=0": ["stage.rollback.most=0", "1 or more"],
     "stage=export stage.max_shard_size=5": ["stage.max_shard_size=5", "5GB"],
@@ -72,10 +75,16 @@ ONE: dict[str, list[str]] = {
     "stage=train model=cogvideox-5b model.path=x data.frames=13": ["data.frames=13", "8k+1"],
     "stage=pretrain model=cogvideox-5b": ["stage=pretrain makes the tiny model"],
     "stage=train model.dtype=bf61": ["model.dtype=bf61", "Did you mean bf16?"],
-    "stage=train deepspeed=zero2 deepspeed.offload_parameters=true": ["deepspeed.offload_parameters=true", "zero_stage=3"],
+    "stage=train deepspeed=zero2 deepspeed.offload_parameters=true": [
+        "deepspeed.offload_parameters=true",
+        "zero_stage=3",
+    ],
     "stage=train deepspeed=zero3 deepspeed.checkpoint_keep=all": ["deepspeed.checkpoint_keep=all", "auto or nothing"],
     "stage=train deepspeed.checkpoint_keep=atention": ["deepspeed.checkpoint_keep=atention", "attention"],
-    "stage=train deepspeed=zero0 deepspeed.offload_optimizer=true": ["deepspeed.offload_optimizer=true", "zero_stage 1 to 3"],
+    "stage=train deepspeed=zero0 deepspeed.offload_optimizer=true": [
+        "deepspeed.offload_optimizer=true",
+        "zero_stage 1 to 3",
+    ],
     "stage=train sampling.seeds=[]": ["sampling.seeds=[]"],
     "stage=train sampling.seeds=[1,1]": ["sampling.seeds=[1,1]", "different"],
     "stage=train tracking.wandb=on": ["tracking.wandb=on", "online"],
@@ -100,7 +109,9 @@ def test_one_mistake_is_one_problem(line: str) -> None:
 def test_all_problems_come_together() -> None:
     """Of the words, of the kinds, of the ranges and between keys."""
     with pytest.raises(ConfigError) as caught:
-        compose(["stage=train", "modle=x", "stage.stps=1", "data.fps=fast", "data.height=100", "data.holdout=200", "a=,=b"])
+        compose(
+            ["stage=train", "modle=x", "stage.stps=1", "data.fps=fast", "data.height=100", "data.holdout=200", "a=,=b"]
+        )
     assert caught.value.message.startswith("6 problems in the configuration:")
     for part in ("modle=x", "stage.stps=1", "data.fps=fast", "data.height=100", "data.holdout=200", "a=,=b"):
         assert part in caught.value.message
@@ -123,7 +134,9 @@ def test_values_keep_or_gain_their_kind(tmp_path: Path) -> None:
 
 
 def test_build_takes_plain_dicts() -> None:
-    assert build({"stage": {"name": "sample"}, "data": {"frames": 17}}) == Config(stage=SampleStage(), data=DataConfig(frames=17))
+    assert build({"stage": {"name": "sample"}, "data": {"frames": 17}}) == Config(
+        stage=SampleStage(), data=DataConfig(frames=17)
+    )
     with pytest.raises(ConfigError, match="one of prepare, train"):
         build({})
     with pytest.raises(ConfigError, match="3 problems"):

@@ -108,7 +108,12 @@ def test_every_key_that_sat_wrote_is_known(folder: str) -> None:
 def test_the_command_line_wins() -> None:
     config = recipe("stage.steps=7", "run.name=mine", "deepspeed=zero3", "sampling=quick", "data.path=/mine")
     assert isinstance(config.stage, TrainStage)
-    assert (config.stage.steps, config.run.name, config.deepspeed.zero_stage, config.sampling.steps) == (7, "mine", 3, 8)
+    assert (config.stage.steps, config.run.name, config.deepspeed.zero_stage, config.sampling.steps) == (
+        7,
+        "mine",
+        3,
+        8,
+    )
     assert config.data.path == "/mine" and config.stage.learning_rate == 1e-5 and config.sampling.guidance_scale == 6
 
 
@@ -123,7 +128,12 @@ def test_prepare_and_flow_take_what_is_theirs() -> None:
     words = [f"import=[{SFT},{MODEL}]", "model.path=/model"]
     assert compose(["stage=prepare", *words]).data.path == "disney"
     flow = compose(["stage=flow", *words, "stage.train.betas=[0.8,0.9]", "debug=quick"]).stage
-    assert isinstance(flow, FlowStage) and flow.train.eps == 1e-8 and flow.train.betas == [0.8, 0.9] and flow.train.steps == 4
+    assert (
+        isinstance(flow, FlowStage)
+        and flow.train.eps == 1e-8
+        and flow.train.betas == [0.8, 0.9]
+        and flow.train.steps == 4
+    )
     with pytest.raises(ConfigError, match="stage=prepare, train and flow"):
         compose(["stage=sample", *words])
 
@@ -132,7 +142,10 @@ def test_each_line_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     recipe("stage.steps=7")
     said = capsys.readouterr()
     assert said.out == "" and "import: args.save_interval = 500 -> stage.save_every=500\n" in said.err
-    assert "stage.steps=1000; the command line wins" in said.err and "args.only_log_video_latents: no setting of its own" in said.err
+    assert (
+        "stage.steps=1000; the command line wins" in said.err
+        and "args.only_log_video_latents: no setting of its own" in said.err
+    )
     monkeypatch.setenv("RANK", "1")
     recipe()
     assert capsys.readouterr().err == ""
@@ -182,7 +195,11 @@ def test_another_model_than_the_yaml_describes_is_refused() -> None:
     """The incident's mistake, caught before it is made: another model's scale and shift."""
     with pytest.raises(ConfigError) as caught:
         recipe("model=cogvideox-5b", files=f"[{SFT},{SAT / 'cogvideox_2b.yaml'}]")
-    for part in ("scale_factor is 1.15258426, this model has 0.7", "shift_scale is 3.0", "Did you mean model=cogvideox-2b?"):
+    for part in (
+        "scale_factor is 1.15258426, this model has 0.7",
+        "shift_scale is 3.0",
+        "Did you mean model=cogvideox-2b?",
+    ):
         assert part in str(caught.value)
     assert recipe("model=tiny", files=f"[{SFT},{SAT / 'cogvideox_2b.yaml'}]").model.name == "tiny"
 
@@ -229,7 +246,10 @@ def test_the_rate_is_sats_after_its_first_steps() -> None:
 
     stage = recipe().stage
     assert isinstance(stage, TrainStage)
-    ours, theirs = [learning_rate(step, stage) for step in range(101, 1000)], [sat_rate(step) for step in range(101, 1000)]
+    ours, theirs = (
+        [learning_rate(step, stage) for step in range(101, 1000)],
+        [sat_rate(step) for step in range(101, 1000)],
+    )
     assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < 0.1 * 1e-5
     assert math.isclose(ours[-1], theirs[-1], rel_tol=0.2)
 

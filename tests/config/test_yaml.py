@@ -18,7 +18,12 @@ from cogflow.models.family import FAMILY
 PLACES = ["model.path=/model", "data.path=/clips"]
 """What the real models and your own clips need beside the yaml files."""
 
-CASES = {f"{group}/{choice}": [f"{group}={choice}"] for group, choices in groups().items() if group != "local" for choice in choices}
+CASES = {
+    f"{group}/{choice}": [f"{group}={choice}"]
+    for group, choices in groups().items()
+    if group != "local"
+    for choice in choices
+}
 
 
 def words(case: str) -> list[str]:
@@ -37,7 +42,11 @@ def test_each_choice_works(case: str) -> None:
 
 
 def test_no_file_is_left_out() -> None:
-    files = {path.relative_to(configs_folder()).as_posix() for path in configs_folder().rglob("*.y*ml") if path.parent.name != "local"}
+    files = {
+        path.relative_to(configs_folder()).as_posix()
+        for path in configs_folder().rglob("*.y*ml")
+        if path.parent.name != "local"
+    }
     assert files == {f"{case}.yaml" for case in CASES} | {"config.yaml"}
     assert len(files) > 30
 
@@ -90,7 +99,12 @@ def test_every_key_is_documented() -> None:
 
 def test_every_rule_belongs_to_a_key() -> None:
     kinds = {kind.__name__: kind for kind in sections()}
-    stray = [f"{kind}.{key}" for kind, rules in check.RULES.items() for key in rules if f"x.{key}" not in keys_of(kinds[kind], "x")]
+    stray = [
+        f"{kind}.{key}"
+        for kind, rules in check.RULES.items()
+        for key in rules
+        if f"x.{key}" not in keys_of(kinds[kind], "x")
+    ]
     assert stray == []
 
 
@@ -123,14 +137,22 @@ def test_settings_of_this_machine_are_laid_over_the_groups(tmp_path: Path, monke
     from cogflow.config import compose as module
 
     copy = shutil.copytree(configs_folder(), tmp_path / "configs")
-    (copy / "local" / "default.yaml").write_text("# @package _global_\nrun:\n  root: /big/disk\nstages:\n  train:\n    keep_last: 9\n")
+    (copy / "local" / "default.yaml").write_text(
+        "# @package _global_\nrun:\n  root: /big/disk\nstages:\n  train:\n    keep_last: 9\n"
+    )
     monkeypatch.setattr(module, "configs_folder", lambda: copy)
     config = module.compose(["stage=train"])
     assert config.run.root == "/big/disk" and isinstance(config.stage, TrainStage) and config.stage.keep_last == 9
-    (copy / "local" / "default.yaml").write_text("# @package _global_\nstages:\n  train:\n    keep_lst: 9\n  trian: {}\n")
+    (copy / "local" / "default.yaml").write_text(
+        "# @package _global_\nstages:\n  train:\n    keep_lst: 9\n  trian: {}\n"
+    )
     with pytest.raises(module.ConfigError) as caught:
         module.compose(["stage=prepare"])
-    assert "stages.train.keep_lst=9" in str(caught.value) and "keep_last" in str(caught.value) and "stages.trian" in str(caught.value)
+    assert (
+        "stages.train.keep_lst=9" in str(caught.value)
+        and "keep_last" in str(caught.value)
+        and "stages.trian" in str(caught.value)
+    )
     (copy / "local" / "default.yaml").write_text("run: [\n")
     with pytest.raises(module.ConfigError, match="local"):
         module.compose(["stage=prepare"])

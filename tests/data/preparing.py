@@ -19,10 +19,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from cogflow import ranks
 from cogflow.config.schema import Config, DataConfig, PrepareStage
-from cogflow.data.prepare import PrepareResult, prepare
-from cogflow.models.components import encode_prompts
+from cogflow.data.preparation import PrepareResult, prepare
+from cogflow.models.loading import encode_prompts
+from cogflow.runtime import ranks
 
 DATA = DataConfig(name="folder", frames=5, height=32, width=32, fps=8, holdout=2, max_bad_share=0.5, max_bad_in_a_row=4)
 HASHES = {"vae": "vae-1", "text_encoder": "text-1", "tokenizer": "tokens-1"}
@@ -32,7 +32,9 @@ MAX_LENGTH = 40
 @cache
 def small_vae() -> AutoencoderKLCogVideoX:
     torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16
+    )
     return vae.eval().requires_grad_(False)
 
 
@@ -40,7 +42,9 @@ def small_vae() -> AutoencoderKLCogVideoX:
 def small_text() -> tuple[Any, T5EncoderModel]:
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    return ByT5Tokenizer(), T5EncoderModel(T5Config(vocab_size=400, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)).eval()
+    return ByT5Tokenizer(), T5EncoderModel(
+        T5Config(vocab_size=400, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)
+    ).eval()
 
 
 class Bar:
@@ -89,7 +93,9 @@ class _Counted:
         return self._vae.encode(pixels * float("nan") if self._work.poison else pixels)
 
 
-def run(clips: Path, folder: Path, work: Work, hashes: dict[str, str] | None = None, shard_clips: int = 64, **data: Any) -> PrepareResult:
+def run(
+    clips: Path, folder: Path, work: Work, hashes: dict[str, str] | None = None, shard_clips: int = 64, **data: Any
+) -> PrepareResult:
     return prepare(
         Config(stage=PrepareStage(batch_size=3, shard_clips=shard_clips), data=replace(DATA, **data)),
         load_vae=work.load_vae,
@@ -107,5 +113,7 @@ if __name__ == "__main__":
     ranks.setup()
     work = Work(seconds_per_clip=float(sys.argv[4]))
     result = run(Path(sys.argv[1]), Path(sys.argv[2]), work, shard_clips=int(sys.argv[3]))
-    print(json.dumps({"clips": work.clips, "captions": work.captions, "result": asdict(result)}, default=str), flush=True)
+    print(
+        json.dumps({"clips": work.clips, "captions": work.captions, "result": asdict(result)}, default=str), flush=True
+    )
     ranks.close()

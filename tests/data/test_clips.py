@@ -45,7 +45,11 @@ def test_a_written_clip_reads_back_with_its_colours_and_without_a_bias(tmp_path:
 
 
 def test_odd_sizes_and_wrong_kinds_of_frames_are_refused(tmp_path: Path) -> None:
-    for frames in (np.zeros((2, 63, 96, 3), np.uint8), np.zeros((2, 64, 96, 3), np.float32), np.zeros((0, 64, 96, 3), np.uint8)):
+    for frames in (
+        np.zeros((2, 63, 96, 3), np.uint8),
+        np.zeros((2, 64, 96, 3), np.float32),
+        np.zeros((0, 64, 96, 3), np.uint8),
+    ):
         with pytest.raises(ValueError):
             write_video(tmp_path / "x.mp4", frames, 8)
     assert not list(tmp_path.iterdir())
@@ -54,7 +58,12 @@ def test_odd_sizes_and_wrong_kinds_of_frames_are_refused(tmp_path: Path) -> None
 def test_frames_of_the_same_rate_come_one_to_one(tmp_path, write_clip) -> None:
     clip = read_clip(write_clip(tmp_path / "a.mp4", numbered(12)), DATA)
     assert numbers(clip.frames) == list(range(9))
-    assert clip.source_size == (64, 96) and clip.source_fps == pytest.approx(8) and clip.source_frames == 12 and not clip.upscaled
+    assert (
+        clip.source_size == (64, 96)
+        and clip.source_fps == pytest.approx(8)
+        and clip.source_frames == 12
+        and not clip.upscaled
+    )
 
 
 @pytest.mark.parametrize("fps", [16, 24, 12, 29.97])
@@ -76,7 +85,9 @@ def test_a_variable_rate_goes_by_time_stamps(tmp_path, write_clip, name) -> None
     assert numbers(clip.frames) == [max(i for i, t in enumerate(times) if t <= w + 1e-3) for w in wanted]
 
 
-@pytest.mark.parametrize(("name", "codec"), [("v.webm", "libvpx-vp9"), ("v.webm", "libvpx"), ("v.mkv", "libx264"), ("v.mov", "libx264")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("v.webm", "libvpx-vp9"), ("v.webm", "libvpx"), ("v.mkv", "libx264"), ("v.mov", "libx264")]
+)
 def test_other_containers_and_codecs(tmp_path, write_clip, name, codec) -> None:
     clip = read_clip(write_clip(tmp_path / name, numbered(20), fps=16, codec=codec), DATA)
     assert numbers(clip.frames) == list(range(0, 18, 2))
@@ -121,7 +132,9 @@ def test_stretch_and_none_and_random_crop(tmp_path, write_clip) -> None:
     assert stretched.shape == (9, 64, 64, 3) and int(stretched[0, 32, 0, 0]) < 8 and int(stretched[0, 32, -1, 0]) > 247
     middle = read_clip(path, replace(DATA, resize="none")).frames
     assert abs(int(middle[0, 32, 0, 0]) - int(ramp[0, 0, 48, 0])) <= 3
-    crops = {int(read_clip(path, replace(DATA, resize="none", crop="random", seed=s)).frames[0, 0, 0, 0]) for s in range(6)}
+    crops = {
+        int(read_clip(path, replace(DATA, resize="none", crop="random", seed=s)).frames[0, 0, 0, 0]) for s in range(6)
+    }
     assert len(crops) > 2
     with pytest.raises(ClipError, match="too small: 192x128"):
         read_clip(path, replace(DATA, resize="none", height=256))
@@ -187,9 +200,13 @@ def test_files_that_are_no_video(tmp_path, write_clip) -> None:
     assert reason(tmp_path / "folder.mp4")
 
 
-@pytest.mark.parametrize(("name", "faststart"), [("a.mp4", True), ("a.mp4", False), ("a.mkv", True), ("a.webm", True), ("a.mov", True)])
+@pytest.mark.parametrize(
+    ("name", "faststart"), [("a.mp4", True), ("a.mp4", False), ("a.mkv", True), ("a.webm", True), ("a.mov", True)]
+)
 @pytest.mark.parametrize("share", [0.02, 0.4, 0.8, 0.98])
-def test_a_truncated_file_is_found_even_when_the_wanted_frames_are_there(tmp_path, write_clip, name, faststart, share) -> None:
+def test_a_truncated_file_is_found_even_when_the_wanted_frames_are_there(
+    tmp_path, write_clip, name, faststart, share
+) -> None:
     frames = draw(Scene("red", "circle", "left", "dark", 1), 40, 64, 96)
     codec = "libvpx-vp9" if name.endswith("webm") else "libx264"
     whole = write_clip(tmp_path / name, frames, codec=codec, faststart=faststart).read_bytes()
@@ -202,7 +219,9 @@ def test_a_truncated_file_is_found_even_when_the_wanted_frames_are_there(tmp_pat
 
 
 def test_damage_in_the_middle_is_found(tmp_path, write_clip) -> None:
-    whole = bytearray(write_clip(tmp_path / "a.mp4", draw(Scene("red", "circle", "left", "dark", 1), 9, 64, 96)).read_bytes())
+    whole = bytearray(
+        write_clip(tmp_path / "a.mp4", draw(Scene("red", "circle", "left", "dark", 1), 9, 64, 96)).read_bytes()
+    )
     middle = len(whole) * 2 // 3
     whole[middle : middle + 400] = np.random.default_rng(0).bytes(400)
     (tmp_path / "b.mp4").write_bytes(whole)
@@ -211,7 +230,10 @@ def test_damage_in_the_middle_is_found(tmp_path, write_clip) -> None:
 
 def test_one_frame_and_too_short(tmp_path, write_clip) -> None:
     assert reason(write_clip(tmp_path / "one.mp4", numbered(1))) == "one frame only"
-    assert reason(write_clip(tmp_path / "short.mp4", numbered(8))) == "too short: has 1.00 s, needs 1.12 s (9 frames at 8 a second)"
+    assert (
+        reason(write_clip(tmp_path / "short.mp4", numbered(8)))
+        == "too short: has 1.00 s, needs 1.12 s (9 frames at 8 a second)"
+    )
     assert read_clip(write_clip(tmp_path / "enough.mp4", numbered(9)), DATA).frames.shape[0] == 9
     assert "too short" in reason(write_clip(tmp_path / "fast.mp4", numbered(24), fps=24))
 

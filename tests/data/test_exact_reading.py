@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cogflow.config.schema import DataConfig
-from cogflow.data import resize, shown
+from cogflow.data import decode, resize
 from cogflow.data.clips import read_clip
 from cogflow.data.encode import clip_threads
 from cogflow.data.resize import Geometry
@@ -65,7 +65,9 @@ def test_planes_are_those_of_the_packed_picture(tmp_path: Path, write_clip, turn
             assert np.array_equal(np.stack(to_planes(one), axis=-1), to_rgb(one))
 
 
-@pytest.mark.parametrize(("first", "times"), [(0.0, None), (5.2, None), (0.0, np.cumsum([0.02, 0.03, 0.05] * 40).tolist())])
+@pytest.mark.parametrize(
+    ("first", "times"), [(0.0, None), (5.2, None), (0.0, np.cumsum([0.02, 0.03, 0.05] * 40).tolist())]
+)
 @pytest.mark.parametrize("held", [True, False])
 def test_unneeded_frames_are_left_out_and_the_others_are_the_same(
     tmp_path: Path, write_clip, monkeypatch: pytest.MonkeyPatch, first: float, times: list[float] | None, held: bool
@@ -73,12 +75,12 @@ def test_unneeded_frames_are_left_out_and_the_others_are_the_same(
     frames = draw(Scene("red", "cross", "up", "light", 1), 160, 64, 96)[: len(times) if times else 160]
     options = {"crf": "20", "bf": "3", "g": "50", "threads": "1"}
     path = write_clip(tmp_path / ("a.mkv" if times else "a.mp4"), frames, fps=24, times=times, options=options)
-    monkeypatch.setattr(shown, "_HELD", 2**20 if held else 0)
+    monkeypatch.setattr(decode, "_HELD", 2**20 if held else 0)
     with ExitStack() as stack:
-        file = shown.opened(path, path.stat().st_size, stack)
+        file = decode.opened(path, path.stat().st_size, stack)
         wanted = float(file.scan.times[np.searchsorted(file.scan.times, first)]) + np.arange(9) / 7
-        few = [(frame.pts, count, to_rgb(frame)) for frame, count in shown.few(file, wanted)]
-    every = [(frame.pts, count, to_rgb(frame)) for frame, count in shown.all_(file, wanted)]
+        few = [(frame.pts, count, to_rgb(frame)) for frame, count in decode.few(file, wanted)]
+    every = [(frame.pts, count, to_rgb(frame)) for frame, count in decode.all_(file, wanted)]
     assert [(pts, count) for pts, count, _ in few] == [(pts, count) for pts, count, _ in every]
     assert all(np.array_equal(one, other) for (_, _, one), (_, _, other) in zip(few, every, strict=True))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.data.index import read_index
+from cogflow.data.clip_index import read_index
 from cogflow.errors import DataError
 
 
@@ -26,18 +26,32 @@ def pairs(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    rows = [{"file_name": "b.mp4", "text": "two\u2028 lines, é"}, {"file_name": "deep/a.MOV", "text": " one ", "extra": 3}]
-    fill(tmp_path, {"metadata.jsonl": "\ufeff" + json.dumps(rows[0], ensure_ascii=False) + "\r\n\n" + json.dumps(rows[1]) + "\n"})
+    rows = [
+        {"file_name": "b.mp4", "text": "two\u2028 lines, é"},
+        {"file_name": "deep/a.MOV", "text": " one ", "extra": 3},
+    ]
+    fill(
+        tmp_path,
+        {"metadata.jsonl": "\ufeff" + json.dumps(rows[0], ensure_ascii=False) + "\r\n\n" + json.dumps(rows[1]) + "\n"},
+    )
     assert pairs(tmp_path) == [("b.mp4", "two\u2028 lines, é"), ("deep/a.MOV", "one")]
 
 
 def test_csv(tmp_path: Path) -> None:
-    fill(tmp_path, {"metadata.csv": '\ufefffile_name,text,more\r\na.webm,"red, then ""blue""",1\r\nvideos/b.mkv,"over\ntwo lines",2\r\n'})
+    fill(
+        tmp_path,
+        {
+            "metadata.csv": '\ufefffile_name,text,more\r\na.webm,"red, then ""blue""",1\r\nvideos/b.mkv,"over\ntwo lines",2\r\n'
+        },
+    )
     assert pairs(tmp_path) == [("a.webm", 'red, then "blue"'), ("videos/b.mkv", "over\ntwo lines")]
 
 
 def test_prompts_and_videos(tmp_path: Path) -> None:
-    fill(tmp_path, {"prompts.txt": "first caption\r\nsecond caption\r\n", "videos.txt": "videos/00000.mp4\nvideos/00001.mp4\n\n"})
+    fill(
+        tmp_path,
+        {"prompts.txt": "first caption\r\nsecond caption\r\n", "videos.txt": "videos/00000.mp4\nvideos/00001.mp4\n\n"},
+    )
     (tmp_path / "videos").mkdir()
     assert pairs(tmp_path) == [("videos/00000.mp4", "first caption"), ("videos/00001.mp4", "second caption")]
 
@@ -56,7 +70,11 @@ def test_sat(tmp_path: Path) -> None:
             "labels/sub/c.d.txt": "third",
         },
     )
-    assert pairs(tmp_path) == [("videos/a.mp4", "a caption"), ("videos/b.mp4", "over two lines"), ("videos/sub/c.d.webm", "third")]
+    assert pairs(tmp_path) == [
+        ("videos/a.mp4", "a caption"),
+        ("videos/b.mp4", "over two lines"),
+        ("videos/sub/c.d.webm", "third"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +85,25 @@ def test_sat(tmp_path: Path) -> None:
         ({"prompts.txt": "a"}, "no list of clips", "here is only prompts.txt"),
         ({"videos/a.mp4": ""}, "no list of clips", "here is only videos"),
         ({"metadata.jsonl": ""}, "names no clip", "metadata.jsonl"),
-        ({"metadata.jsonl": "", "metadata.csv": ""}, "more than one list of clips: metadata.jsonl; metadata.csv", "keep the one"),
+        (
+            {"metadata.jsonl": "", "metadata.csv": ""},
+            "more than one list of clips: metadata.jsonl; metadata.csv",
+            "keep the one",
+        ),
         ({"metadata.jsonl": "{nope"}, "line 1 is not JSON", "file_name"),
         ({"metadata.jsonl": "[1]"}, "line 1 is not an object", "file_name"),
-        ({"metadata.jsonl": '{"file_name": "a.mp4", "caption": "x"}'}, "has no text; it has: file_name, caption", "text (its caption)"),
+        (
+            {"metadata.jsonl": '{"file_name": "a.mp4", "caption": "x"}'},
+            "has no text; it has: file_name, caption",
+            "text (its caption)",
+        ),
         ({"metadata.jsonl": '{"file_name": "a.mp4", "text": null}'}, "text is no text: None", "strings"),
         ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "  "}'}, "line 1: no caption for a.mp4", "caption"),
-        ({"metadata.jsonl": '{"file_name": "a.gif", "text": "x"}'}, "a.gif is none of .mp4 .mov .webm .mkv", ".mkv are read"),
+        (
+            {"metadata.jsonl": '{"file_name": "a.gif", "text": "x"}'},
+            "a.gif is none of .mp4 .mov .webm .mkv",
+            ".mkv are read",
+        ),
         ({"metadata.jsonl": '{"file_name": "a.mp4", "text": "x"}\n' * 2}, "line 2: a.mp4 is named twice", "caption"),
         ({"metadata.csv": "name,text\na.mp4,x\n"}, "has no file_name; it has: name, text", "file_name"),
         ({"metadata.csv": "file_name,text\na.mp4\n"}, "no caption for a.mp4", "caption"),
@@ -105,7 +135,8 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.mp4", "/etc/secret.mp4", "videos/../../secret.mp4", "link/secret.mp4", "C:\\secret.mp4", "linked.mp4"]
+    "name",
+    ["../secret.mp4", "/etc/secret.mp4", "videos/../../secret.mp4", "link/secret.mp4", "C:\\secret.mp4", "linked.mp4"],
 )
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "lines"])
 def test_no_path_leaves_the_folder(tmp_path: Path, name: str, layout: str) -> None:
@@ -136,7 +167,10 @@ def test_no_link_of_the_sat_layout_leaves_the_folder(tmp_path: Path, side: str) 
 
 
 def test_all_problems_are_told_at_once_and_bounded(tmp_path: Path) -> None:
-    fill(tmp_path, {"metadata.csv": "file_name,text\n" + "".join(f"{i}.avi,x\n" for i in range(30)) + "../b.mp4,x\nc.mp4,\n"})
+    fill(
+        tmp_path,
+        {"metadata.csv": "file_name,text\n" + "".join(f"{i}.avi,x\n" for i in range(30)) + "../b.mp4,x\nc.mp4,\n"},
+    )
     with pytest.raises(DataError) as caught:
         read_index(tmp_path)
     assert caught.value.message.startswith("32 problems") and "and 22 more" in caught.value.message

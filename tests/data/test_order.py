@@ -12,17 +12,28 @@ from cogflow.data.order import indices
 TRAIN = [3, 4, 8, 9, 11, 12, 20]
 
 
-def walk(steps: range, world: int, accumulation: int, batch_size: int, seed: int = 0, train: list[int] | None = None) -> list[int]:
+def walk(
+    steps: range, world: int, accumulation: int, batch_size: int, seed: int = 0, train: list[int] | None = None
+) -> list[int]:
     """All clips in the order in which all ranks together take them."""
     taken = []
     for step, micro, rank in itertools.product(steps, range(accumulation), range(world)):
         taken += indices(
-            step, micro, train=train or TRAIN, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, seed=seed
+            step,
+            micro,
+            train=train or TRAIN,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            world=world,
+            seed=seed,
         )
     return taken
 
 
-@pytest.mark.parametrize(("world", "accumulation", "batch_size"), [(1, 1, 1), (1, 1, 3), (2, 1, 2), (3, 2, 1), (2, 2, 5), (1, 1, 16)])
+@pytest.mark.parametrize(
+    ("world", "accumulation", "batch_size"), [(1, 1, 1), (1, 1, 3), (2, 1, 2), (3, 2, 1), (2, 2, 5), (1, 1, 16)]
+)
 def test_each_clip_comes_once_an_epoch_over_all_ranks(world: int, accumulation: int, batch_size: int) -> None:
     taken = walk(range(14), world, accumulation, batch_size)
     epochs = [taken[i : i + len(TRAIN)] for i in range(0, len(taken) - len(TRAIN) + 1, len(TRAIN))]
@@ -50,7 +61,13 @@ def test_a_set_smaller_than_the_batch() -> None:
 
 def test_what_is_out_of_range_is_refused() -> None:
     good: dict[str, Any] = {"train": TRAIN, "batch_size": 2, "accumulation": 2, "rank": 0, "world": 1, "seed": 0}
-    for step, micro, change in ((-1, 0, {}), (0, 2, {}), (0, 0, {"rank": 1}), (0, 0, {"train": []}), (0, 0, {"batch_size": 0})):
+    for step, micro, change in (
+        (-1, 0, {}),
+        (0, 2, {}),
+        (0, 0, {"rank": 1}),
+        (0, 0, {"train": []}),
+        (0, 0, {"batch_size": 0}),
+    ):
         with pytest.raises(ValueError):
             indices(step, micro, **{**good, **change})
 
@@ -60,7 +77,13 @@ ALL = [place for group in GROUPS for place in group]
 
 
 def batches(steps: range, world: int, accumulation: int, batch_size: int) -> list[list[int]]:
-    settings: dict[str, Any] = {"train": ALL, "groups": GROUPS, "batch_size": batch_size, "accumulation": accumulation, "seed": 0}
+    settings: dict[str, Any] = {
+        "train": ALL,
+        "groups": GROUPS,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "seed": 0,
+    }
     turns = itertools.product(steps, range(accumulation), range(world))
     return [indices(step, micro, rank=rank, world=world, **settings) for step, micro, rank in turns]
 
@@ -72,14 +95,16 @@ def test_a_batch_is_of_one_bucket_and_no_clip_falls_behind(world: int, accumulat
     counts = [sum(batch.count(place) for batch in taken) for place in ALL]
     epochs = len(taken) * batch_size / len(ALL)
     assert min(counts) >= epochs - 1 - batch_size and max(counts) <= epochs + 1 + batch_size
-    assert batches(range(60), world, accumulation, batch_size) == batches(range(25), world, accumulation, batch_size) + batches(
-        range(25, 60), world, accumulation, batch_size
-    )
+    assert batches(range(60), world, accumulation, batch_size) == batches(
+        range(25), world, accumulation, batch_size
+    ) + batches(range(25, 60), world, accumulation, batch_size)
 
 
 def test_a_step_takes_the_same_batches_on_another_number_of_ranks_the_longest_first() -> None:
     for step in range(12):
-        ways = [batches(range(step, step + 1), world, accumulation, 2) for world, accumulation in ((4, 1), (2, 2), (1, 4))]
+        ways = [
+            batches(range(step, step + 1), world, accumulation, 2) for world, accumulation in ((4, 1), (2, 2), (1, 4))
+        ]
         assert ways[0] == ways[1] == ways[2]
         places = [next(number for number, group in enumerate(GROUPS) if batch[0] in group) for batch in ways[0]]
         assert places == sorted(places)

@@ -16,19 +16,21 @@ import pytest
 import torch
 from preparing import DATA, HASHES, MAX_LENGTH, Work, run, small_text, small_vae
 
-from cogflow.data import prepare as prepare_module
+from cogflow.data import preparation as prepare_module
 from cogflow.data.cache import LatentCache, fingerprint, split
 from cogflow.data.clips import read_clip
 from cogflow.data.shapes import draw, scenes
 from cogflow.errors import DataError, QualityGateError, StorageError
-from cogflow.models.components import encode_prompts
+from cogflow.models.loading import encode_prompts
 
 COUNT = 7
 PROGRAM = Path(__file__).with_name("preparing.py")
 
 
 def write_metadata(folder: Path, texts: dict[str, str]) -> None:
-    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in texts.items()))
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in texts.items())
+    )
 
 
 def read_texts(folder: Path) -> dict[str, str]:
@@ -112,7 +114,11 @@ def test_exactly_what_changed_is_encoded_again(tmp_path: Path, clips: Path, writ
     assert prints[-1] == prints[-2]
 
     distinct = list(dict.fromkeys(["", *renamed.values()]))
-    vae_2, text_2, tokens_2 = HASHES | {"vae": "vae-2"}, HASHES | {"text_encoder": "text-2"}, HASHES | {"tokenizer": "tokens-2"}
+    vae_2, text_2, tokens_2 = (
+        HASHES | {"vae": "vae-2"},
+        HASHES | {"text_encoder": "text-2"},
+        HASHES | {"tokenizer": "tokens-2"},
+    )
     expect(COUNT, [], vae_2)
     expect(COUNT, distinct, text_2)  # and the first VAE again, whose latents are gone
     expect(0, distinct, tokens_2)
@@ -156,7 +162,10 @@ def start(clips: Path, folder: Path, shard: int, seconds: float, **environment: 
     source = str(Path(__file__).parents[2])
     env = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(clips), str(folder), str(shard), str(seconds)], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(PROGRAM), str(clips), str(folder), str(shard), str(seconds)],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -191,13 +200,19 @@ def test_two_ranks_share_the_work(tmp_path: Path, clips: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [start(clips, tmp_path / "cache", 64, 0, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    processes = [
+        start(clips, tmp_path / "cache", 64, 0, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)
+    ]
     outputs = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in processes]
     assert sorted(output["clips"] for output in outputs) == [3, 4]
     captions = outputs[0]["captions"] + outputs[1]["captions"]
     assert len(captions) == len(set(captions)) == 8 and outputs[0]["captions"] and outputs[1]["captions"]
     for output in outputs:
-        assert (output["result"]["clips"], output["result"]["encoded_clips"], output["result"]["unreadable"]) == (COUNT, COUNT, 1)
+        assert (output["result"]["clips"], output["result"]["encoded_clips"], output["result"]["unreadable"]) == (
+            COUNT,
+            COUNT,
+            1,
+        )
     alone = Work()
     assert run(clips, tmp_path / "alone", alone).fingerprint == outputs[0]["result"]["fingerprint"]
     assert [LatentCache(tmp_path / "cache").entry(i).name for i in range(COUNT)] == [f"{i}.mp4" for i in range(COUNT)]
@@ -211,8 +226,14 @@ def test_unreadable_clips_are_left_out_and_listed(tmp_path: Path, clips: Path) -
     result = run(clips, folder, Work())
     assert (result.clips, result.unreadable, result.encoded_clips) == (4, 3, 4)
     assert "3 clips are unreadable" in result.warnings[0]
-    rows = {row["name"]: row["reason"] for row in map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())}
-    assert rows["1.mp4"] == "0 bytes" and "not a readable video" in rows["3.mp4"] and rows["5.mp4"] == "the file is missing"
+    rows = {
+        row["name"]: row["reason"] for row in map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
+    }
+    assert (
+        rows["1.mp4"] == "0 bytes"
+        and "not a readable video" in rows["3.mp4"]
+        and rows["5.mp4"] == "the file is missing"
+    )
     assert [LatentCache(folder).entry(i).name for i in range(4)] == ["0.mp4", "2.mp4", "4.mp4", "6.mp4"]
     again = Work()
     assert run(clips, folder, again).unreadable == 3 and again.vae_loads == 0
@@ -224,7 +245,9 @@ def test_unreadable_clips_are_left_out_and_listed(tmp_path: Path, clips: Path) -
 def test_too_many_unreadable_clips_stop_the_run(tmp_path: Path, clips: Path) -> None:
     for number in (2, 4):
         (clips / f"{number}.mp4").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 7 clips are unreadable so far; data.max_bad_share=0.2 allows 1(.|\n)*2.mp4: 0 bytes"):
+    with pytest.raises(
+        DataError, match=r"2 of 7 clips are unreadable so far; data.max_bad_share=0.2 allows 1(.|\n)*2.mp4: 0 bytes"
+    ):
         run(clips, tmp_path / "cache", Work(), max_bad_share=0.2)
     assert not (tmp_path / "cache" / "index.json").exists()
     assert len((tmp_path / "cache" / "quarantine.jsonl").read_text().splitlines()) == 2
@@ -273,7 +296,9 @@ def test_values_that_are_not_finite_are_not_cached(tmp_path: Path, clips: Path) 
     assert run(clips, tmp_path / "cache", work).clips == work.clips == COUNT
 
 
-def test_a_clip_that_changes_meanwhile_stops_the_run(tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_that_changes_meanwhile_stops_the_run(
+    tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = prepare_module.encode_captions
 
     def meanwhile(*args, **kwargs):

@@ -12,7 +12,7 @@ from preparing import MAX_LENGTH, small_text, small_vae
 from cogflow.config.schema import Config, DataConfig, ModelConfig, PrepareStage, RunConfig, TrackingConfig
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError, DataError
-from cogflow.models import components
+from cogflow.models import loading
 from cogflow.stages import prepare
 
 
@@ -34,7 +34,9 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def test_drawn_clips_are_prepared_and_a_second_run_loads_no_model(config: Config, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_drawn_clips_are_prepared_and_a_second_run_loads_no_model(
+    config: Config, tmp_path: Path, capsys, monkeypatch
+) -> None:
     prepare.run(config)
     folder = tmp_path / "runs" / "try"
     cache = LatentCache(folder / "cache")
@@ -47,7 +49,7 @@ def test_drawn_clips_are_prepared_and_a_second_run_loads_no_model(config: Config
     assert "5 clips (4 to train on, 1 held out): 5 encoded, 0 reused" in out and str(folder / "cache") in out
 
     for name in ("load_vae", "load_text_encoder", "load_tokenizer"):
-        monkeypatch.setattr(components, name, lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(loading, name, lambda *a, **k: pytest.fail("a model was loaded"))
     prepare.run(config)
     assert "0 encoded, 5 reused" in capsys.readouterr().out
 

@@ -11,8 +11,8 @@ import pytest
 
 from cogflow.config.schema import DataConfig
 from cogflow.data import shapes_folder
+from cogflow.data.clip_index import read_index
 from cogflow.data.clips import read_clip
-from cogflow.data.index import read_index
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.shapes_folder import NEW_COLOURS, NEW_SHAPES, draw_folder
 from cogflow.errors import DataError
@@ -30,16 +30,28 @@ def test_clips_are_real_videos_that_the_loader_resizes_and_resamples(tmp_path: P
     entries = read_index(folder)
     assert len(entries) == 5
     for entry, scene in zip(entries, scenes(5, DATA.seed, NEW_COLOURS, NEW_SHAPES), strict=True):
-        assert entry.text == scene.caption and scene.colour in entry.text and scene.shape in entry.text and scene.motion in entry.text
+        assert (
+            entry.text == scene.caption
+            and scene.colour in entry.text
+            and scene.shape in entry.text
+            and scene.motion in entry.text
+        )
         clip = read_clip(entry.path, DATA)
-        assert (clip.source_size, clip.source_fps, clip.source_frames, clip.upscaled) == ((64, 96), pytest.approx(16), 9, False)
+        assert (clip.source_size, clip.source_fps, clip.source_frames, clip.upscaled) == (
+            (64, 96),
+            pytest.approx(16),
+            9,
+            False,
+        )
         drawn = draw(scene, 5, 32, 48).astype(float)
         assert abs(clip.frames.numpy() - drawn).mean() < 8  # the right scene at the right times
         with av.open(str(entry.path)) as container:
             assert container.streams.video[0].codec_context.name == "h264"
 
 
-def test_drawing_again_does_nothing_and_other_settings_draw_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_again_does_nothing_and_other_settings_draw_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "data"
     draw_folder(folder, DATA)
     before = content(folder)

@@ -23,7 +23,12 @@ def world_in(root: Path) -> World:
     for seed, name in enumerate(("run", "other")):
         if not (root / name / "pipeline" / "assembly.json").is_file():
             words = ["stage=flow", "debug=quick", f"run.root={root}", f"run.name={name}", "tracking.wandb=disabled"]
-            words += ["stage.train.steps=12", "stage.train.save_every=6", "stage.train.sample_every=0", "stage.train.ema_decay=0.8"]
+            words += [
+                "stage.train.steps=12",
+                "stage.train.save_every=6",
+                "stage.train.sample_every=0",
+                "stage.train.ema_decay=0.8",
+            ]
             words += [f"stage.train.seed={seed}", "stage.assemble.verify=false"]
             subprocess.run([sys.executable, "-m", "cogflow", *words], check=True, capture_output=True, timeout=600)
     return World(root / "run", root / "other", tiny.folder())
@@ -31,7 +36,14 @@ def world_in(root: Path) -> World:
 
 def diagnose(candidate: Path, reference: Path | None, root: Path, *words: str) -> dict[str, Any]:
     """What stage=diagnose writes."""
-    given = ["stage=diagnose", f"stage.candidate={candidate}", f"run.root={root}", "run.name=diagnosis", "tracking.wandb=disabled", *words]
+    given = [
+        "stage=diagnose",
+        f"stage.candidate={candidate}",
+        f"run.root={root}",
+        "run.name=diagnosis",
+        "tracking.wandb=disabled",
+        *words,
+    ]
     given += [f"stage.reference={reference}"] if reference is not None else ["model=tiny"]
     with contextlib.suppress(QualityGateError):
         load("diagnose").run(compose(given))
@@ -41,7 +53,10 @@ def diagnose(candidate: Path, reference: Path | None, root: Path, *words: str) -
 
 def named(found: dict[str, Any]) -> list[tuple[str, str, float]]:
     """(component, field or tensor, confidence) of each finding."""
-    return [(one["component"], str(one.get("field") or one.get("tensor") or ""), one["confidence"]) for one in found["findings"]]
+    return [
+        (one["component"], str(one.get("field") or one.get("tensor") or ""), one["confidence"])
+        for one in found["findings"]
+    ]
 
 
 def main(root: Path, words: list[str]) -> None:
@@ -55,12 +70,28 @@ def main(root: Path, words: list[str]) -> None:
         began = time.time()
         found = diagnose(spoiled(root / "candidate", plant, world), world.pipeline, root, *words)
         accused = named(found)
-        right = [one for one in accused if expected is not None and one[0] == expected.component and one[1].startswith(expected.name)]
-        verdict = "named" if right and len(right) == len(accused) else "named, and more" if right else "missed" if expected else "quiet"
+        right = [
+            one
+            for one in accused
+            if expected is not None and one[0] == expected.component and one[1].startswith(expected.name)
+        ]
+        verdict = (
+            "named"
+            if right and len(right) == len(accused)
+            else "named, and more"
+            if right
+            else "missed"
+            if expected
+            else "quiet"
+        )
         verdict = "accused" if expected is None and accused else verdict
         psnr = (found["steps"].get("rungs") or {}).get("psnr")
-        told = ", ".join(f"{component}.{name}".rstrip(".") + f" ({confidence:.2f})" for component, name, confidence in accused)
-        rows.append(f"| {title} | {verdict} | {told or '-'} | {'' if psnr is None else f'{psnr:.1f} dB'} | {time.time() - began:.0f} s |")
+        told = ", ".join(
+            f"{component}.{name}".rstrip(".") + f" ({confidence:.2f})" for component, name, confidence in accused
+        )
+        rows.append(
+            f"| {title} | {verdict} | {told or '-'} | {'' if psnr is None else f'{psnr:.1f} dB'} | {time.time() - began:.0f} s |"
+        )
         print(rows[-1], flush=True)
     head = "| planted | verdict | accused (confidence) | samples | time |\n" + "| --- " * 5 + "|\n"
     (root / "confusion.md").write_text(head + "\n".join(rows) + "\n")

@@ -66,7 +66,9 @@ def tensors(component: str, change: Callable[[dict[str, torch.Tensor], World], N
         before = load_file(path)
         after = dict(before)
         change(after, world)
-        if all(torch.equal(after[name], before[name]) for name in before if name in after) and set(after) == set(before):
+        if all(torch.equal(after[name], before[name]) for name in before if name in after) and set(after) == set(
+            before
+        ):
             raise AssertionError("nothing has changed: there would be no fault")
         save(path, after)
 
@@ -133,14 +135,18 @@ def initialised(weights: dict[str, torch.Tensor], _: World) -> None:
         if value.dim() > 1:
             weights[name] = torch.randn(value.shape, generator=generator) * value[0].numel() ** -0.5
         else:
-            weights[name] = torch.ones_like(value) if "norm" in name and name.endswith("weight") else torch.zeros_like(value)
+            weights[name] = (
+                torch.ones_like(value) if "norm" in name and name.endswith("weight") else torch.zeros_like(value)
+            )
 
 
 def reset_decoder_block(weights: dict[str, torch.Tensor], _: World) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, value in weights.items():
         if name.startswith("decoder.up_blocks.1.resnets.0."):
-            weights[name] = 0.02 * torch.randn(value.shape, generator=generator) if value.dim() > 1 else torch.zeros_like(value)
+            weights[name] = (
+                0.02 * torch.randn(value.shape, generator=generator) if value.dim() > 1 else torch.zeros_like(value)
+            )
 
 
 def twice_through_bf16(weights: dict[str, torch.Tensor], _: World) -> None:
@@ -166,18 +172,45 @@ def not_a_number(weights: dict[str, torch.Tensor], _: World) -> None:
 FAULTS = [
     Fault("wrong scaling factor", field("vae", "scaling_factor", 1.15258426), "vae", "scaling_factor"),
     Fault("wrong shift", field("scheduler", "snr_shift_scale", 3.0), "scheduler", "snr_shift_scale"),
-    Fault("epsilon in place of v-prediction", field("scheduler", "prediction_type", "epsilon"), "scheduler", "prediction_type"),
-    Fault("no zero-terminal-SNR", field("scheduler", "rescale_betas_zero_snr", False), "scheduler", "rescale_betas_zero_snr"),
+    Fault(
+        "epsilon in place of v-prediction",
+        field("scheduler", "prediction_type", "epsilon"),
+        "scheduler",
+        "prediction_type",
+    ),
+    Fault(
+        "no zero-terminal-SNR",
+        field("scheduler", "rescale_betas_zero_snr", False),
+        "scheduler",
+        "rescale_betas_zero_snr",
+    ),
     Fault("linspace", field("scheduler", "timestep_spacing", "linspace"), "scheduler", "timestep_spacing"),
     Fault("static in place of dynamic CFG", static_guidance, "sampling", "use_dynamic_cfg"),
-    Fault("rotary flag off", field("transformer", "use_rotary_positional_embeddings", False), "transformer", "use_rotary"),
+    Fault(
+        "rotary flag off", field("transformer", "use_rotary_positional_embeddings", False), "transformer", "use_rotary"
+    ),
     Fault("1.5's invert_scale_latents", field("vae", "invert_scale_latents", True), "vae", "invert_scale_latents"),
     Fault("VAE in fp16", tensors("vae", in_half), "vae", "dtype"),
     Fault("a VAE decoder block reset", tensors("vae", reset_decoder_block), "vae", "decoder.up_blocks.1.resnets.0"),
-    Fault("q and k swapped in one block", tensors("transformer", swap_q_and_k), "transformer", "transformer_blocks.2.attn1.to_"),
+    Fault(
+        "q and k swapped in one block",
+        tensors("transformer", swap_q_and_k),
+        "transformer",
+        "transformer_blocks.2.attn1.to_",
+    ),
     Fault("adaLN halves swapped", tensors("transformer", swap_adaln_halves), "transformer", "norm_out.linear"),
-    Fault("shift and scale swapped in one block", tensors("transformer", swap_block_adaln), "transformer", "transformer_blocks.2.norm1"),
-    Fault("one block of another step", tensors("transformer", block_of_another_step), "transformer", "transformer_blocks.2"),
+    Fault(
+        "shift and scale swapped in one block",
+        tensors("transformer", swap_block_adaln),
+        "transformer",
+        "transformer_blocks.2.norm1",
+    ),
+    Fault(
+        "one block of another step",
+        tensors("transformer", block_of_another_step),
+        "transformer",
+        "transformer_blocks.2",
+    ),
     Fault("last norm's eps", field("transformer", "norm_eps", 1e-2), "transformer", "norm_eps"),
     Fault("EMA and raw weights mixed", tensors("transformer", mix_averages), "transformer", ""),
     Fault("tokenizer's length", field("tokenizer", "model_max_length", 8), "tokenizer", "model_max_length"),
@@ -188,8 +221,18 @@ FAULTS = [
     Fault("text encoder through bf16", tensors("text_encoder", twice_through_bf16), "text_encoder", ""),
     Fault("transformer at its initialisation", tensors("transformer", initialised), "transformer", ""),
     Fault("transformer of the wrong run", tensors("transformer", wrong_run), "transformer", ""),
-    Fault("a tensor missing", tensors("transformer", without_a_tensor), "transformer", "transformer_blocks.2.ff.net.2.weight"),
-    Fault("a value that is no number", tensors("transformer", not_a_number), "transformer", "transformer_blocks.2.ff.net.2.weight"),
+    Fault(
+        "a tensor missing",
+        tensors("transformer", without_a_tensor),
+        "transformer",
+        "transformer_blocks.2.ff.net.2.weight",
+    ),
+    Fault(
+        "a value that is no number",
+        tensors("transformer", not_a_number),
+        "transformer",
+        "transformer_blocks.2.ff.net.2.weight",
+    ),
 ]
 
 
@@ -211,7 +254,9 @@ def sharded(folder: Path, _: World) -> None:
         index |= dict.fromkeys(part, shard)
     path.unlink()
     total = sum(value.numel() * value.element_size() for value in weights.values())
-    (path.parent / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (path.parent / f"{stem}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
 
 
 def transformer_in_bf16(folder: Path, _: World) -> None:
@@ -227,11 +272,22 @@ def all_in_bf16(folder: Path, world: World) -> None:
 
 def older_configs(folder: Path, _: World) -> None:
     """As diffusers 0.30 wrote them: another version, and without keys that had the class's default."""
-    for path in (folder / "vae/config.json", folder / "transformer/config.json", folder / "scheduler/scheduler_config.json"):
+    for path in (
+        folder / "vae/config.json",
+        folder / "transformer/config.json",
+        folder / "scheduler/scheduler_config.json",
+    ):
         config = json.loads(path.read_text())
         config["_diffusers_version"] = "0.30.1"
         config["_name_or_path"] = "somewhere/else"
-        for key in ("invert_scale_latents", "patch_bias", "ofs_embed_dim", "patch_size_t", "thresholding", "trained_betas"):
+        for key in (
+            "invert_scale_latents",
+            "patch_bias",
+            "ofs_embed_dim",
+            "patch_size_t",
+            "thresholding",
+            "trained_betas",
+        ):
             if config.get(key) in (False, None, True) and key in config and _is_default(path, key, config[key]):
                 del config[key]
         write(path, json.dumps(config))

@@ -8,18 +8,23 @@ import diffusers
 import pytest
 
 from cogflow.config.schema import ModelConfig
-from cogflow.diagnosis.facts import compare_facts
-from cogflow.diagnosis.finding import Finding
-from cogflow.diagnosis.side import resolve
-from cogflow.diagnosis.weights import compare_weights
+from cogflow.diagnosis.config_differences import compare_configs
+from cogflow.diagnosis.diagnosis_input import resolve
+from cogflow.diagnosis.finding import DiagnosisFinding
+from cogflow.diagnosis.weight_differences import compare_weights
 from tests.diagnosis.faults import CLEAN, FAULTS, Fault, Plant, World, spoiled
 
 AUTO = ModelConfig(name="auto")
 
 
-def accused(candidate: Path, reference: Path) -> list[Finding]:
+def accused(candidate: Path, reference: Path) -> list[DiagnosisFinding]:
     ours, theirs = resolve(candidate, AUTO, "candidate"), resolve(reference, AUTO, "reference")
-    return [one for step in (compare_facts(ours, theirs), compare_weights(ours, theirs)) for one in step.findings if one.guilty]
+    return [
+        one
+        for step in (compare_configs(ours, theirs), compare_weights(ours, theirs))
+        for one in step.findings
+        if one.guilty
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
@@ -48,5 +53,11 @@ def test_another_training_is_no_fault_of_the_pipeline(world: World) -> None:
 def test_a_planted_pipeline_still_loads(world: World, tmp_path: Path) -> None:
     """The faults are of the silent kind: diffusers takes them without a word."""
     folder = spoiled(tmp_path / "candidate", FAULTS[0].plant, world)
-    assert diffusers.CogVideoXPipeline.from_pretrained(folder, local_files_only=True).vae.config.scaling_factor == 1.15258426
-    assert diffusers.CogVideoXPipeline.from_pretrained(world.pipeline, local_files_only=True).vae.config.scaling_factor == 0.7
+    assert (
+        diffusers.CogVideoXPipeline.from_pretrained(folder, local_files_only=True).vae.config.scaling_factor
+        == 1.15258426
+    )
+    assert (
+        diffusers.CogVideoXPipeline.from_pretrained(world.pipeline, local_files_only=True).vae.config.scaling_factor
+        == 0.7
+    )

@@ -11,14 +11,14 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogflow.config.schema import DataConfig, ModelConfig
-from cogflow.diagnosis import clips
-from cogflow.diagnosis.evidence import weigh_evidence
-from cogflow.diagnosis.finding import Finding
-from cogflow.diagnosis.page import write_page
+from cogflow.diagnosis import probe_latents
+from cogflow.diagnosis.diagnosis_input import DiagnosisInput, resolve
+from cogflow.diagnosis.finding import DiagnosisFinding
+from cogflow.diagnosis.html_page import write_page
 from cogflow.diagnosis.precision import Probe, compare_precision
-from cogflow.diagnosis.side import Side, resolve
+from cogflow.diagnosis.weight_evidence import weigh_evidence
 from cogflow.errors import ConfigError, PipelineError
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
 from tests.diagnosis.faults import World
 from tests.scenarios import sabotage
 
@@ -30,7 +30,11 @@ def test_a_place_is_known_for_what_it_is(world: World, tmp_path: Path) -> None:
     assert pipeline.complete and run.complete and pipeline.sampling["use_dynamic_cfg"] is True
     assert pipeline.expected["scaling_factor"] == 0.7 and pipeline.family is not None and pipeline.family.name == "tiny"
     declared = resolve(None, ModelConfig(name="cogvideox-2b"), "reference")
-    assert not declared.parts and declared.expected["snr_shift_scale"] == 3.0 and declared.expected["scaling_factor"] == 1.15258426
+    assert (
+        not declared.parts
+        and declared.expected["snr_shift_scale"] == 3.0
+        and declared.expected["scaling_factor"] == 1.15258426
+    )
     assert resolve(None, AUTO, "reference", pipeline).expected == pipeline.expected
     with pytest.raises(ConfigError, match="declares nothing"):
         resolve(None, AUTO, "reference")
@@ -48,24 +52,32 @@ def test_an_overflow_is_found_where_the_file_says_fp16(tmp_path: Path, overflows
         result = compare_precision([probe], 5, on_cpu=True)
         assert [(one.component, one.kind) for one in result.findings] == ([("vae", "overflow")] if guilty else [])
         assert result.facts["vae"]["fp16"]["finite"] == (0.0 if overflows else 1.0)
-        assert (result.facts["vae"]["largest_inside"] > 65504) == overflows and result.facts["vae"]["bf16"]["finite"] == 1.0
+        assert (result.facts["vae"]["largest_inside"] > 65504) == overflows and result.facts["vae"]["bf16"][
+            "finite"
+        ] == 1.0
     assert "not tried" in compare_precision([dataclasses.replace(probe, parameters=6 * 10**9)], 5, on_cpu=True).lines[0]
 
 
 @pytest.fixture(scope="module")
 def asked() -> dict[str, Any]:
     """The shipped transformer, and latents and embeddings of four drawn clips."""
-    latents, captions = clips.drawn(components.load_vae(tiny.folder()), DataConfig(), 4)
-    tokenizer, encoder = components.load_tokenizer(tiny.folder()), components.load_text_encoder(tiny.folder())
-    embeds = list(components.encode_prompts(tokenizer, encoder, captions, 32))
-    transformer = CogVideoXTransformer3DModel.from_pretrained(tiny.folder() / "transformer", torch_dtype=torch.float32).eval()
+    latents, captions = probe_latents.drawn(loading.load_vae(tiny.folder()), DataConfig(), 4)
+    tokenizer, encoder = loading.load_tokenizer(tiny.folder()), loading.load_text_encoder(tiny.folder())
+    embeds = list(loading.encode_prompts(tokenizer, encoder, captions, 32))
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        tiny.folder() / "transformer", torch_dtype=torch.float32
+    ).eval()
     return {"transformer": transformer, "latents": latents, "embeds": embeds}
 
 
-def with_fields(side: Side, scaling_factor: float, shift: float) -> Side:
+def with_fields(side: DiagnosisInput, scaling_factor: float, shift: float) -> DiagnosisInput:
     parts = dict(side.parts)
-    parts["vae"] = dataclasses.replace(parts["vae"], settings=parts["vae"].settings | {"scaling_factor": scaling_factor})
-    parts["scheduler"] = dataclasses.replace(parts["scheduler"], settings=parts["scheduler"].settings | {"snr_shift_scale": shift})
+    parts["vae"] = dataclasses.replace(
+        parts["vae"], settings=parts["vae"].settings | {"scaling_factor": scaling_factor}
+    )
+    parts["scheduler"] = dataclasses.replace(
+        parts["scheduler"], settings=parts["scheduler"].settings | {"snr_shift_scale": shift}
+    )
     return dataclasses.replace(side, parts=parts)
 
 
@@ -93,19 +105,37 @@ def test_weights_that_know_nothing_stay_silent(world: World, asked: dict[str, An
     torch.manual_seed(0)
     fresh = CogVideoXTransformer3DModel.from_config({**asked["transformer"].config, **over_time}).eval()
     side = with_fields(resolve(world.base, AUTO, "candidate"), 1.15258426, 3.0)
-    result = weigh_evidence(side, **{**asked, "transformer": fresh}, factors=[], shifts=[], device=CPU, dtype=torch.float32)
-    assert result.findings == [] and result.facts["scaling_factor"]["best"] is None and result.facts["snr_shift_scale"]["best"] is None
+    result = weigh_evidence(
+        side, **{**asked, "transformer": fresh}, factors=[], shifts=[], device=CPU, dtype=torch.float32
+    )
+    assert (
+        result.findings == []
+        and result.facts["scaling_factor"]["best"] is None
+        and result.facts["snr_shift_scale"]["best"] is None
+    )
 
 
 def test_the_page_holds_all_in_one_file(tmp_path: Path) -> None:
-    finding = Finding(
-        "facts", "vae", "config", "scaling_factor", False, 1.15, 0.7, 5, 0.98, "It <does> harm.", "stage.set.vae.scaling_factor=0.7"
+    finding = DiagnosisFinding(
+        "facts",
+        "vae",
+        "config",
+        "scaling_factor",
+        False,
+        1.15,
+        0.7,
+        5,
+        0.98,
+        "It <does> harm.",
+        "stage.set.vae.scaling_factor=0.7",
     )
     found = {
         "agrees": False, "verdict": "Guilty.", "findings": [finding.as_dict()], "notes": [], "candidate": "a", "reference": "b",
         "command": "mend", "steps": {"facts": {"lines": ["one"]}},
     }  # fmt: skip
-    frames = {"one": {"as it should be": torch.rand(9, 32, 48, 3), "candidate": torch.full((9, 32, 48, 3), float("nan"))}}
+    frames = {
+        "one": {"as it should be": torch.rand(9, 32, 48, 3), "candidate": torch.full((9, 32, 48, 3), float("nan"))}
+    }
     page = write_page(tmp_path, found, frames)
     text = page.path.read_text()
     assert text.count("data:image/png;base64") == 2 and "vae.scaling_factor" in text and "&lt;does&gt;" in text

@@ -24,7 +24,12 @@ class World:
         if prepared is not None:
             shutil.copytree(prepared, root / "prepared")
             return
-        server_says(server.run("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled"), 0)
+        server_says(
+            server.run(
+                "stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled"
+            ),
+            0,
+        )
 
     def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
         """Words that train in a run of its own, which is made if it is not there."""
@@ -58,7 +63,11 @@ class World:
         folder = self.root / name / "checkpoints" / f"step-{step:06d}"
         names = parameter_names(folder)
         saved = SavedStates(folder / "deepspeed" / "state", names)
-        found = {f"{one} {key}": saved.read(one, key).contiguous().numpy().tobytes() for one in names for key in ("fp32", *MOMENTS)}
+        found = {
+            f"{one} {key}": saved.read(one, key).contiguous().numpy().tobytes()
+            for one in names
+            for key in ("fp32", *MOMENTS)
+        }
         return found | {"steps": str(saved.steps).encode()}
 
 

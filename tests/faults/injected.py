@@ -44,11 +44,11 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "deleting": ("cogflow.training.retention", "_delete", "before"),
     "deleted": ("cogflow.training.retention", "_delete", "after"),
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),
-    "shard": ("cogflow.data.shards", "save_file", "after"),
-    "index": ("cogflow.data.prepare", "write_json", "before"),
+    "shard": ("cogflow.data.cache_shards", "save_file", "after"),
+    "index": ("cogflow.data.preparation", "write_json", "before"),
     "exporting": ("cogflow.weights.writer", "stream_tensor", "before"),
-    "exported": ("cogflow.weights.shards", "Stream.close", "after"),
-    "placing": ("cogflow.pipeline.assemble", "place_file", "before"),
+    "exported": ("cogflow.weights.safetensors_stream", "Stream.close", "after"),
+    "placing": ("cogflow.assemble.pipeline_folder", "place_file", "before"),
 }
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
@@ -62,7 +62,12 @@ def arm(faults: str, rank: int, fired: Path) -> None:
             from cogflow.tracking import wandb_run
 
             wandb_run.SETTINGS.update(init_timeout=3.0, finish_timeout=3.0)
-            wandb_run.USE_SECONDS, wandb_run.CALL_SECONDS, wandb_run.FINISH_SECONDS, wandb_run.ARTIFACT_SECONDS = 1.0, 2.0, 3.0, 5.0
+            wandb_run.USE_SECONDS, wandb_run.CALL_SECONDS, wandb_run.FINISH_SECONDS, wandb_run.ARTIFACT_SECONDS = (
+                1.0,
+                2.0,
+                3.0,
+                5.0,
+            )
             continue
         if fault == "fp16":
             from deepspeed.accelerator import get_accelerator

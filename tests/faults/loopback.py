@@ -48,7 +48,11 @@ class Loopback:
         with self._lock:
             self.requests += 1
             self.bodies.append(body)
-            self.keys.add(base64.b64decode(handler.headers.get("Authorization", "").removeprefix("Basic ")).decode().partition(":")[2])
+            self.keys.add(
+                base64.b64decode(handler.headers.get("Authorization", "").removeprefix("Basic "))
+                .decode()
+                .partition(":")[2]
+            )
             well = self.how == "well" or self.requests <= self.after
             self.misbehaved += not well
         if not well and self.how == "hangs":
@@ -79,7 +83,9 @@ class Loopback:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._closing.set()
         self._server.shutdown()
         self._server.server_close()

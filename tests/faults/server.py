@@ -70,7 +70,11 @@ class Server:
         self.folder, self._count = folder, 0
         env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}  # a service to start each time
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, "-m", "tests.faults.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
 
     def __enter__(self) -> Server:
@@ -108,7 +112,7 @@ def serve() -> None:
     import wandb  # noqa: F401
 
     import cogflow.__main__
-    import cogflow.pipeline.assemble
+    import cogflow.assemble.pipeline_folder
     import cogflow.stages.export
     import cogflow.stages.prepare
     import cogflow.stages.train
@@ -122,7 +126,11 @@ def serve() -> None:
         order = Order(**json.loads(line))
         began = time.monotonic()
         codes, timed_out = _wait(_start(order), order.seconds)
-        print(json.dumps({"codes": codes, "seconds": time.monotonic() - began, "timed_out": timed_out}), file=answers, flush=True)
+        print(
+            json.dumps({"codes": codes, "seconds": time.monotonic() - began, "timed_out": timed_out}),
+            file=answers,
+            flush=True,
+        )
 
 
 def _start(order: Order) -> list[int]:
@@ -151,7 +159,13 @@ def _run(order: Order, rank: int, port: int) -> None:
     os.chdir(order.cwd)
     sys.argv = ["cogflow", *order.words]
     if order.ranks > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(order.ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     if order.largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order.largest_file, order.largest_file))

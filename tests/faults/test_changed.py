@@ -27,7 +27,9 @@ def resumed(world: World, half: str, name: str, *more: str, stage: str = "stage.
 
 
 def test_what_may_change_is_told_and_goes_on(world: World, half: str) -> None:
-    code, text = resumed(world, half, "tuned", "stage.learning_rate=3e-5", "stage.evaluate_every=1", "stage.text_dropout=0.2")
+    code, text = resumed(
+        world, half, "tuned", "stage.learning_rate=3e-5", "stage.evaluate_every=1", "stage.text_dropout=0.2"
+    )
     assert code == 0, text[-3000:]
     for line in (
         "stage.steps is now 3, it was 2",
@@ -57,6 +59,9 @@ def test_frozen_weights_stay_to_the_bit_and_go_on_under_another_stage(world: Wor
     server_says(world.train("frozen", *words, "stage.steps=4", "deepspeed=zero0"), 0, "after step 3", "dealt out anew")
     from tests.faults.test_starting import weights
 
-    before, after = weights(world.model / "transformer"), weights(world.root / "frozen/checkpoints/step-000004/transformer")
+    before, after = (
+        weights(world.model / "transformer"),
+        weights(world.root / "frozen/checkpoints/step-000004/transformer"),
+    )
     for name, value in before.items():
         assert value.equal(after[name]) == name.startswith(("transformer_blocks.0.", "patch_embed.")), name

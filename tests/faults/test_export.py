@@ -17,7 +17,13 @@ pytestmark = pytest.mark.slow
 
 KILLS = {
     # stage: (point, whether the new one is in place)
-    "export": (("exporting#30", False), ("exported#2", False), ("manifest#1", False), ("renaming#1", False), ("renamed#1", True)),
+    "export": (
+        ("exporting#30", False),
+        ("exported#2", False),
+        ("manifest#1", False),
+        ("renaming#1", False),
+        ("renamed#1", True),
+    ),
     "assemble": (("placing#2", False), ("manifest#1", False), ("renaming#1", False), ("renamed#1", True)),
 }
 
@@ -46,7 +52,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("stage", KILLS)
-def test_killed_between_shards_the_old_one_stays_and_a_rerun_gives_the_same(trained: World, tmp_path: Path, stage: str) -> None:
+def test_killed_between_shards_the_old_one_stays_and_a_rerun_gives_the_same(
+    trained: World, tmp_path: Path, stage: str
+) -> None:
     """Each kill meets what the one before has left."""
     # All at one place: a pipeline's card holds the command that made it.
     target = tmp_path / "killed" / "out"
@@ -65,7 +73,9 @@ def test_killed_between_shards_the_old_one_stays_and_a_rerun_gives_the_same(trai
         done = run(trained, stage, target, 2, fault=f"kill@{point}")
         assert done.codes == [-9] and done.fired == [f"kill@{point}"], (point, done.text[-3000:])
         assert (hashes(target) if target.exists() else None) == (new if replaced else before), point
-        assert replaced or any(path.name.startswith(".out.partial-") for path in target.parent.iterdir()), "it had begun to write"
+        assert replaced or any(path.name.startswith(".out.partial-") for path in target.parent.iterdir()), (
+            "it had begun to write"
+        )
     server_says(run(trained, stage, target, 2), 0)
     assert hashes(target) == new and check_manifest(target) == []
     assert [path.name for path in target.parent.iterdir()] == ["out"]

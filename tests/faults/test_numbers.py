@@ -42,7 +42,12 @@ def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) 
     assert done.fired and world.states("skipped", 3) == world.states("skipped", 2) == world.states(sound, 2)
     assert world.states("skipped", 4) != world.states("skipped", 3)
     lines = [json.loads(line) for line in (world.root / "skipped/metrics.jsonl").read_text().splitlines()]
-    assert {line["step"]: line["train/skipped"] for line in lines if "train/skipped" in line} == {1: 0, 2: 0, 3: 1, 4: 1}
+    assert {line["step"]: line["train/skipped"] for line in lines if "train/skipped" in line} == {
+        1: 0,
+        2: 0,
+        3: 1,
+        4: 1,
+    }
     assert next(line for line in lines if line["step"] == 3)["train/loss"] is None
 
 
@@ -71,7 +76,12 @@ def test_a_clip_that_never_gives_a_number_ends_the_run(world: World) -> None:
 
 def test_a_nan_on_one_of_two_ranks_stops_both_before_the_update(world: World, sound: str) -> None:
     done = world.train(
-        "one-of-two", "stage.steps=4", "stage.save_every=0", "stage.gradient_accumulation=1", ranks=2, fault="nan@losses#3/1"
+        "one-of-two",
+        "stage.steps=4",
+        "stage.save_every=0",
+        "stage.gradient_accumulation=1",
+        ranks=2,
+        fault="nan@losses#3/1",
     )
     assert done.fired == ["nan@losses#3/1"] and done.codes == [3, 3], done.text[-3000:]
     assert "The loss of step 3 is not finite (rank 1: " in done.text
@@ -93,7 +103,12 @@ def test_a_spike_is_told_and_left_out_where_that_is_asked_for(world: World) -> N
 
 def test_fp16_looks_for_its_scale_and_logs_it(world: World) -> None:
     done = world.train(
-        "half", "stage.steps=4", "model.dtype=fp16", "stage.save_every=0", "stage.gradient_accumulation=1", fault="fp16,infgrad@backward#2"
+        "half",
+        "stage.steps=4",
+        "model.dtype=fp16",
+        "stage.save_every=0",
+        "stage.gradient_accumulation=1",
+        fault="fp16,infgrad@backward#2",
     )
     server_says(done, 0)
     scales = {

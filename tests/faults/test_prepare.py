@@ -36,7 +36,9 @@ def place(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def listed(folder: Path, names: list[str]) -> Path:
-    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": f"what {name} shows"}) + "\n" for name in names))
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": name, "text": f"what {name} shows"}) + "\n" for name in names)
+    )
     return folder
 
 
@@ -90,7 +92,10 @@ def tensors(cache: Path) -> dict[str, tuple[bytes, ...]]:
     """Every tensor of a cache, by the name of its clip."""
     held = LatentCache(cache)
     entries = (held.entry(position) for position in range(len(held)))
-    return {entry.name: tuple(one.numpy().tobytes() for one in (entry.mean, entry.logvar, entry.embeds.float())) for entry in entries}
+    return {
+        entry.name: tuple(one.numpy().tobytes() for one in (entry.mean, entry.logvar, entry.embeds.float()))
+        for entry in entries
+    }
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +139,23 @@ def test_too_many_bad_clips_on_one_rank_are_told_by_it_and_end_both(place: Place
 def test_a_wholly_bad_set_stops_in_seconds_on_both_ranks(place: Place, tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number}.mp4").write_text(f"no video {number}\n" * 50)
-    done = prepare(place, "all-bad", listed(tmp_path, [f"{number}.mp4" for number in range(200)]), "data.max_bad_share=1", ranks=2)
+    done = prepare(
+        place, "all-bad", listed(tmp_path, [f"{number}.mp4" for number in range(200)]), "data.max_bad_share=1", ranks=2
+    )
     assert done.codes == [2, 2] and done.seconds < 20, (done.codes, done.text[-3000:])
-    assert "clips can be read" in done.text and quarantined(place, "all-bad")["0.mp4"].startswith("not a readable video")
+    assert "clips can be read" in done.text and quarantined(place, "all-bad")["0.mp4"].startswith(
+        "not a readable video"
+    )
 
 
-def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(place: Place, whole: str, only_good: Path) -> None:
+def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(
+    place: Place, whole: str, only_good: Path
+) -> None:
     done = prepare(place, "killed-rank", only_good, ranks=2, fault="kill@encoding#3/1", seconds=60)
-    assert done.fired == ["kill@encoding#3/1"] and done.codes == [1, -9] and not done.timed_out, (done.codes, done.text[-3000:])
+    assert done.fired == ["kill@encoding#3/1"] and done.codes == [1, -9] and not done.timed_out, (
+        done.codes,
+        done.text[-3000:],
+    )
     assert "rank 1 (" in done.text and "is gone; it stood at: " in done.text
     assert not (place.root / "killed-rank/cache/index.json").exists()
     again = prepare(place, "killed-rank", only_good, ranks=2)
@@ -151,12 +165,19 @@ def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(place: Pl
 
 
 def test_a_rank_that_stands_still_is_named_and_both_end(place: Place, only_good: Path) -> None:
-    done = prepare(place, "hung-rank", only_good, "stage.stall_minutes=0.15", ranks=2, fault="hang@encoding#2/1", seconds=60)
-    assert done.fired == ["hang@encoding#2/1"] and done.codes == [1, 1] and not done.timed_out, (done.codes, done.text[-3000:])
+    done = prepare(
+        place, "hung-rank", only_good, "stage.stall_minutes=0.15", ranks=2, fault="hang@encoding#2/1", seconds=60
+    )
+    assert done.fired == ["hang@encoding#2/1"] and done.codes == [1, 1] and not done.timed_out, (
+        done.codes,
+        done.text[-3000:],
+    )
     assert "rank 1 (" in done.text and "stands at: encoding clips" in done.text
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_the_shards_that_were_there(place: Place, whole: str, only_good: Path) -> None:
+def test_a_disk_that_fills_up_on_the_way_leaves_the_shards_that_were_there(
+    place: Place, whole: str, only_good: Path
+) -> None:
     cache = place.root / "limited-prepare/cache"
     done = prepare(place, "limited-prepare", only_good, "stage.shard_clips=1", fault="full@shard#11")
     assert done.fired == ["full@shard#11"]
@@ -168,7 +189,9 @@ def test_a_disk_that_fills_up_on_the_way_leaves_the_shards_that_were_there(place
     assert tensors(cache) == tensors(place.root / whole / "cache")
 
 
-def test_a_disk_without_room_names_path_needed_and_free(place: Place, whole: str, only_good: Path, tmp_path: Path) -> None:
+def test_a_disk_without_room_names_path_needed_and_free(
+    place: Place, whole: str, only_good: Path, tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     needed = sum(path.stat().st_size for path in (place.root / whole / "cache").iterdir())

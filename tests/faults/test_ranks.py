@@ -35,7 +35,10 @@ def test_a_rank_that_is_killed_is_named_and_the_pointer_stays(world: World, undi
 
 def test_a_rank_that_stands_still_is_named_by_the_other_and_both_end(world: World) -> None:
     done = world.train("hung", *WORDS, "stage.stall_minutes=0.1", ranks=2, fault="hang@micro#3/1", seconds=90)
-    assert done.fired == ["hang@micro#3/1"] and not done.timed_out and done.codes == [1, 1], (done.codes, done.text[-3000:])
+    assert done.fired == ["hang@micro#3/1"] and not done.timed_out and done.codes == [1, 1], (
+        done.codes,
+        done.text[-3000:],
+    )
     assert "rank 1 (" in done.text and "stands at: step 3: waiting for data" in done.text
     stacks = list((world.root / "hung/ranks").glob("rank-*.stack"))
     assert any("injected.py" in path.read_text() for path in stacks), "the stack shows where it hangs"
@@ -44,7 +47,9 @@ def test_a_rank_that_stands_still_is_named_by_the_other_and_both_end(world: Worl
 def test_a_full_disk_on_one_rank_ends_both_and_leaves_what_was_there(world: World) -> None:
     done = world.train("full-one", *WORDS, ranks=2, fault="full@states-written#2/1", seconds=90)
     assert done.fired and not done.timed_out and done.codes[1] == 2 and done.codes[0] != 0, done.text[-3000:]
-    assert "rank 1: StorageError" in done.text and world.pointer("full-one") == 2 and world.checkpoints("full-one") == [2]
+    assert (
+        "rank 1: StorageError" in done.text and world.pointer("full-one") == 2 and world.checkpoints("full-one") == [2]
+    )
 
 
 def test_killed_ranks_of_prepare_lose_nothing_that_was_published(world: World) -> None:

@@ -16,7 +16,16 @@ from tests.faults.conftest import World, server_says
 
 pytestmark = pytest.mark.slow
 
-BEFORE = ("states", "states-written", "weights", "weights-written", "hashed", "manifest", "manifest-written", "renaming")
+BEFORE = (
+    "states",
+    "states-written",
+    "weights",
+    "weights-written",
+    "hashed",
+    "manifest",
+    "manifest-written",
+    "renaming",
+)
 """Phases of a save in which nothing new may be visible."""
 AFTER = ("renamed", "pointing", "deleting", "deleted")
 """Phases in which the new checkpoint is whole; the pointer moves in the second."""
@@ -35,7 +44,9 @@ def test_a_kill_in_every_phase_of_a_save(world: World) -> None:
         assert done.codes == [-9] and done.fired == [fault], (phase, done.text[-3000:])
         assert not last or f"after step {last}" in done.text, (phase, done.text[-3000:])
         visible = world.checkpoints("killed")
-        assert all(check_manifest(world.root / "killed/checkpoints" / f"step-{step:06d}") == [] for step in visible), phase
+        assert all(check_manifest(world.root / "killed/checkpoints" / f"step-{step:06d}") == [] for step in visible), (
+            phase
+        )
         assert max(visible) == last + 1, phase
         last += 1
         # The pointer moves once what it names was read back, and not before.
@@ -69,7 +80,9 @@ def test_a_disk_without_room_is_found_before_anything_is_written(world: World, t
         pytest.skip("this machine lets nobody mount a small disk")
     try:
         shutil.copytree(world.root / "prepared" / "cache", disk / "small" / "cache")
-        words = [word for word in world.words("unused", "stage.steps=3", "stage.save_every=1") if not word.startswith("run.")]
+        words = [
+            word for word in world.words("unused", "stage.steps=3", "stage.save_every=1") if not word.startswith("run.")
+        ]
         done = world.server.run(*words, f"run.root={disk}", "run.name=small")
         server_says(done, 2, "StorageError", str(disk / "small/checkpoints/step-000003"), "needs 0.03 GB", "are free")
         kept = sorted(path.name for path in (disk / "small/checkpoints").iterdir())
@@ -138,10 +151,21 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(world: World, tmp_p
 def test_weights_alone_are_exported_but_not_resumed(world: World) -> None:
     server_says(world.train("alone", "stage.steps=4", "stage.weights_every=2", "stage.ema_decay=0.9"), 0)
     folder = world.root / "alone/weights/step-000002"
-    assert check_manifest(folder) == [] and not (folder / "deepspeed").exists() and (folder / "ema/config.json").is_file()
+    assert (
+        check_manifest(folder) == [] and not (folder / "deepspeed").exists() and (folder / "ema/config.json").is_file()
+    )
     assert json.loads((folder / "trainer.json").read_text())["step"] == 2
-    server_says(world.train("alone", "stage.steps=5", f"stage.resume={folder}"), 2, "weights alone", f"stage.start={folder}")
     server_says(
-        world.server.run("stage=export", f"run.root={world.root}", "run.name=alone", "tracking.wandb=disabled", f"stage.source={folder}"), 0
+        world.train("alone", "stage.steps=5", f"stage.resume={folder}"), 2, "weights alone", f"stage.start={folder}"
+    )
+    server_says(
+        world.server.run(
+            "stage=export",
+            f"run.root={world.root}",
+            "run.name=alone",
+            "tracking.wandb=disabled",
+            f"stage.source={folder}",
+        ),
+        0,
     )
     assert (world.root / "alone/export/transformer/config.json").is_file()

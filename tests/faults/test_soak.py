@@ -38,7 +38,13 @@ def schedule(seed: int) -> list[Life]:
         if kind == "kill":
             lives.append((f"kill@{drawn.choice(KILLED_AT)}#{drawn.choice((1, 2))}", {}, (-9,)))
         elif kind == "signal":
-            lives.append((f"{drawn.choice(('term', 'usr1', 'int'))}@{drawn.choice(('micro', 'backward', 'weights'))}#1", {}, (75,)))
+            lives.append(
+                (
+                    f"{drawn.choice(('term', 'usr1', 'int'))}@{drawn.choice(('micro', 'backward', 'weights'))}#1",
+                    {},
+                    (75,),
+                )
+            )
         elif kind == "limit":
             lives.append(("", {"largest_file": 3_000_000}, (2,)))
         else:

@@ -63,9 +63,12 @@ def export(world: World, run: Path, output: Path, *more: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "zero", "ranks"), [("run", "zero0", 1), ("checkpoint", "zero3", 2), ("diffusers", "zero3", 1), ("sat", "zero2", 1)]
+    ("kind", "zero", "ranks"),
+    [("run", "zero0", 1), ("checkpoint", "zero3", 2), ("diffusers", "zero3", 1), ("sat", "zero2", 1)],
 )
-def test_the_weights_are_those_of_the_source(world: World, trained: Path, tmp_path: Path, kind: str, zero: str, ranks: int) -> None:
+def test_the_weights_are_those_of_the_source(
+    world: World, trained: Path, tmp_path: Path, kind: str, zero: str, ranks: int
+) -> None:
     source = {
         "run": lambda: trained,
         "checkpoint": lambda: trained / "checkpoints/step-000002",
@@ -74,7 +77,10 @@ def test_the_weights_are_those_of_the_source(world: World, trained: Path, tmp_pa
     }[kind]()
     # A run is started from as it would be exported: from its averages.
     expected = weights(
-        trained / "checkpoints" / ("step-000002" if kind == "checkpoint" else "step-000004") / EXPORTED.get(kind, "transformer")
+        trained
+        / "checkpoints"
+        / ("step-000002" if kind == "checkpoint" else "step-000004")
+        / EXPORTED.get(kind, "transformer")
     )
     done = world.train(f"from-{kind}", *STILL, f"stage.start={source}", f"deepspeed={zero}", ranks=ranks)
     server_says(done, 0, f"starting from {source}")
@@ -84,7 +90,9 @@ def test_the_weights_are_those_of_the_source(world: World, trained: Path, tmp_pa
 
 def test_the_model_itself_is_what_training_starts_with_else(world: World) -> None:
     server_says(world.train("from-model", *STILL, "deepspeed=zero3"), 0)
-    assert same(weights(world.root / "from-model/checkpoints/step-000001/transformer"), weights(world.model / "transformer"))
+    assert same(
+        weights(world.root / "from-model/checkpoints/step-000001/transformer"), weights(world.model / "transformer")
+    )
 
 
 def test_weights_trained_for_another_schedule_are_refused(world: World, trained: Path, tmp_path: Path) -> None:
@@ -98,7 +106,9 @@ def test_weights_trained_for_another_schedule_are_refused(world: World, trained:
     assert not (world.root / "other-facts/checkpoints").exists()
 
 
-def test_weights_of_another_model_are_refused_with_the_names_of_its_tensors(world: World, trained: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused_with_the_names_of_its_tensors(
+    world: World, trained: Path, tmp_path: Path
+) -> None:
     folder = export(world, trained, tmp_path / "export")
     [path] = (folder / "transformer").glob("*.safetensors")
     tensors = load_file(path)

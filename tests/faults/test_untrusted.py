@@ -87,20 +87,32 @@ def component(tmp_path: Path, name: str, shard: str) -> Path:
     folder = tmp_path / name / "transformer"
     folder.mkdir(parents=True)
     shutil.copy(tiny.folder() / "transformer" / "config.json", folder)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": shard}})
+    )
     return folder
 
 
 def test_an_index_that_leads_out_of_its_folder_is_refused_unopened(server: Server, tmp_path: Path) -> None:
-    for name, shard in {"up": "../../outside.safetensors", "absolute": str(outside(tmp_path)), "link": "link.safetensors"}.items():
+    for name, shard in {
+        "up": "../../outside.safetensors",
+        "absolute": str(outside(tmp_path)),
+        "link": "link.safetensors",
+    }.items():
         folder = component(tmp_path, name, shard)
         if name == "link":
             (folder / shard).symlink_to(outside(tmp_path))
         server_says(run(server, "export", tmp_path, f"stage.source={folder}"), 2, "CheckpointError", shard)
         if name != "link":
-            shutil.copytree(tiny.folder(), folder.parent, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
+            shutil.copytree(
+                tiny.folder(), folder.parent, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer")
+            )
             server_says(
-                run(server, "prepare", tmp_path, f"model.path={folder.parent}"), 2, "PipelineError", shard, "does not lie beside it"
+                run(server, "prepare", tmp_path, f"model.path={folder.parent}"),
+                2,
+                "PipelineError",
+                shard,
+                "does not lie beside it",
             )
 
 
@@ -137,8 +149,14 @@ CODE: dict[str, tuple[Callable[[Path], None], str]] = {
         "names a class in a code",
     ),
     "pipeline": (lambda folder: edited(folder, "model_index.json", custom_pipeline="modeling"), "custom_pipeline"),
-    "map": (lambda folder: edited(folder, "text_encoder/config.json", auto_map={"AutoModel": "modeling.Mine"}), "auto_map"),
-    "library": (lambda folder: edited(folder, "model_index.json", vae=["modeling", "Mine"]), "takes vae from 'modeling'"),
+    "map": (
+        lambda folder: edited(folder, "text_encoder/config.json", auto_map={"AutoModel": "modeling.Mine"}),
+        "auto_map",
+    ),
+    "library": (
+        lambda folder: edited(folder, "model_index.json", vae=["modeling", "Mine"]),
+        "takes vae from 'modeling'",
+    ),
 }
 
 

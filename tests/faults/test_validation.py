@@ -61,9 +61,13 @@ def test_stopped_or_killed_around_one_it_ends_as_if_it_had_not_been(
     assert found == expected and len({path.split("/")[0] for path in found}) == 3, "samples of steps 0, 2 and 4"
 
 
-def test_two_ranks_give_up_a_validation_together_and_before_the_first_step_nothing_is_saved(world: World, prompt: str) -> None:
+def test_two_ranks_give_up_a_validation_together_and_before_the_first_step_nothing_is_saved(
+    world: World, prompt: str
+) -> None:
     one_each = ["stage.gradient_accumulation=1", "deepspeed=zero3"]
     done = world.train("given-up", *WORDS, *WITH, *one_each, prompt, ranks=2, fault="term@denoising#2/1", seconds=90)
     assert done.fired == ["term@denoising#2/1"] and done.codes == [75, 75], done.text[-3000:]
-    assert "nothing is trained yet" in done.text and world.checkpoints("given-up") == [] and not videos(world, "given-up")
+    assert (
+        "nothing is trained yet" in done.text and world.checkpoints("given-up") == [] and not videos(world, "given-up")
+    )
     assert not [path for path in (world.root / "given-up/samples").iterdir() if path.name.startswith(".")]

@@ -41,7 +41,9 @@ def train(world: World, name: str, url: str, fault: str, folder: Path) -> Done:
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_training_goes_on_at_its_speed_and_loses_neither_line_nor_key(world: World, undisturbed: Done, tmp_path: Path, what: str) -> None:
+def test_training_goes_on_at_its_speed_and_loses_neither_line_nor_key(
+    world: World, undisturbed: Done, tmp_path: Path, what: str
+) -> None:
     server, fault, said = FAULTS[what]
     name = f"wandb-{what.replace(' ', '-')}"
     with server:

@@ -60,7 +60,9 @@ def test_a_link_is_the_same_file(file: Path, tmp_path: Path) -> None:
     assert hash_known([tmp_path / "linked"]) == ({tmp_path / "linked": sha256(b"first")}, 5)
 
 
-def test_a_memory_that_is_broken_or_cannot_be_written_costs_only_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_that_is_broken_or_cannot_be_written_costs_only_time(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hash_known([file])
     hash_cache.cache_file().write_text("{")
     assert hash_known([file]) == ({file: sha256(b"first")}, 0)

@@ -39,10 +39,15 @@ def test_a_link_shares_its_bytes(source: Path, tmp_path: Path) -> None:
     how = place_file(source, tmp_path / "target", "auto", SHA256)
     assert how in ("reflink", "hard") and (tmp_path / "target").read_bytes() == DATA
     assert os.path.samefile(source, tmp_path / "target") == (how == "hard")
-    assert can_link(source, tmp_path) and sorted(path.name for path in tmp_path.iterdir()) == ["source.safetensors", "target"]
+    assert can_link(source, tmp_path) and sorted(path.name for path in tmp_path.iterdir()) == [
+        "source.safetensors",
+        "target",
+    ]
 
 
-def test_a_reflink_comes_first_where_the_file_system_has_them(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reflink_comes_first_where_the_file_system_has_them(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fcntl
 
     asked = []

@@ -64,7 +64,9 @@ def test_without_replace_an_existing_target_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_replace_keeps_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+def test_replace_keeps_the_old_one_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
     target = tmp_path / "target"
     fill(target, "old")
     if not exchange:
@@ -138,7 +140,12 @@ def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_json_is_strict(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"nan": float("nan"), "inf": [float("inf"), 1.5], "path": tmp_path, "true": True})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "inf": [None, 1.5], "path": str(tmp_path), "true": True}
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "nan": None,
+        "inf": [None, 1.5],
+        "path": str(tmp_path),
+        "true": True,
+    }
 
 
 FULL = """
@@ -169,7 +176,9 @@ def test_a_full_disk_names_the_path_and_spares_the_old_one(tmp_path: Path, kind:
         write_text(target, "old")
     else:
         fill(target, "old")
-    process = subprocess.run([sys.executable, "-c", FULL, kind, str(target)], capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", FULL, kind, str(target)], capture_output=True, text=True, check=True
+    )
     assert process.stdout.startswith("2 ") and str(target) in process.stdout and "GB free" in process.stdout
     assert entries(tmp_path) == ["target"]
     assert (target if kind == "text" else target / "a.txt").read_text() == "old"

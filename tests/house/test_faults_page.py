@@ -24,7 +24,11 @@ def test_every_test_that_the_page_names_exists(repository: Path) -> None:
 
 
 def test_every_row_has_a_test(repository: Path) -> None:
-    rows = [line for line in (repository / "docs/faults.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [
+        line
+        for line in (repository / "docs/faults.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
     assert [row for row in rows if "::test_" not in row and not row.startswith(("| fault |", "| --- |"))] == []
 
 

@@ -28,7 +28,12 @@ class Launched:
         given = {**os.environ, "COGFLOW_PYTHON": sys.executable, "WANDB_MODE": "disabled", **env}
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                ["bash", script, *words], env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=listening
+                ["bash", script, *words],
+                env=given,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                preexec_fn=listening,
             )
 
     def text(self) -> str:
@@ -63,9 +68,21 @@ class Place:
         log = self.root / f"{len(self.all)}.log"
         if name != "clips" and not (self.root / name).exists():
             shutil.copytree(self.root / "clips/cache", self.root / name / "cache")
-        words = ["debug=quick", "tracking=off", f"run.root={self.root}", f"run.name={name}", f"data.path={self.root / 'data'}"]
+        words = [
+            "debug=quick",
+            "tracking=off",
+            f"run.root={self.root}",
+            f"run.name={name}",
+            f"data.path={self.root / 'data'}",
+        ]
         if env.get("STAGE", "train") == "train":
-            words += ["stage.steps=5000", "stage.save_every=0", "stage.sample_every=0", "stage.evaluate_every=0", "stage.batch_size=1"]
+            words += [
+                "stage.steps=5000",
+                "stage.save_every=0",
+                "stage.sample_every=0",
+                "stage.evaluate_every=0",
+                "stage.batch_size=1",
+            ]
         self.all.append(Launched(self.launch / script, log, words, env))
         return self.all[-1]
 
@@ -120,10 +137,14 @@ def test_a_hostfile_of_two(place: Place) -> None:
     """By a stand-in for ssh that runs its words here as ssh would there: through a shell, elsewhere, with an environment of its own."""
     hostfile, ssh = place.root / "hostfile", place.root / "ssh"
     hostfile.write_text("# two of them\nfirst slots=1\n\nsecond slots=1  # the other\n")
-    ssh.write_text(f'#!/bin/bash\necho "$1" >>{place.root}/reached\nshift\ncd /\nexec env -i PATH="$PATH" HOME="$HOME" bash -c "$*"\n')
+    ssh.write_text(
+        f'#!/bin/bash\necho "$1" >>{place.root}/reached\nshift\ncd /\nexec env -i PATH="$PATH" HOME="$HOME" bash -c "$*"\n'
+    )
     ssh.chmod(0o755)
     port = str(free_port())
-    training = place.start("hostfile.sh", "hosts", HOSTFILE=str(hostfile), REMOTE=str(ssh), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    training = place.start(
+        "hostfile.sh", "hosts", HOSTFILE=str(hostfile), REMOTE=str(ssh), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
     training.until(lambda: place.trains("hosts"))
     assert sorted((place.root / "reached").read_text().split()) == ["first", "second"]
     training.process.send_signal(signal.SIGUSR1)

@@ -15,7 +15,9 @@ STANDINS = {
 }
 
 
-def job(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def job(
+    folder: Path, repository: Path, script: str = "slurm.sh", **env: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """How the job ended, and what it ran: one line for each call of a stand-in."""
     calls = folder / "calls"
     for name, body in STANDINS.items():
@@ -42,7 +44,9 @@ def run(folder: Path, repository: Path, script: str = "slurm.sh", **env: str) ->
 
 def test_apptainer(tmp_path: Path, repository: Path) -> None:
     calls = run(tmp_path, repository, CONTAINER="image.sif", CONTAINER_MOUNTS="/clips:/clips", CUDA_VISIBLE_DEVICES="5")
-    inside = f"apptainer exec --nv --bind {repository},/clips:/clips --pwd {repository} image.sif python-inside -m cogflow"
+    inside = (
+        f"apptainer exec --nv --bind {repository},/clips:/clips --pwd {repository} image.sif python-inside -m cogflow"
+    )
     assert [call for call in calls if call.startswith("apptainer")] == [
         f"{inside} --cfg stage=train run.root={tmp_path} run.name=mine stage.steps=9",
         f"{inside} stage=train run.root={tmp_path} run.name=mine stage.steps=9",
@@ -53,7 +57,9 @@ def test_apptainer(tmp_path: Path, repository: Path) -> None:
 
 def test_pyxis(tmp_path: Path, repository: Path) -> None:
     calls = run(tmp_path, repository, CONTAINER="image.sqsh", CUDA_VISIBLE_DEVICES="0,1,2,3")
-    options = f"--container-image=image.sqsh --container-workdir={repository} --container-mounts={repository}:{repository}"
+    options = (
+        f"--container-image=image.sqsh --container-workdir={repository} --container-mounts={repository}:{repository}"
+    )
     first, second = (call for call in calls if call.startswith("srun"))
     assert first.startswith(f"srun --nodes 1 --ntasks 1 {options} python-inside -m cogflow --cfg stage=train")
     assert second.startswith(f"srun --kill-on-bad-exit=1 {options} bash -c")
@@ -66,7 +72,10 @@ def test_a_sweep(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "sweep").write_text("stage.steps=7\nstage.learning_rate=1e-5 stage.steps=8\n")
     calls = run(tmp_path, repository, "slurm_array.sh", SWEEP=str(tmp_path / "sweep"), SLURM_ARRAY_TASK_ID="1")
     last = next(call for call in reversed(calls) if call.startswith("python-inside"))
-    assert last == f"python-inside -m cogflow stage=train run.root={tmp_path} run.name=mine-1 stage.learning_rate=1e-5 stage.steps=8"
+    assert (
+        last
+        == f"python-inside -m cogflow stage=train run.root={tmp_path} run.name=mine-1 stage.learning_rate=1e-5 stage.steps=8"
+    )
     assert (tmp_path / "mine-1/cache").samefile(tmp_path / "mine/cache")
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from cogflow.models import tiny
-from cogflow.models.convolutions import by_onednn
+from cogflow.models.onednn import by_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch comes without oneDNN")
 
@@ -21,8 +21,13 @@ def vae() -> AutoencoderKLCogVideoX:
 
 
 @torch.no_grad()
-def test_clips_and_latents_are_the_same_to_rounding(vae: AutoencoderKLCogVideoX, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents, clip = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 16, 3, 4, 6), (1, 3, 9, 32, 48)))
+def test_clips_and_latents_are_the_same_to_rounding(
+    vae: AutoencoderKLCogVideoX, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, clip = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for shape in ((1, 16, 3, 4, 6), (1, 3, 9, 32, 48))
+    )
     names = list(vae.state_dict())
     before = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
     assert by_onednn(vae) is vae and list(vae.state_dict()) == names
@@ -40,7 +45,9 @@ def test_clips_and_latents_are_the_same_to_rounding(vae: AutoencoderKLCogVideoX,
     # A copy in another precision goes its own way, and leaves the first as it is.
     copied = torch.nn.Module.to(copy.deepcopy(vae), torch.bfloat16)
     assert copied.decode(latents.bfloat16()).sample.dtype == torch.bfloat16 and called
-    assert all(module._conv_forward.module is module for module in copied.modules() if isinstance(module, torch.nn.Conv3d))
+    assert all(
+        module._conv_forward.module is module for module in copied.modules() if isinstance(module, torch.nn.Conv3d)
+    )
     assert torch.equal(vae.decode(latents).sample, after[0])
 
 

@@ -33,6 +33,12 @@ def test_training_and_sampling_use_the_same_positions(patch_size_t: int | None, 
 
 def test_sincos_models_have_no_table() -> None:
     assert (
-        rotary_tables(SimpleNamespace(config=SimpleNamespace(use_rotary_positional_embeddings=False)), 3, 8, 12, torch.device("cpu"))
+        rotary_tables(
+            SimpleNamespace(config=SimpleNamespace(use_rotary_positional_embeddings=False)),
+            3,
+            8,
+            12,
+            torch.device("cpu"),
+        )
         is None
     )

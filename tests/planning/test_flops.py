@@ -11,7 +11,7 @@ from cogflow.config.schema import ModelConfig
 from cogflow.models import tiny
 from cogflow.models.family import FAMILY
 from cogflow.models.rotary import rotary_tables
-from cogflow.planning import flops, shape
+from cogflow.planning import flops, transformer_size
 
 PARAMETERS = {
     "cogvideox-2b": 1_693_783_872,
@@ -25,7 +25,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_the_meta_device_counts_every_parameter(name: str) -> None:
-    found, source = shape.of_model(ModelConfig(name=name, path="/nowhere/yet"))
+    found, source = transformer_size.of_model(ModelConfig(name=name, path="/nowhere/yet"))
     assert found.parameters == found.trained == PARAMETERS[name] and f"model={name}" in source
 
 
@@ -43,14 +43,14 @@ def test_the_lists_agree() -> None:
     ],
 )
 def test_tokens(name: str, size: tuple[int, int, int], video: int, total: int) -> None:
-    found = shape.tokens(shape.of_model(ModelConfig(name=name))[0], *size)
+    found = transformer_size.tokens(transformer_size.of_model(ModelConfig(name=name))[0], *size)
     assert (found.video, found.total) == (video, total)
 
 
 def test_what_5b_costs() -> None:
     """The figures by which a day of training is budgeted."""
-    own, _ = shape.of_model(ModelConfig(name="cogvideox-5b"))
-    tokens = shape.tokens(own, 49, 480, 720)
+    own, _ = transformer_size.of_model(ModelConfig(name="cogvideox-5b"))
+    tokens = transformer_size.tokens(own, 49, 480, 720)
     one = flops.forward(own, tokens)
     assert one.linear == pytest.approx(0.17e15, rel=0.01) and one.attention == pytest.approx(0.163e15, rel=0.01)
     assert flops.step(own, tokens, {}).total == pytest.approx(1.0e15, rel=0.01)
@@ -66,9 +66,9 @@ def test_the_formula_counts_what_torch_counts(checkpointing: bool, over_time: bo
     model = CogVideoXTransformer3DModel.from_config(config).train()
     if checkpointing:
         model.enable_gradient_checkpointing()
-    own = shape.of_config(config)
+    own = transformer_size.of_config(config)
     frames = 4 if over_time else 3
-    tokens = shape.tokens(own, 9 + 4 * over_time, 64, 96)
+    tokens = transformer_size.tokens(own, 9 + 4 * over_time, 64, 96)
     arguments = {
         "hidden_states": torch.randn(1, frames, 16, 8, 12),
         "encoder_hidden_states": torch.randn(1, own.text_tokens, own.text_width),
@@ -93,4 +93,4 @@ def test_a_folder_that_describes_no_transformer_is_refused(tmp_path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json"):
-        shape.of_model(ModelConfig(name="cogvideox-5b", path=str(tmp_path)))
+        transformer_size.of_model(ModelConfig(name="cogvideox-5b", path=str(tmp_path)))

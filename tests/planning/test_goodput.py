@@ -10,16 +10,22 @@ import pytest
 
 from cogflow.config.compose import compose
 from cogflow.errors import ConfigError
-from cogflow.planning import goodput, report
+from cogflow.planning import goodput, plan_report
 from cogflow.planning.goodput import Goodput
 from cogflow.planning.pace import pace
 from cogflow.planning.plan import Plan, plan
 
-RUN = Goodput(steps=20_000, step=3.0, save=60.0, every=200, validation=100.0, sampled=1000, mtbf=50_000.0, restart=600.0)
+RUN = Goodput(
+    steps=20_000, step=3.0, save=60.0, every=200, validation=100.0, sampled=1000, mtbf=50_000.0, restart=600.0
+)
 
 
 def made(*words: str) -> Plan:
-    return plan(compose(["stage=train", "stage.plan=true", "model=cogvideox-5b", "stage.plan_gpus=64", "stage.steps=100000", *words]))
+    return plan(
+        compose(
+            ["stage=train", "stage.plan=true", "model=cogvideox-5b", "stage.plan_gpus=64", "stage.steps=100000", *words]
+        )
+    )
 
 
 def played(run: Goodput, seed: int) -> tuple[float, int]:
@@ -73,14 +79,16 @@ def test_what_one_save_takes() -> None:
 
 def test_interruptions_come_with_the_gpus() -> None:
     assert made().goodput.a_week == pytest.approx(64 * 24 * 7 / 50_000)
-    assert made("stage.plan_gpus=512", "stage.plan_mtbf_hours=25000").goodput.a_week == pytest.approx(16 * made().goodput.a_week)
+    assert made("stage.plan_gpus=512", "stage.plan_mtbf_hours=25000").goodput.a_week == pytest.approx(
+        16 * made().goodput.a_week
+    )
     # As Meta counted them: 419 in 54 days of 16,384 GPUs.
     assert made().stage.plan_mtbf_hours == pytest.approx(54 * 24 * 16_384 / 419, rel=0.02)
     assert made("stage.plan_restart_minutes=0").goodput.lost == pytest.approx(made().goodput.lost - 600)
 
 
 def test_a_plan_tells_all_of_it() -> None:
-    text = "\n".join(report.lines(made("stage.save_every=500", "stage.sample_every=500")))
+    text = "\n".join(plan_report.lines(made("stage.save_every=500", "stage.sample_every=500")))
     for part in (
         "one save: 26.5 s at 2 GB/s",
         "saved every 500 steps",
@@ -91,8 +99,8 @@ def test_a_plan_tells_all_of_it() -> None:
         "a prediction until",
     ):
         assert part in text, text
-    assert "a prediction until" not in "\n".join(report.lines(made("stage.plan_tflops=400")))
-    assert "saved at the end only" in "\n".join(report.lines(made("stage.save_every=0")))
+    assert "a prediction until" not in "\n".join(plan_report.lines(made("stage.plan_tflops=400")))
+    assert "saved at the end only" in "\n".join(plan_report.lines(made("stage.save_every=0")))
 
 
 @pytest.mark.parametrize("wrong", ["stage.plan_disk_gb=0", "stage.plan_mtbf_hours=0", "stage.plan_restart_minutes=-1"])

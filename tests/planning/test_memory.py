@@ -86,7 +86,10 @@ def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
     width, text, video, dtype = 384, 226, 8000, torch.bfloat16
     block = CogVideoXBlock(width, 6, 64, 512, attention_bias=True).to(dtype)
     inputs = [torch.randn(1, count, width, dtype=dtype, requires_grad=True) for count in (video, text)]
-    time, rotary = torch.randn(1, 512, dtype=dtype, requires_grad=True), (torch.randn(video, 64), torch.randn(video, 64))
+    time, rotary = (
+        torch.randn(1, 512, dtype=dtype, requires_grad=True),
+        (torch.randn(video, 64), torch.randn(video, 64)),
+    )
     left = {}
     for keep in ("nothing", "attention", "products", "all"):
         with Alive() as alive:
@@ -100,7 +103,7 @@ def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
 def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes to other ranks and what comes from them is as large as what a rank that shares with nobody sends to itself."""
     monkeypatch.setattr(ulysses, "_all_to_all", lambda rows, *_: rows.clone())
-    saved, working, _ = block_sizes({ulysses.ASKED: ulysses.Share(None, 0, (226,), (8000,))})
+    saved, working, _ = block_sizes({ulysses.ASKED: ulysses.SequenceShard(None, 0, (226,), (8000,))})
     assert saved == pytest.approx(memory.SAVED, rel=0.02)
     assert working == pytest.approx(memory.WORKING, rel=0.1)
 
@@ -142,7 +145,9 @@ def test_parameters_gradients_and_optimizer_states_of_a_real_update() -> None:
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_sixteen_bytes_a_parameter_lie_somewhere(zero: str) -> None:
     """bf16 weights, fp32 master and two moments: on the GPUs or on the hosts, and shared as the stage says."""
-    made = plan.plan(compose(["stage=train", "stage.plan=true", "model=cogvideox-5b", f"deepspeed={zero}", "stage.plan_gpus=16"]))
+    made = plan.plan(
+        compose(["stage=train", "stage.plan=true", "model=cogvideox-5b", f"deepspeed={zero}", "stage.plan_gpus=16"])
+    )
     count = made.shape.parameters
     gpu, host = made.gpu.parts, made.host.parts
     states = 16 * (gpu["fp32 master"] + gpu["optimizer states"]) + 2 * host["optimizer states"]
@@ -171,7 +176,14 @@ def test_checkpoints_on_the_disk() -> None:
 
 
 def test_averages_lie_where_they_are_asked_for_once_over_all_ranks() -> None:
-    words = ["stage=train", "stage.plan=true", "model=cogvideox-5b", "deepspeed=zero3", "stage.plan_gpus=16", "stage.ema_decay=0.999"]
+    words = [
+        "stage=train",
+        "stage.plan=true",
+        "model=cogvideox-5b",
+        "deepspeed=zero3",
+        "stage.plan_gpus=16",
+        "stage.ema_decay=0.999",
+    ]
     beside, on_host = (plan.plan(compose([*words, f"stage.ema_device={where}"])) for where in ("auto", "cpu"))
     assert 16 * beside.gpu.parts["EMA"] == pytest.approx(4 * beside.shape.parameters) == 2 * on_host.host.parts["EMA"]
     assert beside.host.parts["EMA"] == on_host.gpu.parts["EMA"] == 0

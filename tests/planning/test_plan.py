@@ -14,7 +14,7 @@ from cogflow.config.compose import compose, groups
 from cogflow.config.schema import Config
 from cogflow.errors import ConfigError
 from cogflow.models.family import FAMILY
-from cogflow.planning import advice, data, report
+from cogflow.planning import advice, clip_counts, plan_report
 from cogflow.planning.plan import Plan, plan
 
 MODELS = sorted(set(FAMILY) - {"tiny"})
@@ -32,14 +32,18 @@ def made(*words: str) -> Plan:
 @pytest.mark.parametrize("deepspeed", sorted(advice.PRESETS))
 def test_every_model_with_every_way_of_sharing(model: str, deepspeed: str) -> None:
     """Composed and checked without model.path and data.path, and planned on the meta device."""
-    one = made(f"model={model}", "data=folder", f"deepspeed={deepspeed}", "stage.plan_gpus=8", "stage.plan_memory_gb=80")
+    one = made(
+        f"model={model}", "data=folder", f"deepspeed={deepspeed}", "stage.plan_gpus=8", "stage.plan_memory_gb=80"
+    )
     assert one.dtype == FAMILY[model].dtype and one.setting.gpus == 8 and one.setting.local == 8
     assert min(one.gpu.parts.values()) >= 0 and one.gpu.peak > 1e9 and one.host.peak > 1e9 and one.seconds > 0.1
-    text = "\n".join(report.lines(one))
+    text = "\n".join(plan_report.lines(one))
     assert f"{one.shape.parameters:,} parameters" in text and f"{one.tokens.total:,} tokens" in text and "ZeRO" in text
     # The decoder of 1.5's size is what fills such a GPU; with tiles everything fits, in every way of sharing.
     assert bool(one.misfits()) == model.startswith("cogvideox1.5")
-    assert not made(f"model={model}", f"deepspeed={deepspeed}", "stage.plan_gpus=8", "sampling.vae_tiling=true").misfits()
+    assert not made(
+        f"model={model}", f"deepspeed={deepspeed}", "stage.plan_gpus=8", "sampling.vae_tiling=true"
+    ).misfits()
 
 
 def test_the_presets_are_the_yaml_files() -> None:
@@ -73,16 +77,22 @@ def test_what_is_advised_fits() -> None:
 def test_where_nothing_fits_it_says_what_else_helps() -> None:
     words = ["model=cogvideox-5b", "stage.batch_size=4", "stage.plan_memory_gb=12", "stage.plan_gpus=1"]
     with pytest.raises(ConfigError) as caught:
-        report.show(config(*words))
+        plan_report.show(config(*words))
     for part in ("No way of sharing", "stage.batch_size=1 stage.gradient_accumulation=4", "data.frames"):
         assert part in str(caught.value)
 
 
 def test_host_memory_is_judged_where_it_is_known() -> None:
-    words = ["model=cogvideox-5b", "deepspeed=zero2_offload", "stage.plan_memory_gb=80", "stage.ema_decay=0.999", "stage.plan_gpus=1"]
+    words = [
+        "model=cogvideox-5b",
+        "deepspeed=zero2_offload",
+        "stage.plan_memory_gb=80",
+        "stage.ema_decay=0.999",
+        "stage.plan_gpus=1",
+    ]
     assert not made(*words).misfits()
     small = made(*words, "stage.plan_host_gb=64")
-    assert "host memory" in small.misfits()[0] and "stage.ema_decay=0" in report.hint(small)
+    assert "host memory" in small.misfits()[0] and "stage.ema_decay=0" in plan_report.hint(small)
 
 
 def test_more_gpus_hold_less_each_and_send_more() -> None:
@@ -91,7 +101,9 @@ def test_more_gpus_hold_less_each_and_send_more() -> None:
         sizes = [made(*words, f"stage.plan_gpus={gpus}") for gpus in (1, 8, 64)]
         assert sizes[0].gpu.peak > sizes[1].gpu.peak > sizes[2].gpu.peak
         assert sizes[0].traffic.between_gpus == 0 < sizes[1].traffic.between_gpus < sizes[2].traffic.between_gpus
-    two, three = (made("model=cogvideox-5b", f"deepspeed={name}", "stage.plan_gpus=8").traffic for name in ("zero2", "zero3"))
+    two, three = (
+        made("model=cogvideox-5b", f"deepspeed={name}", "stage.plan_gpus=8").traffic for name in ("zero2", "zero3")
+    )
     # Weights in bf16; gradients travel in fp32, in bf16 where that is asked for. ZeRO-2 all-reduces them; ZeRO-3 holds 2e9 weights.
     assert two.between_gpus == pytest.approx((1 + 2 * 2) * 11.14e9 * 7 / 8, rel=0.01)
     assert three.between_gpus == pytest.approx((2 + 2 - 2e9 / 5.57e9) * 11.14e9 * 7 / 8, rel=0.01)
@@ -100,7 +112,12 @@ def test_more_gpus_hold_less_each_and_send_more() -> None:
 
 
 def test_a_shared_sequence_divides_activations_and_work_and_sends_tokens() -> None:
-    words = ["model=cogvideox1.5-5b", "sampling.vae_tiling=true", "stage.plan_gpus=8", "deepspeed.checkpoint_keep=nothing"]
+    words = [
+        "model=cogvideox1.5-5b",
+        "sampling.vae_tiling=true",
+        "stage.plan_gpus=8",
+        "deepspeed.checkpoint_keep=nothing",
+    ]
     alone, shared = made(*words), made(*words, "parallel.sequence=4")
     for part in ("activations", "temporary peak"):
         assert shared.gpu.parts[part] == pytest.approx(alone.gpu.parts[part] / 4)
@@ -109,13 +126,21 @@ def test_a_shared_sequence_divides_activations_and_work_and_sends_tokens() -> No
     # Queries, keys, values and results, of a quarter of the tokens each, three quarters of which leave; forward, backward and once more.
     one = shared.tokens.total / 4 * 3072 * 2 * 3 / 4
     assert shared.traffic.tokens == pytest.approx(42 * 3 * 4 * one) and alone.traffic.tokens == 0
-    assert made(*words, "parallel.sequence=4", "deepspeed.activation_checkpointing=false").traffic.tokens == pytest.approx(42 * 2 * 4 * one)
-    text = "\n".join(report.lines(shared))
+    assert made(
+        *words, "parallel.sequence=4", "deepspeed.activation_checkpointing=false"
+    ).traffic.tokens == pytest.approx(42 * 2 * 4 * one)
+    text = "\n".join(plan_report.lines(shared))
     assert "for each 4 GPUs, which share its tokens" in text and ", tokens " in text
 
 
 def test_a_clip_too_long_for_one_gpu_is_shared_where_nothing_else_helps() -> None:
-    words = ["model=cogvideox1.5-5b", "data.frames=161", "sampling.vae_tiling=true", "stage.plan_memory_gb=40", "stage.plan_gpus=8"]
+    words = [
+        "model=cogvideox1.5-5b",
+        "data.frames=161",
+        "sampling.vae_tiling=true",
+        "stage.plan_memory_gb=40",
+        "stage.plan_gpus=8",
+    ]
     option = advice.options(made(*words))[0]
     assert "parallel.sequence=2" in option.words and "stage.gradient_accumulation=2" in option.words
     again = made(*words, *option.words)
@@ -133,8 +158,8 @@ def test_epochs_are_counted_in_the_folder(tmp_path: Path) -> None:
     words = ["model=cogvideox-5b", "data=folder", f"data.path={clips}", "stage.plan_gpus=2", f"run.root={tmp_path}"]
     one = made(*words)
     assert (one.clips.training, one.clips.holdout) == (16, 8)
-    assert "an epoch is 8 steps" in "\n".join(report.lines(one))
-    assert data.clips(config("data=folder", "data.path=/nowhere"), tmp_path).training is None
+    assert "an epoch is 8 steps" in "\n".join(plan_report.lines(one))
+    assert clip_counts.clips(config("data=folder", "data.path=/nowhere"), tmp_path).training is None
     assert not (tmp_path / "cogvideox-5b").exists()
 
 
@@ -147,14 +172,14 @@ def test_a_validation_is_counted() -> None:
 
 def test_a_dear_validation_says_what_would_be_cheaper() -> None:
     words = ["model=cogvideox-5b", "stage.plan_gpus=8", "sampling.seeds=[0,1]", "stage.steps=1000"]
-    said = "\n".join(report.lines(made(*words, "stage.sample_every=100")))
+    said = "\n".join(plan_report.lines(made(*words, "stage.sample_every=100")))
     dear = re.search(r"dear: stage.sample_every=(\d+), sampling.steps=(\d+) or fewer prompts would make it 10%", said)
     assert dear is not None, said
     cheaper = made(*words, f"stage.sample_every={dear[1]}")
     assert cheaper.validation_seconds <= 0.1 * int(dear[1]) * cheaper.pace.step
     fewer = made(*words, "stage.sample_every=100", f"sampling.steps={dear[2]}")
     assert fewer.validation_seconds <= 0.1 * 100 * fewer.pace.step
-    assert "dear" not in "\n".join(report.lines(cheaper)) and "dear" not in "\n".join(report.lines(fewer))
+    assert "dear" not in "\n".join(plan_report.lines(cheaper)) and "dear" not in "\n".join(plan_report.lines(fewer))
 
 
 def test_the_command_prints_a_plan_without_deepspeed(tmp_path: Path) -> None:
@@ -180,4 +205,4 @@ def test_the_largest_bucket_decides() -> None:
     words = ["model=cogvideox-5b", "stage.plan_gpus=8"]
     one = made(*words, "data.buckets=[17x480x720,49x480x720,49x320x480]")
     assert one.tokens == made(*words).tokens and one.gpu.peak == made(*words).gpu.peak
-    assert "the largest of 3 buckets" in "\n".join(report.lines(one))
+    assert "the largest of 3 buckets" in "\n".join(plan_report.lines(one))

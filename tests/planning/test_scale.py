@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cogflow.planning import scale, traffic
-from cogflow.planning.setting import Setting
+from cogflow.planning.gpu_layout import GpuLayout
 
 
 def test_the_document_shows_the_table(repository: Path) -> None:
@@ -27,12 +27,14 @@ def test_every_row_fits_and_larger_machines_wait_no_less() -> None:
         for memory in scale.MEMORY:
             small, large = by[model, 8, memory], by[model, 512, memory]
             assert large.waiting > small.waiting
-            assert large.run.a_week == pytest.approx(64 * small.run.a_week) and large.run.best_every < small.run.best_every
+            assert (
+                large.run.a_week == pytest.approx(64 * small.run.a_week) and large.run.best_every < small.run.best_every
+            )
         assert by[model, 8, 141].seconds <= by[model, 8, 80].seconds
 
 
-def setting(stage: int, *, overlap: bool) -> Setting:
-    return Setting(
+def setting(stage: int, *, overlap: bool) -> GpuLayout:
+    return GpuLayout(
         zero_stage=stage, offload_optimizer=False, offload_parameters=False, checkpointing=True, checkpoint_every=1, gpus=16, local=8,
         bytes=2, reduced_bytes=2, batch=1, accumulation=1, reduce_bucket=10**8, gather_bucket=10**8, overlap=overlap,
         ema=False, ema_every=1, ema_on_host=False,

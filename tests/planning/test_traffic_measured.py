@@ -45,7 +45,9 @@ def test_the_benchmark_writes_its_rows(tmp_path: Path, monkeypatch: pytest.Monke
     words = ["stage=benchmark", "stage.what=traffic", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled"]
     benchmark.run(compose(words))
     (row,) = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]["rows"]
-    assert row["case"] == "ZeRO-0" and row["gradients, planned"] == row["gradients, counted"] == row["TCP, measured"] == 0
+    assert (
+        row["case"] == "ZeRO-0" and row["gradients, planned"] == row["gradients, counted"] == row["TCP, measured"] == 0
+    )
 
 
 @pytest.mark.slow
@@ -94,6 +96,14 @@ def test_bytes_over_tcp_are_those_that_were_sent() -> None:
 
 
 def test_the_summary_tells_the_largest_difference() -> None:
-    row = {"ranks": 2, "gradients, planned": 10.0, "gradients, counted": 10.0, "weights, planned": 8.0, "weights, counted": 10.0}
+    row = {
+        "ranks": 2,
+        "gradients, planned": 10.0,
+        "gradients, counted": 10.0,
+        "weights, planned": 8.0,
+        "weights, counted": 10.0,
+    }
     row |= {"TCP, of gloo's algorithms": 20.0, "TCP, measured": 20.2}
-    assert "0.0% for gradients and 20.0% for weights over 1 trainings; TCP carries within 1.0%" in traffic.told([row, row | {"ranks": 1}])
+    assert "0.0% for gradients and 20.0% for weights over 1 trainings; TCP carries within 1.0%" in traffic.told(
+        [row, row | {"ranks": 1}]
+    )

@@ -12,7 +12,7 @@ from cogflow.config.check import SAMPLERS
 from cogflow.config.compose import compose
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import ConfigError, PipelineError
-from cogflow.models import components, tiny
+from cogflow.models import loading, tiny
 from cogflow.models.family import FAMILY
 from cogflow.sampling import gallery, sat
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
@@ -41,14 +41,29 @@ def transformer(patch_size_t: int | None = None, channels: int = 16) -> CogVideo
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLCogVideoX:
     torch.manual_seed(0)
-    return AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7).eval()
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7
+    ).eval()
 
 
-def sampler(vae: AutoencoderKLCogVideoX, choice: str, model: CogVideoXTransformer3DModel | None = None, **settings: object) -> Sampler:
+def sampler(
+    vae: AutoencoderKLCogVideoX, choice: str, model: CogVideoXTransformer3DModel | None = None, **settings: object
+) -> Sampler:
     scheduler = CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config())
     how = SamplingConfig(**{"sampler": choice, "steps": 4, **settings})  # type: ignore[arg-type]
     cpu, fp32 = torch.device("cpu"), torch.float32
-    return Sampler(model or transformer(), vae, scheduler, torch.ones(4, 8), how, frames=9, height=32, width=32, device=cpu, dtype=fp32)
+    return Sampler(
+        model or transformer(),
+        vae,
+        scheduler,
+        torch.ones(4, 8),
+        how,
+        frames=9,
+        height=32,
+        width=32,
+        device=cpu,
+        dtype=fp32,
+    )
 
 
 def test_every_choice_is_known() -> None:
@@ -116,7 +131,14 @@ def test_1_5_gets_whole_patches_of_frames_and_gives_the_clips(vae: AutoencoderKL
 
 
 def test_frames_are_padded_in_front_to_whole_patches() -> None:
-    assert [latent_frames(frames, 4, 2) for frames in (1, 9, 13, 49, 81, 85)] == [(2, 1), (4, 1), (4, 0), (14, 1), (22, 1), (22, 0)]
+    assert [latent_frames(frames, 4, 2) for frames in (1, 9, 13, 49, 81, 85)] == [
+        (2, 1),
+        (4, 1),
+        (4, 0),
+        (14, 1),
+        (22, 1),
+        (22, 0),
+    ]
     assert [latent_frames(frames, 4, None) for frames in (9, 13, 49)] == [(3, 0), (4, 0), (13, 0)]
 
 
@@ -177,7 +199,11 @@ def test_one_step_is_fine_for_diffusers() -> None:
 
 def test_the_vae_decodes_as_asked_and_stays_as_it_was(vae: AutoencoderKLCogVideoX) -> None:
     latents = torch.randn(1, 16, 4, 48, generator=torch.Generator().manual_seed(2))  # wider than a tile
-    plain, half, tiled = sampler(vae, "default"), sampler(vae, "default", vae_dtype="bf16"), sampler(vae, "default", vae_tiling=True)
+    plain, half, tiled = (
+        sampler(vae, "default"),
+        sampler(vae, "default", vae_dtype="bf16"),
+        sampler(vae, "default", vae_tiling=True),
+    )
     assert plain.vae is vae and half.vae is not vae and tiled.vae is not vae
     assert [one.about()["vae_dtype"] for one in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
     assert [one.about()["vae_tiling"] for one in (plain, half, tiled)] == [False, False, True]
@@ -195,7 +221,7 @@ def test_an_overflow_does_not_pass_for_white(vae: AutoencoderKLCogVideoX) -> Non
 
 def test_tiles_add_up_to_the_frame() -> None:
     """At the shipped model's size, where diffusers' own overlaps give frames that are too wide."""
-    tiled = decoder(components.load_vae(tiny.folder()), "fp32", tiling=True)
+    tiled = decoder(loading.load_vae(tiny.folder()), "fp32", tiling=True)
     latents = torch.zeros(1, 16, 1, 8, 12)
     with torch.no_grad():
         assert tiled.decode(latents).sample.shape == (1, 3, 1, 64, 96)

@@ -16,20 +16,24 @@ import yaml
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
-from cogflow.conversion.plan import Converted, make_plan
-from cogflow.conversion.transformer import table as names_table
 from cogflow.errors import ConfigError, DataError, PipelineError
+from cogflow.export.mapping_plan import Converted, make_plan
+from cogflow.export.transformer_table import table as names_table
 from cogflow.models.family import FAMILY
 from cogflow.sampling import sat
 from cogflow.sampling.sat_schedule import make_schedule, schedule_of, table, visited
-from tests.conversion.golden_sets import KEPT, GoldenSet, sets
+from tests.export.golden_sets import KEPT, GoldenSet, sets
 
 GOLDEN = KEPT.parent
 RECORDED = {"sat_dpm": "dpmpp2m", "sat_ddim": "ddim"}
 TOLERANCE = 5e-5  # of values up to 5; the last norm's eps alone (1e-5 here, 1e-6 in SAT) makes 2e-5
-KEPT_SETS = {name: GoldenSet(KEPT / name, GOLDEN / f"sampler-{name}.safetensors") for name in ("2b", "5b-i2v", "1.5-5b-i2v")}
+KEPT_SETS = {
+    name: GoldenSet(KEPT / name, GOLDEN / f"sampler-{name}.safetensors") for name in ("2b", "5b-i2v", "1.5-5b-i2v")
+}
 MORE_SETS = {golden.folder.name: golden for golden in sets() if golden.golden.name == "golden.safetensors"}
-CASES = [(n, solver) for n in [*KEPT_SETS, *MORE_SETS] for solver in RECORDED if (n, solver) != ("1.5-5b-i2v", "sat_dpm")]
+CASES = [
+    (n, solver) for n in [*KEPT_SETS, *MORE_SETS] for solver in RECORDED if (n, solver) != ("1.5-5b-i2v", "sat_dpm")
+]
 
 
 @functools.cache
@@ -65,7 +69,9 @@ def velocity(name: str, model: Any = None) -> sat.Velocity:
         first, frames = values["first_image_latents"], values["init_noise"].shape[1]
         image = torch.cat([first, torch.zeros_like(first).expand(-1, frames - 1, -1, -1, -1)], dim=1)
     embeds = values["text_embeds"]
-    return sat.Velocity(model or network(name), embeds, sat.zeros_for_uncond(embeds), image=image, ofs=values.get("ofs"))
+    return sat.Velocity(
+        model or network(name), embeds, sat.zeros_for_uncond(embeds), image=image, ofs=values.get("ofs")
+    )
 
 
 def noises(name: str) -> Iterator[torch.Tensor]:
@@ -80,7 +86,7 @@ def noises(name: str) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def follow(name: str, solver: str, model: Any = None) -> list[sat.Step]:
+def follow(name: str, solver: str, model: Any = None) -> list[sat.SolverStep]:
     schedule = make_schedule(len(recorded(name)["ddim.timesteps"]), shift(name))
     start = recorded(name)["init_noise"]
     return list(sat.steps(velocity(name, model), start, schedule, solver, scale=6.0, dynamic=True, noises=noises(name)))
@@ -96,7 +102,9 @@ def test_trajectories_are_sats(name: str, solver: str) -> None:
         torch.testing.assert_close(steps[index].latents, latents, rtol=0, atol=TOLERANCE)
     assert at[-1] == len(steps) - 1  # the last latents are the result
     if f"{prefix}.denoised" in values:
-        torch.testing.assert_close(torch.stack([step.denoised for step in steps]), values[f"{prefix}.denoised"], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            torch.stack([step.denoised for step in steps]), values[f"{prefix}.denoised"], rtol=0, atol=TOLERANCE
+        )
     assert [step.timestep for step in steps] == values[f"{prefix}.timesteps"].tolist()
     assert [step.guidance for step in steps] == pytest.approx(values[f"{prefix}.guidance_scale"].tolist(), abs=1e-12)
 
@@ -152,7 +160,9 @@ def constant(latents: torch.Tensor, timestep: int) -> torch.Tensor:
 def test_as_many_noises_as_sat_draws(steps: int) -> None:
     schedule, start = make_schedule(steps, 1.0), torch.ones(1, 1, 1, 2, 2)
     given = iter([torch.ones_like(start)] * (sat.draws("sat_dpm", steps) + 1))
-    assert torch.isfinite(sat.final(sat.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=given))).all()
+    assert torch.isfinite(
+        sat.final(sat.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=given))
+    ).all()
     assert len(list(given)) == 1
     few = [torch.ones_like(start)] * (sat.draws("sat_dpm", steps) - 1)
     with pytest.raises(DataError, match="there are fewer"):

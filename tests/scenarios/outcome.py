@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from cogflow.rungs import ceiling
-from cogflow.sharpness import CHANNELS, change
+from cogflow.ladder import reconstruction_bound
+from cogflow.sharpness import METRICS, change
+from cogflow.sharpness.quality_watch import QualityWatch
 from cogflow.sharpness.trend import STEP_CLIP, WEIGHT
-from cogflow.sharpness.watch import Watch
-from cogflow.tracking.metrics import read_lines
+from cogflow.tracking.metrics_log import read_lines
 from cogflow.training.evaluation import SCALE_OFF
 
-SIGHT = {"wavelet_ratio": -0.35, "edge_sharpness": -0.08, "contrast": 0.35, "clipped": 0.15, "artefacts": 0.25, "saturation": 0.6}
+SIGHT = {
+    "wavelet_ratio": -0.35,
+    "edge_sharpness": -0.08,
+    "contrast": 0.35,
+    "clipped": 0.15,
+    "artefacts": 0.25,
+    "saturation": 0.6,
+}
 """What a person sees who compares two samples side by side: the change of a Gaussian of about one pixel, of a third in contrast, of
 patterns that catch the eye. Signs: negative as a fall, contrast and saturation either way, the others as a rise. A proxy for a person."""
 
@@ -53,7 +60,9 @@ class Outcome:
     @property
     def alarms(self) -> list[Notice]:
         """Of the ladder and the watch, first to last."""
-        return sorted((notice for notice in self.ladder + self.watch if notice.level == "alarm"), key=lambda notice: notice.step)
+        return sorted(
+            (notice for notice in self.ladder + self.watch if notice.level == "alarm"), key=lambda notice: notice.step
+        )
 
     def alarmed_by(self, validations: int) -> list[Notice]:
         """Alarms up to the given number of validations after that of step 0."""
@@ -66,8 +75,10 @@ def read(folder: Path) -> Outcome:
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/step-*/samples.json"))]
     panels = [{one["name"]: one["sharpness"] for one in record["samples"]} for record in records]
     changes = {
-        name: [float(np.mean([change(name, now[one][name], panels[0][one][name]) for one in panels[0]])) for now in panels]
-        for name in CHANNELS
+        name: [
+            float(np.mean([change(name, now[one][name], panels[0][one][name]) for one in panels[0]])) for now in panels
+        ]
+        for name in METRICS
     }
     steps = [record["step"] for record in records]
     ladder = json.loads((folder / "ladder.json").read_text())
@@ -88,7 +99,7 @@ def watched(folder: Path) -> list[Notice]:
     """Replayed from the samples' panels, as a resumed run does it."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/step-*/samples.json"))]
     first, *later = [{one["name"]: one["sharpness"] for one in record["samples"]} for record in records]
-    watch = Watch(first, ceiling.read(folder) or None)
+    watch = QualityWatch(first, reconstruction_bound.read(folder) or None)
     found = []
     for record, panels in zip(records[1:], later, strict=True):
         reading = watch.update(record["step"], panels)
@@ -99,19 +110,33 @@ def watched(folder: Path) -> list[Notice]:
 def indicated(lines: list[dict[str, Any]], alerts: list[dict[str, Any]]) -> list[Notice]:
     """What is seen in the training forward pass: the latents' scale before the first step, averages that stay behind, and the first step
     at each level of the indicator with the kind that led."""
-    scale = next((line["heldout/scale"] for line in lines if line["step"] == 0 and line.get("heldout/scale") is not None), 1.0)
-    found = [] if 1 / SCALE_OFF < scale < SCALE_OFF else [Notice(0, None, f"latents at {scale:.2f} times the scale", "warning")]
+    scale = next(
+        (line["heldout/scale"] for line in lines if line["step"] == 0 and line.get("heldout/scale") is not None), 1.0
+    )
+    found = (
+        []
+        if 1 / SCALE_OFF < scale < SCALE_OFF
+        else [Notice(0, None, f"latents at {scale:.2f} times the scale", "warning")]
+    )
     found += [
         Notice(int(alert["text"].split()[1].rstrip(":")), None, title, "warning")
         for alert in alerts
         for begins, title in (("ema_behind", "averages stay behind"), ("overfitting", "held-out loss rises"))
         if alert["title"].startswith(begins)
     ]
-    found += [Notice(0, None, alert["title"], "warning") for alert in alerts if alert["title"] == "few captions are trained on"]
+    found += [
+        Notice(0, None, alert["title"], "warning")
+        for alert in alerts
+        if alert["title"] == "few captions are trained on"
+    ]
     for level, number in (("warning", 2.0), ("alarm", 3.0)):
         line = next((line for line in lines if (line.get("spectrum/level") or 0.0) >= number), None)
         if line is not None:
-            scores = {name.removeprefix("spectrum/z_"): value for name, value in line.items() if name.startswith("spectrum/z_") and value}
+            scores = {
+                name.removeprefix("spectrum/z_"): value
+                for name, value in line.items()
+                if name.startswith("spectrum/z_") and value
+            }
             lead = max((name for name in scores if name[-2:-1] != "q"), key=lambda name: scores[name])
             found.append(Notice(line["step"], None, lead.replace("_", " "), level))
     return found
@@ -121,7 +146,11 @@ def loss_test(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """The indicator's test (:mod:`cogflow.sharpness.trend`) applied to the loss itself, by step: is it above what the held-out clips had
     before the first step, by quarter of the timesteps? Positive is higher."""
     start = next(line for line in lines if line["step"] == 0 and "heldout/loss" in line)
-    anchors = {quarter: start[f"heldout/loss_q{quarter}"] for quarter in "1234" if start.get(f"heldout/loss_q{quarter}") is not None}
+    anchors = {
+        quarter: start[f"heldout/loss_q{quarter}"]
+        for quarter in "1234"
+        if start.get(f"heldout/loss_q{quarter}") is not None
+    }
     mean = squares = uncertainty = 0.0
     found = []
     for line in lines:
@@ -149,6 +178,10 @@ def seen(steps: list[int], changes: dict[str, list[float]], panels: list[dict[st
             return step
         for name, limit in SIGHT.items():
             value = changes[name][place]
-            if (value <= limit) if limit < 0 else (abs(value) if name in ("contrast", "saturation") else value) >= limit:
+            if (
+                (value <= limit)
+                if limit < 0
+                else (abs(value) if name in ("contrast", "saturation") else value) >= limit
+            ):
                 return step
     return None

@@ -27,29 +27,44 @@ LINES = {
 }
 HEADLINE = {"e": ("clipped", "contrast", "artefacts"), "l": ("wavelet_ratio", "artefacts")}
 """The scenarios of the page's first picture, and the channels that fall or rise there."""
-WHO = {"ladder": ("v", "#7c3aed"), "watch": ("s", "#dc2626"), "indicator": ("o", "#d97706"), "a person": ("*", "#111827")}
+WHO = {
+    "ladder": ("v", "#7c3aed"),
+    "watch": ("s", "#dc2626"),
+    "indicator": ("o", "#d97706"),
+    "a person": ("*", "#111827"),
+}
 
 
 def main(root: Path) -> None:
-    outcomes = {letter: read(root / "runs" / letter) for letter in SCENARIOS if (root / "runs" / letter / "train.json").is_file()}
+    outcomes = {
+        letter: read(root / "runs" / letter)
+        for letter in SCENARIOS
+        if (root / "runs" / letter / "train.json").is_file()
+    }
     overview(outcomes).savefig(DOCS / "scenarios.png", dpi=72)
     if set(HEADLINE) <= set(outcomes):
         headline(outcomes).savefig(DOCS / "headline.png", dpi=80)
     table = "\n".join(row(letter, outcome) for letter, outcome in outcomes.items())
     head = "| scenario | held-out loss | the loss, tested | indicator | ladder | watch | a person | largest changes |"
     print(f"{head}\n{'| --- ' * 8}|\n{table}")
-    (root / "outcomes.json").write_text(json.dumps({letter: plain(outcome) for letter, outcome in outcomes.items()}, indent=1))
+    (root / "outcomes.json").write_text(
+        json.dumps({letter: plain(outcome) for letter, outcome in outcomes.items()}, indent=1)
+    )
 
 
 def headline(outcomes: Mapping[str, Outcome]) -> Any:
     """The two curves, of two scenarios: the loss, and what the samples look like, with who speaks when."""
-    figure, axes = pyplot.subplots(2, len(HEADLINE), figsize=(6.4 * len(HEADLINE), 5.6), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(HEADLINE), figsize=(6.4 * len(HEADLINE), 5.6), sharex=True, layout="constrained"
+    )
     for (above, below), (letter, names) in zip(axes.T, HEADLINE.items(), strict=True):
         outcome = outcomes[letter]
         steps, losses = zip(*outcome.losses, strict=True)
         above.plot(steps, losses, color="#e5e7eb", lw=1)
         above.plot(steps, smooth(losses), color="#6b7280", lw=2.4, label="training loss, smoothed")
-        above.plot(*zip(*outcome.heldout, strict=True), color="#059669", lw=2.4, marker="o", ms=4, label="held-out loss")
+        above.plot(
+            *zip(*outcome.heldout, strict=True), color="#059669", lw=2.4, marker="o", ms=4, label="held-out loss"
+        )
         above.set_ylim(0, 1.3 * max(smooth(losses)))
         above.set_title(f"({letter}) {SCENARIOS[letter].title}\nthe loss: nothing to see", loc="left", fontsize=10)
         above.legend(fontsize=9, frameon=False, loc="upper right")
@@ -67,7 +82,13 @@ def headline(outcomes: Mapping[str, Outcome]) -> Any:
                 below.axvline(step, color=colour, lw=1.2, ls="--")
                 at = (step, below.get_ylim()[1])
                 below.annotate(
-                    f"{who}: {step}", at, xytext=(3, -4 - 12 * place), textcoords="offset points", va="top", fontsize=9, color=colour
+                    f"{who}: {step}",
+                    at,
+                    xytext=(3, -4 - 12 * place),
+                    textcoords="offset points",
+                    va="top",
+                    fontsize=9,
+                    color=colour,
                 )
     return figure
 
@@ -75,7 +96,9 @@ def headline(outcomes: Mapping[str, Outcome]) -> Any:
 def overview(outcomes: dict[str, Outcome]) -> Any:
     columns = 3
     rows = -(-len(outcomes) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5.6 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(5.6 * columns, 3.1 * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(outcomes) :]:
         axis.axis("off")
     for axis, (letter, outcome) in zip(axes.flat, outcomes.items(), strict=False):
@@ -83,7 +106,10 @@ def overview(outcomes: dict[str, Outcome]) -> Any:
         axis.set_title(f"({letter}) {SCENARIOS[letter].title}", fontsize=10, loc="left")
     handles = [pyplot.Line2D([], [], color="#9ca3af", lw=2, label="training loss (left axis)")]
     handles += [pyplot.Line2D([], [], color=colour, lw=2, label=label) for label, colour in LINES.values()]
-    handles += [pyplot.Line2D([], [], color=colour, marker=mark, lw=0, label=f"{who} speaks") for who, (mark, colour) in WHO.items()]
+    handles += [
+        pyplot.Line2D([], [], color=colour, marker=mark, lw=0, label=f"{who} speaks")
+        for who, (mark, colour) in WHO.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
@@ -108,7 +134,15 @@ def curves(axis: Any, outcome: Outcome) -> None:
     for place, (who, (mark, colour)) in enumerate(WHO.items()):
         step = first(outcome, who)
         if step is not None:
-            axis.plot([step], [axis.get_ylim()[1] * (0.95 - 0.09 * place)], marker=mark, color=colour, ms=9, clip_on=False, zorder=5)
+            axis.plot(
+                [step],
+                [axis.get_ylim()[1] * (0.95 - 0.09 * place)],
+                marker=mark,
+                color=colour,
+                ms=9,
+                clip_on=False,
+                zorder=5,
+            )
 
 
 def first(outcome: Outcome, who: str) -> int | None:
@@ -120,7 +154,9 @@ def first(outcome: Outcome, who: str) -> int | None:
 
 def row(letter: str, outcome: Outcome) -> str:
     held = [value for _, value in outcome.heldout]
-    sizes = sorted(((abs(v[-1] / SIGHT[n]), n, v[-1]) for n, v in outcome.changes.items() if n in SIGHT), reverse=True)[:2]
+    sizes = sorted(((abs(v[-1] / SIGHT[n]), n, v[-1]) for n, v in outcome.changes.items() if n in SIGHT), reverse=True)[
+        :2
+    ]
     cells = [
         f"({letter}) {SCENARIOS[letter].title}",
         f"{held[0]:.3f} -> {held[-1]:.3f}" if held else "",
@@ -148,7 +184,9 @@ def told(notices: list[Notice]) -> str:
         if of:
             step = min(notice.step for notice in of)
             kinds = dict.fromkeys(
-                notice.kind + (f" (rung {notice.rung})" if notice.rung is not None else "") for notice in of if notice.step == step
+                notice.kind + (f" (rung {notice.rung})" if notice.rung is not None else "")
+                for notice in of
+                if notice.step == step
             )
             found.append(f"{level} at {step}: {', '.join(kinds)}")
     return "; ".join(found) or "-"

@@ -136,5 +136,7 @@ def _smooth(frames: np.ndarray, sigma: float) -> np.ndarray:
 
 def _resized(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     planes = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    planes = torch.nn.functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    planes = torch.nn.functional.interpolate(
+        planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
     return planes.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -60,8 +60,16 @@ SCENARIOS = {
         Scenario("d", "the learning rate is 30 times too high", rung=4, words=("stage.learning_rate=1.2e-2",)),
         Scenario("e", "latents prepared with 2B's scaling factor, trained as 5B's", rung=2, rescaled=True),
         Scenario("f", "the schedule has 2B's SNR shift", rung=3, model="with_2b_schedule"),
-        Scenario("g", "the VAE runs in fp16 and overflows", rung=2, model="with_overflowing_vae", words=("sampling.vae_dtype=fp16",)),
-        Scenario("h", "an EMA so slow that it stays behind", words=("stage.ema_decay=0.9999", "stage.ema_warmup=false")),
+        Scenario(
+            "g",
+            "the VAE runs in fp16 and overflows",
+            rung=2,
+            model="with_overflowing_vae",
+            words=("sampling.vae_dtype=fp16",),
+        ),
+        Scenario(
+            "h", "an EMA so slow that it stays behind", words=("stage.ema_decay=0.9999", "stage.ema_warmup=false")
+        ),
         Scenario("i", "trained far too long on four clips", clips=8, holdout=4, longer=3),
         Scenario("j", "nine of ten captions dropped", words=("stage.text_dropout=0.9",)),
         Scenario("k", "a healthy finetune on softer, legitimate clips", quiet=True, style="soft_style"),
@@ -78,7 +86,9 @@ def prepare_clips(root: Path, scenario: Scenario, size: Size) -> Path:
     return folder
 
 
-def run(root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str, command: Callable[..., object] | None = None) -> Path:
+def run(
+    root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str, command: Callable[..., object] | None = None
+) -> Path:
     """Prepare and train ``scenario`` below ``root`` by the command line; returns the run's folder. What ran already is not run again.
 
     ``command``: takes the words; default: a start of Python for each."""
@@ -113,10 +123,17 @@ def run(root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str, 
 
 def started(*words: str, codes: tuple[int, ...] = (0,)) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "cogflow", *words], capture_output=True, text=True, timeout=1800, env=dict(os.environ), check=False
+        [sys.executable, "-m", "cogflow", *words],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env=dict(os.environ),
+        check=False,
     )
     if done.returncode not in codes:
-        raise AssertionError(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise AssertionError(
+            f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
     return done.stdout
 
 

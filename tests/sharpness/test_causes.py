@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cogflow.sharpness.causes import RUNGS, likely
-from cogflow.sharpness.kinds import RULES, at_once, by_rules
+from cogflow.sharpness.defects import RULES, at_once, by_rules
 from cogflow.sharpness.wording import amount, pixels, sentence
 
 KINDS = sorted({rule.kind for rule in RULES} | {"black", "identical", "non_finite", "unchanged"})
@@ -35,7 +35,13 @@ def test_unknown_rung_and_kind() -> None:
 
 def test_a_sentence_says_rung_kind_size_step_and_causes() -> None:
     line = sentence("soft", "alarm", "wavelet_ratio", -0.55, -6.0, 4, 300)
-    for words in ("alarm: soft", "rung 4 (tuned)", "like a Gaussian blur of about 1.0 pixels", "since step 300", "learning rate too high"):
+    for words in (
+        "alarm: soft",
+        "rung 4 (tuned)",
+        "like a Gaussian blur of about 1.0 pixels",
+        "since step 300",
+        "learning rate too high",
+    ):
         assert words in line
     assert "\n" not in line
     assert sentence("black", "alarm", "brightness", -0.4, 0.0, None, None) == "alarm: black: the picture is black"

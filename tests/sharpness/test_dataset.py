@@ -25,12 +25,21 @@ def photograph(name: str) -> np.ndarray:
 
 def scaled(clip: np.ndarray, factor: float, how: Image.Resampling) -> np.ndarray:
     height, width = clip.shape[1:3]
-    small = [Image.fromarray(frame).resize((round(width / factor), round(height / factor)), Image.Resampling.LANCZOS) for frame in clip]
+    small = [
+        Image.fromarray(frame).resize((round(width / factor), round(height / factor)), Image.Resampling.LANCZOS)
+        for frame in clip
+    ]
     return np.stack([np.asarray(frame.resize((width, height), how)) for frame in small])
 
 
 def drawn(number: int) -> np.ndarray:
-    scene = Scene(list(COLOURS)[number % 8], list(SHAPES)[number % 6], MOTION_NAMES[number % 4], ("light", "dark")[number // 8 % 2], number)
+    scene = Scene(
+        list(COLOURS)[number % 8],
+        list(SHAPES)[number % 6],
+        MOTION_NAMES[number % 4],
+        ("light", "dark")[number // 8 % 2],
+        number,
+    )
     frames = np.asarray(draw(scene, 3, 64, 96))
     return frames if frames.dtype == np.uint8 else (frames * 255).round().astype(np.uint8)
 

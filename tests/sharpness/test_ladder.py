@@ -6,15 +6,25 @@ from typing import Any
 
 import pytest
 
-from cogflow.sharpness.ladder import changes, of_changes
-from cogflow.sharpness.panel import CHANNELS
-from cogflow.sharpness.rungs import work_out
+from cogflow.ladder.comparison import changes, of_changes
+from cogflow.ladder.rungs import work_out
+from cogflow.sharpness.metrics import METRICS
 
-PLAIN = dict.fromkeys(CHANNELS, 0.5) | {"finite": 1.0, "repeated": 0.0, "clipped": 0.0, "artefacts": 0.0, "wavelet_ratio": -1.0}
+PLAIN = dict.fromkeys(METRICS, 0.5) | {
+    "finite": 1.0,
+    "repeated": 0.0,
+    "clipped": 0.0,
+    "artefacts": 0.0,
+    "wavelet_ratio": -1.0,
+}
 
 
 def panel(spread: float = 0.0, **changed: float) -> dict[str, float]:
-    return PLAIN | {"wavelet_ratio": PLAIN["wavelet_ratio"] + spread, "contrast": PLAIN["contrast"] * (1 + spread)} | changed
+    return (
+        PLAIN
+        | {"wavelet_ratio": PLAIN["wavelet_ratio"] + spread, "contrast": PLAIN["contrast"] * (1 + spread)}
+        | changed
+    )
 
 
 def rung(panels: dict[str, Any], **facts: Any) -> dict[str, Any]:
@@ -57,29 +67,45 @@ def test_nothing_is_wrong_with_a_healthy_ladder() -> None:
 
 
 def test_a_softer_half_is_the_datas_own() -> None:
-    groups = {"soft": ["a", "b", "c", "d"], "gap": 9.0, "distance": 4.0, "line": "4 of 8 clips are softer than the rest by 9.0 dB"}
+    groups = {
+        "soft": ["a", "b", "c", "d"],
+        "gap": 9.0,
+        "distance": 4.0,
+        "line": "4 of 8 clips are softer than the rest by 9.0 dB",
+    }
     assert found(**{"0": rung({}, measured=8, scaled_up={}, groups=groups)}) == [(0, "soft", "alarm", "")]
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, []), (3, [(0, "soft", "warning", "")]), (8, [(0, "soft", "alarm", "")])])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, []), (3, [(0, "soft", "warning", "")]), (8, [(0, "soft", "alarm", "")])]
+)
 def test_scaled_up_clips_are_named_with_their_size(count: int, expected: list[Any]) -> None:
-    given = ladder(**{"0": rung({}, measured=8, scaled_up={str(index): "24x16" for index in range(count)}, groups=None)})
+    given = ladder(
+        **{"0": rung({}, measured=8, scaled_up={str(index): "24x16" for index in range(count)}, groups=None)}
+    )
     findings = work_out(given)[1]
     assert [(one.rung, one.kind, one.level, one.field) for one in findings] == expected
     assert all(f"{count} of 8" in one.line and "24x16" in one.line for one in findings)
 
 
 def test_clips_that_are_soft_on_purpose_are_told_and_no_finding() -> None:
-    given = ladder(**{"0": rung({}, measured=8, scaled_up={str(index): "24x16" for index in range(8)}, soft_style=True)})
+    given = ladder(
+        **{"0": rung({}, measured=8, scaled_up={str(index): "24x16" for index in range(8)}, soft_style=True)}
+    )
     rows, findings = work_out(given)
     assert findings == [] and rows[0].verdict == "8 of 8 look scaled up (data.soft_style)"
 
 
 def test_small_sources_and_a_loader_that_softens_are_rung_1() -> None:
-    assert found(**{"1": rung({"a": panel()}, clips_in_all=8, upscaled={"48x32": 8}, size="96x64")}) == [(1, "soft", "alarm", "")]
-    soft = dict.fromkeys(CHANNELS, 0.0) | {"wavelet_ratio": -0.5, "edge_sharpness": -0.2, "blur_effect": -0.2}
-    for changed, expected in ((soft, [(1, "soft", "alarm", "")]), (dict.fromkeys(CHANNELS, 0.0), [])):
-        assert found(**{"1": rung({"a": panel()}, clips_in_all=8, upscaled={}, loader={"a": changed, "b": changed})}) == expected
+    assert found(**{"1": rung({"a": panel()}, clips_in_all=8, upscaled={"48x32": 8}, size="96x64")}) == [
+        (1, "soft", "alarm", "")
+    ]
+    soft = dict.fromkeys(METRICS, 0.0) | {"wavelet_ratio": -0.5, "edge_sharpness": -0.2, "blur_effect": -0.2}
+    for changed, expected in ((soft, [(1, "soft", "alarm", "")]), (dict.fromkeys(METRICS, 0.0), [])):
+        assert (
+            found(**{"1": rung({"a": panel()}, clips_in_all=8, upscaled={}, loader={"a": changed, "b": changed})})
+            == expected
+        )
 
 
 @pytest.mark.parametrize(

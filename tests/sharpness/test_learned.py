@@ -19,14 +19,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     place = tmp_path_factory.mktemp("clip")
-    pieces = ["<|startoftext|>", "<|endoftext|>"] + [letter + end for letter in string.ascii_lowercase + "." for end in ("", "</w>")]
+    pieces = ["<|startoftext|>", "<|endoftext|>"] + [
+        letter + end for letter in string.ascii_lowercase + "." for end in ("", "</w>")
+    ]
     (place / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
     (place / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(vocab=str(place / "vocab.json"), merges=str(place / "merges.txt"))
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**small, "vocab_size": len(pieces), "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8})).save_pretrained(place)
+    CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8})).save_pretrained(
+        place
+    )
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(place)
     return place

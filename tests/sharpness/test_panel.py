@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import blur_effect
 
 from cogflow.data.shapes import draw, scenes
-from cogflow.sharpness import CHANNELS, artefacts, change, edges, measure, measure_batch, spatial
+from cogflow.sharpness import METRICS, artefacts, change, edges, measure, measure_batch, spatial
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,9 @@ def clips() -> list[np.ndarray]:
 
 
 def blurred(clip: np.ndarray, sigma: float) -> np.ndarray:
-    return np.stack([gaussian_filter(frame.astype(float), (sigma, sigma, 0)) for frame in clip]).round().astype(np.uint8)
+    return (
+        np.stack([gaussian_filter(frame.astype(float), (sigma, sigma, 0)) for frame in clip]).round().astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (64, 96), (65, 97), (31, 50)])
@@ -64,7 +66,9 @@ def test_an_edge_has_the_slope_of_its_width() -> None:
 def test_a_grid_of_blocks_shows_and_a_grid_elsewhere_does_not() -> None:
     picture = np.random.default_rng(4).random((64, 96)) * 0.2
     blocks = np.kron(np.random.default_rng(5).random((8, 12)), np.ones((8, 8))) * 0.2
-    on_borders, beside = (float(artefacts.grid(torch.from_numpy(picture + np.roll(blocks, by, (0, 1))).float()[None])) for by in (0, 2))
+    on_borders, beside = (
+        float(artefacts.grid(torch.from_numpy(picture + np.roll(blocks, by, (0, 1))).float()[None])) for by in (0, 2)
+    )
     assert on_borders > 0.3 > beside + 0.1
 
 
@@ -89,7 +93,7 @@ def test_bytes_floats_tensors_and_batches_measure_alike(clips: list[np.ndarray])
 @pytest.mark.parametrize("value", [0.0, 0.35, 1.0, float("nan"), float("inf")])
 def test_a_flat_clip_has_numbers(value: float) -> None:
     flat = measure(np.full((4, 64, 96, 3), value, dtype=np.float32))
-    assert set(flat) == set(CHANNELS) and all(np.isfinite(number) for number in flat.values())
+    assert set(flat) == set(METRICS) and all(np.isfinite(number) for number in flat.values())
     assert flat["contrast"] == pytest.approx(0, abs=1e-6) and flat["repeated"] == 1
     assert flat["finite"] == float(np.isfinite(value))
 
@@ -98,7 +102,9 @@ def test_some_values_that_are_no_numbers_are_counted(clips: list[np.ndarray]) ->
     clip = torch.from_numpy(clips[0]).float() / 255
     clip[0, :8] = float("nan")
     panel = measure(clip)
-    assert panel["finite"] == pytest.approx(1 - 8 / 64 / 5, abs=1e-4) and all(np.isfinite(number) for number in panel.values())
+    assert panel["finite"] == pytest.approx(1 - 8 / 64 / 5, abs=1e-4) and all(
+        np.isfinite(number) for number in panel.values()
+    )
 
 
 def test_one_frame_is_enough(clips: list[np.ndarray]) -> None:
@@ -110,7 +116,7 @@ def test_one_frame_is_enough(clips: list[np.ndarray]) -> None:
 def test_changes_are_logs_or_differences() -> None:
     assert change("contrast", 0.2, 0.1) == pytest.approx(np.log(2), abs=0.02)
     assert change("wavelet_ratio", -1.0, -0.5) == -0.5
-    assert all(change(name, 0.3, 0.3) == 0 for name in CHANNELS)
+    assert all(change(name, 0.3, 0.3) == 0 for name in METRICS)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 96), (0, 64, 96, 3), (3, 64, 96, 4), (3, 16, 96, 3)])

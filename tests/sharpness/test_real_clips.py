@@ -34,12 +34,17 @@ def measured(found: list[Content], size: str, variants: int) -> dict[str, Any]:
 
 
 def test_a_few_real_clips(capsys: pytest.CaptureFixture[str]) -> None:
-    result = measured([content for content in contents(None) if content.name in ("astronaut", "china", "bikes-60")], "64x96", 2)
+    result = measured(
+        [content for content in contents(None) if content.name in ("astronaut", "china", "bikes-60")], "64x96", 2
+    )
     assert result["contents"] == 3 and result["pairs"] == 6 and result["monotone"] == 1
     for name, least in AT_LEAST.items():
         assert result["auc"][name]["blur"] >= least, name
         assert result["kinds"][name]["soft"] == 1
-    assert not {"soft", "over_sharpened"} & set(result["kinds"]["clean"]) and max(result["blur_verdict_changed"].values()) == 0
+    assert (
+        not {"soft", "over_sharpened"} & set(result["kinds"]["clean"])
+        and max(result["blur_verdict_changed"].values()) == 0
+    )
 
 
 @pytest.mark.slow

@@ -8,7 +8,18 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
-from cogflow.sharpness.spectrum import BANDS, ROWS, SPATIAL, TEMPORAL, Spectrum, band_masks, bands, dct_matrix, metrics, scale_seen
+from cogflow.sharpness.spectrum import (
+    BANDS,
+    ROWS,
+    SPATIAL,
+    TEMPORAL,
+    Spectrum,
+    band_masks,
+    bands,
+    dct_matrix,
+    metrics,
+    scale_seen,
+)
 
 SHAPE = (6, 5, 4, 12, 18)
 
@@ -66,7 +77,9 @@ def test_blur_takes_the_high_band_only_and_noise_adds_energy_without_recovering(
     assert blurred["high"].energy < blurred["high"].recovered - 0.05
     generator = torch.Generator().manual_seed(1)
     noisy = {name: band for (name, _), band in bands(table(x + torch.randn(x.shape, generator=generator), x)).items()}
-    assert noisy["high"].energy > noisy["high"].recovered + 0.1 and noisy["high"].recovered == pytest.approx(1.0, abs=0.1)
+    assert noisy["high"].energy > noisy["high"].recovered + 0.1 and noisy["high"].recovered == pytest.approx(
+        1.0, abs=0.1
+    )
 
 
 def test_smearing_over_frames_is_seen_in_the_fast_band() -> None:
@@ -82,8 +95,12 @@ def test_the_expected_share_is_what_a_filter_that_knows_each_coefficient_recover
     x = latents()
     x_t = math.sqrt(alpha) * x + math.sqrt(1 - alpha) * torch.randn(x.shape, generator=generator)
     axes = (1, 3, 4)
-    clean, seen = (torch.from_numpy(dctn(y.double().numpy(), axes=axes, norm="ortho")) for y in (x, x_t / math.sqrt(alpha)))
-    filtered = torch.from_numpy(idctn((seen * clean**2 / (clean**2 + (1 - alpha) / alpha)).numpy(), axes=axes, norm="ortho")).float()
+    clean, seen = (
+        torch.from_numpy(dctn(y.double().numpy(), axes=axes, norm="ortho")) for y in (x, x_t / math.sqrt(alpha))
+    )
+    filtered = torch.from_numpy(
+        idctn((seen * clean**2 / (clean**2 + (1 - alpha) / alpha)).numpy(), axes=axes, norm="ortho")
+    ).float()
     for (name, _), band in bands(table(filtered, x, alpha)).items():
         assert band.expected == pytest.approx(band.recovered, abs=2e-2), name
         assert band.energy == pytest.approx(band.recovered, abs=4e-2), name

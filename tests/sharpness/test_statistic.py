@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cogflow.sharpness.statistic import interval, location, normal_score
+from cogflow.sharpness.robust_statistics import interval, location, normal_score
 
 
 def test_location_is_the_mean_of_tame_values_and_shrugs_at_a_wild_one() -> None:

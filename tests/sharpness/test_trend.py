@@ -72,7 +72,9 @@ def test_a_lasting_change_of_two_deviations_is_named_within_twenty_steps(kind: s
 
 
 def test_the_quarter_where_it_happens_is_named() -> None:
-    moves, values = run(Trend(), steps(160, 3, lambda step, quarter: (-4.0, 0.0) if step > 100 and quarter == 2 else (0.0, 0.0)))
+    moves, values = run(
+        Trend(), steps(160, 3, lambda step, quarter: (-4.0, 0.0) if step > 100 and quarter == 2 else (0.0, 0.0))
+    )
     assert moves and moves[0].quarter == 2
     assert max((values[-1][f"z_losing_high_q{q}"], q) for q in EXPECTED)[1] == 2
 
@@ -83,7 +85,9 @@ def test_damage_in_the_first_steps_does_not_become_the_standard() -> None:
 
 
 def test_each_kind_is_told_once_and_the_first_warning_stays() -> None:
-    moves, values = run(Trend(), steps(300, 0, lambda step, quarter: (-3.0 if step > 100 and step % 80 > 20 else 0.0, 0.0)))
+    moves, values = run(
+        Trend(), steps(300, 0, lambda step, quarter: (-3.0 if step > 100 and step % 80 > 20 else 0.0, 0.0))
+    )
     told = [(move.kind, move.level) for move in moves]
     assert len(told) == len(set(told)) and ("losing", "alarm") in told
     assert {value["first_warning"] for value in values if "first_warning" in value} == {moves[0].step}

@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from cogflow.benchmarking import degrade
 from cogflow.data.shapes import draw, scenes
-from cogflow.sharpness import CHANNELS, KINDS, NULLS, Finding, Panel, compare, measure
+from cogflow.sharpness import DEFECTS, METRIC_NOISE, METRICS, Finding, Metrics, compare, measure
 from cogflow.sharpness.verdict import DERIVED
 
 
@@ -18,7 +18,7 @@ def clips() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def clean(clips: dict[str, np.ndarray]) -> dict[str, Panel]:
+def clean(clips: dict[str, np.ndarray]) -> dict[str, Metrics]:
     return {name: measure(clip) for name, clip in clips.items()}
 
 
@@ -43,35 +43,37 @@ CASES = {
 
 
 def test_every_kind_has_a_case() -> None:
-    assert set(CASES) == set(KINDS)
-    assert set(NULLS) == {*CHANNELS, *DERIVED}
+    assert set(CASES) == set(DEFECTS)
+    assert set(METRIC_NOISE) == {*METRICS, *DERIVED}
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_each_kind_is_named(kind: str, clips: dict[str, np.ndarray], clean: dict[str, Panel]) -> None:
+def test_each_kind_is_named(kind: str, clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
     verdict = compare({name: measure(CASES[kind](clip)) for name, clip in clips.items()}, clean)
     alarms = [finding.kind for finding in verdict.findings if finding.level == "alarm"]
     assert kind in alarms and verdict.worse and kind.replace("_", " ") in verdict.line()
 
 
-def test_the_same_clips_are_not_worse(clean: dict[str, Panel]) -> None:
+def test_the_same_clips_are_not_worse(clean: dict[str, Metrics]) -> None:
     verdict = compare(clean, clean)
     assert verdict.findings == [] and not verdict.worse and "nothing wrong (8 clips, pair by pair)" in verdict.line()
     assert all(one.size == one.low == one.high == one.z == 0 for one in verdict.changes.values())
 
 
 @pytest.mark.parametrize("name", degrade.CONFOUNDS)
-def test_what_is_no_blur_is_not_called_blur(name: str, clips: dict[str, np.ndarray], clean: dict[str, Panel]) -> None:
+def test_what_is_no_blur_is_not_called_blur(name: str, clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
     verdict = compare({key: measure(degrade.CONFOUNDS[name](clip)) for key, clip in clips.items()}, clean)
     assert not {"soft", "over_sharpened"} & {finding.kind for finding in verdict.findings}
 
 
-def test_sharper_reads_both_ways(clips: dict[str, np.ndarray], clean: dict[str, Panel]) -> None:
+def test_sharper_reads_both_ways(clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
     soft = {name: measure(degrade.gauss(1.0)(clip)) for name, clip in clips.items()}
-    assert [finding.kind for finding in compare(clean, soft).findings if finding.channel in ("blur", "sharp")] == ["over_sharpened"]
+    assert [finding.kind for finding in compare(clean, soft).findings if finding.channel in ("blur", "sharp")] == [
+        "over_sharpened"
+    ]
 
 
-def test_other_names_are_compared_as_groups(clips: dict[str, np.ndarray], clean: dict[str, Panel]) -> None:
+def test_other_names_are_compared_as_groups(clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
     others = {f"other {name}": panel for name, panel in clean.items()}
     verdict = compare(clean, others)
     assert verdict.findings == [] and verdict.pairing == "8 clips against 8 others, mean against mean"
@@ -81,15 +83,17 @@ def test_other_names_are_compared_as_groups(clips: dict[str, np.ndarray], clean:
     assert abs(unpaired.changes["blur"].z) < abs(paired.changes["blur"].z)
 
 
-def test_one_pair_and_an_interval(clean: dict[str, Panel], clips: dict[str, np.ndarray]) -> None:
-    soft = measure(np.stack([gaussian_filter(frame.astype(float), (1.5, 1.5, 0)) for frame in clips["0"]]).astype(np.uint8))
+def test_one_pair_and_an_interval(clean: dict[str, Metrics], clips: dict[str, np.ndarray]) -> None:
+    soft = measure(
+        np.stack([gaussian_filter(frame.astype(float), (1.5, 1.5, 0)) for frame in clips["0"]]).astype(np.uint8)
+    )
     verdict = compare(soft, clean["0"])
     assert verdict.worse and verdict.pairing == "one pair"
     several = compare({name: measure(degrade.gauss(1.0)(clip)) for name, clip in clips.items()}, clean).changes["blur"]
     assert several.low < several.size < several.high < 0
 
 
-def test_nothing_to_compare_is_an_error(clean: dict[str, Panel]) -> None:
+def test_nothing_to_compare_is_an_error(clean: dict[str, Metrics]) -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
         compare({}, clean)
 

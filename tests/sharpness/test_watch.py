@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogflow.sharpness.panel import CHANNELS, Panel, moved
-from cogflow.sharpness.watch import Reading, Watch
+from cogflow.sharpness.metrics import METRICS, Metrics, moved
+from cogflow.sharpness.quality_watch import QualityWatch, WatchVerdict
 
 STORED = json.loads((Path(__file__).parent / "data" / "null_samples.json").read_text())
 """Panels of the shipped model's samples, ``prompt-seedN`` to the values of ``channels``."""
@@ -18,25 +18,25 @@ SEEDS = 24
 CLIPS = 8
 
 
-def sample(prompt: str, seed: int) -> Panel:
+def sample(prompt: str, seed: int) -> Metrics:
     return dict(zip(STORED["channels"], STORED["panels"][f"{prompt}-seed{seed}"], strict=True))
 
 
 PROMPTS = sorted({name.rsplit("-seed", 1)[0] for name in STORED["panels"]})
 
 
-def drawn(random: np.random.Generator, prompts: int) -> tuple[dict[str, Panel], Callable[[], dict[str, Panel]]]:
+def drawn(random: np.random.Generator, prompts: int) -> tuple[dict[str, Metrics], Callable[[], dict[str, Metrics]]]:
     """A baseline of ``prompts`` samples, and what gives the same prompts from other seeds, always new ones."""
     names = [(PROMPTS[place % len(PROMPTS)], place) for place in range(prompts)]
     seeds = {place: list(random.permutation(SEEDS)) for _, place in names}
 
-    def take() -> dict[str, Panel]:
+    def take() -> dict[str, Metrics]:
         return {f"{prompt}-{place}": sample(prompt, int(seeds[place].pop())) for prompt, place in names}
 
     return take(), take
 
 
-def altered(panels: dict[str, Panel], **channels: float) -> dict[str, Panel]:
+def altered(panels: dict[str, Metrics], **channels: float) -> dict[str, Metrics]:
     """Each channel moved by that change (on its own scale)."""
     found = {}
     for name, panel in panels.items():
@@ -51,16 +51,16 @@ SOFT = {"edge_sharpness": -0.15, "reblur": -0.08, "wavelet_ratio": -0.55, "tempo
 """What a Gaussian of about one pixel does to real clips."""
 
 
-def kinds(reading: Reading, level: str = "alarm") -> set[str]:
+def kinds(reading: WatchVerdict, level: str = "alarm") -> set[str]:
     return {finding.kind for finding in reading.findings if finding.level == level}
 
 
-def base(prompts: int = CLIPS) -> dict[str, Panel]:
+def base(prompts: int = CLIPS) -> dict[str, Metrics]:
     return drawn(np.random.default_rng(0), prompts)[0]
 
 
 def test_stored_panels_have_todays_channels() -> None:
-    assert STORED["channels"] == list(CHANNELS)
+    assert STORED["channels"] == list(METRICS)
     assert len(STORED["panels"]) == len(PROMPTS) * SEEDS
 
 
@@ -70,7 +70,7 @@ def test_a_hundred_null_validations_raise_no_alarm(prompts: int) -> None:
     random, validations = np.random.default_rng(0), 0
     for _ in range(10):
         baseline, take = drawn(random, prompts)
-        watch = Watch(baseline, {f"clip {name}": panel for name, panel in drawn(random, CLIPS)[0].items()})
+        watch = QualityWatch(baseline, {f"clip {name}": panel for name, panel in drawn(random, CLIPS)[0].items()})
         for step in range(1, 11):
             reading = watch.update(step, take())
             assert reading.level in ("quiet", "learning"), reading.line()
@@ -80,10 +80,14 @@ def test_a_hundred_null_validations_raise_no_alarm(prompts: int) -> None:
 
 
 def test_the_same_run_again_gives_the_same_readings() -> None:
-    def readings() -> list[Reading]:
+    def readings() -> list[WatchVerdict]:
         baseline, take = drawn(np.random.default_rng(3), CLIPS)
-        watch = Watch(baseline)
-        return [watch.update(1, take()), watch.update(2, altered(take(), **SOFT)), watch.update(3, altered(take(), **SOFT))]
+        watch = QualityWatch(baseline)
+        return [
+            watch.update(1, take()),
+            watch.update(2, altered(take(), **SOFT)),
+            watch.update(3, altered(take(), **SOFT)),
+        ]
 
     assert readings() == readings()
 
@@ -92,9 +96,9 @@ def test_replayed_from_json_it_goes_on_as_if_never_stopped() -> None:
     baseline, take = drawn(np.random.default_rng(4), CLIPS)
     ceiling = drawn(np.random.default_rng(5), CLIPS)[0]
     validations = [take(), altered(take(), **SOFT), altered(take(), **SOFT)]
-    one = Watch(baseline, ceiling)
+    one = QualityWatch(baseline, ceiling)
     through = [one.update(step, panels) for step, panels in enumerate(validations, start=1)]
-    other = Watch(json.loads(json.dumps(baseline)), json.loads(json.dumps(ceiling)))
+    other = QualityWatch(json.loads(json.dumps(baseline)), json.loads(json.dumps(ceiling)))
     for step, panels in enumerate(validations[:2], start=1):
         other.update(step, json.loads(json.dumps(panels)))
     assert other.update(3, validations[2]) == through[2]
@@ -103,7 +107,7 @@ def test_replayed_from_json_it_goes_on_as_if_never_stopped() -> None:
 def test_order_of_the_prompts_does_not_matter() -> None:
     baseline, panels = base(), altered(base(), **SOFT)
     backwards = dict(reversed(list(panels.items())))
-    assert Watch(baseline).update(1, panels) == Watch(baseline).update(1, backwards)
+    assert QualityWatch(baseline).update(1, panels) == QualityWatch(baseline).update(1, backwards)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_order_of_the_prompts_does_not_matter() -> None:
     ],
 )
 def test_each_kind_is_named(kind: str, change: dict[str, float]) -> None:
-    reading = Watch(base()).update(100, altered(base(), **change))
+    reading = QualityWatch(base()).update(100, altered(base(), **change))
     assert reading.level == "alarm"
     assert kinds(reading) == {kind}
     (finding,) = reading.findings
@@ -132,14 +136,16 @@ def test_each_kind_is_named(kind: str, change: dict[str, float]) -> None:
 
 
 def test_a_tenth_of_a_percent_is_never_an_alarm_however_sure() -> None:
-    watch = Watch(base(24))
+    watch = QualityWatch(base(24))
     for step in range(1, 200):
-        reading = watch.update(step, altered(base(24), edge_sharpness=-0.001, reblur=-0.001, contrast=-0.001, motion=-0.01))
+        reading = watch.update(
+            step, altered(base(24), edge_sharpness=-0.001, reblur=-0.001, contrast=-0.001, motion=-0.01)
+        )
         assert reading.level == "quiet"
 
 
 def test_a_level_that_stays_does_not_add_up() -> None:
-    watch, small = Watch(base()), {name: by / 4 for name, by in SOFT.items()}
+    watch, small = QualityWatch(base()), {name: by / 4 for name, by in SOFT.items()}
     scores = [watch.update(step, altered(base(), **small)).z["blur"] for step in range(1, 100)]
     assert scores[-1] == pytest.approx(scores[0], abs=1e-6)
 
@@ -148,11 +154,11 @@ def test_one_prompt_alone_is_no_alarm() -> None:
     panels = base()
     first = next(iter(panels))
     panels[first] = altered({first: panels[first]}, **{name: 4 * by for name, by in SOFT.items()})[first]
-    assert Watch(base()).update(1, panels).level in ("quiet", "learning")
+    assert QualityWatch(base()).update(1, panels).level in ("quiet", "learning")
 
 
 def test_since_is_where_the_unbroken_run_began() -> None:
-    watch = Watch(base())
+    watch = QualityWatch(base())
     soft, fine = altered(base(), **SOFT), altered(base(), brightness=0.001)
     found = [watch.update(step, panels) for step, panels in ((10, fine), (20, soft), (30, soft), (40, soft))]
     assert found[0].level == "quiet"
@@ -164,52 +170,58 @@ def test_since_is_where_the_unbroken_run_began() -> None:
 
 
 def test_moving_towards_softer_data_is_learning_and_below_it_is_damage() -> None:
-    softer = {f"clip {name}": panel for name, panel in altered(base(), **{name: 2 * by for name, by in SOFT.items()}).items()}
-    watch = Watch(base(), softer)
+    softer = {
+        f"clip {name}": panel for name, panel in altered(base(), **{name: 2 * by for name, by in SOFT.items()}).items()
+    }
+    watch = QualityWatch(base(), softer)
     reading = watch.update(1, altered(base(), **SOFT))
     assert reading.level == "learning"
     assert "softer" in reading.line()
-    assert Watch(base()).update(1, altered(base(), **SOFT)).level == "alarm"  # without those clips it would be one
+    assert (
+        QualityWatch(base()).update(1, altered(base(), **SOFT)).level == "alarm"
+    )  # without those clips it would be one
     assert "soft" in kinds(watch.update(2, altered(base(), **{name: 4 * by for name, by in SOFT.items()})))
 
 
 def test_moving_towards_sharper_data_is_learning_and_beyond_it_is_damage() -> None:
     up = {name: -by for name, by in SOFT.items()}
     sharper = altered(base(), **{name: 2 * by for name, by in up.items()})
-    assert Watch(base(), sharper).update(1, altered(base(), **up)).level == "learning"
-    assert "over_sharpened" in kinds(Watch(base(), sharper).update(1, altered(base(), **{name: 5 * by for name, by in up.items()})))
-    assert "soft" in kinds(Watch(base(), sharper).update(1, altered(base(), **SOFT)))
+    assert QualityWatch(base(), sharper).update(1, altered(base(), **up)).level == "learning"
+    assert "over_sharpened" in kinds(
+        QualityWatch(base(), sharper).update(1, altered(base(), **{name: 5 * by for name, by in up.items()}))
+    )
+    assert "soft" in kinds(QualityWatch(base(), sharper).update(1, altered(base(), **SOFT)))
 
 
 def test_what_needs_no_statistics() -> None:
     panels = base()
     first = next(iter(panels))
 
-    def one(**values: float) -> Reading:
-        return Watch(base()).update(5, panels | {first: panels[first] | values})
+    def one(**values: float) -> WatchVerdict:
+        return QualityWatch(base()).update(5, panels | {first: panels[first] | values})
 
     assert kinds(one(finite=0.99)) == {"non_finite"}
     assert "black" in kinds(one(brightness=0.0, contrast=0.0))
     assert kinds(one(repeated=1.0), "warning") == {"identical"}  # one still picture may be what was asked for
-    still = Watch(base()).update(5, altered(base(), repeated=1.0, motion=-9.0))
+    still = QualityWatch(base()).update(5, altered(base(), repeated=1.0, motion=-9.0))
     assert kinds(still) == {"identical"}  # and is not told as frozen, too
 
 
 def test_samples_that_never_change_are_told() -> None:
-    reading = Watch(base()).update(50, base())
+    reading = QualityWatch(base()).update(50, base())
     assert (reading.level, [finding.kind for finding in reading.findings]) == ("warning", ["unchanged"])
     assert "not made with the trained weights" in reading.line()
 
 
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(ValueError, match="samples to start from"):
-        Watch({})
+        QualityWatch({})
     panels = base()
     panels.pop(next(iter(panels)))
     with pytest.raises(ValueError, match="names of the baseline"):
-        Watch(base()).update(1, panels)
+        QualityWatch(base()).update(1, panels)
 
 
 def test_one_prompt_is_enough_to_run() -> None:
-    reading = Watch(base(1)).update(1, altered(base(1), **{name: 6 * by for name, by in SOFT.items()}))
+    reading = QualityWatch(base(1)).update(1, altered(base(1), **{name: 6 * by for name, by in SOFT.items()}))
     assert "soft" in kinds(reading)

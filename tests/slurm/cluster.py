@@ -78,7 +78,14 @@ class Cluster:
             for name, port in zip(NODES, ports, strict=True)
         ]
         user = pwd.getpwuid(os.geteuid()).pw_name
-        text = CONF.format(user=user, host=host, controller=controller, folder=self.folder, nodes="\n".join(nodes), names=",".join(NODES))
+        text = CONF.format(
+            user=user,
+            host=host,
+            controller=controller,
+            folder=self.folder,
+            nodes="\n".join(nodes),
+            names=",".join(NODES),
+        )
         (self.folder / "slurm.conf").write_text(text)
         try:
             places = [f"--{what}={self.folder}/munge.{end}" for what, end in MUNGE]
@@ -128,7 +135,12 @@ class Cluster:
     def submit(self, *words: str, cwd: Path, **env: str) -> str:
         """The id of the job that ``sbatch words`` makes in ``cwd``."""
         done = subprocess.run(
-            ["sbatch", "--parsable", *words], env={**self.env, **env}, cwd=cwd, capture_output=True, text=True, timeout=60
+            ["sbatch", "--parsable", *words],
+            env={**self.env, **env},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
@@ -158,13 +170,21 @@ class Cluster:
 
     def logs(self) -> str:
         """The last words of every daemon."""
-        return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"{path.name}:\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.folder.glob("*.log"))
+        )
 
     def _start(self, name: str, *words: str) -> None:
         # A session of its own: what is typed to the tests does not reach it.
         with open(self.folder / f"{name}.out", "ab") as out:
             self._daemons[name] = subprocess.Popen(
-                words, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd=self.folder
+                words,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                cwd=self.folder,
             )
 
 

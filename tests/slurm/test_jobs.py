@@ -71,7 +71,9 @@ def soon_over(cluster: Cluster, job: str) -> bool:
     return cluster.job(job)["TimeLimit"] == f"00:{limit:02d}:00"
 
 
-def test_a_time_limit_that_expires(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_time_limit_that_expires(
+    cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     mine = words("limited", "stage.save_every=0")
     run = undisturbed.parent / "limited"
@@ -98,7 +100,9 @@ def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, und
     mine = words("failing", "stage.save_every=2")
     run = undisturbed.parent / "failing"
     job = submit(cluster, repository, log, *TWO, *mine)
-    until(lambda: (run / "checkpoints/step-000002").exists() and len(steps(run)) >= 3, "three steps", 180, log.read_text)
+    until(
+        lambda: (run / "checkpoints/step-000002").exists() and len(steps(run)) >= 3, "three steps", 180, log.read_text
+    )
     with held(ranks_of(job)[1]):  # in the middle of a step, and not done before
         assert len(ranks_of(job)) == 2
         cluster.kill_node("n2")
@@ -111,7 +115,9 @@ def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, und
     assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
 
 
-def test_an_array_of_seeds_of_which_one_gives_way(cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path) -> None:
+def test_an_array_of_seeds_of_which_one_gives_way(
+    cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path
+) -> None:
     mine = words("clips", "stage.steps=4", "stage.save_every=0")
     options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2")  # each has a node of its own
     job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_array.sh")
@@ -122,7 +128,12 @@ def test_an_array_of_seeds_of_which_one_gives_way(cluster: Cluster, repository: 
     with contextlib.suppress(ProcessLookupError):
         os.kill(ranks_of(first["JobId"])[0], signal.SIGSTOP)
     urgent = cluster.submit(
-        "--partition=urgent", "--exclusive", f"--nodelist={first['NodeList']}", "--output=/dev/null", "--wrap=true", cwd=clips
+        "--partition=urgent",
+        "--exclusive",
+        f"--nodelist={first['NodeList']}",
+        "--output=/dev/null",
+        "--wrap=true",
+        cwd=clips,
     )
     assert cluster.ended(urgent)["ExitCode"] == "0:0", logs[0].read_text() + cluster.logs()
     ends = [cluster.ended(f"{job}_{seed}") for seed in (0, 1)]
@@ -134,7 +145,9 @@ def test_an_array_of_seeds_of_which_one_gives_way(cluster: Cluster, repository: 
 
 
 @pytest.mark.parametrize("mistake", ["stage.stepps=3", "data.frames=5"])
-def test_a_mistake_is_not_queued_again(cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str) -> None:
+def test_a_mistake_is_not_queued_again(
+    cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str
+) -> None:
     """One in the words, which is found before any task starts; one that only training can find, on both ranks."""
     log = tmp_path / "log"
     job = submit(cluster, repository, log, *TWO, *words(f"mistaken-{mistake[:5]}", mistake))

@@ -13,10 +13,10 @@ from cogflow.benchmarking.measure import measure
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.sat_checkpoint import make_checkpoint
 from cogflow.config.compose import compose
-from cogflow.conversion.origin import find_origin
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.errors import ConfigError, DataError
+from cogflow.export.origin import find_origin
 from cogflow.stages import load
 from tests.conftest import Command
 
@@ -25,7 +25,9 @@ HOLD = "import time; x = bytearray(300_000_000); x[::4096] = bytes([1]) * len(x[
 
 def test_memory_and_time_are_those_of_the_process(tmp_path: Path) -> None:
     result = measure([sys.executable, "-c", HOLD], tmp_path / "log")
-    assert result.ok and result.seconds >= 0.5 and 300e6 < result.anonymous < 400e6 and result.resident >= result.anonymous
+    assert (
+        result.ok and result.seconds >= 0.5 and 300e6 < result.anonymous < 400e6 and result.resident >= result.anonymous
+    )
 
 
 def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
@@ -42,7 +44,16 @@ def test_a_made_checkpoint_is_one_that_sat_would_have_written(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_export_beside_cp(tmp_path: Path) -> None:
-    config = compose(["stage=benchmark", "model=tiny", "stage.layers=1", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled"])
+    config = compose(
+        [
+            "stage=benchmark",
+            "model=tiny",
+            "stage.layers=1",
+            f"run.root={tmp_path}",
+            "run.name=b",
+            "tracking.wandb=disabled",
+        ]
+    )
     load("benchmark").run(config)
     results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
     assert set(results["medians"]) == {"cp + sync", "cogflow, verified", "cogflow, stage.verify=off"}
@@ -52,7 +63,14 @@ def test_export_beside_cp(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_assemble_beside_cp_and_save_pretrained(tmp_path: Path) -> None:
-    words = ["stage=benchmark", "stage.what=assemble", "model=tiny", "stage.layers=1", f"run.root={tmp_path}", "run.name=b"]
+    words = [
+        "stage=benchmark",
+        "stage.what=assemble",
+        "model=tiny",
+        "stage.layers=1",
+        f"run.root={tmp_path}",
+        "run.name=b",
+    ]
     load("benchmark").run(compose([*words, "tracking.wandb=disabled"]))
     results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
     assert [row["failed"] for row in results["rows"]] == [None] * 5
@@ -63,7 +81,9 @@ def test_assemble_beside_cp_and_save_pretrained(tmp_path: Path) -> None:
 
 
 def test_a_clone_that_is_none(tmp_path: Path) -> None:
-    config = compose(["stage=benchmark", "model=tiny", f"stage.vs={tmp_path}", f"run.root={tmp_path}", "tracking.wandb=disabled"])
+    config = compose(
+        ["stage=benchmark", "model=tiny", f"stage.vs={tmp_path}", f"run.root={tmp_path}", "tracking.wandb=disabled"]
+    )
     with pytest.raises(ConfigError, match="convert_weight_sat2hf"):
         load("benchmark").run(config)
 
@@ -71,11 +91,24 @@ def test_a_clone_that_is_none(tmp_path: Path) -> None:
 def test_separation_of_clips_in_a_folder(tmp_path: Path) -> None:
     for number, scene in enumerate(scenes(2, seed=3)):
         write_video(tmp_path / "clips" / f"{number}.mp4", draw(scene, 9, 96, 144), 8)
-    common = ["stage=benchmark", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled", "data.frames=5"]
-    load("benchmark").run(compose([*common, "stage.what=separation", f"stage.clips={tmp_path / 'clips'}", "stage.variants=2"]))
+    common = [
+        "stage=benchmark",
+        "model=tiny",
+        f"run.root={tmp_path}",
+        "run.name=b",
+        "tracking.wandb=disabled",
+        "data.frames=5",
+    ]
+    load("benchmark").run(
+        compose([*common, "stage.what=separation", f"stage.clips={tmp_path / 'clips'}", "stage.variants=2"])
+    )
     results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
     assert (results["contents"], results["pairs"]) == (2, 4)
-    assert results["auc"]["gauss 1.5"]["blur"] == 1 and results["kinds"]["gauss 1.5"]["soft"] == 1 and results["monotone"] == 1
+    assert (
+        results["auc"]["gauss 1.5"]["blur"] == 1
+        and results["kinds"]["gauss 1.5"]["soft"] == 1
+        and results["monotone"] == 1
+    )
     assert results["nulls"]["contrast"]["rounding"] < results["nulls"]["contrast"]["variants"]
     with pytest.raises(DataError, match="does not exist"):
         load("benchmark").run(compose([*common, "stage.what=separation", f"stage.clips={tmp_path / 'nowhere'}"]))
@@ -85,9 +118,18 @@ def test_separation_of_clips_in_a_folder(tmp_path: Path) -> None:
 def test_the_watch_on_clips_in_a_folder(tmp_path: Path) -> None:
     for number, scene in enumerate(scenes(4, seed=3)):
         write_video(tmp_path / "clips" / f"{number}.mp4", draw(scene, 9, 96, 144), 8)
-    common = ["stage=benchmark", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled", "data.frames=5"]
+    common = [
+        "stage=benchmark",
+        "model=tiny",
+        f"run.root={tmp_path}",
+        "run.name=b",
+        "tracking.wandb=disabled",
+        "data.frames=5",
+    ]
     load("benchmark").run(
-        compose([*common, "stage.what=watch", f"stage.clips={tmp_path / 'clips'}", "stage.variants=2", "stage.share=0.01"])
+        compose(
+            [*common, "stage.what=watch", f"stage.clips={tmp_path / 'clips'}", "stage.variants=2", "stage.share=0.01"]
+        )
     )
     results = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]
     still, ceiling = results["rows"][0], results["rows"][-1]
@@ -96,7 +138,14 @@ def test_the_watch_on_clips_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_indicators_cost_is_told(tmp_path: Path) -> None:
-    common = ["stage=benchmark", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled", "stage.what=indicator"]
+    common = [
+        "stage=benchmark",
+        "model=tiny",
+        f"run.root={tmp_path}",
+        "run.name=b",
+        "tracking.wandb=disabled",
+        "stage.what=indicator",
+    ]
     load("benchmark").run(compose(common))
     tiny, real = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]["rows"]
     assert 0 < tiny["indicator"] < tiny["step"] and real["step"] is None
@@ -134,20 +183,30 @@ def test_a_step_is_timed_beside_a_bare_loop_and_its_ceiling(tmp_path: Path, cogf
     assert step["flops"]["counted"] == pytest.approx(step["flops"]["useful"], rel=0.03)
     parts = {part["kind"]: part for part in step["profile"]}
     assert set(parts) == {"attention", "linear layers", "optimizer", "compiled", "copies", "other", "nothing runs"}
-    assert all(parts[kind]["seconds"] > 0 and parts[kind]["launches"] for kind in ("attention", "linear layers", "optimizer", "other"))
+    assert all(
+        parts[kind]["seconds"] > 0 and parts[kind]["launches"]
+        for kind in ("attention", "linear layers", "optimizer", "other")
+    )
     assert "linear layers: " in done.stdout and parts["linear layers"]["floor"] > parts["attention"]["floor"] > 0
-    assert step["bare"]["median"] > 0 and 0 < step["memory"]["weights"] < step["memory"]["resident"] < step["memory"]["peak"]
+    assert (
+        step["bare"]["median"] > 0
+        and 0 < step["memory"]["weights"] < step["memory"]["resident"] < step["memory"]["peak"]
+    )
 
 
 @pytest.mark.slow
-def test_settings_of_a_step_beside_each_other_and_beside_a_revision(tmp_path: Path, cogflow: Command, repository: Path) -> None:
+def test_settings_of_a_step_beside_each_other_and_beside_a_revision(
+    tmp_path: Path, cogflow: Command, repository: Path
+) -> None:
     revision = ["stage.vs=HEAD"] if (repository / ".git").exists() else []
     settings = "stage.settings=['','speed.attention=math deepspeed=zero1','speed.attention=cudnn']"
     cogflow(*step_words(tmp_path, "stage.what=train", settings, *revision))
     rows = results(tmp_path)["rows"]
-    assert [row["settings"] for row in rows] == ["as it is", "speed.attention=math deepspeed=zero1", "speed.attention=cudnn"] + [
-        "cogflow at HEAD" for _ in revision
-    ]
+    assert [row["settings"] for row in rows] == [
+        "as it is",
+        "speed.attention=math deepspeed=zero1",
+        "speed.attention=cudnn",
+    ] + ["cogflow at HEAD" for _ in revision]
     assert [row["step"] is None for row in rows] == [False, False, True, *(False for _ in revision)]
     assert "needs a GPU" in rows[2]["problem"]
 
@@ -185,7 +244,9 @@ def test_all_goes_on_where_one_cannot(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(benchmark, "ALL", ("panel", "indicator"))
     monkeypatch.setitem(benchmark.WHAT, "panel", broken)
-    config = compose(["stage=benchmark", "stage.what=all", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking=off"])
+    config = compose(
+        ["stage=benchmark", "stage.what=all", "model=tiny", f"run.root={tmp_path}", "run.name=b", "tracking=off"]
+    )
     benchmark.run(config)
     found = results(tmp_path)
     assert found["panel"] == {"summary": "panel: not measured: no clips\n  Give some."} and found["indicator"]["rows"]

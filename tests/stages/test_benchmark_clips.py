@@ -70,8 +70,17 @@ def test_clips_that_are_written_by_part(tmp_path: Path) -> None:
     found = measured(tmp_path, "stage.what=prepare", "stage.repeats=2", "stage.contents=2", "stage.clip_height=80")
     assert len(found["seconds"][OURS]) == 2 and found["peer"] is None and len(found["clips"]) == 2
     assert "from 2 of 142x80 (h264, 24 a second)" in found["summary"]
-    assert list(found["parts"])[:5] == ["hashing the file", "opening, walking through", "decoding", "colours", "resizing, cropping"]
-    assert all(seconds > 0 for seconds in found["parts"].values()) and not (tmp_path / "b" / "benchmark" / "prepare").exists()
+    assert list(found["parts"])[:5] == [
+        "hashing the file",
+        "opening, walking through",
+        "decoding",
+        "colours",
+        "resizing, cropping",
+    ]
+    assert (
+        all(seconds > 0 for seconds in found["parts"].values())
+        and not (tmp_path / "b" / "benchmark" / "prepare").exists()
+    )
 
 
 @pytest.mark.slow
@@ -113,5 +122,7 @@ def test_a_step_that_cannot_run_here_is_planned(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(loader_cost, "HELD", 2)
     monkeypatch.setattr(loader_cost, "BATCHES", 1)
-    found = measured(tmp_path, "stage.what=loader", "model=cogvideox-5b", "data.frames=9", "data.height=480", "data.width=720")
+    found = measured(
+        tmp_path, "stage.what=loader", "model=cogvideox-5b", "data.frames=9", "data.height=480", "data.width=720"
+    )
     assert "planned for a GPU" in found["step source"] and 0 < found["share"] < 1

@@ -57,7 +57,10 @@ def stopped(flow: Path, sharp: Path, cogflow: Command) -> Path:
 
 @pytest.mark.slow
 def test_a_spoilt_run_stops_with_a_checkpoint_a_verdict_and_a_picture(stopped: Path) -> None:
-    verdict = {step: json.loads((stopped / f"checkpoints/step-00000{step}/trainer.json").read_text())["validation"] for step in (2, 4)}
+    verdict = {
+        step: json.loads((stopped / f"checkpoints/step-00000{step}/trainer.json").read_text())["validation"]
+        for step in (2, 4)
+    }
     assert verdict[2]["level"] in ("quiet", "learning") and verdict[2]["score"] == 0.0
     assert verdict[4]["level"] == "alarm" and verdict[4]["score"] < -3 and verdict[4]["kinds"]
     alerts = [event for event in events(stopped, "alert") if "picture" in event]
@@ -76,7 +79,9 @@ def test_the_same_command_does_not_walk_past_the_alarm(flow: Path, stopped: Path
 
 
 @pytest.mark.slow
-def test_a_rollback_trains_the_same_in_one_process_and_in_two(flow: Path, sharp: Path, stopped: Path, cogflow: Command) -> None:
+def test_a_rollback_trains_the_same_in_one_process_and_in_two(
+    flow: Path, sharp: Path, stopped: Path, cogflow: Command
+) -> None:
     """In one process the loop goes back by itself; the stopped run goes back when it is resumed. Equal to the bit."""
     tamed = ["stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=1e-4"]
     one = copied(sharp, "one-process")
@@ -98,20 +103,26 @@ def test_a_rollback_trains_the_same_in_one_process_and_in_two(flow: Path, sharp:
 
 
 @pytest.mark.slow
-def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint_and_would_only_repeat(flow: Path, sharp: Path, cogflow: Command) -> None:
+def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint_and_would_only_repeat(
+    flow: Path, sharp: Path, cogflow: Command
+) -> None:
     folder = copied(sharp, "no-settings")
     done = cogflow(*words(flow, "no-settings"), *SPOILT, "stage.on_blur=rollback", code=3)
     assert "the same settings would repeat the same run" in done.stderr
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest.json", "step-000002"]
     assert json.loads((folder / "checkpoints/latest.json").read_text())["step"] == 2
     # With the rate the checkpoint was trained with nothing is changed; with the other one something is.
-    done = cogflow(*words(flow, "no-settings"), "stage.steps=2", "stage.learning_rate=1e-5", "stage.on_blur=rollback", code=3)
+    done = cogflow(
+        *words(flow, "no-settings"), "stage.steps=2", "stage.learning_rate=1e-5", "stage.on_blur=rollback", code=3
+    )
     assert "would repeat the same run" in done.stderr
     cogflow(*words(flow, "no-settings"), "stage.steps=6", "stage.learning_rate=1e-4", "stage.on_blur=rollback")
 
 
 @pytest.mark.slow
-def test_a_resumed_watch_and_indicator_know_what_the_uninterrupted_ones_know(flow: Path, sharp: Path, cogflow: Command) -> None:
+def test_a_resumed_watch_and_indicator_know_what_the_uninterrupted_ones_know(
+    flow: Path, sharp: Path, cogflow: Command
+) -> None:
     calm = ["stage.steps=6", "stage.learning_rate=1e-5", "stage.keep_last=9"]
     whole, parts = copied(sharp, "whole"), copied(sharp, "parts")
     cogflow(*words(flow, "whole"), *calm)
@@ -121,7 +132,11 @@ def test_a_resumed_watch_and_indicator_know_what_the_uninterrupted_ones_know(flo
     numbers = [
         [{name: value for name, value in line.items() if name.startswith(prefix)} for line in lines(folder, needed)]
         for folder in (whole, parts)
-        for prefix, needed in (("spectrum/", "spectrum/high_q4"), ("watch/", "watch/level"), ("heldout/", "heldout/loss"))
+        for prefix, needed in (
+            ("spectrum/", "spectrum/high_q4"),
+            ("watch/", "watch/level"),
+            ("heldout/", "heldout/loss"),
+        )
     ]
     assert numbers[:3] == numbers[3:] and len(numbers[1]) == 3
     assert weights(whole) == weights(parts)
@@ -133,7 +148,13 @@ def test_two_ranks_go_back_together(flow: Path, sharp: Path, cogflow: Command, z
     folder = flow.parent / f"two-ranks-{zero}"
     folder.mkdir()
     shutil.copytree(flow / "cache", folder / "cache")
-    two = [*words(flow, folder.name), f"deepspeed={zero}", "stage.batch_size=1", "stage.ema_decay=0.5", "stage.ema_warmup=false"]
+    two = [
+        *words(flow, folder.name),
+        f"deepspeed={zero}",
+        "stage.batch_size=1",
+        "stage.ema_decay=0.5",
+        "stage.ema_warmup=false",
+    ]
     cogflow(*two, "stage.steps=2", "stage.learning_rate=1e-5", ranks=2)
     cogflow(*two, *SPOILT, "stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=1e-4", ranks=2)
     assert json.loads((folder / "rollback.json").read_text())["rollbacks"][0]["to"] == 2

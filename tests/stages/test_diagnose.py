@@ -23,7 +23,10 @@ def diagnosis(folder: Path) -> dict[str, Any]:
 def test_the_flows_own_pipeline_agrees(flow: Path) -> None:
     found = diagnosis(flow)
     assert found["agrees"] is True and found["findings"] == []
-    assert found["steps"]["evidence"]["scaling_factor"]["best"] == 0.7 and found["steps"]["evidence"]["snr_shift_scale"]["best"] == 1.0
+    assert (
+        found["steps"]["evidence"]["scaling_factor"]["best"] == 0.7
+        and found["steps"]["evidence"]["snr_shift_scale"]["best"] == 1.0
+    )
     assert (flow / "diagnosis.html").is_file()
 
 
@@ -72,7 +75,14 @@ def test_a_place_that_is_nothing_and_no_model_exit_2(cogflow: Command, tmp_path:
 @pytest.mark.slow
 def test_the_incident_is_replayed(cogflow: Command, tmp_path: Path) -> None:
     """Every load succeeds, the loss shows nothing, the frames are washed out, both fields are named, and it is mended."""
-    words = ["stage=flow", "experiment=incident", "debug=quick", f"run.root={tmp_path}", "run.name=i", "tracking.wandb=disabled"]
+    words = [
+        "stage=flow",
+        "experiment=incident",
+        "debug=quick",
+        f"run.root={tmp_path}",
+        "run.name=i",
+        "tracking.wandb=disabled",
+    ]
     told = cogflow(*words, "sampling.steps=3").stdout
     assert "exit code 3" in told
     folder = tmp_path / "i"

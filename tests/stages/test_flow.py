@@ -27,7 +27,13 @@ print(video.shape, bool((video == video).all()))
 def test_every_stage_leaves_its_record_and_its_result(flow: Path) -> None:
     for stage in ("prepare", "train", "export", "assemble", "diagnose", "flow"):
         assert json.loads((flow / f"{stage}.json").read_text())["status"] == "done"
-    for name in ("pipeline/model_index.json", "pipeline/assembly.json", "export/transformer/config.json", "report.html", "wandb"):
+    for name in (
+        "pipeline/model_index.json",
+        "pipeline/assembly.json",
+        "export/transformer/config.json",
+        "report.html",
+        "wandb",
+    ):
         assert (flow / name).exists(), name
     table = json.loads((flow / "flow.json").read_text())["results"]["table"]
     assert [row[0] for row in table] == ["prepare", "train", "export", "assemble", "diagnose"]
@@ -69,7 +75,9 @@ def test_the_assembled_pipeline_gave_the_runs_videos(flow: Path) -> None:
 
 
 def test_the_pipeline_works_without_cogflow(flow: Path) -> None:
-    done = subprocess.run([sys.executable, "-I", "-c", PLAIN, str(flow / "pipeline")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, str(flow / "pipeline")], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "(1, 9, 64, 96, 3) True" in done.stdout
 
@@ -82,7 +90,12 @@ def test_the_same_command_again_trains_nothing(flow: Path, cogflow: Command) -> 
 
 def test_the_engines_own_folder_exports_the_same_weights(flow: Path, cogflow: Command, tmp_path: Path) -> None:
     """As from another trainer on diffusers and DeepSpeed: master weights in diffusers' names, and nothing that tells the model."""
-    words = ["stage=export", f"stage.source={flow / 'checkpoints/step-000004/deepspeed'}", f"run.root={tmp_path}", "run.name=foreign"]
+    words = [
+        "stage=export",
+        f"stage.source={flow / 'checkpoints/step-000004/deepspeed'}",
+        f"run.root={tmp_path}",
+        "run.name=foreign",
+    ]
     done = cogflow(*words, code=2)
     assert "neither heads nor positions show" in done.stderr and not (tmp_path / "foreign").exists()
     cogflow(*words, "model=tiny")
@@ -94,10 +107,16 @@ def test_the_ladder_has_every_rung_and_a_healthy_one_has_no_finding(flow: Path) 
     ladder = json.loads((flow / "ladder.json").read_text())
     assert set(ladder["rungs"]) == {"0", "1", "2", "3", "4", "5"} and ladder["findings"] == []
     assert [row["against"] for row in ladder["table"]] == [None, 0, 1, 2, 3, 4]
-    assert all(row["pairs"] == len(ladder["rungs"][str(row["rung"])]["panels"]) for row in ladder["table"] if row["rung"] in (2, 4, 5))
+    assert all(
+        row["pairs"] == len(ladder["rungs"][str(row["rung"])]["panels"])
+        for row in ladder["table"]
+        if row["rung"] in (2, 4, 5)
+    )
     errors = ladder["rungs"]["3"]["facts"]["schedule"]["errors"]
     assert errors["1"] < 0.8 * errors["3"]
     assert ladder["rungs"]["5"]["facts"]["failed"] is False and ladder["table"][5]["psnr"] > 50
-    assert {"ladder/rung2_blur", "ladder/rung2_psnr", "ladder/rung5_psnr"} <= set().union(*map(set, lines(flow, "ladder/rung2_blur")))
+    assert {"ladder/rung2_blur", "ladder/rung2_psnr", "ladder/rung5_psnr"} <= set().union(
+        *map(set, lines(flow, "ladder/rung2_blur"))
+    )
     assert (flow / "ladder/clips.png").is_file() and (flow / "ladder/samples.png").is_file()
     assert "The sharpness ladder" in (flow / "report.html").read_text()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from cogflow.models.convolutions import by_onednn
+from cogflow.models.onednn import by_onednn
 from cogflow.models.tiny import folder
 from cogflow.pretraining import figures
 from cogflow.stages.pretrain import sampler
@@ -37,7 +37,11 @@ def test_the_shipped_model_is_trained_small_and_has_5bs_traits() -> None:
     assert recorded["roundtrip"]["psnr_min_db"] > 26 and recorded["following"]["follows_all"] >= 0.85
     pipeline = CogVideoXPipeline.from_pretrained(folder(), torch_dtype=torch.float32)
     config = pipeline.scheduler.config
-    assert (config.prediction_type, config.rescale_betas_zero_snr, config.snr_shift_scale) == ("v_prediction", True, 1.0)
+    assert (config.prediction_type, config.rescale_betas_zero_snr, config.snr_shift_scale) == (
+        "v_prediction",
+        True,
+        1.0,
+    )
     assert pipeline.vae.config.scaling_factor == 0.7 and pipeline.transformer.config.use_rotary_positional_embeddings
 
 

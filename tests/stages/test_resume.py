@@ -38,9 +38,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(flow: Path, cogflow: Comman
     # Held-out losses after every step, so that it is not done before the signal comes on a busy machine.
     words = [*beside(flow, "signalled"), "stage.save_every=0", "stage.evaluate_every=1"]
     folder = flow.parent / "signalled"
-    process = subprocess.Popen([sys.executable, "-m", "cogflow", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cogflow", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and not ((folder / "metrics.jsonl").exists() and losses(folder)):
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not ((folder / "metrics.jsonl").exists() and losses(folder))
+    ):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGUSR1)
     out, err = process.communicate(timeout=300)
@@ -72,7 +78,9 @@ def test_recomputed_activations_train_the_same(flow: Path, cogflow: Command) -> 
 
 
 def test_another_batch_size_is_refused_with_both_values(flow: Path, cogflow: Command) -> None:
-    done = cogflow("stage=train", "debug=quick", f"run.root={flow.parent}", "run.name=flow", "stage.batch_size=4", code=2)
+    done = cogflow(
+        "stage=train", "debug=quick", f"run.root={flow.parent}", "run.name=flow", "stage.batch_size=4", code=2
+    )
     assert "stage.batch_size: 2 then, 4 now" in done.stderr
 
 
@@ -86,7 +94,9 @@ def test_two_ranks_train_what_one_rank_trains(flow: Path, cogflow: Command, star
     words = [word for word in beside(flow, two) if word != "stage.sample_every=0"]
     # As users start it, once.
     (started if zero == "zero2" else cogflow)(*words, *common, *extra, ranks=2)
-    for (_, loss, norm), (_, other, other_norm) in zip(losses(flow.parent / one), losses(flow.parent / two), strict=True):
+    for (_, loss, norm), (_, other, other_norm) in zip(
+        losses(flow.parent / one), losses(flow.parent / two), strict=True
+    ):
         assert other == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-4)
     # Three prompts on two ranks: none is missing.
     assert len(list((flow.parent / two / "samples/step-000003").glob("*.mp4"))) == 3
@@ -95,5 +105,7 @@ def test_two_ranks_train_what_one_rank_trains(flow: Path, cogflow: Command, star
 
 def prompts(flow: Path) -> Path:
     path = flow.parent / "prompts.txt"
-    path.write_text("a red circle moves left over a light background\na purple star moves up over a dark background\nempty\n")
+    path.write_text(
+        "a red circle moves left over a light background\na purple star moves up over a dark background\nempty\n"
+    )
     return path

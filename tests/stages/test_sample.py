@@ -50,7 +50,10 @@ def test_blurred_videos_exit_3_and_sharp_ones_0(tmp_path: Path, cogflow: Command
 def test_what_is_worse_has_its_name(tmp_path: Path, cogflow: Command) -> None:
     sharp = clips(tmp_path / "sharp")
     common = ["stage=sample", f"run.root={tmp_path}", "run.name=compared", f"stage.reference={sharp}"]
-    for kind, place in (("washed_out", clips(tmp_path / "pale", contrast=0.5)), ("grainy", clips(tmp_path / "grain", noise=12))):
+    for kind, place in (
+        ("washed_out", clips(tmp_path / "pale", contrast=0.5)),
+        ("grainy", clips(tmp_path / "grain", noise=12)),
+    ):
         done = cogflow(*common, f"stage.source={place}", code=3)
         found = comparison(tmp_path)
         assert found["kinds"][0] == kind and not found["blurrier"], found["line"]
@@ -73,7 +76,10 @@ def test_sizes_are_made_equal_before_sharpness_is_compared(tmp_path: Path) -> No
 
 def test_raw_frames_of_samples_are_taken_where_they_are_kept(flow: Path, tmp_path: Path, cogflow: Command) -> None:
     ours = score(flow / "samples/step-000004")
-    recorded = {one["name"]: one["sharpness"] for one in json.loads((flow / "samples/step-000004/samples.json").read_text())["samples"]}
+    recorded = {
+        one["name"]: one["sharpness"]
+        for one in json.loads((flow / "samples/step-000004/samples.json").read_text())["samples"]
+    }
     assert ours.raw and ours.panels.keys() == recorded.keys()
     for name, panel in ours.panels.items():
         assert panel["wavelet_ratio"] == pytest.approx(recorded[name]["wavelet_ratio"], abs=0.02)

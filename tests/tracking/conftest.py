@@ -67,7 +67,9 @@ class Recorded:
                 self.group, self.job_type, self.run_id = record.run.run_group, record.run.job_type, record.run.run_id
                 self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             elif kind == "history":
-                self.history.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item})
+                self.history.append(
+                    {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                )
             elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
                 self.artifacts.append(record.request.log_artifact.artifact)
             elif kind == "artifact":
@@ -89,7 +91,9 @@ def recorded() -> Callable[[Path, str], list[Recorded]]:
     def read(folder: Path, stage: str) -> list[Recorded]:
         deadline = time.monotonic() + 20
         while True:
-            paths = sorted(folder.glob(f"wandb/offline-run-*-{stage}/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+            paths = sorted(
+                folder.glob(f"wandb/offline-run-*-{stage}/run-*.wandb"), key=lambda path: path.stat().st_mtime
+            )
             sessions = [Recorded(path) for path in paths]
             # W&B's service writes the end of a run a moment after finish() has returned.
             if all(session.exit_code is not None for session in sessions) or time.monotonic() > deadline:

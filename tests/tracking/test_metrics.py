@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogflow.tracking.metrics import MetricsLog, read_lines
+from cogflow.tracking.metrics_log import MetricsLog, read_lines
 
 
 def test_a_line_holds_step_time_and_flat_names(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cogflow.config.schema import Config
-from cogflow.tracking.record import write_record
 from cogflow.tracking.secrets import scrub
+from cogflow.tracking.stage_record import write_record
 
 
 def test_a_record_holds_inputs_settings_versions_and_results(tmp_path: Path, config: Config) -> None:
@@ -21,14 +21,20 @@ def test_a_record_holds_inputs_settings_versions_and_results(tmp_path: Path, con
     record = json.loads(path.read_text())
     assert path == tmp_path / "train.json" and record["stage"] == "train" and record["status"] == "done"
     assert 5 <= record["seconds"] < 60
-    assert record["inputs"] == {"cache": {"sha256": "ab"}} and record["results"]["loss"] == 0.5 and record["results"]["bad"] is None
+    assert (
+        record["inputs"] == {"cache": {"sha256": "ab"}}
+        and record["results"]["loss"] == 0.5
+        and record["results"]["bad"] is None
+    )
     assert record["settings"]["stage"]["steps"] == 4 and {"cogflow", "python", "torch"} <= set(record["versions"])
 
 
 def test_no_secret_is_recorded(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "wandb-key-0123456789")
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
-    monkeypatch.setattr("sys.argv", ["cogflow", "data.path=https://me:pw@host/x", "--token", "abc123", "note=hf_abcdefghij"])
+    monkeypatch.setattr(
+        "sys.argv", ["cogflow", "data.path=https://me:pw@host/x", "--token", "abc123", "note=hf_abcdefghij"]
+    )
     text = write_record(tmp_path, "train", config, {"api_key": "zzz"}, {"log": "used wandb-key-0123456789"}).read_text()
     for secret in ("wandb-key-0123456789", "hf_abcdefghij", "me:pw", "abc123", "zzz"):
         assert secret not in text

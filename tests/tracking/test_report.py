@@ -17,12 +17,12 @@ from PIL import Image
 from cogflow.config.schema import Config
 from cogflow.data.video import write_video
 from cogflow.errors import DataError
+from cogflow.tracking.contact_sheet import contact_sheet
 from cogflow.tracking.curves import Line, chart, running_mean, short
+from cogflow.tracking.html_report import write_report
 from cogflow.tracking.picture import main, write_picture
-from cogflow.tracking.record import write_record
-from cogflow.tracking.report import write_report
 from cogflow.tracking.run_data import Points
-from cogflow.tracking.sheet import contact_sheet
+from cogflow.tracking.stage_record import write_record
 from cogflow.tracking.tracker import open_tracker
 
 EVIL = """a "star" <script>alert('x')</script> & <b>more</b>"""
@@ -59,7 +59,9 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
     folder = tmp_path / "demo run"
     with open_tracker(config, "train", folder) as tracker:
         for step in range(5):
-            tracker.log(step, {"train/loss": 1.0 / (step + 1), "train/loss_q1": 0.5, "train/lr": 4e-4, "train/step_time": 0.5})
+            tracker.log(
+                step, {"train/loss": 1.0 / (step + 1), "train/loss_q1": 0.5, "train/lr": 4e-4, "train/step_time": 0.5}
+            )
         for step in (0, 4):
             tracker.log(step, {"sharpness/wavelet_ratio": 0.3 - 0.01 * step, "heldout/loss": 0.5})
             samples = folder / f"samples/step-{step:06d}"
@@ -68,7 +70,13 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
                 name = f"p{index} #-seed0.mp4"
                 write_video(samples / name, clip if step else clip[:, ::-1], 8)
                 entries.append(
-                    {"id": f"p{index}", "text": EVIL, "seed": 0, "video": name, "sharpness": {"wavelet_ratio": 0.3 - 0.01 * step}}
+                    {
+                        "id": f"p{index}",
+                        "text": EVIL,
+                        "seed": 0,
+                        "video": name,
+                        "sharpness": {"wavelet_ratio": 0.3 - 0.01 * step},
+                    }
                 )
             contact_sheet({"p": clip}, 3).save(samples / "contact.png")
             facts = {
@@ -83,18 +91,35 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
         tracker.table("train/closing_table", ["prompt", "ratio"], [[EVIL, 0.5]])
         tracker.alert("soft", EVIL)
         tracker.artifact("latents", "dataset", folder / "metrics.jsonl", uses=["clips"])
-    write_record(folder, "train", config, {"cache": {"sha256": "abc123"}}, {"summary": "4 steps " + EVIL, "where": folder / "samples"})
+    write_record(
+        folder,
+        "train",
+        config,
+        {"cache": {"sha256": "abc123"}},
+        {"summary": "4 steps " + EVIL, "where": folder / "samples"},
+    )
     return folder
 
 
 def test_the_page_shows_the_run(run: Path) -> None:
     text = write_report(run).read_text()
     page = Page(text)
-    assert "demo" in text and "abc123" in text and "step 4 of 4" in text and "demo-latents" in text and "Train: closing table" in text
+    assert (
+        "demo" in text
+        and "abc123" in text
+        and "step 4 of 4" in text
+        and "demo-latents" in text
+        and "Train: closing table" in text
+    )
     titles = {svg["aria-label"] for svg in page.all("svg")}
-    assert {"Loss", "Wavelet ratio", "Training loss by timestep", "Held-out loss by timestep", "Learning rate", "Step time"} - titles == {
-        "Held-out loss by timestep"
-    }
+    assert {
+        "Loss",
+        "Wavelet ratio",
+        "Training loss by timestep",
+        "Held-out loss by timestep",
+        "Learning rate",
+        "Step time",
+    } - titles == {"Held-out loss by timestep"}
     videos = page.all("video")
     assert len(videos) == 4 and all({"muted", "loop", "autoplay", "playsinline"} <= set(video) for video in videos)
     assert "9 frames of 64x96, 20 denoising steps, guidance 6, sampler sat_dpm" in text
@@ -121,11 +146,21 @@ def test_every_link_is_relative_and_leads_to_a_file(run: Path, tmp_path: Path) -
     assert len(links) == 4 + 2 + 2 + 1
     for link in links:
         assert not re.match(r"/|\w+:", link) and (moved / unquote(link)).exists(), link
-    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", text), "the page would load something from the network"
+    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", text), (
+        "the page would load something from the network"
+    )
 
 
 @pytest.mark.parametrize(
-    "missing", ["samples", "metrics.jsonl", "events.jsonl", "train.json", "samples/step-000000", "samples/step-000004/p0 #-seed0.mp4"]
+    "missing",
+    [
+        "samples",
+        "metrics.jsonl",
+        "events.jsonl",
+        "train.json",
+        "samples/step-000000",
+        "samples/step-000004/p0 #-seed0.mp4",
+    ],
 )
 def test_missing_pieces_are_left_out(run: Path, missing: str) -> None:
     path = run / missing
@@ -137,10 +172,14 @@ def test_an_empty_folder_and_damaged_files_still_give_a_page(tmp_path: Path) -> 
     assert "Nothing has been recorded yet" in write_report(tmp_path).read_text()
     (tmp_path / "train.json").write_text("{torn")
     (tmp_path / "prepare.json").write_text('{"stage": "prepare", "results": {"clips": 96, "share": 0.25}}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": null}\n[1]\n{"step": "x"}\n{"step": 2, "train/lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "train/loss": null}\n[1]\n{"step": "x"}\n{"step": 2, "train/lo'
+    )
     bad = tmp_path / "samples" / "step-000001"
     bad.mkdir(parents=True)
-    (bad / "samples.json").write_text('{"step": 1, "samples": [{"id": "a", "text": "b", "video": "../../../etc/passwd"}, 3]}')
+    (bad / "samples.json").write_text(
+        '{"step": 1, "samples": [{"id": "a", "text": "b", "video": "../../../etc/passwd"}, 3]}'
+    )
     text = write_report(tmp_path).read_text()
     assert "clips 96, share 0.25" in text and "no video" in text and "passwd" not in text
 
@@ -155,14 +194,19 @@ def test_curves_are_well_formed_and_inside_the_picture() -> None:
     assert len(drawn) == 3  # two raw stretches around the gap, one running mean
     assert len(one.svg) < 60_000 and len([e for e in root.iter() if e.get("class") == "broken"]) == 1
     ticks = [
-        float(element.text or "nan") for element in root.iter() if element.get("class") == "tick" and element.get("text-anchor") == "end"
+        float(element.text or "nan")
+        for element in root.iter()
+        if element.get("class") == "tick" and element.get("text-anchor") == "end"
     ]
     assert max(ticks) < 10, "one spike must not flatten the curve"
     assert json.loads(unescape(root.attrib["data-points"]))[0]["label"] == "a <b>"
 
 
 def test_constant_single_and_absent_curves() -> None:
-    assert chart("x", [Line("a", Points("a", [], []))]) is None and chart("x", [Line("a", Points("a", [1], [None]))]) is None
+    assert (
+        chart("x", [Line("a", Points("a", [], []))]) is None
+        and chart("x", [Line("a", Points("a", [1], [None]))]) is None
+    )
     for points in (Points("a", [5], [0.0]), Points("a", [0, 1], [2.0, 2.0]), Points("a", [3, 9], [-1.0, 1e-7])):
         one = chart("x", [Line("a", points)], reference=True)
         assert one is not None and "nan" not in one.svg.lower().replace("none", "")
@@ -178,7 +222,9 @@ def test_a_small_wobble_does_not_look_like_a_fall() -> None:
     assert len(set(labels)) == len(labels) >= 3
 
 
-@pytest.mark.parametrize("spacing", [factor * 10.0**power for power in range(-9, 9) for factor in (1, 1.3, 2, 2.5, 3, 5, 9.99)])
+@pytest.mark.parametrize(
+    "spacing", [factor * 10.0**power for power in range(-9, 9) for factor in (1, 1.3, 2, 2.5, 3, 5, 9.99)]
+)
 @pytest.mark.parametrize("start", [0.0, 1.2345, -70.0])
 def test_every_spacing_of_ticks_has_labels_of_its_own(start: float, spacing: float) -> None:
     one = chart("x", [Line("a", Points("a", list(range(5)), [start + spacing * index for index in range(5)]))])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogflow.tracking.sheet import GAP, LABEL, contact_sheet, pick
+from cogflow.tracking.contact_sheet import GAP, LABEL, contact_sheet, pick
 
 
 def numbered(frames: int, height: int, width: int) -> np.ndarray:
@@ -22,7 +22,9 @@ def test_frames_run_from_the_first_to_the_last() -> None:
 
 
 def test_small_frames_are_enlarged_to_sharp_squares() -> None:
-    sheet = np.asarray(contact_sheet({"one": numbered(9, 32, 48), "two": torch.from_numpy(numbered(9, 32, 48))}, columns=3))
+    sheet = np.asarray(
+        contact_sheet({"one": numbered(9, 32, 48), "two": torch.from_numpy(numbered(9, 32, 48))}, columns=3)
+    )
     width, height = 144, 96
     assert sheet.shape == (GAP + 2 * (LABEL + height + GAP), GAP + 3 * (width + GAP), 3)
     for row in range(2):
@@ -43,7 +45,12 @@ def test_wide_frames_are_reduced() -> None:
 
 
 @pytest.mark.parametrize(
-    "clips", [{}, {"a": np.zeros((2, 4, 4, 3), np.float32)}, {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((2, 4, 6, 3), np.uint8)}]
+    "clips",
+    [
+        {},
+        {"a": np.zeros((2, 4, 4, 3), np.float32)},
+        {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((2, 4, 6, 3), np.uint8)},
+    ],
 )
 def test_what_is_no_clip_is_refused(clips: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError):

@@ -17,7 +17,7 @@ from PIL import Image
 from cogflow.config.schema import Config, TrackingConfig
 from cogflow.data.video import write_video
 from cogflow.tracking import wandb_run
-from cogflow.tracking.metrics import read_lines
+from cogflow.tracking.metrics_log import read_lines
 from cogflow.tracking.tracker import Tracker, open_tracker
 from cogflow.tracking.wandb_mode import choose_mode
 
@@ -38,10 +38,14 @@ def test_an_alert_shows_its_picture(tmp_path: Path, config: Config, recorded) ->
     assert (event["level"], event["picture"]) == ("ERROR", "watch/step-000004.png")
     (session,) = recorded(folder, "train")
     assert session.alerts == ["step 4: soft"] and any(path.endswith(".png") for path in session.files)
-    assert [row["alerts/frames.caption"] for row in session.history if "alerts/frames.caption" in row] == ["step 4: soft: lost fine detail"]
+    assert [row["alerts/frames.caption"] for row in session.history if "alerts/frames.caption" in row] == [
+        "step 4: soft: lost fine detail"
+    ]
 
 
-def test_an_offline_run_holds_everything(tmp_path: Path, config: Config, clip: np.ndarray, recorded, monkeypatch) -> None:
+def test_an_offline_run_holds_everything(
+    tmp_path: Path, config: Config, clip: np.ndarray, recorded, monkeypatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setattr("sys.argv", ["cogflow", "stage=train", f"hf_token=hf_{'s' * 30}"])
     folder = tmp_path / "demo"
@@ -149,7 +153,9 @@ def test_w_and_b_that_fails_on_the_way_is_left_alone(tmp_path: Path, config: Con
     assert printed.count("warning: W&B") <= 5 and "left alone" in printed
 
 
-def test_an_unreachable_server_makes_the_run_offline_promptly(tmp_path: Path, config: Config, monkeypatch, capsys, recorded) -> None:
+def test_an_unreachable_server_makes_the_run_offline_promptly(
+    tmp_path: Path, config: Config, monkeypatch, capsys, recorded
+) -> None:
     with socket.socket() as taken:  # bound but not listening: the port refuses
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")

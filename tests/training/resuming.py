@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cogflow import ranks
 from cogflow.config.compose import compose
 from cogflow.errors import Stopped
+from cogflow.runtime import ranks
 from cogflow.stages import load
 from cogflow.training import loader
 
@@ -155,7 +155,13 @@ def _left(folder: Path) -> dict[str, Any]:
     return left(folder) if ranks.is_main() else {}
 
 
-CASES: dict[str, Callable[..., dict[str, Any]]] = {"stopped": stopped, "whole": whole, "redealt": redealt, "half": half, "go_on": go_on}
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
+    "stopped": stopped,
+    "whole": whole,
+    "redealt": redealt,
+    "half": half,
+    "go_on": go_on,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

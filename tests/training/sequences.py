@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from diffusers import CogVideoXTransformer3DModel
 
-from cogflow import ranks
 from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import QualityGateError
 from cogflow.models import tiny
 from cogflow.models.rotary import rotary_tables
+from cogflow.runtime import ranks
 from cogflow.training import ulysses
 from cogflow.training.recomputation import recompute
-from cogflow.training.sequence import Place, split
+from cogflow.training.sequence import RankPlacement, split
 from tests.training import resuming
 
 BASE = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "sample_width": 6, "sample_height": 6}
@@ -57,11 +57,15 @@ def transformer(kind: str, text: int, dtype: torch.dtype) -> Any:
     return (made if dtype == torch.float32 else made.to(dtype)).train()
 
 
-def passed(made: Any, text: int, place: Place, frames: int = 3, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def passed(
+    made: Any, text: int, place: RankPlacement, frames: int = 3, batch: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The prediction, the loss and the gradients of all parameters."""
     config, dtype = made.config, made.dtype
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, frames, config.in_channels, config.sample_height, config.sample_width, generator=generator)
+    latents = torch.randn(
+        batch, frames, config.in_channels, config.sample_height, config.sample_width, generator=generator
+    )
     embeds = torch.randn(batch, text, config.text_embed_dim, generator=generator)
     target = torch.randn(batch, frames, config.out_channels, *latents.shape[-2:], generator=generator)
     tables = rotary_tables(made, frames, config.sample_height, config.sample_width, torch.device("cpu"))
@@ -83,14 +87,20 @@ def apart(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def case(
-    kind: str, text: int, frames: int = 3, batch: int = 1, every: int = 0, dtype: torch.dtype = torch.float32, size: int = 2
+    kind: str,
+    text: int,
+    frames: int = 3,
+    batch: int = 1,
+    every: int = 0,
+    dtype: torch.dtype = torch.float32,
+    size: int = 2,
 ) -> dict[str, Any]:
     """What the passes of one transformer differ by, relative; whether its names stayed, and whether it runs by itself as before."""
     plain, shared = transformer(kind, text, dtype), transformer(kind, text, dtype)
     for one in (plain, shared):
         recompute(one, DeepSpeedConfig(activation_checkpointing=every > 0, checkpoint_every_block=max(1, every)))
     split(shared, size)
-    alone, place = Place(), Place(size)
+    alone, place = RankPlacement(), RankPlacement(size)
     out, loss, gradients = passed(plain, text, alone, frames, batch)
     tokens: list[int] = []
     hook = shared.transformer_blocks[1].ff.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
@@ -116,7 +126,9 @@ def case(
         "which": max(each, key=lambda name: each[name]),
         "missing": [name for name, one in zip(names, gradients, strict=True) if not one.any()],
         "names": list(plain.state_dict()) == list(shared.state_dict()),
-        "by itself": all(torch.equal(one, two) for one, two in zip([by_itself[0], *by_itself[2]], [out, *gradients], strict=True)),
+        "by itself": all(
+            torch.equal(one, two) for one, two in zip([by_itself[0], *by_itself[2]], [out, *gradients], strict=True)
+        ),
         "tokens": tokens,
     }
 
@@ -139,7 +151,8 @@ def trained(root: Path, zero: str, *more: str) -> dict[str, Any]:
     found = {"codes": codes, "fired": fired, "whole": left(root / whole), "stopped": left(root / name)}
     if ranks.is_main():
         found["samples"] = [
-            json.loads((root / whole / f"samples/step-{step:06d}/samples.json").read_text())["samples"] for step in (0, resuming.STEPS)
+            json.loads((root / whole / f"samples/step-{step:06d}/samples.json").read_text())["samples"]
+            for step in (0, resuming.STEPS)
         ]
     return found
 

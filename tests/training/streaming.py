@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from cogflow import ranks
 from cogflow.config.compose import compose
+from cogflow.runtime import ranks
 from cogflow.training.deepspeed_start import start_deepspeed
-from cogflow.training.start import build
+from cogflow.training.initial_weights import build
 
 
 def own_memory() -> int:
@@ -38,7 +38,14 @@ class Peak(threading.Thread):
 
 def main(pipeline: Path) -> None:
     ranks.setup()
-    words = ["stage=train", "model=cogvideox-5b", f"model.path={pipeline}", "data=folder", f"data.path={pipeline}", "deepspeed=zero3"]
+    words = [
+        "stage=train",
+        "model=cogvideox-5b",
+        f"model.path={pipeline}",
+        "data=folder",
+        f"data.path={pipeline}",
+        "deepspeed=zero3",
+    ]
     config = compose([*words, "model.dtype=bf16"])
     start_deepspeed()
     peak = Peak()

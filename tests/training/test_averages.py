@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cogflow.training.averages import Averages
+from cogflow.training.ema_check import Averages
 
 
 def follow(pairs: list[tuple[float, float]], cut: int = 0) -> list[str | None]:

@@ -9,13 +9,13 @@ import torch
 
 from cogflow.config.compose import compose
 from cogflow.errors import CogflowError, MemoryExhausted
-from cogflow.tracking.standing import Watchdog
-from cogflow.training.breakdown import less_memory, told
+from cogflow.runtime.heartbeat import Watchdog
+from cogflow.training.failures import less_memory, translate_errors
 
 
 def raised(tmp_path: Path, error: BaseException, *words: str) -> BaseException:
     config = compose(["stage=train", "debug=quick", *words])
-    with pytest.raises(BaseException) as caught, told(config, Watchdog(tmp_path, 0)):
+    with pytest.raises(BaseException) as caught, translate_errors(config, Watchdog(tmp_path, 0)):
         raise error
     return caught.value
 
@@ -29,20 +29,36 @@ def raised(tmp_path: Path, error: BaseException, *words: str) -> BaseException:
     ],
 )
 def test_no_memory_left_names_settings_that_need_less(tmp_path: Path, error: BaseException) -> None:
-    found = raised(tmp_path, error, "stage.batch_size=4", "stage.gradient_accumulation=3", "stage.ema_decay=0.9", "deepspeed=zero2")
+    found = raised(
+        tmp_path, error, "stage.batch_size=4", "stage.gradient_accumulation=3", "stage.ema_decay=0.9", "deepspeed=zero2"
+    )
     assert isinstance(found, MemoryExhausted) and found.exit_code == 2
     advice = f"{found} {found.hint}"
-    for part in ("stage.batch_size=2 stage.gradient_accumulation=6", "stage.ema_device=cpu", "deepspeed=zero2_offload", "data.frames"):
+    for part in (
+        "stage.batch_size=2 stage.gradient_accumulation=6",
+        "stage.ema_device=cpu",
+        "deepspeed=zero2_offload",
+        "data.frames",
+    ):
         assert part in advice
 
 
 def test_what_is_set_already_is_not_advised() -> None:
-    words = ["stage=train", "debug=quick", "deepspeed=zero3_offload", "stage.batch_size=1", "stage.ema_decay=0", "sampling.vae_tiling=true"]
+    words = [
+        "stage=train",
+        "debug=quick",
+        "deepspeed=zero3_offload",
+        "stage.batch_size=1",
+        "stage.ema_decay=0",
+        "sampling.vae_tiling=true",
+    ]
     advice = less_memory(compose([*words, "deepspeed.activation_checkpointing=true"]))
     for part in ("zero2", "zero3", "batch_size", "ema_device", "vae_tiling", "activation_checkpointing"):
         assert part not in advice
     assert "fewer data.frames" in advice
-    every = less_memory(compose([*words, "deepspeed.activation_checkpointing=true", "deepspeed.checkpoint_every_block=2"]))
+    every = less_memory(
+        compose([*words, "deepspeed.activation_checkpointing=true", "deepspeed.checkpoint_every_block=2"])
+    )
     assert "deepspeed.checkpoint_every_block=1" in every
 
 

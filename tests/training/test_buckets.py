@@ -44,7 +44,14 @@ class Bucketed(World):
             "data.height=64",
             "data.width=96",
         ]
-        words = ["stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled", *self.more]
+        words = [
+            "stage=prepare",
+            "debug=quick",
+            f"run.root={root}",
+            "run.name=prepared",
+            "tracking.wandb=disabled",
+            *self.more,
+        ]
         self.prepared = server_says(server.run(*words), 0)
 
     def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
@@ -66,12 +73,20 @@ def test_each_clip_is_prepared_at_the_size_it_has(bucketed: Bucketed) -> None:
 
 
 def test_a_stop_and_a_resume_change_no_bit(bucketed: Bucketed) -> None:
-    words = ["stage.steps=6", "stage.save_every=0", "stage.batch_size=2", "stage.gradient_accumulation=2", "stage.evaluate_every=3"]
+    words = [
+        "stage.steps=6",
+        "stage.save_every=0",
+        "stage.batch_size=2",
+        "stage.gradient_accumulation=2",
+        "stage.evaluate_every=3",
+    ]
     server_says(bucketed.train("whole", *words), 0)
     done = bucketed.train("stopped", *words, fault="usr1@backward#7")
     assert done.fired and done.codes == [75], done.text[-3000:]
     server_says(bucketed.train("stopped", *words), 0, "after step 4")
-    assert bucketed.losses("stopped") == bucketed.losses("whole") and bucketed.states("stopped", 6) == bucketed.states("whole", 6)
+    assert bucketed.losses("stopped") == bucketed.losses("whole") and bucketed.states("stopped", 6) == bucketed.states(
+        "whole", 6
+    )
 
 
 def test_two_ranks_take_the_same_clips(bucketed: Bucketed) -> None:

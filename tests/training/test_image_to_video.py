@@ -28,7 +28,14 @@ class Variant(World):
         self.model = pipeline(root / "model", kind)
         self.more = [f"model.path={self.model}", "data.image_variants=3"]
         self.root, self.server = root, server
-        words = ["stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled", *self.more]
+        words = [
+            "stage=prepare",
+            "debug=quick",
+            f"run.root={root}",
+            "run.name=prepared",
+            "tracking.wandb=disabled",
+            *self.more,
+        ]
         server_says(server.run(*words), 0)
 
     def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
@@ -46,7 +53,13 @@ def configs(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_a_stop_and_a_resume_change_no_bit_and_samples_start_from_first_frames(i2v: Variant) -> None:
-    words = ["stage.steps=4", "stage.save_every=0", "stage.sample_every=4", "sampling.steps=2", "stage.evaluate_every=2"]
+    words = [
+        "stage.steps=4",
+        "stage.save_every=0",
+        "stage.sample_every=4",
+        "sampling.steps=2",
+        "stage.evaluate_every=2",
+    ]
     server_says(i2v.train("whole", *words), 0)
     done = i2v.train("stopped", *words, fault="usr1@backward#5")
     assert done.fired and done.codes == [75], done.text[-3000:]
@@ -69,14 +82,23 @@ def test_two_ranks_train_what_one_does_and_the_export_loads_and_runs_in_diffuser
     assert i2v.train("two", *SHORT, "stage.gradient_accumulation=1", "deepspeed=zero3", ranks=2).codes == [0, 0]
     for step, (loss, _) in i2v.losses("one").items():
         assert i2v.losses("two")[step][0] == pytest.approx(loss, rel=1e-5)
-    words = ["stage=export", "debug=quick", f"run.root={i2v.root}", "run.name=one", f"stage.output={tmp_path / 'export'}", *i2v.more]
+    words = [
+        "stage=export",
+        "debug=quick",
+        f"run.root={i2v.root}",
+        "run.name=one",
+        f"stage.output={tmp_path / 'export'}",
+        *i2v.more,
+    ]
     server_says(i2v.server.run(*words), 0)
     transformer = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "export" / "transformer")
     pipe = CogVideoXImageToVideoPipeline.from_pretrained(i2v.model, transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     cache = LatentCache(i2v.root / "one/cache")
     image = cache.first_frame(0).permute(2, 0, 1)[None].float() / 255
-    frames = pipe(image=image, prompt="a red circle", num_frames=9, height=64, width=96, num_inference_steps=2, output_type="pt").frames
+    frames = pipe(
+        image=image, prompt="a red circle", num_frames=9, height=64, width=96, num_inference_steps=2, output_type="pt"
+    ).frames
     assert tuple(frames.shape) == (1, 9, 3, 64, 96) and bool(frames.isfinite().all())
 
 
@@ -86,12 +108,16 @@ def test_what_stands_beside_the_latents(i2v: Variant) -> None:
     assert given == Inputs(0.7, image_factor=1 / 0.7, patch_size_t=2, ofs=True)
     batch = training_batch(cache, range(4), (0, 1), 0, inputs=given, text_dropout=0.0, image_dropout=0.0)
     assert batch.image is not None and batch.latents.shape == batch.image.shape == (4, 4, 16, 8, 12)
-    assert torch.equal(batch.latents[:, 0], batch.latents[:, 1]), "three latent frames and a copy of the first make two whole patches"
+    assert torch.equal(batch.latents[:, 0], batch.latents[:, 1]), (
+        "three latent frames and a copy of the first make two whole patches"
+    )
     assert batch.image[:, 0].abs().sum() > 0 and not batch.image[:, 1:].any()
     for clip in range(4):
         off = [(0.7 * batch.image[clip, 0] - cache.image(clip, variant)[0][:, 0]).abs().mean() for variant in range(3)]
         spread = [(0.5 * cache.image(clip, variant)[1][:, 0]).exp().mean() for variant in range(3)]
-        assert any(one < 3 * width for one, width in zip(off, spread, strict=True)), "a sample of the posterior of one of them"
+        assert any(one < 3 * width for one, width in zip(off, spread, strict=True)), (
+            "a sample of the posterior of one of them"
+        )
     dropped = training_batch(cache, range(4), (0, 1), 0, inputs=given, text_dropout=0.0, image_dropout=1.0)
     assert dropped.image is not None and not dropped.image.any() and torch.equal(dropped.latents, batch.latents)
     again = training_batch(cache, range(4), (0, 1), 0, inputs=given, text_dropout=0.0, image_dropout=0.0)
@@ -102,7 +128,9 @@ def test_what_stands_beside_the_latents(i2v: Variant) -> None:
     assert list(extra) == ["ofs"] and extra["ofs"].tolist() == [OFS]
 
 
-def test_a_text_model_on_these_clips_and_this_model_on_others_are_refused(i2v: Variant, server: Server, tmp_path: Path) -> None:
+def test_a_text_model_on_these_clips_and_this_model_on_others_are_refused(
+    i2v: Variant, server: Server, tmp_path: Path
+) -> None:
     words = [word for word in i2v.words("as-text", *SHORT) if not word.startswith("model.path=")]
     done = i2v.server.run(*words)
     assert done.code == 2 and "prepare again" in done.text, done.text[-2000:]
@@ -113,6 +141,13 @@ def test_a_text_model_on_these_clips_and_this_model_on_others_are_refused(i2v: V
 
 def test_learned_positions_hold_for_one_size_alone(server: Server, tmp_path: Path) -> None:
     model = pipeline(tmp_path / "model", "5b-i2v")
-    words = ["stage=prepare", "debug=quick", f"run.root={tmp_path}", "run.name=other", f"model.path={model}", "data.height=48"]
+    words = [
+        "stage=prepare",
+        "debug=quick",
+        f"run.root={tmp_path}",
+        "run.name=other",
+        f"model.path={model}",
+        "data.height=48",
+    ]
     done = server.run(*words)
     assert done.code == 2 and "learned positions of 9x64x96 alone" in done.text, done.text[-2000:]

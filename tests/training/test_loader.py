@@ -37,7 +37,9 @@ def place(batch: Batch) -> tuple[int, int]:
 def test_batches_come_in_order_and_are_made_ahead_when_training_says_so() -> None:
     made = Made()
     with Loader(made, 2, CPU, ahead=3) as loader:
-        assert place(loader.take(4, 0)) == (4, 0) and made.places == [(4, 0)], "nothing is made ahead before training says so"
+        assert place(loader.take(4, 0)) == (4, 0) and made.places == [(4, 0)], (
+            "nothing is made ahead before training says so"
+        )
         loader.go_on()
         assert [place(loader.take(*at)) for at in ((4, 1), (5, 0), (5, 1))] == [(4, 1), (5, 0), (5, 1)]
         loader.go_on()

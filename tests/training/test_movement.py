@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogflow.training.movement import STUCK_STEPS, Movement, stuck_line
+from cogflow.training.update_check import STUCK_STEPS, UpdateCheck, stuck_line
 
 
 def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -16,7 +16,7 @@ def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 def stepped(module: torch.nn.Module, rate: float) -> float:
     """Share that one step of AdamW with random gradients leaves bit for bit as it was."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0)
-    movement = Movement(module)
+    movement = UpdateCheck(module)
     movement.before()
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -35,7 +35,7 @@ def test_what_is_frozen_is_not_looked_at() -> None:
     module = model()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith("3."))
-    movement = Movement(module)
+    movement = UpdateCheck(module)
     with torch.no_grad():
         module[0].weight.add_(1)
     assert movement.since_anchor(1) == (1.0, 1)
@@ -56,6 +56,6 @@ def test_a_share_of_weights_on_a_rank_may_be_empty() -> None:
     module = model()
     for parameter in module.parameters():
         parameter.ds_tensor = torch.empty(0)
-    movement = Movement(module)
+    movement = UpdateCheck(module)
     movement.before()
     assert float(movement.unchanged()) == pytest.approx(0.0)

@@ -27,7 +27,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_value_of_the_loss_is_sats(variant: str) -> None:
-    golden = {name.removeprefix("loss."): value for name, value in load_file(GOLDEN / f"loss-{variant}.safetensors").items()}
+    golden = {
+        name.removeprefix("loss."): value for name, value in load_file(GOLDEN / f"loss-{variant}.safetensors").items()
+    }
     alphas = CogVideoXDDIMScheduler(**FAMILY[VARIANTS[variant]].scheduler_config()).alphas_cumprod
     timesteps = golden["idx"]
     assert relative(alphas[timesteps].sqrt(), golden["alphas_cumprod_sqrt"]) < 1e-5
@@ -43,7 +45,12 @@ def test_every_value_of_the_loss_is_sats(variant: str) -> None:
 def test_the_wrong_shift_would_not_pass() -> None:
     golden = load_file(GOLDEN / "loss-5b.safetensors")
     alphas = CogVideoXDDIMScheduler(**FAMILY["cogvideox-2b"].scheduler_config()).alphas_cumprod
-    assert relative(noised(golden["loss.x0"], golden["loss.noise"], alphas, golden["loss.idx"]), golden["loss.noised_input"]) > 1e-2
+    assert (
+        relative(
+            noised(golden["loss.x0"], golden["loss.noise"], alphas, golden["loss.idx"]), golden["loss.noised_input"]
+        )
+        > 1e-2
+    )
 
 
 def test_the_loss_is_the_plain_error_of_v_and_finite_at_the_last_timestep() -> None:
@@ -55,7 +62,9 @@ def test_the_loss_is_the_plain_error_of_v_and_finite_at_the_last_timestep() -> N
     target = a.sqrt() * noise - (1 - a).sqrt() * x0
     losses = velocity_loss(v, x0, noised(x0, noise, alphas, timesteps), alphas, timesteps)
     assert alphas[999] == 0 and torch.isfinite(losses.mean)
-    torch.testing.assert_close(losses.per_sample[1:], (v - target).square().flatten(1).mean(1)[1:].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses.per_sample[1:], (v - target).square().flatten(1).mean(1)[1:].float(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_loss_is_computed_in_fp32_for_a_bf16_prediction() -> None:

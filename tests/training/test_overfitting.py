@@ -29,6 +29,8 @@ def test_learning_by_heart_is_told_once_also_after_a_resume(cut: int) -> None:
     assert "0.254, after 0.199 at step 20" in str(told[4])
 
 
-@pytest.mark.parametrize("healthy", [[0.199, 0.135, 0.122, 0.117, 0.113, 0.111, 0.113], [0.2, 0.1, 0.13, 0.1, 0.13, 0.1]])
+@pytest.mark.parametrize(
+    "healthy", [[0.199, 0.135, 0.122, 0.117, 0.113, 0.111, 0.113], [0.2, 0.1, 0.13, 0.1, 0.13, 0.1]]
+)
 def test_what_falls_or_wavers_is_not(healthy: list[float]) -> None:
     assert follow(healthy) == [None] * len(healthy)

@@ -11,7 +11,7 @@ import torch
 from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
-from cogflow.training import parts
+from cogflow.training import parameter_filter
 from cogflow.training.recomputation import recompute
 
 
@@ -22,18 +22,22 @@ def transformer() -> Iterator[Any]:
 
 
 def test_what_matches_a_pattern_is_not_trained(transformer: Any) -> None:
-    parts.freeze(transformer, ["patch_embed.*", "transformer_blocks.0.*"])
+    parameter_filter.freeze(transformer, ["patch_embed.*", "transformer_blocks.0.*"])
     for name, parameter in transformer.named_parameters():
         assert parameter.requires_grad != name.startswith(("patch_embed.", "transformer_blocks.0.")), name
 
 
 @pytest.mark.parametrize(
     ("patterns", "said"),
-    [(["patch_embedd.*"], "patch_embedd.* matches no weight"), (["*"], "freezes every weight"), (["proj_out"], "Names begin with")],
+    [
+        (["patch_embedd.*"], "patch_embedd.* matches no weight"),
+        (["*"], "freezes every weight"),
+        (["proj_out"], "Names begin with"),
+    ],
 )
 def test_a_pattern_that_helps_nobody_is_refused(transformer: Any, patterns: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parts.freeze(transformer, patterns)
+        parameter_filter.freeze(transformer, patterns)
     assert said in f"{caught.value} {caught.value.hint}"
 
 

@@ -11,8 +11,8 @@ from diffusers import CogVideoXTransformer3DModel
 
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
-from cogflow.conversion import configs, facts
-from cogflow.models.components import DTYPES
+from cogflow.export import diffusers_configs, facts
+from cogflow.models.loading import DTYPES
 from cogflow.models.rotary import rotary_tables
 from cogflow.training import deepspeed_start
 
@@ -29,12 +29,14 @@ SHARING = ("zero2", "zero2_offload", "zero3", "zero3_offload")
 
 def on_meta(name: str) -> Any:
     with torch.device("meta"):
-        return CogVideoXTransformer3DModel.from_config(configs.transformer_config(facts.of_family(name)))
+        return CogVideoXTransformer3DModel.from_config(diffusers_configs.transformer_config(facts.of_family(name)))
 
 
 def composed(model: str, sharing: str) -> Config:
     places = ["model.path=/nowhere/yet", "data=folder", "data.path=/nowhere/yet"]
-    return compose(["stage=train", f"model={model}", f"model.dtype={MODELS[model][1]}", f"deepspeed={sharing}", *places])
+    return compose(
+        ["stage=train", f"model={model}", f"model.dtype={MODELS[model][1]}", f"deepspeed={sharing}", *places]
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -48,7 +50,9 @@ def test_a_real_clip_goes_through_the_model_on_meta(model: str) -> None:
     frames += -frames % (own.patch_size_t or 1)
     rows, columns = data.height // 8, data.width // 8
     seen: list[int] = []
-    transformer.transformer_blocks[-1].register_forward_hook(lambda _, __, made: seen.append(made[0].shape[1] + made[1].shape[1]))
+    transformer.transformer_blocks[-1].register_forward_hook(
+        lambda _, __, made: seen.append(made[0].shape[1] + made[1].shape[1])
+    )
     meta: dict[str, Any] = {"device": "meta", "dtype": DTYPES[dtype]}
     predicted = transformer(
         hidden_states=torch.empty(1, frames, own.in_channels, rows, columns, **meta),
@@ -64,7 +68,9 @@ def test_a_real_clip_goes_through_the_model_on_meta(model: str) -> None:
 
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("model", MODELS)
-def test_deepspeed_reads_the_settings_as_they_are_meant(model: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_reads_the_settings_as_they_are_meant(
+    model: str, sharing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     monkeypatch.setattr(deepspeed_start.ranks, "world_size", lambda: 2)  # one sums nothing

@@ -27,7 +27,9 @@ def test_gradients_do_not_depend_on_what_is_kept(server: Server, tmp_path: Path,
 
 
 def words(*more: str) -> Any:
-    return compose(["stage=train", "model=cogvideox-5b", "stage.plan=true", "stage.plan_memory_gb=141", "stage.plan_gpus=8", *more])
+    return compose(
+        ["stage=train", "model=cogvideox-5b", "stage.plan=true", "stage.plan_memory_gb=141", "stage.plan_gpus=8", *more]
+    )
 
 
 def test_zero_3_keeps_nothing() -> None:

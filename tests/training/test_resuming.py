@@ -45,7 +45,9 @@ def ran(root: Path, server: Server) -> Ran:
     compiler.chmod(0o755)
 
     def run(ranks: int, *cases: str) -> dict[str, Any]:
-        done = server.run(str(root), *cases, ranks=ranks, seconds=900, program="tests.training.resuming", env={"CXX": str(compiler)})
+        done = server.run(
+            str(root), *cases, ranks=ranks, seconds=900, program="tests.training.resuming", env={"CXX": str(compiler)}
+        )
         assert done.codes == [0] * ranks, done.text[-6000:]
         return {case: json.loads((root / f"{case.replace(':', '-')}-{ranks}.json").read_text()) for case in cases}
 
@@ -67,7 +69,12 @@ def close(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_and_resumed_is_uninterrupted_to_the_bit(ran: Ran, ranks: int) -> None:
-    cases = [f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}", f"stopped:zero3:{SOME}", "stopped:zero0:2", "stopped:zero1:2"]
+    cases = [
+        f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}",
+        f"stopped:zero3:{SOME}",
+        "stopped:zero0:2",
+        "stopped:zero1:2",
+    ]
     for case, found in ran(ranks, *cases).items():
         signals = len(case.split("+"))
         assert found["codes"] == [75] * signals + [0] and found["fired"] == signals, case
@@ -83,7 +90,13 @@ def test_another_zero_stage_goes_on_to_rounding(ran: Ran) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its Adam for the host")
 def test_offloaded_states_are_stopped_resumed_and_dealt_out_anew(ran: Ran) -> None:
-    found = ran(1, "stopped:zero2_offload:2", "stopped:zero3_offload:2", "redealt:zero2:zero2_offload", "redealt:zero2_offload:zero3")
+    found = ran(
+        1,
+        "stopped:zero2_offload:2",
+        "stopped:zero3_offload:2",
+        "redealt:zero2:zero2_offload",
+        "redealt:zero2_offload:zero3",
+    )
     for zero in ("zero2_offload", "zero3_offload"):
         one = found[f"stopped:{zero}:2"]
         assert one["codes"] == [75, 0] and one["fired"] == 1

@@ -40,7 +40,12 @@ def test_ties_go_to_the_lower_heldout_loss_then_to_the_newer(tmp_path: Path) -> 
     losses = dict(zip(paths, (0.3, 0.1, 0.1, None), strict=True))
     verdicts = {path: {"score": 0.0, "heldout_loss": loss} for path, loss in losses.items()}
     assert to_delete(paths, verdicts, last=1, every=0, best=1, sharp=None) == paths[:2]
-    assert rank({"score": 0.0, "heldout_loss": 0.1}) > rank({"score": 0.0, "heldout_loss": None}) > rank({"score": -1.0}) > rank(None)
+    assert (
+        rank({"score": 0.0, "heldout_loss": 0.1})
+        > rank({"score": 0.0, "heldout_loss": None})
+        > rank({"score": -1.0})
+        > rank(None)
+    )
 
 
 def test_a_verdict_on_another_step_counts_for_nothing(tmp_path: Path) -> None:

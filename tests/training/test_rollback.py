@@ -55,7 +55,9 @@ def test_a_kill_between_the_note_and_the_moves_is_mended(run: Path) -> None:
 
 def test_the_rate_is_a_function_of_the_step() -> None:
     two = [Rollback(1, 30, 10, 0.5, "", True), Rollback(2, 40, 20, 0.1, "", True)]
-    assert [rollback.rate_factor(two, step) for step in (0, 9, 10, 19, 20, 99)] == pytest.approx([1, 1, 0.5, 0.5, 0.05, 0.05])
+    assert [rollback.rate_factor(two, step) for step in (0, 9, 10, 19, 20, 99)] == pytest.approx(
+        [1, 1, 0.5, 0.5, 0.05, 0.05]
+    )
     assert rollback.rate_factor([], 5) == 1.0
 
 

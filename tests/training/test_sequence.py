@@ -13,7 +13,7 @@ import pytest
 from cogflow.config.compose import compose
 from cogflow.errors import CheckpointError, ConfigError
 from cogflow.training import sequence
-from cogflow.training.identity import TUNABLE, check_same, clips_per_step, identity, layout_of, saved_layout
+from cogflow.training.run_identity import TUNABLE, check_same, clips_per_step, identity, layout_of, saved_layout
 from tests import small
 from tests.conftest import Command
 from tests.faults.server import Server
@@ -26,7 +26,10 @@ def found(cogflow: Command, server: Server, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("sequence")
     cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
     small.pipeline(root / "model")
-    for ranks, program, words in ((2, "tests.training.sequences", []), (1, "tests.training.resuming", ["go_on:zero2:alone"])):
+    for ranks, program, words in (
+        (2, "tests.training.sequences", []),
+        (1, "tests.training.resuming", ["go_on:zero2:alone"]),
+    ):
         done = server.run(str(root), *words, ranks=ranks, seconds=900, program=program)
         assert done.codes == [0] * ranks, done.text[-6000:]
     alone = json.loads((root / "go_on-zero2-alone-1.json").read_text())["changed"]
@@ -41,7 +44,10 @@ def test_predictions_and_gradients_are_those_of_one_rank(found: dict[str, Any], 
     for rank, by_case in enumerate(found["passes"]):
         one = by_case[name]
         assert one["out"] < (1e-2 if half else 1e-6) and one["loss"] < (1e-2 if half else 1e-6), (rank, one)
-        assert one["gradients"] < (1e-2 if half else 1e-6) and one["worst gradient"] < (0.1 if half else 1e-5), (rank, one)
+        assert one["gradients"] < (1e-2 if half else 1e-6) and one["worst gradient"] < (0.1 if half else 1e-5), (
+            rank,
+            one,
+        )
         assert one["same loss"] and one["names"] and one["missing"] == []
         assert one["by itself"], "without being asked the model should run on this rank alone, to the bit"
         case = CASES[name]
@@ -109,7 +115,9 @@ def words(*more: str) -> list[str]:
         (8, "4", ["parallel.sequence=8", "the 4 ranks"]),
     ],
 )
-def test_sizes_that_do_not_divide_the_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, size: int, world: str, parts: list[str]) -> None:
+def test_sizes_that_do_not_divide_the_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, size: int, world: str, parts: list[str]
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ConfigError) as caught:
         compose(words(f"parallel.sequence={size}", "stage.batch_size=0"))
@@ -148,13 +156,19 @@ def test_bad_settings_end_with_2_and_one_message(cogflow: Command, tmp_path: Pat
 
 
 def test_the_flow_asks_before_it_prepares(cogflow: Command, tmp_path: Path) -> None:
-    done = cogflow("stage=flow", "debug=quick", "parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled", code=None)
+    done = cogflow(
+        "stage=flow", "debug=quick", "parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled", code=None
+    )
     assert done.returncode == 2 and not (tmp_path / "debug-quick" / "cache").exists()
     assert "the 1 rank in all" in done.stderr and "the 6 attention heads of model=tiny" in done.stderr
 
 
 def test_parts_differ_by_one() -> None:
-    assert sequence.parts(226, 4) == (57, 57, 56, 56) and sequence.parts(1, 2) == (1, 0) and sequence.parts(48, 2) == (24, 24)
+    assert (
+        sequence.parts(226, 4) == (57, 57, 56, 56)
+        and sequence.parts(1, 2) == (1, 0)
+        and sequence.parts(48, 2) == (24, 24)
+    )
 
 
 def test_clips_of_a_step_are_those_of_the_data_ranks() -> None:
@@ -163,7 +177,9 @@ def test_clips_of_a_step_are_those_of_the_data_ranks() -> None:
     assert clips_per_step(saved_layout({"layout": before | {"parallel.sequence": 4}})) == 12
 
 
-def test_a_resumed_run_takes_as_many_clips_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_takes_as_many_clips_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A checkpoint from before there was the setting, gone on with by ranks that share."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     cache: Any = SimpleNamespace(fingerprint="of the clips")

@@ -59,7 +59,8 @@ def test_every_kernel_of_attention_computes_the_same(kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "device", "dtype"), [("cudnn", "cpu", "bfloat16"), ("efficient", "cpu", "float32"), ("flash", "cuda", "float32")]
+    ("kernel", "device", "dtype"),
+    [("cudnn", "cpu", "bfloat16"), ("efficient", "cpu", "float32"), ("flash", "cuda", "float32")],
 )
 def test_a_kernel_that_there_is_not_is_refused(kernel: str, device: str, dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"speed.attention={kernel}"):
@@ -85,7 +86,9 @@ def test_compiled_blocks_compute_the_same_by_few_programs_and_keep_their_names()
 
 @pytest.mark.parametrize(("how", "mode"), [("blocks", None), ("graphs", "reduce-overhead")])
 @pytest.mark.parametrize("keep", ["nothing", "products"])
-def test_blocks_are_compiled_for_graphs_whatever_they_keep(how: str, mode: str | None, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_compiled_for_graphs_whatever_they_keep(
+    how: str, mode: str | None, keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str | None] = []
 
     def compiled(function: Callable[..., Any], mode: str | None = None, **_: object) -> Callable[..., Any]:
@@ -97,7 +100,9 @@ def test_blocks_are_compiled_for_graphs_whatever_they_keep(how: str, mode: str |
     transformer = tiny.new_transformer()
     expected = computed(transformer)
     speed.compile_blocks(transformer, how)
-    recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep), mode=speed.mode(how))
+    recompute(
+        transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep), mode=speed.mode(how)
+    )
     same(expected, computed(transformer))
     recomputation._compiled.cache_clear()
     assert set(asked) == {mode}
@@ -107,7 +112,9 @@ def test_blocks_are_compiled_for_graphs_whatever_they_keep(how: str, mode: str |
 def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> None:
     transformer = tiny.new_transformer()
     expected = computed(transformer)
-    recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True), {"nothing": count, "everything": 5 - count})
+    recompute(
+        transformer.train(), DeepSpeedConfig(activation_checkpointing=True), {"nothing": count, "everything": 5 - count}
+    )
     ran = [0] * len(transformer.transformer_blocks)
     for place, block in enumerate(transformer.transformer_blocks):
         block.register_forward_pre_hook(lambda *_, place=place: ran.__setitem__(place, ran[place] + 1))
@@ -117,7 +124,14 @@ def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> No
 
 def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
     def words(memory: float, *more: str) -> list[str]:
-        given = ["stage=train", "model=cogvideox-5b", "data=folder", "stage.plan=true", "stage.plan_gpus=8", "stage.sample_every=0"]
+        given = [
+            "stage=train",
+            "model=cogvideox-5b",
+            "data=folder",
+            "stage.plan=true",
+            "stage.plan_gpus=8",
+            "stage.sample_every=0",
+        ]
         given += ["deepspeed.checkpoint_every_block=0", "deepspeed.checkpoint_keep=nothing"]
         return [*given, f"stage.plan_memory_gb={memory}", *more]
 
@@ -134,7 +148,14 @@ def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
 
 def test_recomputed_blocks_keep_as_much_as_memory_allows() -> None:
     def kept_of(memory: float, *more: str) -> dict[str, int]:
-        given = ["stage=train", "model=cogvideox-5b", "data=folder", "stage.plan=true", "stage.plan_gpus=8", "stage.sample_every=0"]
+        given = [
+            "stage=train",
+            "model=cogvideox-5b",
+            "data=folder",
+            "stage.plan=true",
+            "stage.plan_gpus=8",
+            "stage.sample_every=0",
+        ]
         made = plan(compose([*given, f"stage.plan_memory_gb={memory}", *more]))
         assert made.gpu.peak <= 0.95e9 * memory or memory == 30
         return {keep: count for keep, count in made.setting.kept(42).items() if count}
@@ -145,8 +166,16 @@ def test_recomputed_blocks_keep_as_much_as_memory_allows() -> None:
         {"nothing", "attention"}, {"attention", "products"}, {"products", "all"}, {"all", "everything"},
     ]  # fmt: skip
     # All blocks are recomputed where the settings say so.
-    assert [kept_of(memory) for memory in (30, 60, 75, 192)] == [{"nothing": 42}, {"attention": 42}, {"products": 42}, {"all": 42}]
-    assert kept_of(192, "deepspeed.checkpoint_every_block=2", "deepspeed.checkpoint_keep=attention") == {"attention": 21, "everything": 21}
+    assert [kept_of(memory) for memory in (30, 60, 75, 192)] == [
+        {"nothing": 42},
+        {"attention": 42},
+        {"products": 42},
+        {"all": 42},
+    ]
+    assert kept_of(192, "deepspeed.checkpoint_every_block=2", "deepspeed.checkpoint_keep=attention") == {
+        "attention": 21,
+        "everything": 21,
+    }
 
 
 @pytest.mark.parametrize("keep", ["attention", "products", "all"])
@@ -158,11 +187,17 @@ def test_what_is_kept_is_not_computed_twice_and_gradients_are_the_same_to_the_bi
     recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep))
     with Counted() as again:
         found = computed(transformer)
-    assert torch.equal(found[0], expected[0]) and all(torch.equal(found[1][name], one) for name, one in expected[1].items())
+    assert torch.equal(found[0], expected[0]) and all(
+        torch.equal(found[1][name], one) for name, one in expected[1].items()
+    )
     blocks = len(transformer.transformer_blocks)
     more = {name: again.calls[name] - plain.calls[name] for name in ("attention", "widest", "others")}
     # Four linear layers of attention and the feed-forward's second; the widest are its first and the two modulations.
-    assert more == {"attention": 0, "widest": 0 if keep == "all" else 3 * blocks, "others": 5 * blocks if keep == "attention" else 0}
+    assert more == {
+        "attention": 0,
+        "widest": 0 if keep == "all" else 3 * blocks,
+        "others": 5 * blocks if keep == "attention" else 0,
+    }
 
 
 class Counted(TorchDispatchMode):

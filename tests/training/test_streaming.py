@@ -33,7 +33,15 @@ def pipeline(tmp_path: Path) -> Path:
 def test_each_rank_holds_its_share_and_little_besides(pipeline: Path) -> None:
     # Freed memory goes back at once: what is measured is what is held, not what malloc keeps for later.
     env = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.training.streaming"]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "tests.training.streaming",
+    ]
     done = subprocess.run([*start, str(pipeline)], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[:5000]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -21,7 +21,9 @@ def found(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Of every case its results by cogflow and by DeepSpeed alone; and of ZeRO-1 and 2 those of a spoilt step."""
     cases: list[dict[str, Any]] = []
     for zero, dtype, clipping in USUAL:
-        cases += [{"what": "updated", "zero": zero, "dtype": dtype, "clipping": clipping, "own": own} for own in (False, True)]
+        cases += [
+            {"what": "updated", "zero": zero, "dtype": dtype, "clipping": clipping, "own": own} for own in (False, True)
+        ]
     cases += [{"what": "updated", "zero": zero, "dtype": "bfloat16", "clipping": 0.05, "spoilt": 2} for zero in (1, 2)]
     file = tmp_path_factory.mktemp("updates") / "found.json"
     done = server.run(str(file), *map(json.dumps, cases), seconds=600, program="tests.training.updates")
@@ -36,7 +38,10 @@ def test_weights_and_norms_are_those_of_deepspeeds_own(found: dict[str, Any], ca
     assert own["by itself"] and not mine["by itself"]
     assert mine["norms"] == pytest.approx(own["norms"], rel=1e-6) and min(own["norms"]) > 0.05
     assert mine["applied"] == own["applied"] == [True] * 4
-    assert mine["weights"] == pytest.approx(own["weights"], rel=1e-6, abs=1e-9) and len(mine["weights"]) == 7 * 13 + 13 + 13 * 3 + 3
+    assert (
+        mine["weights"] == pytest.approx(own["weights"], rel=1e-6, abs=1e-9)
+        and len(mine["weights"]) == 7 * 13 + 13 + 13 * 3 + 3
+    )
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from cogflow import ranks
 from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
 from cogflow.config.compose import compose
 from cogflow.config.schema import BenchmarkStage, DeepSpeedConfig, TrainStage
+from cogflow.runtime import ranks
 from cogflow.training import zero_update
 from cogflow.training.engine import Engine
 from cogflow.training.loader import Loader
@@ -48,7 +48,15 @@ def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt
 def kept(zero: int, keep: str | None) -> list[float]:
     """Gradient norms of two steps of the tiny model whose recomputed blocks keep so much; ``None``: nothing is recomputed."""
     words = [f"deepspeed=zero{zero}", f"deepspeed.activation_checkpointing={str(keep is not None).lower()}"]
-    config = compose(["stage=benchmark", "stage.what=step", "model=tiny", *words, *([f"deepspeed.checkpoint_keep={keep}"] if keep else [])])
+    config = compose(
+        [
+            "stage=benchmark",
+            "stage.what=step",
+            "model=tiny",
+            *words,
+            *([f"deepspeed.checkpoint_keep={keep}"] if keep else []),
+        ]
+    )
     if not isinstance(config.stage, BenchmarkStage):
         raise TypeError(config.stage)
     trainer = make_trainer(training(config, config.stage, 2), CPU, torch.float32, MemoryWatch(CPU))

@@ -42,7 +42,12 @@ def save_checkpoint(tmp_path: Path) -> Callable[..., Path]:
             (folder / "deepspeed" / "states.pt").write_bytes(b"optimizer")
             write_json(
                 folder / "trainer.json",
-                {"step": step, "family": "small", "model": {"name": "small"}, "trained_with": TRAINED_WITH | {"dtype": dtype}},
+                {
+                    "step": step,
+                    "family": "small",
+                    "model": {"name": "small"},
+                    "trained_with": TRAINED_WITH | {"dtype": dtype},
+                },
             )
         return target
 

@@ -13,12 +13,12 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from saving import TRAINED_WITH, small_transformer
 
-from cogflow.conversion.component import prepare
-from cogflow.conversion.export import export_diffusers
-from cogflow.conversion.origin import find_origin
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
+from cogflow.export.component import prepare
+from cogflow.export.origin import find_origin
+from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.manifest import MANIFEST, check_manifest, hash_file, write_manifest
-from cogflow.tracking.progress import progress
+from cogflow.runtime.progress import progress
 from cogflow.weights.reader import STEM, WeightsFolder
 from cogflow.weights.source import find_source
 
@@ -26,7 +26,9 @@ WEIGHTS = f"{STEM}.safetensors"
 Save = Callable[..., Path]
 
 
-def export(source: Path, output: Path, weights: str = "auto", dtype: str = "auto", shard: str = "5GB") -> dict[str, Any]:
+def export(
+    source: Path, output: Path, weights: str = "auto", dtype: str = "auto", shard: str = "5GB"
+) -> dict[str, Any]:
     origin = find_origin(source, ["transformer"], weights, "auto", [])
     prepared = prepare(origin, ["transformer"], "auto", {}, dtype, separate_lora=False)
     return export_diffusers(prepared, origin, output, shard, "auto", progress)
@@ -60,7 +62,9 @@ def test_a_checkpoint_becomes_what_from_pretrained_loads_bit_for_bit(
     report = export(save_checkpoint(100, transformer), tmp_path / "out", shard=shard)
     loaded, expected = load(tmp_path / "out").state_dict(), transformer.state_dict()
     assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], expected[name]) and loaded[name].dtype == expected[name].dtype for name in expected)
+    assert all(
+        torch.equal(loaded[name], expected[name]) and loaded[name].dtype == expected[name].dtype for name in expected
+    )
     files = sorted((tmp_path / "out" / "transformer").glob("*.safetensors"))
     assert len(files) == 1 if shard == "5GB" else len(files) > 1
     assert check_manifest(tmp_path / "out") == []
@@ -69,10 +73,14 @@ def test_a_checkpoint_becomes_what_from_pretrained_loads_bit_for_bit(
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == json.loads(json.dumps(report))
 
 
-def test_sharded_sources_export_to_the_same_files(tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel) -> None:
+def test_sharded_sources_export_to_the_same_files(
+    tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
+) -> None:
     export(save_checkpoint(1, transformer), tmp_path / "one")
     export(save_checkpoint(2, transformer, shard="60KB"), tmp_path / "two")
-    assert hash_file(tmp_path / "one" / "transformer" / WEIGHTS) == hash_file(tmp_path / "two" / "transformer" / WEIGHTS)
+    assert hash_file(tmp_path / "one" / "transformer" / WEIGHTS) == hash_file(
+        tmp_path / "two" / "transformer" / WEIGHTS
+    )
 
 
 def test_auto_casts_to_the_dtype_of_training_and_tells_what_it_cost(
@@ -94,7 +102,9 @@ def test_auto_casts_to_the_dtype_of_training_and_tells_what_it_cost(
     assert report["summary"]["changed"] > 0
 
 
-def test_the_newest_whole_checkpoint_of_a_run(tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel) -> None:
+def test_the_newest_whole_checkpoint_of_a_run(
+    tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
+) -> None:
     for step in (9, 50, 100):
         newest = save_checkpoint(step, transformer)
     assert find_source(tmp_path / "run", "auto").step == 100
@@ -121,7 +131,9 @@ def test_a_plain_transformer_folder_keeps_its_dtype(tmp_path: Path, transformer:
     for place in (tmp_path / "plain", tmp_path / "plain" / "transformer"):
         report = export(place, tmp_path / "out")
         assert report["dtype"] == "fp16" and report["trained_with"] is None
-        assert {info.dtype for info in WeightsFolder(tmp_path / "out" / "transformer").tensors.values()} == {torch.float16}
+        assert {info.dtype for info in WeightsFolder(tmp_path / "out" / "transformer").tensors.values()} == {
+            torch.float16
+        }
 
 
 def test_an_export_of_an_export_passes_on_what_it_was_trained_with(
@@ -163,7 +175,11 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(
     edit(checkpoint, change)
     with pytest.raises(ConversionError) as caught:
         export(checkpoint, tmp_path / "out")
-    for line in ("missing: proj_out.bias [64]", "extra: encoder.stray [3]", "shape: norm_final.bias is [5], its config asks for [32]"):
+    for line in (
+        "missing: proj_out.bias [64]",
+        "extra: encoder.stray [3]",
+        "shape: norm_final.bias is [5], its config asks for [32]",
+    ):
         assert line in caught.value.message
     assert caught.value.exit_code == 2
     assert_nothing_published(tmp_path / "out")
@@ -189,7 +205,9 @@ def test_a_cast_beyond_fp16_stops_it_and_one_below_is_counted(
     with pytest.raises(QualityGateError, match="proj_out.bias: 1 values beyond float16"):
         export(checkpoint, tmp_path / "out", dtype="fp16")
     assert_nothing_published(tmp_path / "out")
-    fact = next(f for f in export(checkpoint, tmp_path / "out", dtype="bf16")["tensors"] if f["name"] == "proj_out.bias")
+    fact = next(
+        f for f in export(checkpoint, tmp_path / "out", dtype="bf16")["tensors"] if f["name"] == "proj_out.bias"
+    )
     assert (fact["became_inf"], fact["became_zero"]) == (0, 0)
     edit(checkpoint, lambda tensors: tensors["proj_out.bias"][:1].fill_(0.0))
     assert export(checkpoint, tmp_path / "out", dtype="fp16")["summary"]["became_zero"] >= 1
@@ -215,7 +233,12 @@ def test_a_folder_that_wants_code_or_is_another_class_is_refused(
     checkpoint = save_checkpoint(1, transformer)
     path = checkpoint / "transformer" / "config.json"
     config = json.loads(path.read_text())
-    for change in ({"_class_name": ["my_code", "Mine"]}, {"auto_map": {"AutoModel": "x.Y"}}, {"_class_name": "Other"}, {"num_layer": 3}):
+    for change in (
+        {"_class_name": ["my_code", "Mine"]},
+        {"auto_map": {"AutoModel": "x.Y"}},
+        {"_class_name": "Other"},
+        {"num_layer": 3},
+    ):
         path.write_text(json.dumps(config | change))
         write_manifest(checkpoint)
         with pytest.raises(ConversionError):
@@ -223,7 +246,9 @@ def test_a_folder_that_wants_code_or_is_another_class_is_refused(
     assert_nothing_published(tmp_path / "out")
 
 
-def test_wrong_options_and_places(tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel) -> None:
+def test_wrong_options_and_places(
+    tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
+) -> None:
     checkpoint = save_checkpoint(1, transformer)
     for wrong in ({"weights": "best"}, {"dtype": "fp8"}, {"shard": "lots"}):
         with pytest.raises(ConfigError):

@@ -22,7 +22,9 @@ def sat_file(path: Path, value: float = 1.0, dtype: torch.dtype = torch.bfloat16
     path.parent.mkdir(parents=True, exist_ok=True)
     module = {
         HEAD + "mixins.patch_embed.proj.weight": torch.full((4, 16, 2, 2), value, dtype=dtype),
-        HEAD + "transformer.layers.0.attention.dense.weight": torch.full((4, 4 // beside.get("mp_world_size", 1)), value, dtype=dtype),
+        HEAD + "transformer.layers.0.attention.dense.weight": torch.full(
+            (4, 4 // beside.get("mp_world_size", 1)), value, dtype=dtype
+        ),
         "first_stage_model.encoder.conv_in.conv.weight": torch.ones(2, dtype=dtype),
     }
     torch.save({"module": module, **beside}, path)
@@ -107,14 +109,23 @@ def test_bare_files(tmp_path: Path, wrapper: str | None, head: str) -> None:
     torch.save({wrapper: weights} if wrapper else weights, tmp_path / "some.bin")
     for place in (tmp_path / "some.bin", tmp_path):
         found = find(place)
-        assert (found.kind, found.step, found.files, found.metadata["wrapper"]) == ("sat", None, [tmp_path / "some.bin"], wrapper or "none")
+        assert (found.kind, found.step, found.files, found.metadata["wrapper"]) == (
+            "sat",
+            None,
+            [tmp_path / "some.bin"],
+            wrapper or "none",
+        )
 
 
 def test_vae(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "cogvideox_5b.yaml").touch()
-    names = ("encoder.conv_in.conv.weight", "encoder.down.0.block.0.norm1.weight", "decoder.up.0.block.0.norm1.norm_layer.weight")
+    names = (
+        "encoder.conv_in.conv.weight",
+        "encoder.down.0.block.0.norm1.weight",
+        "decoder.up.0.block.0.norm1.norm_layer.weight",
+    )
     torch.save({"state_dict": {name: torch.ones(1) for name in names}}, tmp_path / "vae" / "3d-vae.pt")
     for place in (tmp_path / "vae", tmp_path / "vae" / "3d-vae.pt"):
         found = find(place)
@@ -141,7 +152,10 @@ def test_deepspeed_of_diffusers_names(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "global_step7"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "latest").write_text("global_step7", encoding="utf-8")
-    torch.save({"module": {"transformer_blocks.0.ff.weight": torch.ones(2)}, "global_steps": 7}, folder / "mp_rank_00_model_states.pt")
+    torch.save(
+        {"module": {"transformer_blocks.0.ff.weight": torch.ones(2)}, "global_steps": 7},
+        folder / "mp_rank_00_model_states.pt",
+    )
     found = find(tmp_path / "run")
     assert (found.kind, found.step, found.origin) == ("zero", 7, folder)
 
@@ -180,14 +194,24 @@ def broken_latest(text: str) -> Callable[[Path], None]:
         (broken_latest("../500"), "", {}, "latest names no folder beside it"),
         (broken_latest(".."), "", {}, "latest names no folder beside it"),
         (broken_latest("1000"), "", {}, "(?s)latest names 1000.*does not exist.*500, 500-ema"),
-        (lambda f: (f / "500/mp_rank_00_model_states.pt").unlink(), "", {}, "500 holds no mp_rank_00_model_states.pt. It holds nothing"),
+        (
+            lambda f: (f / "500/mp_rank_00_model_states.pt").unlink(),
+            "",
+            {},
+            "500 holds no mp_rank_00_model_states.pt. It holds nothing",
+        ),
         (lambda f: shutil.rmtree(f / "500-ema"), "", {"weights": "ema"}, "weights=model; 500-ema is not beside it"),
         (lambda f: shutil.rmtree(f / "500"), "500-ema", {"weights": "model"}, "weights=ema; 500 is not beside it"),
         (None, "500/mp_rank_00_model_states.pt", {"weights": "ema"}, "is of weights=model"),
         (None, "500", {"masters": "fp32"}, "holds no fp32 master weights: .* is in bfloat16"),
         (None, "500/mp_rank_00_model_states.pt", {"masters": "fp32"}, "holds no fp32 master weights"),
         (None, "nowhere", {}, "nowhere does not exist"),
-        (None, "configs", {}, "no place of weights that cogflow knows. It holds cogvideox_5b.yaml, notes.txt, sft.yaml"),
+        (
+            None,
+            "configs",
+            {},
+            "no place of weights that cogflow knows. It holds cogvideox_5b.yaml, notes.txt, sft.yaml",
+        ),
         (None, "configs/notes.txt", {}, "is empty"),
     ],
 )
@@ -206,7 +230,10 @@ def test_what_is_wrong_is_said(
     [
         (["transformer_blocks.0.attn1.to_q.weight"], "(?s)of diffusers, not of SAT.*transformer_blocks.0.attn1"),
         (["encoder.down_blocks.0.resnets.0.norm1.weight"], "of diffusers, not of SAT"),
-        (["blocks.0.weight", "head.weight"], r"(?s)no layout that cogflow knows.*blocks.0.weight \(1,\)\n.*head.weight \(1,\)"),
+        (
+            ["blocks.0.weight", "head.weight"],
+            r"(?s)no layout that cogflow knows.*blocks.0.weight \(1,\)\n.*head.weight \(1,\)",
+        ),
     ],
 )
 def test_unknown_names_are_shown(tmp_path: Path, names: list[str], complaint: str) -> None:

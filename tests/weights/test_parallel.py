@@ -23,7 +23,9 @@ class Held:
 
     def __init__(self, values: dict[str, torch.Tensor]) -> None:
         self.values = values
-        self.tensors = {name: TensorInfo(name, tuple(value.shape), value.dtype, Path("x")) for name, value in values.items()}
+        self.tensors = {
+            name: TensorInfo(name, tuple(value.shape), value.dtype, Path("x")) for name, value in values.items()
+        }
 
     def read(self, name: str) -> torch.Tensor:
         return self.values[name]
@@ -42,7 +44,9 @@ def network(original: str = "") -> dict[str, torch.Tensor]:
         LAYER + "mlp.dense_4h_to_h.weight": torch.randn(WIDTH, 4 * WIDTH),
         LAYER + "mlp.dense_4h_to_h.bias": torch.randn(WIDTH),
         HEAD + "mixins.patch_embed.proj.weight": torch.full((WIDTH, 16, 2, 2), float("nan")),
-        "conditioner.embedders.0.transformer.encoder.block.0.layer.1.DenseReluDense.wo.weight": torch.randn(4, 4).bfloat16(),
+        "conditioner.embedders.0.transformer.encoder.block.0.layer.1.DenseReluDense.wo.weight": torch.randn(
+            4, 4
+        ).bfloat16(),
     }
 
 
@@ -72,7 +76,9 @@ def part(values: dict[str, torch.Tensor], number: int, count: int) -> dict[str, 
 def test_parts_are_joined(count: int, original: str) -> None:
     whole = network(original)
     joined = join([Held(part(whole, number, count)) for number in range(count)])
-    assert {name: info.shape for name, info in joined.tensors.items()} == {name: tuple(value.shape) for name, value in whole.items()}
+    assert {name: info.shape for name, info in joined.tensors.items()} == {
+        name: tuple(value.shape) for name, value in whole.items()
+    }
     for name, value in whole.items():
         assert joined.tensors[name].dtype == joined.read(name).dtype
         torch.testing.assert_close(joined.read(name), value, rtol=0, atol=0, equal_nan=True)
@@ -87,7 +93,9 @@ def test_the_split_matters() -> None:
     assert not torch.equal(join([Held(parts[1]), Held(parts[0])]).read(name), whole[name])
 
 
-def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor | None], numbers: tuple[int, ...] = (1,)) -> list[Held]:
+def changed(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor | None], numbers: tuple[int, ...] = (1,)
+) -> list[Held]:
     parts = [part(network(), number, 2) for number in range(2)]
     for number in numbers:
         value = change(parts[number].pop(name, torch.zeros(0)))
@@ -100,12 +108,27 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor | None], nu
     ("parts", "complaint"),
     [
         (changed(LAYER + "attention.dense.bias", lambda value: None), "attention.dense.bias: only in part 0"),
-        (changed(LAYER + "input_layernorm.weight", lambda value: value[:6]), r"input_layernorm.weight: shapes \(12,\), \(6,\)"),
-        (changed(LAYER + "mlp.dense_h_to_4h.bias", lambda value: value.half()), "dense_h_to_4h.bias: dtypes torch.float32, torch.float16"),
-        (changed(LAYER + "attention.dense.matrix_A.0", lambda value: torch.ones(2, 6), (0, 1)), "matrix_A.0: how SAT splits it"),
-        (changed(LAYER + "mlp.dense_h_to_4h_gate.weight", lambda value: torch.ones(2, 6), (0, 1)), "h_gate.weight: how SAT splits it"),
+        (
+            changed(LAYER + "input_layernorm.weight", lambda value: value[:6]),
+            r"input_layernorm.weight: shapes \(12,\), \(6,\)",
+        ),
+        (
+            changed(LAYER + "mlp.dense_h_to_4h.bias", lambda value: value.half()),
+            "dense_h_to_4h.bias: dtypes torch.float32, torch.float16",
+        ),
+        (
+            changed(LAYER + "attention.dense.matrix_A.0", lambda value: torch.ones(2, 6), (0, 1)),
+            "matrix_A.0: how SAT splits it",
+        ),
+        (
+            changed(LAYER + "mlp.dense_h_to_4h_gate.weight", lambda value: torch.ones(2, 6), (0, 1)),
+            "h_gate.weight: how SAT splits it",
+        ),
         (changed(LAYER + "attention.query_key_value.bias", lambda value: value[:-1], (0, 1)), "17 rows are no queries"),
-        (changed(LAYER + "attention.query_key_value.weight", lambda value: value[:-6], (0, 1)), "attention.*do not fit"),
+        (
+            changed(LAYER + "attention.query_key_value.weight", lambda value: value[:-6], (0, 1)),
+            "attention.*do not fit",
+        ),
         ([Held(network()), Held(network())], "attention.*do not fit"),
     ],
 )

@@ -125,6 +125,8 @@ def test_values_are_those_that_safetensors_reads(tmp_path: Path) -> None:
         found = folder.read(name)
         assert found.dtype == tensor.dtype == folder.tensors[name].dtype and torch.equal(found, tensor), name
     data = b"\x07" + torch.tensor([1.0, 2.0]).numpy().tobytes()
-    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
+    )
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     assert torch.equal(WeightsFolder(tmp_path).read("b"), torch.tensor([1.0, 2.0]))

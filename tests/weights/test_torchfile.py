@@ -19,7 +19,13 @@ from cogflow.errors import CheckpointError
 from cogflow.weights.torchfile import TorchFile
 from cogflow.weights.unpickle import RANDOM_STATES, Inert, load
 
-WEIGHTS = OrderedDict([("a.weight", torch.arange(6.0).view(2, 3)), ("a.bias", torch.ones(2, dtype=torch.bfloat16)), ("n", torch.tensor(3))])
+WEIGHTS = OrderedDict(
+    [
+        ("a.weight", torch.arange(6.0).view(2, 3)),
+        ("a.bias", torch.ones(2, dtype=torch.bfloat16)),
+        ("n", torch.tensor(3)),
+    ]
+)
 
 
 class Evil:
@@ -52,7 +58,12 @@ def check(file: TorchFile) -> None:
         (lambda w: {"state_dict": {"module": w}}, "state_dict/module"),
         (lambda w: {f"module.{name}": value for name, value in w.items()}, "module.*"),
         (lambda w: {"module": {f"module.{name}": value for name, value in w.items()}}, "module/module.*"),
-        (lambda w: {"model": {name: torch.nn.Parameter(v, requires_grad=v.is_floating_point()) for name, v in w.items()}}, "model"),
+        (
+            lambda w: {
+                "model": {name: torch.nn.Parameter(v, requires_grad=v.is_floating_point()) for name, v in w.items()}
+            },
+            "model",
+        ),
     ],
 )
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
@@ -145,7 +156,11 @@ def other_zip(path: Path) -> bytes:
         ("empty", lambda p: b"", "is empty"),
         ("half", lambda p: p.read_bytes()[: p.stat().st_size // 2], "is truncated"),
         ("almost", lambda p: p.read_bytes()[:-30], "is truncated"),
-        ("middle", lambda p: p.read_bytes()[:600] + p.read_bytes()[900:], "is (damaged|truncated)|cannot be read safely|no checkpoint"),
+        (
+            "middle",
+            lambda p: p.read_bytes()[:600] + p.read_bytes()[900:],
+            "is (damaged|truncated)|cannot be read safely|no checkpoint",
+        ),
         ("lfs", lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "git-lfs pointer"),
         ("html", lambda p: b"\n<!DOCTYPE html><html>404</html>", "web page"),
         ("safetensors", lambda p: (64).to_bytes(8, "little") + b'{"a":{}}' + b" " * 100, "looks like safetensors"),
@@ -201,7 +216,9 @@ def test_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
 def test_changed_bytes_never_surprise(tmp_path: Path, new: bool) -> None:
     """Bytes of the pickle changed at random: read, or refused in the same words as ever."""
-    good = saved(tmp_path / "good.pt", {"module": WEIGHTS, "state": np.random.get_state()}, _use_new_zipfile_serialization=new)
+    good = saved(
+        tmp_path / "good.pt", {"module": WEIGHTS, "state": np.random.get_state()}, _use_new_zipfile_serialization=new
+    )
     chance, refused = random.Random(0), 0
     for _ in range(60):
         content = bytearray(good.read_bytes())

@@ -11,19 +11,34 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogflow.errors import ConfigError
-from cogflow.weights.statistics import TensorFacts
+from cogflow.weights.cast_statistics import TensorFacts
 from cogflow.weights.torch_writer import write_torch
 from cogflow.weights.torchfile import TorchFile
 from cogflow.weights.writer import Output, write_weights
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
 
 
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     made = {f"of.{str(dtype)[6:]}": (torch.randn(37, 5) * 50).to(dtype) for dtype in DTYPES}
-    made |= {"yes": torch.tensor([True, False]), "é": torch.tensor(3.0), "none": torch.zeros(0, 4), "cut": torch.randn(6, 8)[:, ::2]}
+    made |= {
+        "yes": torch.tensor([True, False]),
+        "é": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "cut": torch.randn(6, 8)[:, ::2],
+    }
     return made
 
 
@@ -31,7 +46,9 @@ def outputs(tensors: dict[str, torch.Tensor]) -> list[Output]:
     return [Output(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
 
 
-def write(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None = None, shard: str = "5GB") -> dict[str, TensorFacts]:
+def write(
+    tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None = None, shard: str = "5GB"
+) -> dict[str, TensorFacts]:
     facts: list[TensorFacts] = []
     hashes = write_weights(outputs(tensors), dtype, folder, "model", shard, facts.append)
     for name, sha256 in hashes.items():
@@ -41,7 +58,11 @@ def write(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | N
 
 def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write(tensors, tmp_path)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        tmp_path / "theirs.safetensors",
+        metadata={"format": "pt"},
+    )
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
@@ -84,7 +105,12 @@ def test_values_that_were_rounded_before_are_told(tmp_path: Path) -> None:
     torch.manual_seed(2)
     x = torch.randn(5000)
     facts = write({"free": x, "bf16": x.bfloat16().float(), "fp16": x.half().float(), "zero": torch.zeros(9)}, tmp_path)
-    assert {name: fact.holds_only for name, fact in facts.items()} == {"free": None, "bf16": "bfloat16", "fp16": "float16", "zero": None}
+    assert {name: fact.holds_only for name, fact in facts.items()} == {
+        "free": None,
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "zero": None,
+    }
 
 
 def test_nan_and_infinity_are_counted_apart(tmp_path: Path) -> None:
@@ -95,10 +121,19 @@ def test_nan_and_infinity_are_counted_apart(tmp_path: Path) -> None:
     assert fact.mean_in == pytest.approx((99_997 - 3) / 99_998)
 
 
-def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_torch(tmp_path / name / "x.pt", outputs(tensors), "module", {"iteration": 7}, lambda output: output.dtype, lambda fact: None)
+        write_torch(
+            tmp_path / name / "x.pt",
+            outputs(tensors),
+            "module",
+            {"iteration": 7},
+            lambda output: output.dtype,
+            lambda fact: None,
+        )
     assert (tmp_path / "one" / "x.pt").read_bytes() == (tmp_path / "two" / "x.pt").read_bytes()
     loaded = torch.load(tmp_path / "one" / "x.pt", weights_only=True)
     assert loaded["iteration"] == 7 and list(loaded["module"]) == list(tensors)
@@ -109,5 +144,7 @@ def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(tmp_path: Path,
 
 def test_a_torch_file_is_cast_on_its_way(tmp_path: Path) -> None:
     x = torch.randn(11, 3)
-    write_torch(tmp_path / "x.pt", outputs({"x": x}), "state_dict", {}, lambda output: torch.bfloat16, lambda fact: None)
+    write_torch(
+        tmp_path / "x.pt", outputs({"x": x}), "state_dict", {}, lambda output: torch.bfloat16, lambda fact: None
+    )
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True)["state_dict"]["x"], x.bfloat16())

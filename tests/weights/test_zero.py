@@ -34,7 +34,9 @@ def agree(folder: ZeroFolder, expected: dict[str, torch.Tensor]) -> None:
     for name, value in expected.items():
         read = folder.read(name)
         assert torch.equal(read, value), name
-        assert read.dtype == folder.tensors[name].dtype == value.dtype and tuple(read.shape) == folder.tensors[name].shape
+        assert (
+            read.dtype == folder.tensors[name].dtype == value.dtype and tuple(read.shape) == folder.tensors[name].shape
+        )
 
 
 def check(folder: Path, stage: int, ranks: int, expected: dict[str, torch.Tensor]) -> None:
@@ -56,7 +58,9 @@ def test_golden(stage: int) -> None:
     check(folder, stage, 2, expected)
     check(folder / "global_step2", stage, 2, expected)
     masters = ZeroFolder(folder).read("first.weight")
-    assert masters.dtype == torch.float32 and not torch.equal(masters, masters.bfloat16().float())  # more than the module's copy
+    assert masters.dtype == torch.float32 and not torch.equal(
+        masters, masters.bfloat16().float()
+    )  # more than the module's copy
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -87,7 +91,9 @@ def test_gathered_stage_3(tmp_path: Path) -> None:
 
 
 def test_nothing_of_deepspeed_is_built() -> None:
-    state = read_states(GOLDEN / "stage2-bf16/global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+    state = read_states(GOLDEN / "stage2-bf16/global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")[
+        "optimizer_state_dict"
+    ]
     assert type(state["loss_scaler"]) is type(state["zero_stage"]) is Inert
 
 
@@ -112,11 +118,27 @@ WHOLE, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_st
         (2, lambda f: (f / WHOLE).unlink(), f"{WHOLE} cannot be read"),
         (2, lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:3000]), "is truncated"),
         (2, lambda f: edit(f / WHOLE, lambda s: s["param_shapes"].pop()), "2 groups of parameters, .* 1"),
-        (2, lambda f: edit(f / WHOLE, lambda s: s["param_shapes"][0].update(more=torch.Size([100]))), "more reaches beyond the end"),
-        (2, lambda f: edit(f / WHOLE, lambda s: s["param_shapes"][0].popitem()), "group 0 has 40 values, its 1 parameters need 35"),
-        (3, lambda f: edit(f / SHARD.replace("_1_", "_0_"), lambda s: s["param_shapes"][0].popitem()), "values, its parameters need"),
+        (
+            2,
+            lambda f: edit(f / WHOLE, lambda s: s["param_shapes"][0].update(more=torch.Size([100]))),
+            "more reaches beyond the end",
+        ),
+        (
+            2,
+            lambda f: edit(f / WHOLE, lambda s: s["param_shapes"][0].popitem()),
+            "group 0 has 40 values, its 1 parameters need 35",
+        ),
+        (
+            3,
+            lambda f: edit(f / SHARD.replace("_1_", "_0_"), lambda s: s["param_shapes"][0].popitem()),
+            "values, its parameters need",
+        ),
         (2, lambda f: edit(f / WHOLE, lambda s: s.pop("param_shapes")), "says nothing of its parameters' shapes"),
-        (3, lambda f: edit(f / SHARD, lambda s: s.update(frozen_param_fragments=None)), "whole of the frozen parameter frozen.weight"),
+        (
+            3,
+            lambda f: edit(f / SHARD, lambda s: s.update(frozen_param_fragments=None)),
+            "whole of the frozen parameter frozen.weight",
+        ),
         (2, lambda f: (f / "expp_rank_0_mp_rank_00_optim_states.pt").touch(), "mixture of experts"),
         (2, lambda f: shutil.copy(f / WHOLE, f / "mp_rank_01_model_states.pt"), "has 2 model-parallel parts"),
         (2, lambda f: shutil.rmtree(f), "names global_step2, and .* does not exist"),
@@ -175,7 +197,13 @@ ODD: list[dict[str, tuple[int, ...]]] = [{"a": (3, 3), "b": (1,), "c": (11,)}, {
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 12])  # of 12, most hold padding alone
 @pytest.mark.parametrize(
     ("stage", "options"),
-    [(1, {}), (2, {}), (3, {}), (1, {"zero_stage": None}), (2, {"pad": 3, "param_alignment_paddings": [[3, 3, 3], [3]]})],
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (1, {"zero_stage": None}),
+        (2, {"pad": 3, "param_alignment_paddings": [[3, 3, 3], [3]]}),
+    ],
 )
 def test_cut_by_hand(tmp_path: Path, stage: int, ranks: int, options: dict[str, Any]) -> None:
     values = by_hand(tmp_path / "global_step1", ODD, ranks, stage, **options)
@@ -213,7 +241,9 @@ def test_found(tmp_path: Path) -> None:
     assert torch.equal(find(tmp_path / "global_step1", masters="bf16").tensors.read(name), values[name].bfloat16())
     (tmp_path / "global_step1").rename(tmp_path / "500")
     found = find(tmp_path / "500")
-    assert found.tensors.tensors[name].dtype == torch.bfloat16 and "masters=fp32" in found.notes[0] and found.step == 500
+    assert (
+        found.tensors.tensors[name].dtype == torch.bfloat16 and "masters=fp32" in found.notes[0] and found.step == 500
+    )
     assert torch.equal(find(tmp_path / "500", masters="fp32").tensors.read(name), values[name])
     (tmp_path / "500").rename(tmp_path / "500-ema")
     assert find(tmp_path / "500-ema").tensors.tensors[name].dtype == torch.bfloat16
@@ -224,12 +254,16 @@ def test_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kinds"), [(1, ["2-bf16", "3-bf16"]), (2, ["1-bf16", "2-bf16", "3-bf16"]), (3, ["2-fp32", "3-bf16"])])
+@pytest.mark.parametrize(
+    ("ranks", "kinds"), [(1, ["2-bf16", "3-bf16"]), (2, ["1-bf16", "2-bf16", "3-bf16"]), (3, ["2-fp32", "3-bf16"])]
+)
 def test_deepspeed_writes(tmp_path: Path, ranks: int, kinds: list[str]) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = Path(__file__).with_name("zero_writer.py")
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    subprocess.run([*start, str(script), str(tmp_path), *kinds], check=True, env=environment, capture_output=True, timeout=500)
+    subprocess.run(
+        [*start, str(script), str(tmp_path), *kinds], check=True, env=environment, capture_output=True, timeout=500
+    )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

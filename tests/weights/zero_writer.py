@@ -27,7 +27,9 @@ class Odd(torch.nn.Module):
         self.register_buffer("count", torch.tensor(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.frozen((self.tied(self.first(x)) + self.again(self.first(x))) * self.scale) ** 2).mean() + self.table.sum() * 0
+        return (
+            self.frozen((self.tied(self.first(x)) + self.again(self.first(x))) * self.scale) ** 2
+        ).mean() + self.table.sum() * 0
 
 
 def write(folder: Path, stage: int, dtype: str = "bf16") -> None:

@@ -1,0 +1,190 @@
+"""Which clips a folder holds, and what their captions are: the four layouts in use around CogVideoX."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogflow.errors import DataError
+from cogflow.files.paths import contained
+
+EXTENSIONS = (".mp4", ".mov", ".webm", ".mkv")
+
+LAYOUTS = """a folder of clips has one of:
+    metadata.jsonl    one object a line: {"file_name": "clip.mp4", "text": "what it shows"}
+    metadata.csv      columns file_name,text
+    prompts.txt and videos.txt    one caption and one path a line, line by line together
+    videos/ and labels/    labels/<name>.txt holds the caption of videos/<name>.mp4"""
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class ClipEntry:
+    """One clip of the index: where it lies, its caption, and its name (the path inside the folder, with forward slashes)."""
+
+    path: Path
+    text: str
+    name: str
+
+
+def read_index(folder: Path) -> list[ClipEntry]:
+    """The clips of ``folder`` in the order its index names them.
+
+    A named file need not exist or be a video: that is found when it is read. Raises :class:`DataError` that lists every
+    problem of the index itself: none or several layouts, a bad line, no caption, another kind of file, a path that
+    leaves the folder, a clip named twice with one caption.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"the folder of clips {what}: {folder}", "set data.path to a folder of clips; " + LAYOUTS)
+    found = [layout for layout, (present, _) in _READERS.items() if present(folder)]
+    if not found:
+        raise DataError(f"no list of clips and captions in {folder}", LAYOUTS + _guess(folder))
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} holds more than one list of clips: {'; '.join(found)}",
+            "keep the one that is meant and move the rest away",
+        )
+    return _collect(folder, found[0], _READERS[found[0]][1](folder))
+
+
+def _collect(folder: Path, layout: str, rows: Iterator[tuple[str, str, str]]) -> list[ClipEntry]:
+    entries: list[ClipEntry] = []
+    problems: list[str] = []
+    seen: set[tuple[str, str]] = set()
+    for where, name, text in rows:
+        name, text = name.strip(), text.strip()
+        if not name:
+            problems.append(f"{where}: no file name")
+        elif not text:
+            problems.append(f"{where}: no caption for {name}")
+        elif Path(name).suffix.lower() not in EXTENSIONS:
+            problems.append(f"{where}: {name} is none of {' '.join(EXTENSIONS)}")
+        elif (name, text) in seen:
+            problems.append(f"{where}: {name} is named twice with the same caption")
+        else:
+            seen.add((name, text))
+            try:
+                entries.append(ClipEntry(path=contained(folder, name), text=text, name=Path(name).as_posix()))
+            except DataError as error:
+                problems.append(f"{where}: {error.message}")
+    if problems:
+        more = f"\n    and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(
+            f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} in {layout} of {folder}:\n    "
+            + "\n    ".join(problems[:_SHOWN])
+            + more,
+            f"each clip needs a caption and a path below {folder}; {' '.join(EXTENSIONS)} are read",
+        )
+    if not entries:
+        raise DataError(f"{layout} of {folder} names no clip", LAYOUTS)
+    return entries
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}", "it should be a text file that you may read"
+        ) from error
+
+
+def _columns(path: Path, where: str, row: dict, number: int) -> tuple[str, str, str]:
+    missing = [key for key in ("file_name", "text") if key not in row]
+    if missing:
+        raise DataError(
+            f"{path.name} {where} {number} has no {' and no '.join(missing)}; it has: {', '.join(map(str, row)) or 'nothing'}",
+            f"{path} needs file_name (path of the clip below the folder) and text (its caption)",
+        )
+    bad = [key for key in ("file_name", "text") if not isinstance(row[key], str)]
+    if bad:
+        raise DataError(
+            f"{path.name} {where} {number}: {bad[0]} is no text: {row[bad[0]]!r}", "file_name and text are strings"
+        )
+    return f"{where} {number}", row["file_name"], row["text"]
+
+
+def _jsonl(folder: Path) -> Iterator[tuple[str, str, str]]:
+    path = folder / "metadata.jsonl"
+    # Not splitlines(): it also splits at characters that JSON allows inside a string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path} line {number} is not JSON: {error.msg}",
+                'each line is like {"file_name": "clip.mp4", "text": "..."}',
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path} line {number} is not an object", 'each line is like {"file_name": "clip.mp4", "text": "..."}'
+            )
+        yield _columns(path, "line", row, number)
+
+
+def _csv(folder: Path) -> Iterator[tuple[str, str, str]]:
+    path = folder / "metadata.csv"
+    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), restval="", strict=True)
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise DataError(
+                    f"{path} row {number} has more columns than the header", 'put captions with commas in "quotes"'
+                )
+            yield _columns(path, "row", row, number)
+    except csv.Error as error:
+        raise DataError(
+            f"{path} is not well-formed csv: {error}", "columns file_name,text; captions with commas in quotes"
+        ) from error
+
+
+def _line_files(folder: Path) -> Iterator[tuple[str, str, str]]:
+    prompts = _read_text(folder / "prompts.txt").rstrip().split("\n")
+    videos = _read_text(folder / "videos.txt").rstrip().split("\n")
+    if len(prompts) != len(videos):
+        raise DataError(
+            f"prompts.txt has {len(prompts)} lines and videos.txt {len(videos)} in {folder}",
+            "line n of prompts.txt is the caption of the clip on line n of videos.txt; a caption holds no line break",
+        )
+    for number, (video, prompt) in enumerate(zip(videos, prompts, strict=True), start=1):
+        yield f"line {number}", video, prompt
+
+
+def _labels(folder: Path) -> Iterator[tuple[str, str, str]]:
+    for path in sorted((folder / "videos").rglob("*")):
+        if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
+            continue
+        label = (folder / "labels" / path.relative_to(folder / "videos")).with_suffix(".txt")
+        name = path.relative_to(folder).as_posix()
+        if label.is_file():
+            contained(folder, label.relative_to(folder).as_posix())
+        # A caption over several lines is one caption.
+        yield str(label.relative_to(folder)), name, " ".join(_read_text(label).split()) if label.is_file() else ""
+
+
+def _guess(folder: Path) -> str:
+    """What may have been meant, from what is there."""
+    halves = [name for name in ("prompts.txt", "videos.txt", "videos", "labels") if (folder / name).exists()]
+    if halves:
+        return f"\n  here is only {' and '.join(halves)}"
+    below = sorted(
+        p.parent for pattern in ("*/metadata.jsonl", "*/metadata.csv", "*/prompts.txt") for p in folder.glob(pattern)
+    )
+    return f"\n  did you mean {below[0]} ?" if below else ""
+
+
+_READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Iterator[tuple[str, str, str]]]]] = {
+    "metadata.jsonl": (lambda f: (f / "metadata.jsonl").exists(), _jsonl),
+    "metadata.csv": (lambda f: (f / "metadata.csv").exists(), _csv),
+    "prompts.txt and videos.txt": (lambda f: (f / "prompts.txt").exists() and (f / "videos.txt").exists(), _line_files),
+    "videos/ and labels/": (lambda f: (f / "videos").is_dir() and (f / "labels").is_dir(), _labels),
+}

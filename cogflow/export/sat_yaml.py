@@ -1,0 +1,225 @@
+"""The files that SAT needs beside weights written back to it: the per-model yaml, training_config.yaml, model_config.json.
+
+Source of the layout: zai-org/CogVideo, ``sat/configs`` at v1.0 (1.0 models) and main (1.5 models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cogflow.errors import ConversionError
+
+_DIFFUSION = "sgm.modules.diffusionmodules"
+MAX_SEQUENCE_LENGTH = 64
+"""Rows of the position table that SAT's transformer builds and CogVideoX never reads; 64 in every yaml of CogVideo's."""
+
+
+def model_yaml(transformer: Mapping[str, Any], scheduler: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"model": ...}``, the per-model yaml of SAT for the diffusers configs of a pipeline.
+
+    ``transformer``: whole (every key that :func:`~cogflow.export.diffusers_configs.transformer_config` writes). Paths in it
+    (``t5-v1_1-xxl``, ``vae/3d-vae.pt``) are the user's to set. Raises :class:`ConversionError` for what SAT has no word for.
+    """
+    _expressible(transformer, scheduler)
+    steps = _schedule(float(scheduler["snr_shift_scale"]))
+    image, newer = transformer["in_channels"] != transformer["out_channels"], transformer["patch_size_t"] is not None
+    # 1.5's denoiser asks for an ofs whenever the network has that embedding.
+    fixed = {"fixed_frames": 0} if image else {}
+    model: dict[str, Any] = {"scale_factor": vae["scaling_factor"], "disable_first_stage_autocast": True}
+    if image:
+        model |= {"latent_input": False, "noised_image_input": True, "noised_image_dropout": 0.05}
+    elif newer:
+        model |= {"latent_input": True}
+    return {
+        "model": model
+        | {
+            "log_keys": ["txt"],
+            "denoiser_config": {
+                "target": f"{_DIFFUSION}.denoiser.DiscreteDenoiser",
+                "params": {
+                    "num_idx": 1000,
+                    "quantize_c_noise": False,
+                    "weighting_config": {"target": f"{_DIFFUSION}.denoiser_weighting.EpsWeighting"},
+                    "scaling_config": {"target": f"{_DIFFUSION}.denoiser_scaling.VideoScaling"},
+                    "discretization_config": steps,
+                },
+            },
+            "network_config": {"target": "dit_video_concat.DiffusionTransformer", "params": _network(transformer)},
+            "conditioner_config": _conditioner(int(transformer["max_text_seq_length"])),
+            "first_stage_config": _first_stage(vae),
+            "loss_fn_config": {
+                "target": f"{_DIFFUSION}.loss.VideoDiffusionLoss",
+                "params": {
+                    **fixed,
+                    "offset_noise_level": 0,
+                    "sigma_sampler_config": {
+                        "target": f"{_DIFFUSION}.sigma_sampling.DiscreteSampling",
+                        "params": {"uniform_sampling": True, "num_idx": 1000, "discretization_config": steps},
+                    },
+                },
+            },
+            "sampler_config": {
+                "target": f"{_DIFFUSION}.sampling.VPSDEDPMPP2MSampler",
+                "params": {
+                    **fixed,
+                    "num_steps": 50,
+                    "verbose": True,
+                    "discretization_config": steps,
+                    "guider_config": {
+                        "target": f"{_DIFFUSION}.guiders.DynamicCFG",
+                        "params": {"scale": 6, "exp": 5, "num_steps": 50},
+                    },
+                },
+            },
+        }
+    }
+
+
+def training_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A merged ``training_config.yaml``: the ``model`` section of :func:`model_yaml` and the precision, fp32, bf16 or fp16."""
+    return {
+        **model,
+        "args": {"checkpoint_activations": True, "model_parallel_size": 1, "mode": "finetune", "no_load_rng": True},
+        "deepspeed": {"bf16": {"enabled": dtype == "bf16"}, "fp16": {"enabled": dtype == "fp16"}},
+    }
+
+
+def model_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """``model_config.json`` as SAT's save_checkpoint writes it."""
+    return {
+        "model_class": "SATVideoDiffusionEngine",
+        "num_layers": transformer["num_layers"],
+        "hidden_size": transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        "num_attention_heads": transformer["num_attention_heads"],
+        "vocab_size": 1,
+        "layernorm_order": "pre",
+        "model_parallel_size": 1,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
+
+
+def _expressible(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+    wanted: tuple[tuple[Mapping[str, Any], str, Any], ...] = (
+        (scheduler, "prediction_type", "v_prediction"),
+        (scheduler, "rescale_betas_zero_snr", True),
+        (scheduler, "num_train_timesteps", 1000),
+        (scheduler, "beta_schedule", "scaled_linear"),
+        (scheduler, "beta_start", 0.00085),
+        (scheduler, "beta_end", 0.012),
+        (transformer, "activation_fn", "gelu-approximate"),
+        (transformer, "flip_sin_to_cos", True),
+        (transformer, "freq_shift", 0),
+    )
+    wrong = [
+        f"{key} is {config.get(key)}, SAT's is {value}" for config, key, value in wanted if config.get(key) != value
+    ]
+    if wrong:
+        raise ConversionError(
+            "SAT has no word for this: " + "; ".join(wrong) + ".", "Give the configs of a CogVideoX pipeline."
+        )
+
+
+def _schedule(shift: float) -> dict[str, Any]:
+    return {"target": f"{_DIFFUSION}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": shift}}
+
+
+def _network(config: Mapping[str, Any]) -> dict[str, Any]:
+    heads, width, patch = config["num_attention_heads"], config["attention_head_dim"], config["patch_size"]
+    newer = config["patch_size_t"] is not None
+    return {
+        # A key of main's alone: v1.0 passes what it does not know on to SAT's transformer.
+        **({"ofs_embed_dim": config["ofs_embed_dim"]} if config["ofs_embed_dim"] is not None else {}),
+        "time_embed_dim": config["time_embed_dim"],
+        "elementwise_affine": True,
+        "num_frames": config["sample_frames"],
+        "time_compressed_rate": config["temporal_compression_ratio"],
+        "latent_width": config["sample_width"],
+        "latent_height": config["sample_height"],
+        "num_layers": config["num_layers"],
+        "patch_size": [config["patch_size_t"], patch, patch] if newer else patch,
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "hidden_size": heads * width,
+        "adm_in_channels": 256,
+        "num_attention_heads": heads,
+        "transformer_args": {
+            "checkpoint_activations": True,
+            "vocab_size": 1,
+            "max_sequence_length": MAX_SEQUENCE_LENGTH,
+            "layernorm_order": "pre",
+            "skip_init": False,
+            "model_parallel_size": 1,
+            "is_decoder": False,
+        },
+        "modules": {
+            "pos_embed_config": _positions(config, width),
+            "patch_embed_config": {
+                "target": "dit_video_concat.ImagePatchEmbeddingMixin",
+                "params": {"text_hidden_size": config["text_embed_dim"]},
+            },
+            "adaln_layer_config": {"target": "dit_video_concat.AdaLNMixin", "params": {"qk_ln": True}},
+            "final_layer_config": {"target": "dit_video_concat.FinalLayerMixin"},
+        },
+    }
+
+
+def _positions(config: Mapping[str, Any], width: int) -> dict[str, Any]:
+    params: dict[str, Any] = {"text_length": config["max_text_seq_length"]}
+    if not config["use_rotary_positional_embeddings"]:
+        spatial, temporal = config["spatial_interpolation_scale"], config["temporal_interpolation_scale"]
+        params |= {"height_interpolation": spatial, "width_interpolation": spatial}
+        # SAT multiplies nothing by its default; the shipped yaml leaves it out.
+        params |= {"time_interpolation": temporal} if temporal != 1.0 else {}
+        return {"target": "dit_video_concat.Basic3DPositionEmbeddingMixin", "params": params}
+    params |= {"hidden_size_head": width}
+    params |= {"learnable_pos_embed": True} if config["use_learned_positional_embeddings"] else {}
+    return {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin", "params": params}
+
+
+def _conditioner(length: int) -> dict[str, Any]:
+    embedder = {
+        "is_trainable": False,
+        "input_key": "txt",
+        "ucg_rate": 0.1,
+        "target": "sgm.modules.encoders.modules.FrozenT5Embedder",
+        "params": {"model_dir": "t5-v1_1-xxl", "max_length": length},
+    }
+    return {"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": [embedder]}}
+
+
+def _first_stage(vae: Mapping[str, Any]) -> dict[str, Any]:
+    channels = list(vae["block_out_channels"])
+    if any(width % channels[0] for width in channels):
+        raise ConversionError(f"SAT's autoencoder has multiples of its first width; block_out_channels are {channels}.")
+    coder = {
+        "double_z": True,
+        "z_channels": vae["latent_channels"],
+        "resolution": 256,
+        "in_channels": vae["in_channels"],
+        "out_ch": vae["out_channels"],
+        "ch": channels[0],
+        "ch_mult": [width // channels[0] for width in channels],
+        "attn_resolutions": [],
+        "num_res_blocks": vae["layers_per_block"],
+        "dropout": 0.0,
+        "temporal_compress_times": int(vae["temporal_compression_ratio"]),
+    }
+    return {
+        "target": "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper",
+        "params": {
+            "cp_size": 1,
+            "ckpt_path": "vae/3d-vae.pt",
+            "ignore_keys": ["loss"],
+            "loss_config": {"target": "torch.nn.Identity"},
+            "regularizer_config": {"target": "vae_modules.regularizers.DiagonalGaussianRegularizer"},
+            "encoder_config": {
+                "target": "vae_modules.cp_enc_dec.ContextParallelEncoder3D",
+                "params": coder | {"gather_norm": True},
+            },
+            "decoder_config": {
+                "target": "vae_modules.cp_enc_dec.ContextParallelDecoder3D",
+                "params": coder | {"gather_norm": False},
+            },
+        },
+    }

@@ -1,0 +1,256 @@
+"""A plan in words and columns, and the stage's way out: what is printed, and whether the training could run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cogflow.config.schema import Config, DataConfig
+from cogflow.errors import ConfigError
+from cogflow.planning import advice, memory, traffic
+from cogflow.planning.plan import Plan, plan
+from cogflow.runtime.console import echo
+
+DEAR, FEWEST = 0.1, 10
+"""Share of the training before it above which a validation is dear, and the fewest denoising steps that still show blur and no noise."""
+
+
+def show(config: Config) -> None:
+    """Print the plan of ``config``. Raises :class:`ConfigError` when it cannot fit, naming settings that would."""
+    made = plan(config)
+    echo("\n".join(lines(made)))
+    if misfits := made.misfits():
+        raise ConfigError("This training does not fit:\n" + "\n".join(f"  - {line}" for line in misfits), hint(made))
+
+
+def lines(plan: Plan) -> list[str]:
+    """The plan, ready to print."""
+    sections = [
+        _model(plan),
+        _gpu(plan),
+        _host(plan),
+        _work(plan),
+        _traffic(plan),
+        _disk(plan),
+        _data(plan),
+        _validation(plan),
+        _run(plan),
+    ]
+    text = [line for section in sections for line in (*section, "")]
+    return [*text, *_verdict(plan)]
+
+
+def hint(plan: Plan) -> str:
+    """Overrides that would fit, one line each, the best first."""
+    found = [
+        f"{' '.join(option.words) or 'as asked'}: {gb(option.gpu.peak)} a GPU, {gb(option.host.peak)} of host memory a machine, "
+        f"{duration(option.pace.step)} a step"
+        for option in advice.options(plan)
+    ]
+    found = [f"would fit: {line}" for line in found] or ["No way of sharing the states fits on up to 64 such GPUs."]
+    return "\n  ".join([*found, *advice.notes(plan)])
+
+
+def _model(plan: Plan) -> list[str]:
+    shape, data = plan.shape, plan.config.data
+    return [
+        f"model        {plan.config.model.name}: {shape.parameters:,} parameters, {shape.trained:,} trained, in {plan.dtype} "
+        f"({plan.model_source})",
+        f"sequence     {plan.tokens.total:,} tokens: {plan.tokens.text} of text, {plan.tokens.video:,} of video ({_sizes(data)})",
+        f"layout       {plan.setting.gpus} GPU{'s' if plan.setting.gpus > 1 else ''} on {plan.setting.nodes} "
+        f"machine{'s' if plan.setting.nodes > 1 else ''}, ZeRO-{plan.setting.zero_stage}{_offloaded(plan)}, activation checkpointing "
+        f"{_recomputed(plan)}, {plan.setting.batch} clip{'s' if plan.setting.batch > 1 else ''} x "
+        f"{plan.setting.accumulation} micro step{'s' if plan.setting.accumulation > 1 else ''} "
+        + (f"for each {plan.setting.sequence} GPUs, which share its tokens" if plan.setting.sequence > 1 else "a GPU"),
+    ]
+
+
+def _sizes(data: DataConfig) -> str:
+    if not data.buckets:
+        return f"{data.frames} frames of {data.height} x {data.width}"
+    return f"the largest of {len(data.buckets)} bucket{'s' if len(data.buckets) > 1 else ''}: {', '.join(data.buckets)}"
+
+
+KEEPING = {
+    "nothing": "keep their input alone",
+    "attention": "keep attention",
+    "products": "keep attention and all products but the widest",
+    "all": "keep all products",
+    "everything": "keep everything",
+}
+"""Blocks, by ``deepspeed.checkpoint_keep``."""
+
+
+def _recomputed(plan: Plan) -> str:
+    if not plan.setting.checkpointing:
+        return "off"
+    return f"on ({keeping(plan.setting.kept(plan.shape.layers))})"
+
+
+def keeping(kept: Mapping[str, int]) -> str:
+    """Blocks by what they keep, in words."""
+    some = {KEEPING[keep]: count for keep, count in kept.items() if count}
+    return (
+        ", ".join(f"{count} blocks {words}" for words, count in some.items())
+        if len(some) > 1
+        else f"all blocks {next(iter(some))}"
+    )
+
+
+def _offloaded(plan: Plan) -> str:
+    names = [
+        name
+        for name, is_on in (("optimizer", plan.setting.offload_optimizer), ("weights", plan.setting.offload_parameters))
+        if is_on
+    ]
+    return f" ({' and '.join(names)} in host memory)" if names else ""
+
+
+def _gpu(plan: Plan) -> list[str]:
+    limit = f"{gb(plan.device.memory)} are there ({plan.device.memory_source})"
+    title = f"memory of each GPU: {gb(plan.gpu.peak)} at the worst; {limit}"
+    return [title, *_columns(plan.gpu)]
+
+
+def _host(plan: Plan) -> list[str]:
+    limit = (
+        f"{gb(plan.device.host)} are there"
+        if plan.device.host is not None
+        else "stage.plan_host_gb says how much there is"
+    )
+    return [f"host memory of each machine: {gb(plan.host.peak)} at the worst; {limit}", *_columns(plan.host)]
+
+
+def _columns(memory: memory.Memory) -> list[str]:
+    """Parts, then the phases in which they meet."""
+    rows = [f"  {name:<22}{gb(size):>12}" for name, size in _present(memory.parts).items()]
+    return [*rows, "  " + "; ".join(f"{name} {gb(size)}" for name, size in memory.phases.items())]
+
+
+def _present(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def _work(plan: Plan) -> list[str]:
+    sample, forward = plan.sample, plan.forward
+    floor, waiting = plan.seconds, plan.pace.waiting
+    waits = f" and {duration(waiting)} ({waiting / plan.pace.step:.0%}) waiting for communication" if waiting else ""
+    measured = "" if plan.stage.plan_tflops else "; a prediction until stage.plan_tflops says what a step reached"
+    return [
+        f"operations of one clip: forward {peta(forward.total)} (linear layers {peta(forward.linear)}, attention "
+        f"{peta(forward.attention)}), backward {peta(sample.backward)}, recomputation {peta(sample.recomputation)}: {peta(sample.total)}",
+        f"one step: {plan.clips_per_step} clip{'s' if plan.clips_per_step > 1 else ''}, {peta(plan.flops)} on each GPU, "
+        f"{duration(floor)} at {plan.device.tflops:.0f} TFLOP/s ({plan.device.tflops_source}){waits}; "
+        f"{plan.stage.steps} steps: {duration(plan.pace.step * plan.stage.steps)}{measured}",
+    ]
+
+
+def _traffic(plan: Plan) -> list[str]:
+    sent = plan.traffic
+    between = "nothing is sent between GPUs"
+    if plan.setting.gpus > 1:
+        between = f"{gb(sent.between_gpus)} from each GPU (gradients {gb(sent.gradients)}, weights {gb(sent.weights)}"
+        between += f", averages {gb(sent.averages)}" if sent.averages else ""
+        between += f", tokens {gb(sent.tokens)})" if sent.tokens else ")"
+    host = f", {gb(sent.host)} between GPU and host" if sent.host else ""
+    lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
+    if plan.setting.gpus > 1:
+        layouts = [replace(plan.setting, zero_stage=stage) for stage in range(4)]
+        others = {one.zero_stage: traffic.traffic(plan.shape, plan.tokens, one).between_gpus for one in layouts}
+        lines.append("  by ZeRO stage: " + ", ".join(f"{stage}: {gb(sent)}" for stage, sent in others.items()))
+    return lines
+
+
+def _disk(plan: Plan) -> list[str]:
+    disk = plan.disk
+    there = f"{gb(disk.free)} are free" if disk.free is not None else "what is free is not known"
+    averages = f", averages {gb(disk.averages)}" if disk.averages else ""
+    alone = f" and {disk.alone} folders of weights alone" if disk.alone else ""
+    return [
+        f"one checkpoint: {gb(disk.checkpoint)} (DeepSpeed's states {gb(disk.deepspeed)}, weights {gb(disk.weights)}{averages}); "
+        f"up to {disk.most} at once{alone}: {gb(disk.needed)}; {there}",
+        *(
+            ["  warning: they do not fit there: stage.keep_last=1, stage.keep_best=0, or run.root on a larger disk"]
+            if disk.full
+            else []
+        ),
+    ]
+
+
+def _data(plan: Plan) -> list[str]:
+    clips = plan.clips
+    if clips.training is None:
+        return [f"clips: not known yet ({clips.source})"]
+    epoch = clips.training / plan.clips_per_step
+    text = f"clips: {clips.training} to train on, {clips.holdout} held out ({clips.source}); an epoch is {epoch:.4g} steps, "
+    text += (
+        f"{plan.stage.steps} steps are {plan.stage.steps / epoch:.3g} epochs" if epoch else "there is none to train on"
+    )
+    return [
+        text,
+        *(["  they were prepared with other settings of data: run stage=prepare again"] if clips.size_differs else []),
+    ]
+
+
+def _validation(plan: Plan) -> list[str]:
+    if plan.sampling is None:
+        return ["validation: none (stage.sample_every=0)"]
+    sampling, between = plan.config.sampling, min(plan.stage.sample_every, plan.stage.steps)
+    share = plan.validation_seconds / (between * plan.pace.step)
+    return [
+        f"one validation: {plan.samples} videos ({plan.prompts} prompts x {len(sampling.seeds)} seeds; {plan.prompts_source}) x "
+        f"{sampling.steps} steps x {plan.passes} passes: {peta(plan.validation_flops)}, {duration(plan.validation_seconds)} beside "
+        f"decoding; {share:.1%} of the {between} training steps before it",
+        *_cheaper(share, sampling.steps, between),
+    ]
+
+
+def _cheaper(share: float, steps: int, between: int) -> list[str]:
+    """What brings a validation down to :data:`DEAR` of the training before it."""
+    if share <= DEAR:
+        return []
+    every = math.ceil(between * share / DEAR / 10) * 10
+    fewer = int(steps * DEAR / share)
+    ways = [f"stage.sample_every={every}", *([f"sampling.steps={fewer}"] if fewer >= FEWEST else []), "fewer prompts"]
+    return [f"  dear: {', '.join(ways[:-1])} or {ways[-1]} would make it {DEAR:.0%}"]
+
+
+def _run(plan: Plan) -> list[str]:
+    run, stage = plan.goodput, plan.stage
+    every = f"saved every {stage.save_every} steps" if stage.save_every else "saved at the end only"
+    return [
+        f"one save: {duration(run.save)} at {stage.plan_disk_gb:g} GB/s of each machine (stage.plan_disk_gb), in which training waits; "
+        f"{every}: {run.saving_share:.2%} of the run; cheapest every {duration(run.best_seconds)}, stage.save_every={run.best_every} "
+        "(Young, Daly)",
+        f"interruptions: {run.a_week:.2g} a week, {run.interruptions:.2g} in this run (one in {stage.plan_mtbf_hours:g} GPU hours: "
+        f"stage.plan_mtbf_hours), each {duration(run.lost)}: half of what lies between two saves, and "
+        f"{duration(run.restart)} until it goes on (stage.plan_restart_minutes)",
+        f"goodput: {run.share:.1%} of {duration(run.seconds)} are training steps; validations {run.validation_share:.1%}, saves "
+        f"{run.saving_share:.1%}, interruptions {run.lost_share:.1%} ({run.interruptions * run.lost / 3600:.2g} hours)",
+    ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if plan.misfits():
+        return []
+    spare = plan.device.memory - plan.gpu.peak
+    return [f"it fits: {gb(spare)} of each GPU are left"]
+
+
+def gb(bytes: float) -> str:
+    """In 10^9 bytes, with as many digits as a small model needs."""
+    value = bytes / 1e9
+    return f"{value:.1f} GB" if value >= 1 else f"{value * 1000:.1f} MB"
+
+
+def peta(flops: float) -> str:
+    return f"{flops / 1e15:.3g} PFLOP" if flops >= 1e13 else f"{flops / 1e12:.3g} TFLOP"
+
+
+def duration(seconds: float) -> str:
+    """In the unit a reader thinks in."""
+    for unit, size in (("days", 172800), ("hours", 7200), ("minutes", 120)):
+        if seconds >= size:
+            return f"{seconds / (size / 2):.1f} {unit}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,90 @@
+"""A small model in a base folder, a run that exported a checkpoint of it, and the run's own samples. All random weights."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from transformers import T5Config, T5EncoderModel
+
+from cogflow.config.schema import SamplingConfig
+from cogflow.files.publish import publish_folder, write_json
+from cogflow.models import loading
+from cogflow.models.family import FAMILY
+from cogflow.pretraining.text import make_tokenizer
+from cogflow.sampling.gallery import sample_into
+from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sampler import Sampler, requests
+from cogflow.weights.fingerprint import fingerprint
+
+# Tests are imported by path; this makes their helper (assembling.py) importable, too.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from assembling import TOKENS, TRAINED_WITH, Work
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base/`` (a pipeline folder's components) and ``run/`` (export and samples), made once; tests work on copies."""
+    root = tmp_path_factory.mktemp("made")
+    base = root / "base"
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(base / "tokenizer")
+    T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
+        )
+    ).save_pretrained(base / "text_encoder")  # fmt: skip
+    AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16, scaling_factor=0.7
+    ).save_pretrained(base / "vae")  # fmt: skip
+    CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config()).save_pretrained(base / "scheduler")
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, time_embed_dim=8, text_embed_dim=8, num_layers=1,
+        sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=TOKENS, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    transformer.save_pretrained(base / "transformer")
+    shutil.rmtree(base / "tokenizer" / ".cache", ignore_errors=True)
+    _run(root / "run", base, transformer)
+    return root
+
+
+def _run(run: Path, base: Path, transformer: CogVideoXTransformer3DModel) -> None:
+    weights = fingerprint(transformer.state_dict().items())
+    with publish_folder(run / "export") as folder:
+        transformer.save_pretrained(folder / "transformer")
+        report = {
+            "source": str(run / "checkpoints" / "step-000004"),
+            "step": 4,
+            "weights": "model",
+            "family": "small",
+            "dtype": "fp32",
+        }
+        write_json(
+            folder / "export.json",
+            report | {"trained_with": TRAINED_WITH, "source_weights_sha256": weights, "weights_sha256": weights},
+        )
+    tokenizer, encoder = loading.load_tokenizer(base), loading.load_text_encoder(base)
+    prompts = [Prompt("circle", "a red circle moves left over a light background")]
+    embeds = loading.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts] + [""], TOKENS)
+    sampler = Sampler(
+        transformer, loading.load_vae(base), loading.load_scheduler(base), embeds[-1], SamplingConfig(steps=3),
+        frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    facts = {"step": 4, "weights": "model", "weights_sha256": weights}
+    sample_into(
+        run / "samples" / "step-000004", sampler, requests(prompts, embeds, [0]), fps=8.0, facts=facts, title="samples"
+    )
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in ("base", "run"):
+        shutil.copytree(made / name, tmp_path / name)
+    return Work(tmp_path)

@@ -1,0 +1,200 @@
+"""Assembled pipelines: right files and index, loadable by diffusers alone, equal to the run's own videos, or kept apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from assembling import TOKENS, TRAINED_WITH, Work
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from safetensors.torch import load_file, save_file
+
+from cogflow.assemble import verification
+from cogflow.assemble.verification import difference
+from cogflow.config.schema import SamplingConfig
+from cogflow.errors import PipelineError, QualityGateError
+from cogflow.files.manifest import check_manifest, hash_file, write_manifest
+from cogflow.models import loading
+from cogflow.sampling import gallery
+from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sampler import Sampler, requests
+from cogflow.stages import assemble
+
+CAPTION = "a red circle moves left over a light background"
+
+
+def test_the_folder_is_checked_against_the_run_in_a_fresh_process_and_published(
+    work: Work, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assemble.run(work.config(verify=True))
+    pipeline = work.run / "pipeline"
+    assembly = json.loads((pipeline / "assembly.json").read_text())
+    assert "fresh process: 1/1 circle-seed0" in capfd.readouterr().out
+    assert assembly["verify"]["status"] == "passed" and assembly["verify"]["samples"][0]["psnr"] >= 50
+    assert assembly["made"]["trained_with"] == TRAINED_WITH
+    assert check_manifest(pipeline) == []
+    for name, component in assembly["components"].items():
+        assert component["files"].keys() == {path.name for path in (pipeline / name).iterdir()}
+        assert all(file["sha256"] == hash_file(pipeline / name / path) for path, file in component["files"].items())
+    record = json.loads((work.run / "assemble.json").read_text())
+    assert record["results"]["where"] == str(pipeline)
+
+
+def test_a_pipeline_that_gives_other_videos_is_kept_apart(work: Work) -> None:
+    """A VAE with other weights: every config agrees, only the frames tell."""
+    file = work.base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.conv.weight"] *= 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(QualityGateError, match="circle-seed0: PSNR") as caught:
+        assemble.run(work.config(verify=True))
+    assert caught.value.exit_code == 3 and "pipeline.rejected" in str(caught.value)
+    rejected = work.run / "pipeline.rejected"
+    assert not (work.run / "pipeline").exists() and not list(work.run.glob(".pipeline*"))
+    assert json.loads((rejected / "assembly.json").read_text())["verify"]["status"] == "failed"
+    assert (rejected / "model_index.json").is_file() and (rejected / "verify-frames.safetensors").is_file()
+
+
+def test_a_folder_that_diffusers_cannot_run_is_kept_apart(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "fresh.py"
+    script.write_text(
+        "import os, sys\nsys.exit('cannot be loaded ' + str('PYTHONPATH' in os.environ and '' in sys.path))"
+    )
+    monkeypatch.setattr(verification, "SCRIPT", script)
+    with pytest.raises(QualityGateError, match=r"(?s)does not load or run.*cannot be loaded False"):
+        assemble.run(work.config(verify=True))
+    assert not (work.run / "pipeline").exists() and (work.run / "pipeline.rejected").is_dir()
+
+
+def test_from_pretrained_gives_every_component(work: Work) -> None:
+    assemble.run(work.config())
+    pipeline = work.run / "pipeline"
+    index = json.loads((pipeline / "model_index.json").read_text())
+    assert index == {
+        "_class_name": "CogVideoXPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+    }
+    pipe = CogVideoXPipeline.from_pretrained(pipeline)
+    expected = load_file(work.run / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert pipe.vae.config.scaling_factor == 0.7 and pipe.scheduler.config.snr_shift_scale == 1.0
+    card = (pipeline / "README.md").read_text()
+    assert "max_sequence_length=16" in card and "use_dynamic_cfg=True" in card and "num_frames=5" in card
+    assert str(work.folder) not in card
+
+
+def test_weights_are_linked_and_configs_copied(work: Work) -> None:
+    assemble.run(work.config())
+    for name, file in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        assert os.path.samefile(work.run / "pipeline" / name / file, work.base / name / file)
+    assert not os.path.samefile(work.run / "pipeline" / "vae" / "config.json", work.base / "vae" / "config.json")
+
+
+def test_without_hard_links_weights_are_copied(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assemble.run(work.config())
+    file = work.run / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert hash_file(file) == hash_file(work.base / "vae" / file.name) and file.stat().st_nlink == 1
+
+
+def test_components_from_different_places_and_a_rerun(work: Work) -> None:
+    assemble.run(work.config())
+    first = json.loads((work.run / "pipeline" / "assembly.json").read_text())
+    own = work.folder / "own"
+    (work.base / "vae").rename(own)
+    for place in (str(own), str(work.run / "pipeline")):
+        assemble.run(work.config(output=str(work.folder / "second"), vae=place, transformer=str(work.run / "pipeline")))
+        second = json.loads((work.folder / "second" / "assembly.json").read_text())
+        assert second["components"]["vae"]["files"] == first["components"]["vae"]["files"]
+        assert second["made"] == first["made"]
+
+
+def test_the_base_is_the_model_that_was_trained(work: Work) -> None:
+    with pytest.raises(PipelineError, match="does not say which model"):
+        assemble.run(work.config(base=None))
+    work.edit(
+        "run/export/export.json",
+        lambda report: report.update(model={"name": "small", "path": str(work.base), "dtype": "auto"}),
+    )
+    write_manifest(work.run / "export")
+    assemble.run(work.config(base=None))
+    assembly = json.loads((work.run / "pipeline" / "assembly.json").read_text())
+    assert assembly["components"]["vae"]["from"] == str(work.base / "vae")
+
+
+@pytest.mark.parametrize("reason", ["samples", "weights", "sampler"])
+def test_a_check_that_cannot_be_made_is_said_and_recorded(
+    work: Work, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if reason == "samples":
+        (work.run / "samples" / "step-000004" / "frames.safetensors").unlink()
+        expected = "holds no samples with raw frames"
+    elif reason == "sampler":
+        work.edit("run/samples/step-000004/samples.json", lambda record: record["sampling"].update(sampler="sat_dpm"))
+        expected = "was sampled with sampling.sampler=sat_dpm"
+    else:
+        work.edit(
+            "run/samples/step-000004/samples.json", lambda record: record.update(weights="ema", weights_sha256="0" * 64)
+        )
+        expected = "was sampled with other weights (ema of step 4)"
+    # The export names the run it came from; both it and this run are looked at.
+    exported = json.loads((work.run / "export" / "export.json").read_text())["source"]
+    assert not Path(exported).is_relative_to(work.folder)
+    (Path(exported).parent.parent / "samples").rename(Path(exported).parent.parent / "hidden")
+    try:
+        assemble.run(work.config(verify=True))
+    finally:
+        (Path(exported).parent.parent / "hidden").rename(Path(exported).parent.parent / "samples")
+    verified = json.loads((work.run / "pipeline" / "assembly.json").read_text())["verify"]
+    assert verified["status"] == "skipped" and expected in verified["reason"]
+    assert expected in capfd.readouterr().out
+    assert "not compared" in (work.run / "pipeline" / "README.md").read_text()
+
+
+def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
+    """DPM draws noise between its steps: the run and the fresh process draw the same."""
+    source = str(work.run / "checkpoints" / "step-000004")
+    work.edit("run/export/export.json", lambda report: report.update(source=source))
+    write_manifest(work.run / "export")
+    work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(_class_name="CogVideoXDPMScheduler"))
+    scheduler = loading.load_scheduler(work.base)
+    assert isinstance(scheduler, CogVideoXDPMScheduler)
+    samples = work.run / "samples" / "step-000004"
+    record = gallery.read_record(samples)
+    transformer = loading.load_transformer(work.run / "export", torch.float32).eval()
+    embeds = loading.encode_prompts(
+        loading.load_tokenizer(work.base), loading.load_text_encoder(work.base), [CAPTION, ""], TOKENS
+    )
+    sampler = Sampler(
+        transformer, loading.load_vae(work.base), scheduler, embeds[-1], SamplingConfig(steps=3),
+        frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    facts = {key: record[key] for key in ("step", "weights", "weights_sha256")}
+    gallery.sample_into(
+        samples, sampler, requests([Prompt("circle", CAPTION)], embeds, [0]), fps=8.0, facts=facts, title="samples"
+    )
+    assemble.run(work.config(verify=True))
+    verified = json.loads((work.run / "pipeline" / "assembly.json").read_text())["verify"]
+    assert verified["status"] == "passed" and verified["samples"][0]["psnr"] >= 50
+
+
+def test_difference() -> None:
+    clip = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    assert difference(clip, clip) == {"psnr": 100.0, "max_difference": 0}
+    assert difference(clip + 5, clip) == {"psnr": pytest.approx(34.151, abs=1e-3), "max_difference": 5}
+    assert difference(clip - 5, clip)["max_difference"] == 5
+    assert difference(None, clip)["psnr"] == 0 and difference(clip[:1], clip)["psnr"] == 0

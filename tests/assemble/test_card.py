@@ -1,0 +1,202 @@
+"""What goes along with a pipeline: the run's videos, its training, its ladder, the command; and what goes to the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from assembling import Work
+
+from cogflow.assemble.card_context import command_without_places
+from cogflow.assemble.components import PipelineComponent
+from cogflow.assemble.consistency import ARCHITECTURE
+from cogflow.assemble.model_card import _plain
+from cogflow.assemble.sampling_settings import how_to_sample
+from cogflow.errors import PipelineError
+from cogflow.files.manifest import check_manifest, hash_file, write_manifest
+from cogflow.ladder import store
+from cogflow.models.family import FAMILY
+from cogflow.sampling import gallery
+from cogflow.stages import assemble
+
+RECORD = {
+    "settings": {
+        "model": {"name": "tiny", "path": None},
+        "data": {"frames": 5, "height": 32, "width": 32, "fps": 8.0},
+        "stage": {
+            "batch_size": 2,
+            "gradient_accumulation": 3,
+            "learning_rate": 1e-5,
+            "schedule": "cosine",
+            "text_dropout": 0.1,
+            "seed": 7,
+        },
+    },
+    "results": {"summary": "4 steps of 2 clips"},
+    "seconds": 3725.0,
+    "versions": {"cogflow": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1"},
+}
+
+
+@pytest.fixture
+def told(work: Work) -> Work:
+    """The run with its training's record and a ladder; the export names a checkpoint of it."""
+    work.edit(
+        "run/export/export.json", lambda report: report.update(source=str(work.run / "checkpoints" / "step-000004"))
+    )
+    write_manifest(work.run / "export")
+    (work.run / "train.json").write_text(json.dumps(RECORD))
+    record = gallery.read_record(work.run / "samples" / "step-000004")
+    panels = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
+    store.put(work.run, 3, panels, {"step": 0})
+    store.put(work.run, 4, panels, {"step": 4})
+    return work
+
+
+@pytest.mark.slow
+def test_the_card_tells_the_training_the_samples_the_ladder_and_the_command(told: Work) -> None:
+    assemble.run(told.config(verify=True))
+    pipeline = told.run / "pipeline"
+    card = (pipeline / "README.md").read_text()
+    for line in (
+        "| started from | tiny |", "| clips | 5 x 32 x 32 at 8 frames per second |", "| micro steps per step | 3 |",
+        "| learning rate | 1e-05, cosine |", "| time | 1 h 02 min |", "| ended with | 4 steps of 2 clips |",
+        "- [a red circle moves left over a light background](samples/circle-seed0.mp4)", "![one frame of each sample](samples/contact.png)",
+        "| 4 tuned | 1 | 3 base | 1 |", "| 5 exported | 1 | 4 tuned | 1 |", "Assembled by",
+    ):  # fmt: skip
+        assert line in card, line
+    video = told.run / "samples" / "step-000004" / "circle-seed0.mp4"
+    assert hash_file(pipeline / "samples" / "circle-seed0.mp4") == hash_file(video)
+    assert str(told.folder) not in card and check_manifest(pipeline) == []
+    sampling = json.loads((pipeline / "assembly.json").read_text())["sampling"]
+    wanted = {
+        "steps": 3, "guidance_scale": 6.0, "use_dynamic_cfg": True, "frames": 5, "height": 32, "width": 32, "fps": 8.0, "dtype": "fp32",
+        "max_sequence_length": 16, "from": str(video.parent),
+    }  # fmt: skip
+    assert {key: sampling[key] for key in wanted} == wanted
+
+
+def test_samples_of_other_weights_stay_behind(told: Work) -> None:
+    told.edit("run/samples/step-000004/samples.json", lambda record: record.update(weights_sha256="0" * 64))
+    assemble.run(told.config())
+    card = (told.run / "pipeline" / "README.md").read_text()
+    assert "## Training" in card and "## Samples" not in card and not (told.run / "pipeline" / "samples").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "tiny"])
+def test_without_a_run_the_family_says_how_to_sample(name: str, work: Work) -> None:
+    member = FAMILY[name]
+    settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
+        "max_text_seq_length": member.text_tokens
+    }
+    how = how_to_sample(
+        work.config(), None, PipelineComponent("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)
+    )
+    assert (how["height"], how["width"], how["frames"], how["fps"], how["dtype"]) == (
+        member.height, member.width, member.frames, member.fps, member.dtype,
+    )  # fmt: skip
+    assert (how["steps"], how["max_sequence_length"], how["from"]) == (50, member.text_tokens, f"the facts of {name}")
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("run.root=/home/me/runs stage.vae=/mnt/x/y/vae", "run.root=.../me/runs stage.vae=.../y/vae"),
+        (
+            "stage.base=~/m/c 'stage.config=[/a/b/c.yaml,/d/e/f.yaml]'",
+            "'stage.base=~/m/c' 'stage.config=[.../b/c.yaml,.../e/f.yaml]'",
+        ),
+        ("stage.transformer=runs/a 'stage.vae=/a/b c/d'", "stage.transformer=runs/a 'stage.vae=.../b c/d'"),
+        ("stage.output=pipelines/one", "stage.output=pipelines/one"),
+    ],
+)
+def test_places_are_left_out(command: str, shown: str) -> None:
+    assert command_without_places(command) == shown
+
+
+def test_cells_cannot_break_a_table() -> None:
+    assert _plain("a|b\n[c](d)") == "a\\|b \\[c\\](d)"
+
+
+class Hub:
+    """Stands for the hub: keeps what it was asked, and a copy of what it was given."""
+
+    def __init__(self, keep: Path, error: Exception | None = None) -> None:
+        self.keep, self.error, self.asked = keep, error, []  # type: ignore[var-annotated]
+
+    def api(self, **about: Any) -> Hub:
+        return self
+
+    def create_repo(self, repo_id: str, **how: Any) -> Any:
+        self.asked.append(("create_repo", repo_id, how))
+        if self.error:
+            raise self.error
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, **how: Any) -> Any:
+        shutil.copytree(how["folder_path"], self.keep)
+        self.asked.append(("upload_folder", how.pop("repo_id"), how))
+        return SimpleNamespace(commit_url="https://hub/me/mine/commit/1")
+
+
+def test_nothing_is_pushed_unless_asked(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
+    assemble.run(work.config())
+    assert hub.asked == []
+
+
+def test_the_finished_folder_is_pushed_without_places(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
+    assemble.run(work.config(push_to_hub="me/mine"))
+    pipeline = work.run / "pipeline"
+    assert hub.asked[0] == ("create_repo", "me/mine", {"private": True, "exist_ok": True, "repo_type": "model"})
+    assert hub.asked[1][1] == "me/mine" and hub.asked[1][2]["repo_type"] == "model"
+    assert check_manifest(tmp_path / "hub") == [] and check_manifest(pipeline) == []
+    shared, own = ((folder / "assembly.json").read_text() for folder in (tmp_path / "hub", pipeline))
+    assert str(work.folder) in own and str(work.folder) not in shared and ".../base/vae" in shared
+    assert {path.name for path in (tmp_path / "hub").rglob("*")} == {path.name for path in pipeline.rglob("*")}
+    record = json.loads((work.run / "assemble.json").read_text())
+    assert record["results"]["hub"] == "https://hub/me/mine/commit/1" and not list(work.run.glob(".pipeline*"))
+
+
+@pytest.mark.parametrize(
+    "error", [huggingface_hub.errors.LocalTokenNotFoundError("no token"), ConnectionError("no way there")]
+)
+def test_a_hub_that_refuses_leaves_the_folder(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    hub = Hub(tmp_path / "hub", error)
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
+    with pytest.raises(PipelineError, match=f"is published here, and was not uploaded to me/mine: {error}"):
+        assemble.run(work.config(push_to_hub="me/mine", hub_private=False))
+    assert hub.asked[0][2]["private"] is False and not (tmp_path / "hub").exists()
+    assert check_manifest(work.run / "pipeline") == [] and (work.run / "assemble.json").is_file()
+
+
+def test_a_folder_that_failed_is_not_pushed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
+    work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(snr_shift_scale=3.0))
+    with pytest.raises(PipelineError):
+        assemble.run(work.config(push_to_hub="me/mine"))
+    assert hub.asked == []
+
+
+def test_the_hubs_own_api_takes_what_is_given_to_it() -> None:
+    import inspect
+
+    for name, given in (
+        ("create_repo", {"private", "exist_ok", "repo_type"}),
+        ("upload_folder", {"repo_id", "folder_path", "repo_type", "commit_message"}),
+    ):
+        assert given <= inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters.keys()
+    assert "library_name" in inspect.signature(huggingface_hub.HfApi.__init__).parameters

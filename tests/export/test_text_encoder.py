@@ -1,0 +1,75 @@
+"""The T5 inside of a training checkpoint that SAT wrote."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_sets import infos, kept
+from transformers import T5Config, T5EncoderModel
+
+from cogflow.errors import ConversionError
+from cogflow.export import sat_components, text_encoder_table
+from cogflow.export.algebra import invert
+from cogflow.export.mapping_plan import Converted, make_plan
+from cogflow.weights.tensors import Renamed
+
+CONFIG = {
+    "vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def source() -> Renamed:
+    found = sat_components.split(kept("5b-i2v").checkpoint()).text_encoder
+    assert found is not None
+    return found
+
+
+def settings(source: Renamed) -> dict[str, object]:
+    layers = {name.split(".")[2] for name in source.tensors if name.startswith("encoder.block.")}
+    width = source.tensors["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1]
+    return CONFIG | {"num_layers": len(layers), "d_ff": width}
+
+
+def test_there_and_back(source: Renamed) -> None:
+    config = settings(source)
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(**config))
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != text_encoder_table.EMBEDDED
+    }
+    table = text_encoder_table.table(config, source.tensors)
+    there = Converted(make_plan(table, source.tensors, expected), source)
+    back = Converted(make_plan(invert(table), there.tensors), there)
+    assert back.tensors.keys() == source.tensors.keys()
+    for name in source.tensors:
+        assert torch.equal(back.read(name), source.read(name)), name
+
+
+@pytest.mark.parametrize("absent", [text_encoder_table.SHARED, text_encoder_table.EMBEDDED])
+def test_an_embedding_that_is_there_once(source: Renamed, absent: str) -> None:
+    names = {name: inner for name, inner in source.names.items() if name != absent}
+    once = Renamed(source.source, names)
+    there = Converted(make_plan(text_encoder_table.table(settings(source), once.tensors), once.tensors), once)
+    assert torch.equal(there.read(text_encoder_table.SHARED), source.read(text_encoder_table.SHARED))
+
+
+def test_two_embeddings_that_differ_are_refused(source: Renamed) -> None:
+    class Altered(Renamed):
+        def read(self, name: str) -> torch.Tensor:
+            return super().read(name) + (name == text_encoder_table.EMBEDDED)
+
+    altered = Altered(source.source, source.names)
+    there = Converted(make_plan(text_encoder_table.table(settings(source), altered.tensors), altered.tensors), altered)
+    with pytest.raises(ConversionError, match="values differ"):
+        there.read(text_encoder_table.SHARED)
+
+
+def test_an_old_t5_is_not_gated() -> None:
+    table = text_encoder_table.table({"num_layers": 2, "feed_forward_proj": "relu"})
+    names = {name for operation in table for name in operation.sources}
+    assert "encoder.block.1.layer.1.DenseReluDense.wi.weight" in names
+    with pytest.raises(ConversionError, match="num_layers"):
+        text_encoder_table.table({})
+    with pytest.raises(ConversionError, match="wi_0.weight: missing"):
+        make_plan(text_encoder_table.table(CONFIG), infos(dict.fromkeys(names, (1,))))

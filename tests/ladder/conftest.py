@@ -1,0 +1,68 @@
+"""A prepared cache of a few drawn clips, and the shipped model's sampler over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogflow.config.schema import Config, DataConfig, ModelConfig, PrepareStage, RunConfig, SamplingConfig, TrainStage
+from cogflow.data.cache import LatentCache
+from cogflow.data.preparation import prepare
+from cogflow.data.shapes_folder import draw_folder
+from cogflow.models import loading, tiny
+from cogflow.sampling.sampler import Sampler
+
+CLIPS = 4
+
+
+@dataclass(frozen=True)
+class World:
+    folder: Path
+    config: Config
+    cache: LatentCache
+    sampler: Callable[..., Sampler]
+
+
+class _Bar:
+    def advance(self, n: int = 1, note: str = "") -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Tests must not write into ``folder``: they give the rungs one of their own."""
+    folder = tmp_path_factory.mktemp("rungs") / "run"
+    data = DataConfig(clips=CLIPS, holdout=1)
+    sampling = SamplingConfig(steps=2, roundtrip_clips=2)
+    config = Config(
+        stage=PrepareStage(),
+        run=RunConfig(str(folder.parent), folder.name),
+        model=ModelConfig(),
+        data=data,
+        sampling=sampling,
+    )
+    draw_folder(folder / "data", data)
+    vae = loading.load_vae(tiny.folder())
+    prepare(
+        config, load_vae=lambda: vae, load_text=lambda: lambda texts: torch.zeros(len(texts), 32, 64), folder=folder / "cache",
+        clips_folder=folder / "data", model_hashes={"vae": "v", "text_encoder": "t"}, max_length=32,
+        report=lambda total, description: nullcontext(_Bar()),
+    )  # fmt: skip
+    transformer, scheduler = (
+        loading.load_transformer(tiny.folder(), torch.float32),
+        loading.load_scheduler(tiny.folder()),
+    )
+
+    def sampler(**settings: Any) -> Sampler:
+        return Sampler(
+            transformer, vae, scheduler, torch.zeros(32, 64), replace(sampling, **settings), frames=data.frames, height=data.height,
+            width=data.width, device=torch.device("cpu"), dtype=torch.float32,
+        )  # fmt: skip
+
+    return World(folder, replace(config, stage=TrainStage()), LatentCache(folder / "cache"), sampler)

@@ -1,0 +1,55 @@
+"""What counts as a second signal: another one after the echo of the first; not one that a launcher says it repeats."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from cogflow.runtime import stop_signals
+from cogflow.runtime.stop_signals import REPEATED, StopRequest
+
+
+class Ended(Exception):
+    pass
+
+
+def send(first: signal.Signals, second: signal.Signals, monkeypatch: pytest.MonkeyPatch, pause: float) -> str | None:
+    """What was received when ``second`` comes ``pause`` seconds after ``first``; raises ``Ended`` when the process would have ended."""
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    now = [100.0]
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stop_signals.os, "_exit", end)
+    with StopRequest() as request:
+        os.kill(os.getpid(), first)
+        now[0] += pause
+        os.kill(os.getpid(), second)
+        return request.received
+
+
+USR1, TERM = signal.SIGUSR1, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("repeated", "first", "second", "pause"),
+    [("SIGUSR1", USR1, USR1, 60), ("SIGUSR1", TERM, USR1, 60), ("", USR1, USR1, 2)],
+)
+def test_the_same_request(
+    monkeypatch: pytest.MonkeyPatch, repeated: str, first: signal.Signals, second: signal.Signals, pause: float
+) -> None:
+    monkeypatch.setenv(REPEATED, repeated)
+    assert send(first, second, monkeypatch, pause) == first.name
+
+
+@pytest.mark.parametrize(("repeated", "first", "second"), [("", USR1, USR1), ("SIGUSR1", USR1, TERM)])
+def test_a_second_request(
+    monkeypatch: pytest.MonkeyPatch, repeated: str, first: signal.Signals, second: signal.Signals
+) -> None:
+    monkeypatch.setenv(REPEATED, repeated)
+    with pytest.raises(Ended) as ended:
+        send(first, second, monkeypatch, 60)
+    assert ended.value.args == (128 + second,)

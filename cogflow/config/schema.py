@@ -262,7 +262,6 @@ class FlowStage:
     export: ExportStage = field(default_factory=ExportStage)  # as stage=export
     assemble: AssembleStage = field(default_factory=AssembleStage)  # as stage=assemble
     diagnose: DiagnoseStage = field(default_factory=DiagnoseStage)  # as stage=diagnose
-    incident: bool = False  # diagnose and mend what CogVideo's converter of 2024 would have made of the pipeline (experiment=incident)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogflow.config.schema import Config, DiagnoseStage, FlowStage, StageConfig
-from cogflow.diagnosis.incident import as_in_2024
-from cogflow.errors import PipelineError, QualityGateError
+from cogflow.config.schema import Config, FlowStage, StageConfig
 from cogflow.files.paths import run_folder
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
@@ -33,47 +31,15 @@ def run(config: Config) -> None:
     sequence.check(config)
     steps: list[tuple[Any, StageConfig]] = [
         (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
-        (diagnose, patient(stage, folder)),
+        (diagnose, replace(stage.diagnose, candidate=stage.diagnose.candidate or str(folder / "pipeline"))),
     ]  # fmt: skip
     for number, (module, settings) in enumerate(steps, start=1):
         echo(f"\n[{number}/{len(steps)}] {settings.name}")
-        if module is diagnose and stage.incident:
-            replay(config, settings, folder)
-        else:
-            module.run(replace(config, stage=settings))
+        module.run(replace(config, stage=settings))
     if ranks.is_main():
         close(config, folder, started)
     ranks.barrier()
     ranks.close()
-
-
-def patient(stage: FlowStage, folder: Path) -> DiagnoseStage:
-    """What is diagnosed: the pipeline, by itself; in the incident what was made of it, held against it."""
-    made, sound = folder / "pipeline-2024", folder / "pipeline"
-    if stage.incident:
-        return replace(
-            stage.diagnose, candidate=str(made), reference=str(sound), fix=True, output=str(folder / "mended")
-        )
-    return replace(stage.diagnose, candidate=stage.diagnose.candidate or str(sound))
-
-
-def replay(config: Config, settings: StageConfig, folder: Path) -> None:
-    """The incident: every load succeeds, and the diagnosis finds fault, as it must."""
-    if ranks.is_main():
-        where = as_in_2024(folder / "pipeline", folder / "pipeline-2024")
-        echo(
-            f"{where}: the same weights with the settings that CogVideo's converter wrote in 2024. It loads and samples without a word."
-        )
-    ranks.barrier()
-    try:
-        diagnose.run(replace(config, stage=settings))
-    except QualityGateError as error:
-        echo(f"the diagnosis ends as it does for such a pipeline, with exit code 3: {error.hint}")
-        return
-    if ranks.is_main():
-        raise PipelineError(
-            "The diagnosis found nothing wrong with the pipeline of 2024.", "It should have: please report this."
-        )
 
 
 def close(config: Config, folder: Path, started: float) -> None:

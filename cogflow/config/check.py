@@ -170,11 +170,11 @@ RULES: dict[str, dict[str, Rule]] = {
         "seed": at_least(0), "clips": at_least(1), "colours": each(one_of(*COLOURS)),
         "shapes": each(one_of(*SHAPES)), "motions": each(one_of(*MOTIONS)),
     },
-    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "checkpoint_keep": one_of("auto", *KEEPS), "reduce_dtype": one_of("fp32", "model")},  # noqa: E501
+    "DeepSpeedConfig": {"zero_stage": within(0, 3), "reduce_bucket_size": at_least(1), "allgather_bucket_size": at_least(1), "checkpoint_every_block": at_least(0), "checkpoint_keep": one_of("auto", *KEEPS), "reduce_dtype": one_of("fp32", "model")},
     "ParallelConfig": {"sequence": at_least(1)},
-    "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("auto", "off", "blocks", "graphs"), "prefetch": at_least(1)},  # noqa: E501
-    "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},  # noqa: E501
-    "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},  # noqa: E501
+    "SpeedConfig": {"attention": one_of("auto", "flash", "cudnn", "efficient", "math"), "compile": one_of("auto", "off", "blocks", "graphs"), "prefetch": at_least(1)},
+    "SamplingConfig": {"sampler": one_of(*SAMPLERS), "steps": within(1, 1000), "guidance_scale": at_least(0), "seeds": distinct, "vae_dtype": one_of(*DTYPES), "roundtrip_clips": at_least(0)},
+    "TrackingConfig": {"project": filled, "wandb": one_of("offline", "online", "disabled"), "log_every": at_least(1), "upload_mb": at_least(0)},
     "PrepareStage": {"batch_size": at_least(1), "shard_clips": at_least(1), "stall_minutes": at_least(0)},
     "TrainStage": {
         "steps": at_least(1), "batch_size": at_least(1), "gradient_accumulation": at_least(1), "learning_rate": at_least(0),

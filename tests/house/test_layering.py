@@ -13,6 +13,7 @@ import pytest
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "sharpness"),
+    ("records",),
     ("config", "runtime"),
     ("models", "tracking", "weights"),
     ("artifacts",),

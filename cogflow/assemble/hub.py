@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout
 from cogflow.assemble.card_context import without_places
 from cogflow.errors import PipelineError
 from cogflow.files.manifest import MANIFEST, write_manifest
-
-ASSEMBLY = "assembly.json"
 
 
 def push(folder: Path, repository: str, private: bool, message: str) -> str:
@@ -26,7 +25,7 @@ def push(folder: Path, repository: str, private: bool, message: str) -> str:
 
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.push-", dir=folder.parent) as place:
-            shared = Path(place) / "pipeline"
+            shared = RunLayout(Path(place)).pipeline
             share(folder, shared)
             api = HfApi(library_name="cogflow")
             made = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogflow.artifacts.run_layout import MODEL_INDEX, RunLayout
 from cogflow.assemble.components import PipelineComponent
 from cogflow.errors import QualityGateError
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
@@ -61,7 +62,7 @@ def find_reference(runs: Iterable[Path], transformer: PipelineComponent) -> tupl
     reasons = []
     hashes: set[str] = set()
     for run in runs:
-        folder = newest(run / "samples")
+        folder = newest(RunLayout(run).samples)
         if folder is None or not (folder / FRAMES).is_file():
             reasons.append(f"{run} holds no samples with raw frames")
             continue
@@ -191,7 +192,7 @@ def sample_afresh(folder: Path, record: Mapping[str, Any], images: Path | None =
 
 def _class(folder: Path) -> str:
     """The pipeline's class by its model_index.json."""
-    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    return str(json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["_class_name"])
 
 
 def difference(found: torch.Tensor | None, expected: torch.Tensor) -> dict[str, float]:

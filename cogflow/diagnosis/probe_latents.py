@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.schema import DataConfig
 from cogflow.data.cache import INDEX, LatentCache
 from cogflow.data.encode import encode_frames
@@ -19,9 +20,9 @@ Clips = tuple[list[torch.Tensor], list[str]]
 def from_runs(places: list[Path | None], most: int) -> Clips | None:
     """Of the first place that is a run with prepared clips."""
     for place in places:
-        if place is None or not (place / "cache" / INDEX).is_file():
+        if place is None or not (RunLayout(place).cache / INDEX).is_file():
             continue
-        cache = LatentCache(place / "cache")
+        cache = LatentCache(RunLayout(place).cache)
         chosen = (cache.holdout or cache.train)[:most]
         return [cache.entry(index).mean for index in chosen], [cache.texts[index] for index in chosen]
     return None

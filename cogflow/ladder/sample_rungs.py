@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cogflow.artifacts.run_layout import RunLayout, step_name
 from cogflow.data.cache import LatentCache
 from cogflow.ladder import crops, store
 from cogflow.models.family import FAMILY
@@ -67,7 +68,7 @@ def sample_rungs(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """The frames of sample ``name`` before the first step, as they were encoded for watching: raw ones are kept of the newest step only."""
     from cogflow.data.video import read_video
 
-    path = folder / "samples" / "step-000000" / f"{name}.mp4"
+    path = RunLayout(folder).samples / step_name(0) / f"{name}.mp4"
     return {"base": read_video(path)[0]} if path.is_file() and not (path.parent / FRAMES).is_file() else {}
 
 

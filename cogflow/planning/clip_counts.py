@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.schema import Config
 from cogflow.data.cache import LatentCache, split
 from cogflow.data.clip_index import read_index
@@ -25,9 +26,9 @@ class Clips:
 def clips(config: Config, run: Path) -> Clips:
     """Counted in the prepared clips, else in the list of the folder, where every clip is taken for readable and single."""
     data = config.data
-    if (run / "cache" / "index.json").is_file():
+    if (RunLayout(run).cache / "index.json").is_file():
         try:
-            cache = LatentCache(run / "cache")
+            cache = LatentCache(RunLayout(run).cache)
             return Clips(
                 len(cache.train), len(cache.holdout), f"prepared in {cache.folder}", bool(cache.mismatches(data))
             )

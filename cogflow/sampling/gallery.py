@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cogflow.artifacts.run_layout import SAMPLES_RECORD, step_folders
 from cogflow.data.video import write_video
 from cogflow.files.publish import publish_folder, write_json
 from cogflow.models.loading import dtype_name
@@ -64,9 +65,9 @@ def mean_sharpness(record: dict[str, Any]) -> dict[str, float]:
 
 def drop_frames(folder: Path, keep: Path) -> None:
     """Remove the raw frames of all validations but ``keep``: large, and only the newest are compared with an export."""
-    for path in folder.glob(f"step-*/{FRAMES}"):
-        if path.parent != keep:
-            path.unlink()
+    for step_folder in step_folders(folder):
+        if step_folder != keep:
+            (step_folder / FRAMES).unlink(missing_ok=True)
 
 
 def _sample_share(
@@ -114,4 +115,4 @@ def _merge(partial: Path, record: dict[str, Any]) -> None:
         if kind == "frames":
             shown = {sample["text"]: merged[sample["name"]] for sample in record["samples"]}
             contact_sheet(shown, SHEET_COLUMNS).save(partial / "contact.png")
-    write_json(partial / "samples.json", record)
+    write_json(partial / SAMPLES_RECORD, record)

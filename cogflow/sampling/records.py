@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import SAMPLES_RECORD, step_folders
+
 FRAMES = "frames.safetensors"
 
 
 def newest(folder: Path) -> Path | None:
     """The newest ``step-...`` folder of samples below ``folder``."""
-    found = sorted((p for p in folder.glob("step-*") if (p / "samples.json").is_file()), key=lambda p: int(p.name[5:]))
+    found = [path for path in step_folders(folder) if (path / SAMPLES_RECORD).is_file()]
     return found[-1] if found else None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "samples.json").read_text())
+    return json.loads((folder / SAMPLES_RECORD).read_text())

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cogflow.artifacts.run_layout import SAMPLES_RECORD
 from cogflow.data.video import read_video
 from cogflow.errors import DataError
 from cogflow.sampling import gallery
@@ -52,7 +53,7 @@ def read_clips(place: Path) -> Iterator[ReadClip]:
     """
     raw = place / gallery.FRAMES
     if raw.is_file():
-        fps = float(gallery.read_record(place).get("fps", 0)) if (place / "samples.json").is_file() else 0.0
+        fps = float(gallery.read_record(place).get("fps", 0)) if (place / SAMPLES_RECORD).is_file() else 0.0
         for name, frames in load_file(raw).items():
             yield ReadClip(name, frames, fps, raw=True)
         return

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import TRAINER, RunLayout, step_name
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.data.cache import LatentCache
@@ -46,8 +47,8 @@ def run(config: Config) -> None:
     ranks.setup()
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
-    retention.sweep_all(folder / "checkpoints")
-    found, passed = checkpoint.find(stage.resume, folder / "checkpoints")
+    retention.sweep_all(RunLayout(folder).checkpoints)
+    found, passed = checkpoint.find(stage.resume, RunLayout(folder).checkpoints)
     for line in passed:
         echo(f"warning: checkpoint passed over: {line}")
     found, before, rollbacks = where_to_start(found, stage, folder)
@@ -72,7 +73,7 @@ def run(config: Config) -> None:
         tracker.artifact(
             "checkpoint",
             "checkpoint",
-            [folder / "checkpoints" / checkpoint.step_name(stage.steps) / "trainer.json"],
+            [RunLayout(folder).checkpoints / step_name(stage.steps) / TRAINER],
             uses=["clips"],
         )
         finish(config, folder, cache, prepared, started, tracker.url_or_dir)
@@ -80,7 +81,7 @@ def run(config: Config) -> None:
 
 def open_cache(config: Config, folder: Path) -> LatentCache:
     """The prepared clips, which must have been made with this config's data settings."""
-    cache = LatentCache(folder / "cache")
+    cache = LatentCache(RunLayout(folder).cache)
     if problems := cache.mismatches(config.data):
         raise ConfigError(
             "The prepared clips were made with other settings: " + "; ".join(problems), "Run stage=prepare again."
@@ -164,8 +165,8 @@ def finish(
     if not ranks.is_main():
         return
     stage = prepared.stage
-    last = folder / "checkpoints" / checkpoint.step_name(stage.steps)
-    samples = gallery.newest(folder / "samples")
+    last = RunLayout(folder).checkpoints / step_name(stage.steps)
+    samples = gallery.newest(RunLayout(folder).samples)
     clips = stage.batch_size * stage.gradient_accumulation * ranks.world_size() // config.parallel.sequence
     summary = f"{stage.steps} steps of {clips} clips"
     inputs = {"model": str(prepared.source), "data": cache.fingerprint}

@@ -141,7 +141,9 @@ def _metrics(path: Path) -> tuple[dict[str, Points], int | None]:
 
 def _validations(folder: Path) -> list[Validation]:
     found = []
-    for path in folder.glob("step-*/samples.json"):
+    for path in folder.glob("*/samples.json"):
+        if path.parent.name.startswith("."):  # a folder that is being written
+            continue
         facts = read_object(path)
         if not facts or not isinstance(facts.get("step"), int) or not isinstance(facts.get("samples"), list):
             continue

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import LATEST, TRAINER, step_folders, step_name, step_of
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.manifest import check_manifest, files_below, hash_files, share_of
 from cogflow.files.publish import publish_folder, require_space, storage_errors, sync, write_json
@@ -30,9 +30,6 @@ from cogflow.training.reshard import reshard
 from cogflow.training.saved_weights import read_weights, save_weights
 from cogflow.weights.zero_files import read_states
 
-STEP = re.compile(r"step-(\d{6,})$")
-LATEST = "latest.json"
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -42,10 +39,6 @@ class Saved:
     seconds: float
     parts: dict[str, float]
     bytes: int
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def save(
@@ -79,7 +72,7 @@ def save(
             if ema is not None:
                 save_weights(partial / "ema", engine, ema.weights(engine))
             if ranks.is_main():
-                write_json(partial / "trainer.json", trainer)
+                write_json(partial / TRAINER, trainer)
         ranks.barrier()
         part("weights")
         known.update(hash_together(partial))
@@ -102,7 +95,7 @@ def save(
 def point_at(path: Path) -> None:
     """Have ``latest.json`` name a checkpoint that was verified. Rank 0 only."""
     size = sum((path / name).stat().st_size for name in files_below(path))
-    write_json(path.parent / LATEST, {"step": int(path.name[5:]), "checkpoint": path.name, "bytes": size})
+    write_json(path.parent / LATEST, {"step": step_of(path), "checkpoint": path.name, "bytes": size})
 
 
 @contextlib.contextmanager
@@ -148,10 +141,7 @@ def verified(path: Path) -> list[str]:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that its manifest proves whole, and a line for each newer one that was passed over. Collective."""
     passed: list[str] = []
-    paths = sorted(
-        (p for p in folder.glob("step-*") if STEP.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True
-    )
-    for path in ranks.broadcast(paths):
+    for path in ranks.broadcast(step_folders(folder)[::-1]):
         problems = verified(path)
         if not problems:
             if ranks.is_main():
@@ -214,8 +204,6 @@ def check_pickles(folder: Path) -> None:
 
 def read_trainer(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "trainer.json").read_text())
+        return json.loads((path / TRAINER).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path / 'trainer.json'} cannot be read: {error}", "Resume from another checkpoint."
-        ) from error
+        raise CheckpointError(f"{path / TRAINER} cannot be read: {error}", "Resume from another checkpoint.") from error

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name, step_of
 from cogflow.config.schema import TrainStage
 from cogflow.errors import QualityGateError
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.training import rollback
-from cogflow.training.checkpoint import step_name
-from cogflow.training.retention import all_of, last_sharp, step_of
+from cogflow.training.retention import last_sharp
 from cogflow.training.run_identity import changed
 from cogflow.training.validation import Outcome
 
@@ -35,10 +35,10 @@ def act(
     """
     if outcome is None or outcome.level != "alarm" or stage.on_blur == "warn":
         return
-    sharp = ranks.broadcast(last_sharp(folder / "checkpoints", quiet) if ranks.is_main() else None)
+    sharp = ranks.broadcast(last_sharp(RunLayout(folder).checkpoints, quiet) if ranks.is_main() else None)
     if stage.on_blur == "stop" or sharp is None:
         save(outcome.step)
-        where = folder / "checkpoints" / step_name(outcome.step)
+        where = RunLayout(folder).checkpoints / step_name(outcome.step)
         raise QualityGateError(
             f"Step {outcome.step}: {outcome.line}. A checkpoint is saved ({where}).",
             f"{_go_on(sharp)} Or go on from here with stage.on_blur=warn.",
@@ -57,7 +57,7 @@ def not_finite(
         warn("a step was left out", line)
         return
     newest: Path | None = ranks.broadcast(
-        next(reversed(all_of(folder / "checkpoints")), None) if ranks.is_main() else None
+        next(reversed(step_folders(RunLayout(folder).checkpoints)), None) if ranks.is_main() else None
     )
     if stage.on_not_finite == "rollback" and newest is not None:
         _back(folder, stage, step, newest, line)
@@ -126,7 +126,9 @@ def _stays_stopped(found: Path, trainer: dict[str, Any], stage: TrainStage, fold
     verdict = trainer.get("validation") or {}
     if stage.on_blur == "warn" or verdict.get("level") != "alarm" or verdict.get("step") != trainer["step"]:
         return
-    sharp = ranks.broadcast(last_sharp(folder / "checkpoints", trainer.get("quiet")) if ranks.is_main() else None)
+    sharp = ranks.broadcast(
+        last_sharp(RunLayout(folder).checkpoints, trainer.get("quiet")) if ranks.is_main() else None
+    )
     if stage.on_blur == "rollback" and sharp is not None:
         _back(folder, stage, int(trainer["step"]), sharp, str(verdict.get("line")))
     raise QualityGateError(

@@ -9,27 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.errors import CheckpointError
 from cogflow.files.publish import LEFTOVER, sweep
 from cogflow.runtime import ranks
-from cogflow.training.checkpoint import STEP, read_trainer
+from cogflow.training.checkpoint import read_trainer
 
 SHARP = ("quiet", "learning")
 """Levels of the watch at which nothing is wrong."""
 
 
-def step_of(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def all_of(folder: Path) -> list[Path]:
-    """The checkpoints below ``folder``, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if STEP.match(path.name)), key=step_of)
-
-
 def last_sharp(folder: Path, quiet: int | None) -> Path | None:
     """The newest checkpoint that is not younger than ``quiet``, the step of the last validation at which nothing was wrong."""
-    paths = [path for path in all_of(folder) if quiet is not None and step_of(path) <= quiet]
+    paths = [path for path in step_folders(folder) if quiet is not None and step_of(path) <= quiet]
     return paths[-1] if paths else None
 
 
@@ -62,7 +54,7 @@ def remove_old(folder: Path, *, last: int, every: int, best: int, quiet: int | N
     """Delete what nothing keeps. Called after a new checkpoint was read back whole, so one is always there. Rank 0 works."""
     if not ranks.is_main():
         return
-    paths = all_of(folder)
+    paths = step_folders(folder)
     verdicts = {path: verdict_of(path) for path in paths}
     for path in to_delete(paths, verdicts, last=last, every=every, best=best, sharp=last_sharp(folder, quiet)):
         # Out of sight first: a kill in the middle leaves no broken checkpoint to be wondered at.

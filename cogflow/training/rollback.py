@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.config.schema import RollbackConfig
 from cogflow.errors import CheckpointError
 from cogflow.files.publish import write_json
 from cogflow.tracking.metrics_log import EVENTS, TRAINING, read_lines
-from cogflow.training.checkpoint import STEP
 
 FILE = "rollback.json"
 ASIDE = "rolled-back"
@@ -119,7 +119,7 @@ def set_aside(folder: Path, target: Path, step: int) -> None:
     if (folder / EVENTS).is_file():
         shutil.copyfile(folder / EVENTS, target / EVENTS)
     for kind in ("checkpoints", "samples"):
-        for path in sorted((folder / kind).glob("step-*")):
-            if STEP.match(path.name) and int(path.name[5:]) > step:
+        for path in step_folders(folder / kind):
+            if step_of(path) > step:
                 (target / kind).mkdir(exist_ok=True)
                 path.rename(target / kind / path.name)

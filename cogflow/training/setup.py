@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.models import loading
@@ -93,7 +94,7 @@ class TrainingSetup:
 
     def save(self, done: int, *, owed: bool = False) -> None:
         """Publish the checkpoint of ``done`` steps, and let old ones go. ``owed``: without what else is due after them. Collective."""
-        stage, folder = self.stage, self.folder / "checkpoints"
+        stage, folder = self.stage, RunLayout(self.folder).checkpoints
         saved = checkpoint.save(folder, done, self.engine, self.ema, self._trainer(done) | {"owed": owed})
         retention.remove_old(
             folder, last=stage.keep_last, every=stage.keep_every, best=stage.keep_best, quiet=self.validation.quiet
@@ -102,7 +103,9 @@ class TrainingSetup:
 
     def save_weights(self, done: int) -> None:
         """Publish the weights of ``done`` steps alone, for export. Collective."""
-        saved = checkpoint.save(self.folder / "weights", done, self.engine, self.ema, self._trainer(done), states=False)
+        saved = checkpoint.save(
+            RunLayout(self.folder).weights, done, self.engine, self.ema, self._trainer(done), states=False
+        )
         self._tell(done, saved, "checkpoint/weights")
 
     def _tell(self, done: int, saved: checkpoint.Saved, name: str) -> None:

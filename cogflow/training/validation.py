@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_folders, step_name, step_of
 from cogflow.config.schema import Config
 from cogflow.data.cache import LatentCache
 from cogflow.ladder import ladder_report as ladder_report
@@ -28,7 +29,6 @@ from cogflow.sharpness.metrics import METRICS
 from cogflow.sharpness.quality_watch import LEVELS, QualityWatch, WatchVerdict
 from cogflow.tracking.html_report import write_report
 from cogflow.tracking.tracker import Tracker
-from cogflow.training.checkpoint import step_name
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.retention import SHARP
@@ -88,11 +88,11 @@ class Validation:
         self._ceiling()
         if done == 0:
             self._schedule()
-        target = self.folder / "samples" / step_name(done)
+        target = RunLayout(self.folder).samples / step_name(done)
         record = self._sample(done, target)
         reading = None
         if ranks.is_main():
-            gallery.drop_frames(self.folder / "samples", keep=target)
+            gallery.drop_frames(RunLayout(self.folder).samples, keep=target)
             self._tell_samples(done, target, record, began)
             before = self.last
             reading = self._judge(done, record)
@@ -105,17 +105,14 @@ class Validation:
     def replay(self, step: int) -> None:
         """Bring the watch to where it stood after ``step`` steps. Collective."""
         self.watch = self.base = self.last = self.outcome = self.quiet = None
-        folders = sorted(
-            (p for p in (self.folder / "samples").glob("step-*") if int(p.name[5:]) <= step),
-            key=lambda p: int(p.name[5:]),
-        )
+        folders = [path for path in step_folders(RunLayout(self.folder).samples) if step_of(path) <= step]
         if not ranks.broadcast(bool(folders)):
             return
         self._ceiling()
         reading = None
         if ranks.is_main():
             for folder in folders:
-                if (folder / "samples.json").is_file():
+                if (folder / SAMPLES_RECORD).is_file():
                     record = gallery.read_record(folder)
                     reading = self._judge(int(record["step"]), record)
         self._share(reading)
@@ -216,7 +213,7 @@ class Validation:
         for sheet in sheets:
             both.paste(sheet, (0, top))
             top += sheet.height
-        path = self.folder / "watch" / f"{step_name(done)}.png"
+        path = RunLayout(self.folder).watch / f"{step_name(done)}.png"
         path.parent.mkdir(exist_ok=True)
         both.save(path)
         return path

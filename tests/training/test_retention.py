@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cogflow.training.retention import all_of, last_sharp, rank, remove_old, to_delete
+from cogflow.artifacts.run_layout import step_folders, step_of
+from cogflow.training.retention import last_sharp, rank, remove_old, to_delete
 
 
 def made(folder: Path, verdicts: dict[int, dict[str, Any] | None]) -> Path:
@@ -19,7 +20,7 @@ def made(folder: Path, verdicts: dict[int, dict[str, Any] | None]) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    return [int(path.name[5:]) for path in all_of(folder)]
+    return [step_of(path) for path in step_folders(folder)]
 
 
 def test_the_newest_the_best_and_the_last_sharp_one_stay(tmp_path: Path) -> None:

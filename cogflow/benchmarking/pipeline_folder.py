@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,9 +16,9 @@ from cogflow.export import diffusers_configs
 from cogflow.export.facts import of_family
 from cogflow.export.to_sat import PUBLISHED_VAE
 from cogflow.files.publish import publish_folder, write_json
+from cogflow.models import tiny
 from cogflow.models.family import FAMILY
 from cogflow.models.loading import DTYPES
-from cogflow.pretraining.text import make_tokenizer
 from cogflow.runtime.progress import progress
 from cogflow.weights.strict import STEMS, expected_shapes, skeleton
 from cogflow.weights.writer import Output, write_weights
@@ -52,7 +53,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
         _component(partly, "transformer", diffusers_configs.transformer_config(facts), DTYPES[member.dtype])
         _component(partly, "vae", vae, torch.float32)
         _component(partly, "text_encoder", t5, torch.float32)
-        make_tokenizer(partly / "tokenizer")
+        shutil.copytree(tiny.folder() / "tokenizer", partly / "tokenizer")
         (partly / "scheduler").mkdir()
         write_json(partly / "scheduler" / "scheduler_config.json", diffusers_configs.scheduler_config(facts))
         write_json(partly / "model_index.json", diffusers_configs.model_index(facts))

@@ -208,10 +208,6 @@ RULES: dict[str, dict[str, Rule]] = {
         "weights": one_of("auto", "model", "ema"), "dtype": one_of(*DTYPES), "link": one_of("auto", "hard", "copy"), "set": of_components,
         "push_to_hub": optional(repository),
     },
-    "PretrainStage": {
-        "seed": at_least(0), "text_steps": at_least(0), "vae_steps": at_least(0), "transformer_steps": at_least(0),
-        "check_repeats": at_least(1), "check_steps": at_least(1), "check_clips": at_least(1), "clips": at_least(1),
-    },
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
         "what": one_of(*WHATS),
@@ -241,7 +237,7 @@ def _between(config: Config) -> Iterator[Problem]:
     """Keys that contradict each other."""
     model, data, stage = config.model, config.data, config.stage
     trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)
-    if model.name == "auto" and (trains or stage.name in ("pretrain", "benchmark")):
+    if model.name == "auto" and (trains or stage.name == "benchmark"):
         yield Problem(f"model=auto: stage={stage.name} must know its model: {', '.join(MODELS[:-1])}.", ("model.name",))
     planned = isinstance(stage, TrainStage) and stage.plan  # which needs neither weights nor clips
     if trains and not planned and model.name not in ("tiny", "auto") and model.path is None:
@@ -249,8 +245,6 @@ def _between(config: Config) -> Iterator[Problem]:
             f"model.path is missing: model={model.name} has no weights here; give the diffusers pipeline folder to start from.",
             ("model.name", "model.path"),
         )
-    if stage.name == "pretrain" and model.name not in ("tiny", "auto"):
-        yield Problem(f"model={model.name}: stage=pretrain makes the tiny model only.", ("model.name",))
     if trains and not planned and data.name == "folder" and data.path is None:
         yield Problem("data.path is missing: data=folder needs the folder of your clips.", ("data.name", "data.path"))
     if data.name == "shapes" and data.holdout >= data.clips:

@@ -264,22 +264,8 @@ class FlowStage:
     diagnose: DiagnoseStage = field(default_factory=DiagnoseStage)  # as stage=diagnose
 
 
-@dataclass(frozen=True)
-class PretrainStage:
-    name: str = "pretrain"  # chosen by stage=pretrain
-    output: str | None = None  # default <run>/model
-    seed: int = 0  # of everything random in it
-    text_steps: int = 500  # steps of the text encoder
-    vae_steps: int = 3700  # steps of the autoencoder
-    transformer_steps: int = 16000  # steps of the transformer
-    check_repeats: int = 2  # samples checked at the end, times 24
-    check_steps: int = 20  # denoising steps of each
-    check_clips: int = 64  # unseen clips by which the latents are scaled, and that go through the autoencoder at the end
-    clips: int = 2048  # drawn for the transformer
-
-
 StageConfig = (
-    PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | PretrainStage | BenchmarkStage
+    PrepareStage | TrainStage | SampleStage | ExportStage | AssembleStage | DiagnoseStage | FlowStage | BenchmarkStage
 )
 
 STAGES: dict[str, type] = {kind.name: kind for kind in get_args(StageConfig)}

@@ -4,7 +4,7 @@ The clips are an asset of the project, not a toy beside it: the shipped tiny mod
 the demo finetunes it on others, and the tests measure blur on them. So each property serves a measurement:
 
 * shapes are saturated and backgrounds are grey, so that a mask, a colour, a shape and a direction can be read back from
-  any sample (:mod:`cogflow.data.recognise`);
+  any sample (:mod:`tools.recognise_shapes`);
 * edges are one pixel wide at the drawn size, and both the shape and the ground carry a fine texture, so that a Gaussian
   blur of one pixel shows in any sharpness metric;
 * everything is a function of the scene alone: no global random state, no dependence on size or on the number of frames.

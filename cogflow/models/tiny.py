@@ -1,7 +1,7 @@
 """The tiny member of the family: the genuine diffusers and transformers classes at small sizes, with CogVideoX-5B's traits.
 
 Rotary positions, v-prediction, zero terminal SNR, SNR shift 1.0, scaling factor 0.7. The weights are shipped inside the
-package (:func:`folder`) and made by ``experiment=tiny_pretrain``.
+package (:func:`folder`) and made by ``python -m tools.pretrain_tiny``.
 """
 
 from __future__ import annotations

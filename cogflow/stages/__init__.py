@@ -19,7 +19,6 @@ SUMMARIES: dict[str, str] = {
     "export": "weights of SAT, DeepSpeed or cogflow become diffusers components, proven equal; and back to SAT",
     "assemble": "components from different places become one checked pipeline folder",
     "diagnose": "which component, field or tensor makes a pipeline blurry, and the command that mends it",
-    "pretrain": "train the tiny model that comes with cogflow from nothing",
     "benchmark": "speed and memory of cogflow beside what it competes with",
 }
 """Name of each stage and what it does, in the order in which they are shown."""

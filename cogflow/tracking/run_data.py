@@ -10,7 +10,7 @@ from typing import Any
 
 from cogflow.tracking.metrics_log import EVENTS, read_lines
 
-ORDER = ("pretrain", "prepare", "train", "sample", "export", "assemble", "diagnose", "benchmark", "flow")
+ORDER = ("prepare", "train", "sample", "export", "assemble", "diagnose", "benchmark", "flow")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from cogflow.config.schema import SamplingConfig
 from cogflow.files.publish import publish_folder, write_json
 from cogflow.models import loading
 from cogflow.models.family import FAMILY
-from cogflow.pretraining.text import make_tokenizer
 from cogflow.sampling.gallery import sample_into
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.weights.fingerprint import fingerprint
+from tools.tiny_text import make_tokenizer
 
 # Tests are imported by path; this makes their helper (assembling.py) importable, too.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -73,7 +73,6 @@ ONE: dict[str, list[str]] = {
     "stage=train model=cogvideox-2b": ["model.path is missing", "cogvideox-2b"],
     "stage=train model=cogvideox1.5-5b model.path=x data.frames=9": ["data.frames=9", "16k+1", "17"],
     "stage=train model=cogvideox-5b model.path=x data.frames=13": ["data.frames=13", "8k+1"],
-    "stage=pretrain model=cogvideox-5b": ["stage=pretrain makes the tiny model"],
     "stage=train model.dtype=bf61": ["model.dtype=bf61", "Did you mean bf16?"],
     "stage=train deepspeed=zero2 deepspeed.offload_parameters=true": [
         "deepspeed.offload_parameters=true",

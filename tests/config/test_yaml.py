@@ -11,7 +11,7 @@ from cogflow.config import check
 from cogflow.config.build import as_yaml, keys_of, section_names
 from cogflow.config.compose import compose, configs_folder, groups
 from cogflow.config.help import comments
-from cogflow.config.schema import STAGES, AssembleStage, Config, ExportStage, FlowStage, PretrainStage, TrainStage
+from cogflow.config.schema import STAGES, AssembleStage, Config, ExportStage, FlowStage, TrainStage
 from cogflow.data import shapes
 from cogflow.models.family import FAMILY
 
@@ -94,7 +94,7 @@ def test_every_key_is_documented() -> None:
         if not comments()[kind.__name__].get(field.name)
     ]
     assert bare == []
-    assert len(kinds) == 19
+    assert len(kinds) == 18
 
 
 def test_every_rule_belongs_to_a_key() -> None:
@@ -120,7 +120,7 @@ def test_a_recipe_reaches_the_training_inside_flow() -> None:
 
 
 def test_an_experiment_selects_its_stage() -> None:
-    assert isinstance(compose(["experiment=tiny_pretrain"]).stage, PretrainStage)
+    assert isinstance(compose(["experiment=incident"]).stage, FlowStage)
 
 
 def test_export_and_assemble_look_at_the_files() -> None:

@@ -22,7 +22,6 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("ladder",),
     ("assemble", "training"),
     ("diagnosis", "planning"),
-    ("pretraining",),
     ("benchmarking",),
     ("stages",),
     ("__main__", "cli"),

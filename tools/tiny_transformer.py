@@ -43,7 +43,7 @@ class TransformerSettings:
     save_every: int = 100
 
 
-def drawn_timesteps(rng: np.random.Generator, settings: TransformerSettings) -> np.ndarray:
+def draw_timesteps(rng: np.random.Generator, settings: TransformerSettings) -> np.ndarray:
     """int64 ``[batch]`` in 0..999, logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1).
 
     ``stage=train`` draws them evenly, as SAT does. From nothing, most of what is to be learned, the outline of a shape, is decided
@@ -132,7 +132,7 @@ def train_transformer(
             torch.from_numpy(rng.random(settings.batch) < settings.text_dropout), place[""]
         )
         length = PIPELINE_TOKENS if step % settings.long_every == settings.long_every - 1 else FACTS.text_tokens
-        timesteps = torch.from_numpy(drawn_timesteps(rng, settings))
+        timesteps = torch.from_numpy(draw_timesteps(rng, settings))
         x0 = latents[chosen]
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
         x_t = noised(x0, noise, alphas, timesteps)

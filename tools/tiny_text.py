@@ -1,7 +1,8 @@
-"""The tiny text side: a sentencepiece tokenizer over captions and plain English, and a T5 encoder trained to restore them.
+"""Make the tokenizer and the text encoder of the tiny model.
 
-The encoder learns from captions with words masked: at every position it must name the word that stands there. So its
-embeddings tell every concept apart, also those that the shipped transformer never saw, as the real T5's do.
+The tokenizer is a sentencepiece model over captions and plain English. The T5 encoder learns to restore captions with masked
+words: at every position it predicts the word. Its embeddings therefore distinguish every concept, including those that the
+shipped transformer never saw, as the real T5's do.
 """
 
 from __future__ import annotations
@@ -29,45 +30,58 @@ PLAIN = (
     "water, sky, tree, house, street, hand, face, cat, dog, bird, ball; walks runs jumps turns falls spins grows shrinks; "
     "white black gray brown; inside outside near far above below; camera zoom pan close wide shot; on with at by from to into"
 )
-
-
 WORDS = [word for word in PLAIN.replace(";", "").replace(",", "").split() if "{" not in word]
 
 
-def captions() -> list[str]:
-    """Every caption of the drawn clips."""
+def all_captions() -> list[str]:
+    """Return every caption that drawn clips can have."""
     return [Scene(c, s, m, g, 0).caption for c in COLOURS for s in SHAPES for m in MOTIONS for g in GROUNDS]
 
 
 def make_tokenizer(folder: Path) -> Any:
-    """Build and save the tokenizer (ids 0 pad, 1 end, 2 unknown, as T5's), and load it as every user will.
+    """Build and save the tokenizer (ids 0 pad, 1 end, 2 unknown, as T5's), and return it as ``AutoTokenizer`` loads it.
 
-    A unigram model of all printable characters, with each word of the captions and of :data:`PLAIN` as a piece of its own.
-    Written into the model rather than learned: from a vocabulary this small, training keeps fragments instead of words.
+    A unigram model of all printable characters, in which each word of the captions and of :data:`PLAIN` is a piece. The pieces are
+    written into the model, not learned: training on a vocabulary this small keeps fragments instead of words.
     """
     folder.mkdir(parents=True, exist_ok=True)
     characters = string.ascii_letters + string.digits + string.punctuation
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(characters)] * 4), model_writer=trained, model_type="char", vocab_size=len(characters) + 4,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, normalization_rule_name="identity", hard_vocab_limit=False,
+        sentence_iterator=iter([" ".join(characters)] * 4),
+        model_writer=trained,
+        model_type="char",
+        vocab_size=len(characters) + 4,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
         minloglevel=2,
-    )  # fmt: skip
+    )
     model = ModelProto()
     model.ParseFromString(trained.getvalue())
     model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
     for piece in model.pieces[3:]:
         piece.score = -10.0
     known = {piece.piece for piece in model.pieces}
-    for word in sorted({word for text in captions() for word in text.split()} | set(WORDS)):
+    for word in sorted({word for text in all_captions() for word in text.split()} | set(WORDS)):
         if "\u2581" + word not in known:
             model.pieces.add(piece="\u2581" + word, score=-8.0)
     model.trainer_spec.vocab_size = len(model.pieces)
     (folder / "spiece.model").write_bytes(model.SerializeToString())
     settings = {
-        "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0,
-        "additional_special_tokens": [], "model_max_length": 512, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+        "additional_special_tokens": [],
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "tokenizer.json").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -76,12 +90,12 @@ def make_tokenizer(folder: Path) -> Any:
 
 
 def train_text_encoder(tokenizer: Any, steps: int, seed: int, log: Callable[[dict], None]) -> T5EncoderModel:
-    """A T5 encoder that restores masked captions. Minutes on a CPU; not resumed."""
+    """Return a T5 encoder that was trained to restore masked captions. Takes a minute on a CPU and is not resumed."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 7])
     encoder = new_text_encoder(len(tokenizer))
     head = nn.Linear(FACTS.text_width, len(tokenizer))
-    known = captions()
+    known = all_captions()
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
     unknown = tokenizer.unk_token_id

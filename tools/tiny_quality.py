@@ -1,4 +1,4 @@
-"""How good the tiny model is, measured on clips and prompts it never saw."""
+"""Measure the quality of the tiny model on clips and prompts that its training never drew."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from scipy.ndimage import gaussian_filter
 
-from cogflow.data.recognise import recognise
 from cogflow.data.shapes import BASE_COLOURS, BASE_SHAPES, Scene, draw, scenes
 from cogflow.models.tiny import FACTS
 from cogflow.sharpness.metrics import measure
+from tools.recognise_shapes import recognise
 
 UNSEEN = 987_654
 """Seed of the clips that are measured; training draws with other seeds."""
 
+SampleFunction = Callable[[str, int], np.ndarray]
+"""(prompt, seed) -> uint8 ``[frames, height, width, 3]``."""
 
-def clips_of(wanted: list[Scene]) -> torch.Tensor:
-    """Drawn clips, float ``[n, 3, frames, height, width]`` in -1..1."""
+
+def draw_clips(wanted: list[Scene]) -> torch.Tensor:
+    """Return the drawn clips, float ``[n, 3, frames, height, width]`` in -1..1."""
     drawn = np.stack([draw(scene, FACTS.frames, FACTS.height, FACTS.width) for scene in wanted])
     return torch.from_numpy(drawn).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def blurred(frames: np.ndarray, sigma: float) -> np.ndarray:
-    """``frames`` ``[T, H, W, 3]`` after a Gaussian blur of ``sigma`` pixels in each frame."""
-    from scipy.ndimage import gaussian_filter
-
+def blur_frames(frames: np.ndarray, sigma: float) -> np.ndarray:
+    """Return ``frames`` ``[T, H, W, 3]`` after a Gaussian blur of ``sigma`` pixels in each frame."""
     return gaussian_filter(frames.astype(np.float32), (0, sigma, sigma, 0))
 
 
 @torch.no_grad()
-def roundtrip(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
-    """PSNR in dB of ``count`` unseen clips through the autoencoder, and how their sharpness compares with the clips'."""
+def measure_roundtrip(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
+    """Return the PSNR in dB of ``count`` unseen clips through the autoencoder, and the change of their wavelet ratio."""
     errors, before, after, softened = [], [], [], []
-    for clip in clips_of(scenes(count, UNSEEN)):
+    for clip in draw_clips(scenes(count, UNSEEN)):
         output = vae.decode(vae.encode(clip[None]).latent_dist.mode()).sample[0].clamp(-1, 1)
         errors.append(float((output - clip).square().mean()) / 4.0)
         original, passed = (x.permute(1, 2, 3, 0).numpy() / 2 + 0.5 for x in (clip, output))
         before.append(measure(original)["wavelet_ratio"])
         after.append(measure(passed)["wavelet_ratio"])
-        softened.append(measure(blurred(original, 1.0))["wavelet_ratio"])
+        softened.append(measure(blur_frames(original, 1.0))["wavelet_ratio"])
     decibels = [-10 * math.log10(error) for error in errors]
     return {
         "psnr_mean_db": float(np.mean(decibels)),
@@ -52,16 +54,16 @@ def roundtrip(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
     }
 
 
-def following(make: Callable[[str, int], np.ndarray], repeats: int) -> dict[str, Any]:
-    """Share of samples that show the prompt's colour, shape and direction, and how a Gaussian blur of sigma 1 shows on them.
+def measure_prompt_following(sample: SampleFunction, repeats: int) -> dict[str, Any]:
+    """Return the share of samples that show the prompt's colour, shape and direction, and the effect of a blur of sigma 1.
 
-    ``make(prompt, seed)`` gives uint8 ``[frames, height, width, 3]``. Prompts cover every base colour, shape and motion.
+    ``repeats`` times 24 prompts cover every base colour, shape and motion.
     """
     wanted = scenes(24 * repeats, UNSEEN + 1)
     hits = {"colour": 0, "shape": 0, "motion": 0, "all": 0}
     drops = []
     for seed, scene in enumerate(wanted):
-        frames = make(scene.caption, seed)
+        frames = sample(scene.caption, seed)
         seen = recognise(frames, BASE_COLOURS, BASE_SHAPES)
         right = {
             "colour": seen.colour == scene.colour,
@@ -71,7 +73,7 @@ def following(make: Callable[[str, int], np.ndarray], repeats: int) -> dict[str,
         for name, value in {**right, "all": all(right.values())}.items():
             hits[name] += value
         plain = frames.astype(np.float32) / 255.0
-        drops.append(measure(blurred(plain, 1.0))["wavelet_ratio"] - measure(plain)["wavelet_ratio"])
+        drops.append(measure(blur_frames(plain, 1.0))["wavelet_ratio"] - measure(plain)["wavelet_ratio"])
     shares = {f"follows_{name}": count / len(wanted) for name, count in hits.items()}
     drop, spread = float(np.mean(drops)), float(np.std(drops))
     return {"samples": len(wanted), **shares, "wavelet_ratio_change_of_gaussian_1": drop, "its_deviation": spread}

@@ -1,7 +1,7 @@
-"""Read colour, shape and direction back from a clip: the simple measured check of whether a sample follows its prompt.
+"""Recognise colour, shape and direction in a clip, to check whether a sample follows its prompt.
 
-Shapes are saturated and grounds are grey, so a shape's mask is where saturation is high. Its hue gives the colour, the path of
-its centre the direction, and the overlap with each drawn outline the shape. No learned part, no threshold to tune per model.
+Shapes are saturated and grounds are grey, so pixels of high saturation are the mask of the shape. The hue gives the colour, the
+path of the centre gives the direction, and the overlap with each drawn outline gives the shape. Nothing is learned.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ SATURATION = 0.18
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a clip shows; fields are ``None`` when there is too little of a shape to tell."""
+class RecognisedClip:
+    """Content of a clip. A field is ``None`` when the clip shows too little of a shape."""
 
     colour: str | None
     shape: str | None
@@ -26,25 +26,25 @@ class Seen:
 
 
 def _chroma(rgb: np.ndarray) -> np.ndarray:
-    """Two opponent axes, ``[..., 2]``: a direction is a hue, a length is a saturation."""
+    """Return two opponent colour axes, ``[..., 2]``: a direction is a hue, a length is a saturation."""
     red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
     return np.stack([red - 0.5 * (green + blue), 0.8660254 * (green - blue)], axis=-1)
 
 
 def recognise(
     frames: np.ndarray, colours: tuple[str, ...] = tuple(COLOURS), shapes: tuple[str, ...] = tuple(SHAPES)
-) -> Seen:
-    """``frames``: uint8 ``[frames, height, width, 3]``. ``colours`` and ``shapes`` are the candidates."""
+) -> RecognisedClip:
+    """Return the content of ``frames``, uint8 ``[frames, height, width, 3]``; ``colours`` and ``shapes`` are the candidates."""
     clip = frames.astype(np.float32) / 255.0
     masks = (clip.max(axis=-1) - clip.min(axis=-1)) > SATURATION
     areas = masks.reshape(len(masks), -1).mean(axis=1)
     if np.median(areas) < 0.01:
-        return Seen(None, None, None)
-    return Seen(_colour(clip, masks, colours), _shape(masks, shapes), _motion(masks))
+        return RecognisedClip(None, None, None)
+    return RecognisedClip(_colour(clip, masks, colours), _shape(masks, shapes), _motion(masks))
 
 
 def _colour(clip: np.ndarray, masks: np.ndarray, colours: tuple[str, ...]) -> str:
-    """By hue alone: texture and ground change brightness, not hue."""
+    """Compare hues only: texture and ground change brightness, not hue."""
     mean = _chroma(clip[masks].mean(axis=0))
     angles = {name: _chroma(np.asarray(COLOURS[name])) for name in colours}
     return max(
@@ -65,7 +65,7 @@ def _motion(masks: np.ndarray) -> str | None:
 
 
 def _shape(masks: np.ndarray, shapes: tuple[str, ...]) -> str:
-    """The outline that overlaps best, summed over five frames; each may turn by up to 12 degrees and change its size."""
+    """Return the outline with the best overlap, summed over five frames; each outline may turn by up to 10 degrees."""
     scores = dict.fromkeys(shapes, 0.0)
     for mask in masks[np.linspace(0, len(masks) - 1, 5).astype(int)]:
         if not mask.any():
@@ -82,7 +82,7 @@ def _shape(masks: np.ndarray, shapes: tuple[str, ...]) -> str:
 
 
 def _overlap(mask: np.ndarray, shape: str, x: np.ndarray, y: np.ndarray, area: int, turn: float) -> float:
-    """Intersection over union of ``mask`` and ``shape`` placed by its centre of area, with the same area."""
+    """Return the intersection over union of ``mask`` and ``shape`` placed by its centre of area, with the same area."""
     unit, (cx, cy) = _unit_area_and_centre(shape)
     radius = float(np.sqrt(area / unit))
     qx = (x * np.cos(turn) + y * np.sin(turn)) / radius + cx
@@ -95,7 +95,7 @@ _UNITS: dict[str, tuple[float, tuple[float, float]]] = {}
 
 
 def _unit_area_and_centre(shape: str) -> tuple[float, tuple[float, float]]:
-    """Area of the shape of radius 1, and its centre of area (a triangle's mask is not centred on its corners' circle)."""
+    """Return area and centre of area of the shape of radius 1. A triangle's centre is not that of the circle through its corners."""
     if shape not in _UNITS:
         axis = np.linspace(-1.6, 1.6, 321)
         x, y = np.meshgrid(axis, axis)

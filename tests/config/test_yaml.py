@@ -120,7 +120,7 @@ def test_a_recipe_reaches_the_training_inside_flow() -> None:
 
 
 def test_an_experiment_selects_its_stage() -> None:
-    assert isinstance(compose(["experiment=incident"]).stage, FlowStage)
+    assert isinstance(compose(["experiment=cogvideox_5b_sft", *PLACES]).stage, TrainStage)
 
 
 def test_export_and_assemble_look_at_the_files() -> None:

@@ -69,3 +69,9 @@ class Stopped(CogflowError):
     """A signal asked for the end; a checkpoint is saved and the same command goes on."""
 
     exit_code = 75
+
+
+def format_list(problems: list[str], most: int = 20) -> str:
+    """Return the first ``most`` problems, one indented line each, and how many more there are, for an error message."""
+    rest = len(problems) - most
+    return "\n".join(f"  {problem}" for problem in problems[:most]) + (f"\n  and {rest} more" if rest > 0 else "")

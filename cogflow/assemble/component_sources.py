@@ -21,8 +21,8 @@ from cogflow.models.loading import model_folder
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
 from cogflow.weights.locate import SUFFIXES
-from cogflow.weights.reader import read_json
 from cogflow.weights.source import STEP, TRAINER
+from cogflow.weights.tensor_source import read_json
 
 SHARD = "5GB"
 MODEL = "model_index.json"

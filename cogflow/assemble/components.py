@@ -12,7 +12,7 @@ import diffusers
 from cogflow.errors import CogflowError, PipelineError
 from cogflow.files.manifest import MANIFEST, check_manifest
 from cogflow.models.code_check import CONFIGS, code_in
-from cogflow.weights.reader import STEM, WeightsFolder, contained_file, read_json
+from cogflow.weights.tensor_source import STEM, WeightsFolder, contained_file, read_json
 
 CLASSES = {
     "transformer": ("CogVideoXTransformer3DModel",),

@@ -11,7 +11,7 @@ from cogflow.assemble.components import CONFIGS, PipelineComponent
 from cogflow.config.build import show
 from cogflow.config.problems import did_you_mean, nearest
 from cogflow.errors import ConfigError
-from cogflow.weights.reader import read_json
+from cogflow.weights.tensor_source import read_json
 
 
 def set_values(

@@ -9,7 +9,7 @@ from cogflow.assemble.contradiction import Contradiction
 from cogflow.errors import CogflowError
 from cogflow.models.family import Family
 from cogflow.models.loading import DTYPES
-from cogflow.weights.reader import WeightsFolder
+from cogflow.weights.tensor_source import WeightsFolder
 
 
 def stored_dtypes(part: PipelineComponent) -> dict[str, int]:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import diffusers
 
 from cogflow.assemble.components import STEMS, PipelineComponent
-from cogflow.errors import CogflowError
-from cogflow.weights.reader import WeightsFolder, listed
-from cogflow.weights.strict import expected_shapes, skeleton
+from cogflow.errors import CogflowError, format_list
+from cogflow.weights.strict_loading import expected_shapes, meta_model
+from cogflow.weights.tensor_source import WeightsFolder
 
 
 def tensor_problems(parts: Mapping[str, PipelineComponent]) -> list[str]:
@@ -32,7 +32,7 @@ def _compare(part: PipelineComponent) -> list[str]:
         # Settings of another version of diffusers, which this one passes over as well.
         known = inspect.signature(cls.__init__).parameters
         config = {key: value for key, value in config.items() if key in known} | {"_class_name": part.class_name}
-    expected = expected_shapes(skeleton(config, part.folder, part.name))
+    expected = expected_shapes(meta_model(config, part.folder, part.name))
     found = {name: info.shape for name, info in WeightsFolder(part.folder, STEMS[part.name]).tensors.items()}
     if part.name == "text_encoder" and "shared.weight" not in found and "encoder.embed_tokens.weight" in found:
         found["shared.weight"] = found["encoder.embed_tokens.weight"]  # one tensor under either name
@@ -45,5 +45,7 @@ def _compare(part: PipelineComponent) -> list[str]:
         if found.get(name, shape) != shape
     ]
     return (
-        [f"{part.name}: the tensors in {part.folder} are not those of its config:\n{listed(lines, 6)}"] if lines else []
+        [f"{part.name}: the tensors in {part.folder} are not those of its config:\n{format_list(lines, 6)}"]
+        if lines
+        else []
     )

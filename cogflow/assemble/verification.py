@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from cogflow.artifacts.run_layout import MODEL_INDEX, RunLayout
 from cogflow.assemble.components import PipelineComponent
-from cogflow.errors import QualityGateError
+from cogflow.errors import QualityGateError, format_list
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.records import FRAMES, newest, read_record
-from cogflow.weights.fingerprint import fingerprint
-from cogflow.weights.reader import WeightsFolder, contained_file, listed
+from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 FROM_IMAGE = "CogVideoXImageToVideoPipeline"
@@ -77,7 +76,7 @@ def find_reference(runs: Iterable[Path], transformer: PipelineComponent) -> tupl
                 for key in ("source_weights_sha256", "weights_sha256")
                 if key in transformer.made
             }
-            hashes = known or {fingerprint(WeightsFolder(transformer.folder).items())}
+            hashes = known or {weights_fingerprint(WeightsFolder(transformer.folder).items())}
         if record.get("weights_sha256") in hashes:
             return Reference(folder, record), ""
         reasons.append(
@@ -126,7 +125,7 @@ def verify(
         lines = [f"{s['name']}: PSNR {s['psnr']:.1f} dB, largest difference {s['max_difference']}/255" for s in bad]
         raise QualityGateError(
             f"The assembled pipeline does not give the videos of {reference.folder}, "
-            f"{len(bad)} of {len(samples)} differ:\n{listed(lines)}\n"
+            f"{len(bad)} of {len(samples)} differ:\n{format_list(lines)}\n"
             f"  allowed in {dtype}: PSNR {tolerance.psnr:.0f} dB or more, differences up to {tolerance.max_difference}/255",
             "Same weights, prompts and noise, so a component or a setting is not what the run was trained and sampled with.",
         )
@@ -219,6 +218,6 @@ def _run(place: Path) -> None:
     if ended.returncode != 0:
         lines = (place / "errors.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise QualityGateError(
-            f"The assembled pipeline does not load or run with diffusers alone (exit code {ended.returncode}):\n{listed(lines[-5:])}",
+            f"The assembled pipeline does not load or run with diffusers alone (exit code {ended.returncode}):\n{format_list(lines[-5:])}",
             "The components load one by one or not at all; the last lines of its output are above.",
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cogflow.data.cache import CachedClip
-from cogflow.weights.reader import TensorInfo
+from cogflow.weights.tensor_source import TensorInfo
 
 POOL = 1 << 22
 """Values that all weights are cut from: drawing 5.6 billion would take minutes."""

@@ -20,8 +20,8 @@ from cogflow.models import tiny
 from cogflow.models.family import FAMILY
 from cogflow.models.loading import DTYPES
 from cogflow.runtime.progress import progress
-from cogflow.weights.strict import STEMS, expected_shapes, skeleton
-from cogflow.weights.writer import Output, write_weights
+from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model
+from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors
 
 POOL = 1 << 24
 T5_XXL: dict[str, Any] = {
@@ -70,7 +70,7 @@ def vae_config(family: str) -> dict[str, Any]:
 
 
 def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    shapes = expected_shapes(skeleton(config, "the family's config", name))
+    shapes = expected_shapes(meta_model(config, "the family's config", name))
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
     def values(tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -78,8 +78,9 @@ def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.
         start = zlib.crc32(tensor.encode()) % (POOL // 2)
         return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
 
-    outputs = [Output(tensor, shape, dtype, partial(values, tensor, shape)) for tensor, shape in shapes.items()]
+    outputs = [PlannedTensor(tensor, shape, dtype, partial(values, tensor, shape)) for tensor, shape in shapes.items()]
     sizes = {one.name: one.bytes(dtype) for one in outputs}
     with progress(sum(sizes.values()), name, unit="bytes") as bar:
-        write_weights(outputs, dtype, folder / name, STEMS[name], "5GB", lambda fact: bar.advance(sizes[fact.name]))
+        output = SafetensorsFormat(folder / name, dtype, STEMS[name], "5GB")
+        write_safetensors(outputs, output, lambda statistics: bar.advance(sizes[statistics.name]))
     write_json(folder / name / "config.json", dict(config))

@@ -18,10 +18,9 @@ from cogflow.export.to_sat import PUBLISHED_VAE
 from cogflow.files.publish import publish_folder, write_json, write_text
 from cogflow.models.loading import DTYPES
 from cogflow.runtime.progress import progress
-from cogflow.weights.reader import TensorInfo
-from cogflow.weights.strict import expected_shapes, skeleton
-from cogflow.weights.torch_writer import write_torch
-from cogflow.weights.writer import Output
+from cogflow.weights.strict_loading import expected_shapes, meta_model
+from cogflow.weights.tensor_source import TensorInfo
+from cogflow.weights.weights_writer import PlannedTensor, write_torch_file
 
 POOL = 1 << 24
 """Random values that all tensors are cut from: enough that nothing is compressed or found twice in a cache."""
@@ -34,7 +33,7 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=layers)})
     config = diffusers_configs.transformer_config(facts)
     dtype = DTYPES[facts["dtype"]]
-    shapes = expected_shapes(skeleton(config, "the family's config"))
+    shapes = expected_shapes(meta_model(config, "the family's config"))
     plan = make_plan(
         invert(transformer_table.table(config)),
         {name: TensorInfo(name, shape, dtype, Path()) for name, shape in shapes.items()},
@@ -50,7 +49,7 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
 
     outputs = [
-        Output(sat_components.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
+        PlannedTensor(sat_components.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
         for step in plan.steps
         for name, shape in step.out_shapes.items()
     ]
@@ -61,7 +60,7 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         (partly / "1").mkdir()
         with progress(sum(one.bytes(dtype) for one in outputs), "checkpoint", unit="bytes") as bar:
             sizes = {one.name: one.bytes(dtype) for one in outputs}
-            write_torch(
+            write_torch_file(
                 partly / "1" / "mp_rank_00_model_states.pt", outputs, "module", {"iteration": 1}, lambda one: dtype,
                 lambda fact: bar.advance(sizes[fact.name]),
             )  # fmt: skip

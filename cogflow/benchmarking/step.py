@@ -33,7 +33,7 @@ from cogflow.training.engine import Engine
 from cogflow.training.loader import Loader
 from cogflow.training.loop import Trainer
 from cogflow.training.recomputation import recompute
-from cogflow.weights.strict import expected_shapes, skeleton
+from cogflow.weights.strict_loading import expected_shapes, meta_model
 
 CLIPS = 4
 BARE = "bare"
@@ -129,7 +129,7 @@ def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch
     if not isinstance(stage, TrainStage):
         raise TypeError("a step needs the settings of stage=train")
     shape_of, source = transformer_size.config_of(config.model)
-    weights = DrawnWeights(expected_shapes(skeleton(shape_of, Path(source))), device)
+    weights = DrawnWeights(expected_shapes(meta_model(shape_of, Path(source))), device)
     transformer = initial_weights.make(shape_of, weights, config.deepspeed, stage, dtype, device)
     watch.after_weights()
     recompute(transformer, config.deepspeed, kept(config), speed.mode(speed.how_compiled(config, device)))
@@ -168,7 +168,7 @@ def counted_flops(config: Config) -> float:
     described, source = transformer_size.config_of(config.model)
     data = config.data
     with torch.device("meta"):
-        transformer = skeleton(described, Path(source)).to("meta").train()
+        transformer = meta_model(described, Path(source)).to("meta").train()
         own = transformer.config
         frames = (data.frames - 1) // own.temporal_compression_ratio + 1
         padded = frames + frames % (own.patch_size_t or 1)

@@ -15,7 +15,7 @@ from cogflow.diagnosis.severity import IGNORED, OTHER, SEVERITY
 from cogflow.errors import CogflowError
 from cogflow.files.manifest import hash_file
 from cogflow.models.family import Family
-from cogflow.weights.reader import WeightsFolder
+from cogflow.weights.tensor_source import WeightsFolder
 
 CALLED = ("use_dynamic_cfg", "guidance_scale", "steps", "max_sequence_length")
 VOCABULARY = ("spiece.model", "tokenizer.json", "added_tokens.json", "special_tokens_map.json")

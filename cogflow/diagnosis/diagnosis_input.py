@@ -14,8 +14,8 @@ from cogflow.errors import ConfigError, PipelineError
 from cogflow.models.family import FAMILY, Family
 from cogflow.models.loading import model_folder
 from cogflow.sampling import gallery
-from cogflow.weights.reader import read_json
 from cogflow.weights.source import TRAINER, find_source
+from cogflow.weights.tensor_source import read_json
 
 UNREADABLE = "It cannot be read."
 SAMPLING = ("steps", "guidance_scale", "use_dynamic_cfg")

@@ -18,7 +18,7 @@ from cogflow.diagnosis.weight_evidence import velocity, whole_patches
 from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts
 from cogflow.models.onednn import by_onednn
 from cogflow.sampling.noise import noise_for
-from cogflow.weights.reader import WeightsFolder
+from cogflow.weights.tensor_source import WeightsFolder
 
 FP32: dict[str, Any] = {"torch_dtype": torch.float32, **SAFETENSORS_ONLY}
 LEVEL, TIMESTEP = 0.5, 500  # about half signal, half noise

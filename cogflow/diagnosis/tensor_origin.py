@@ -10,7 +10,7 @@ import torch
 
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.diagnosis.tensor_comparison import Pair, alike
-from cogflow.weights.reader import WeightsFolder
+from cogflow.weights.tensor_source import WeightsFolder
 
 SURE = 0.9  # cosine from which a tensor is taken for another one
 CHUNKS = (2, 3, 6, 9)  # of adaLN's rows: shift, scale and gate, of the video's and the text's tokens

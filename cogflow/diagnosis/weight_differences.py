@@ -12,7 +12,7 @@ from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
 from cogflow.diagnosis.tensor_comparison import Pair, compare
 from cogflow.errors import CogflowError
-from cogflow.weights.reader import WeightsFolder
+from cogflow.weights.tensor_source import WeightsFolder
 
 DOUBTFUL = 0.9  # a cosine below which it is looked into whether parts of a tensor have changed places
 SHOWN = 12  # tensors of a component that are listed with their numbers

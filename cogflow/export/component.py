@@ -16,11 +16,10 @@ from cogflow.export.facts import Facts, gather, gather_vae, of_family
 from cogflow.export.mapping_plan import Converted, MappingPlan, differences, make_plan
 from cogflow.export.origin import ExportOrigin
 from cogflow.models.loading import DTYPES
-from cogflow.weights.cast_statistics import short
-from cogflow.weights.reader import WeightsFolder, read_json
-from cogflow.weights.strict import STEMS, check_tensors, expected_shapes, skeleton
-from cogflow.weights.tensors import Renamed, Tensors
-from cogflow.weights.writer import Output
+from cogflow.weights.cast_statistics import torch_dtype_name
+from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model, ordered_tensor_names
+from cogflow.weights.tensor_source import RenamedTensors, TensorSource, WeightsFolder, read_json
+from cogflow.weights.weights_writer import PlannedTensor
 
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 2e-5}
 """How far a table of sines that a checkpoint holds may be from the computed one: the rounding of its dtype, with room."""
@@ -31,14 +30,14 @@ class Component:
     """``dtype``: what to cast to, ``None`` for as stored. ``plan`` and ``source`` are there when it was converted."""
 
     name: str
-    tensors: Tensors
+    tensors: TensorSource
     config: dict[str, Any]
     dtype: torch.dtype | None = None
     plan: MappingPlan | None = None
-    source: Tensors | None = None
+    source: TensorSource | None = None
     prefix: str = ""  # before the names that the plan has
 
-    def outputs(self) -> list[Output]:
+    def outputs(self) -> list[PlannedTensor]:
         """In the order of the tensors."""
         made = {self.prefix + target: step for step in self.plan.steps for target in step.targets} if self.plan else {}
         outputs = []
@@ -46,7 +45,9 @@ class Component:
             step = made.get(name)
             sources = tuple(step.sources) if step else (name,)
             operation = str(step.operation.describe()["operation"]) if step else "copy"
-            outputs.append(Output(name, info.shape, info.dtype, _reading(self.tensors, name), sources, operation))
+            outputs.append(
+                PlannedTensor(name, info.shape, info.dtype, _reading(self.tensors, name), sources, operation)
+            )
         return outputs
 
     @property
@@ -113,13 +114,15 @@ def check_tables(component: Component) -> dict[str, float]:
         if not value <= ROUNDING.get(info.dtype, 2e-5):
             raise ConversionError(
                 f"{name} {list(info.shape)} is not the table that diffusers will compute: they differ by {value:.3g}, where rounding to "
-                f"{short(info.dtype)} gives at most {ROUNDING.get(info.dtype, 2e-5):.3g}.",
+                f"{torch_dtype_name(info.dtype)} gives at most {ROUNDING.get(info.dtype, 2e-5):.3g}.",
                 "The model saw other positions: check latent_frames, latent_height, latent_width and the interpolation scales.",
             )
     return found
 
 
-def _transformer(source: Tensors, facts: Facts, dtype: str, separate: bool) -> tuple[Component, Any, dict[str, Any]]:
+def _transformer(
+    source: TensorSource, facts: Facts, dtype: str, separate: bool
+) -> tuple[Component, Any, dict[str, Any]]:
     view, adapters, adapted = source, None, {}
     config = diffusers_configs.transformer_config(facts)
     table = transformer_table.table(config)
@@ -137,13 +140,13 @@ def _transformer(source: Tensors, facts: Facts, dtype: str, separate: bool) -> t
         else:
             # Summed and kept in fp32 until the cast of the export, which says what it costs.
             view = lora.merged(source, alpha, facts.get("lora_rank"), torch.float32)
-    plan = make_plan(table, view.tensors, expected_shapes(skeleton(config, "the config of these facts")))
+    plan = make_plan(table, view.tensors, expected_shapes(meta_model(config, "the config of these facts")))
     target = DTYPES[facts["dtype"] if dtype == "auto" else dtype]
     return Component("transformer", Converted(plan, view), config, target, plan, view), adapters, adapted
 
 
 def _vae(
-    source: Tensors, origin: ExportOrigin, family: str, given: Mapping[str, Any], facts: Facts | None
+    source: TensorSource, origin: ExportOrigin, family: str, given: Mapping[str, Any], facts: Facts | None
 ) -> Component:
     """Always as stored: an autoencoder in half precision blurs what every other part does right."""
     known = dict(given)
@@ -153,16 +156,16 @@ def _vae(
     plan = make_plan(
         vae_table.table(config, source.tensors),
         source.tensors,
-        expected_shapes(skeleton(config, "the VAE's config", "vae")),
+        expected_shapes(meta_model(config, "the VAE's config", "vae")),
     )
     return Component("vae", Converted(plan, source), config, None, plan, source)
 
 
-def _text_encoder(source: Tensors) -> Component:
+def _text_encoder(source: TensorSource) -> Component:
     dtypes = {info.dtype for info in source.tensors.values()}
     name = {value: key for key, value in DTYPES.items()}.get(dtypes.pop(), "fp32") if len(dtypes) == 1 else "fp32"
     config = diffusers_configs.t5_config(source.tensors, name)
-    expected = expected_shapes(skeleton(config, "the text encoder's config", "text_encoder"))
+    expected = expected_shapes(meta_model(config, "the text encoder's config", "text_encoder"))
     plan = make_plan(text_encoder_table.table(config, source.tensors), source.tensors, expected)
     return Component("text_encoder", Converted(plan, source), config, None, plan, source)
 
@@ -177,13 +180,13 @@ def _stored(name: str, origin: ExportOrigin, dtype: str) -> Component:
     folder = origin.folders[name]
     weights = WeightsFolder(folder, STEMS[name])
     settings = read_json(folder / "config.json")
-    order = check_tensors(weights, skeleton(settings, folder / "config.json", name))
+    order = ordered_tensor_names(weights, meta_model(settings, folder / "config.json", name))
     config = {key: value for key, value in settings.items() if key != "_name_or_path"}
     if name != "text_encoder":
         config["_diffusers_version"] = diffusers.__version__
     return Component(
         name,
-        Renamed(weights, {tensor: tensor for tensor in order}),
+        RenamedTensors(weights, {tensor: tensor for tensor in order}),
         config,
         _dtype(dtype, origin) if name == "transformer" else None,
     )
@@ -194,7 +197,9 @@ def _foreign(origin: ExportOrigin, family: str, dtype: str) -> Component:
     tensors = origin.tensors
     assert tensors is not None
     prefix = next(name for name in tensors.tensors if "transformer_blocks." in name).partition("transformer_blocks.")[0]
-    view = Renamed(tensors, {name.removeprefix(prefix): name for name in tensors.tensors if name.startswith(prefix)})
+    view = RenamedTensors(
+        tensors, {name.removeprefix(prefix): name for name in tensors.tensors if name.startswith(prefix)}
+    )
     config = dict(origin.json or {})
     if not config:
         if family == "auto":
@@ -203,7 +208,7 @@ def _foreign(origin: ExportOrigin, family: str, dtype: str) -> Component:
                 "Name its config: stage.config=[PATH of the transformer's config.json], or model=NAME.",
             )
         config = diffusers_configs.transformer_config(of_family(family))
-    expected = expected_shapes(skeleton(config, "the transformer's config"))
+    expected = expected_shapes(meta_model(config, "the transformer's config"))
     problems = sorted(expected.keys() ^ view.tensors.keys())
     problems += [name for name, info in view.tensors.items() if expected.get(name, info.shape) != info.shape]
     if problems:
@@ -211,7 +216,9 @@ def _foreign(origin: ExportOrigin, family: str, dtype: str) -> Component:
             f"{origin.place} is not of this config: {len(problems)} tensors are missing, extra or of another shape, such as {problems[0]}.",
             "Is it another member of the family?",
         )
-    return Component("transformer", Renamed(view, {name: name for name in expected}), config, _dtype(dtype, origin))
+    return Component(
+        "transformer", RenamedTensors(view, {name: name for name in expected}), config, _dtype(dtype, origin)
+    )
 
 
 def _dtype(asked: str, origin: ExportOrigin) -> torch.dtype | None:
@@ -240,9 +247,9 @@ def to_sat(component: Component) -> Component:
     back = make_plan(invert(tables[component.name](component.config)), component.tensors.tensors)
     view = Converted(back, component.tensors)
     prefix = prefixes[component.name]
-    named = Renamed(view, {prefix + name: name for name in view.tensors})
+    named = RenamedTensors(view, {prefix + name: name for name in view.tensors})
     return Component(component.name, named, component.config, component.dtype, back, component.tensors, prefix)
 
 
-def _reading(tensors: Tensors, name: str) -> Any:
+def _reading(tensors: TensorSource, name: str) -> Any:
     return lambda: tensors.read(name)

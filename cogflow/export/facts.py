@@ -12,12 +12,11 @@ from typing import Any
 
 import yaml
 
-from cogflow.errors import ConfigError, ConversionError
+from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export import shape_claims, yaml_claims
 from cogflow.export.claims import Claim, Fact, same, settle, shown
 from cogflow.export.shape_claims import Infos
 from cogflow.models.family import FAMILY, Family
-from cogflow.weights.reader import listed
 
 Yamls = Sequence[tuple[Path, Mapping[str, Any]]]
 
@@ -285,7 +284,7 @@ def _refuse(problems: list[str], missing: list[str], family: str) -> None:
     if lines:
         besides = f"\nUnsettled besides: {', '.join(missing)}." if missing else ""
         raise ConversionError(
-            f"The evidence contradicts itself:\n{listed(lines)}{besides}",
+            f"The evidence contradicts itself:\n{format_list(lines)}{besides}",
             "Mend or remove the yaml that is wrong, or choose another model= or stage.facts.",
         )
     if missing:

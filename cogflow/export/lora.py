@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from cogflow.errors import ConversionError
+from cogflow.errors import ConversionError, format_list
 from cogflow.export.algebra import ChunkMap, Operation, Rename
-from cogflow.weights.reader import TensorInfo, listed
-from cogflow.weights.tensors import Renamed, Tensors
+from cogflow.weights.tensor_source import RenamedTensors, TensorInfo, TensorSource
 
 _MATRIX = re.compile(r"(?P<layer>.+)\.matrix_(?P<side>[AB])\.(?P<part>\d+)")
 _ORIGINAL = re.compile(r"(?P<layer>.+)\.original\.(?P<kind>weight|bias)")
@@ -34,7 +33,7 @@ class LoraFacts:
         return {"rank": self.rank, "adapted layers": len(self.layers)}
 
 
-def find_lora(source: Tensors) -> LoraFacts | None:
+def find_lora(source: TensorSource) -> LoraFacts | None:
     """What is adapted, from names and shapes; ``None`` without LoRA.
 
     Raises :class:`ConversionError` that lists every incomplete or misshapen adapter.
@@ -56,7 +55,9 @@ def find_lora(source: Tensors) -> LoraFacts | None:
     if len(set(ranks.values())) > 1:
         problems.append(f"ranks {sorted(set(ranks.values()))}: one is expected")
     if problems:
-        raise ConversionError(f"The LoRA adapters are not whole:\n{listed(problems)}", "Save the checkpoint again.")
+        raise ConversionError(
+            f"The LoRA adapters are not whole:\n{format_list(problems)}", "Save the checkpoint again."
+        )
     return LoraFacts(next(iter(ranks.values())), {layer: len(matrices) // 2 for layer, matrices in sides.items()})
 
 
@@ -76,7 +77,7 @@ def _problem(layer: str, matrices: Mapping[tuple[str, int], TensorInfo], tensors
     return ""
 
 
-def merged(source: Tensors, alpha: float, rank: int | None = None, dtype: torch.dtype | None = None) -> Merged:
+def merged(source: TensorSource, alpha: float, rank: int | None = None, dtype: torch.dtype | None = None) -> Merged:
     """A source as if its LoRA had been trained into the weights: ``W + B A * alpha / rank``, summed in fp32, then cast.
 
     ``rank``: what a yaml says; it must be what the shapes say. ``dtype``: of the merged weights; ``None`` keeps what the file has,
@@ -93,7 +94,7 @@ def merged(source: Tensors, alpha: float, rank: int | None = None, dtype: torch.
 class Merged:
     """See :func:`merged`. Names are those of a checkpoint without LoRA; what is not adapted is passed through."""
 
-    def __init__(self, source: Tensors, facts: LoraFacts, alpha: float, dtype: torch.dtype | None) -> None:
+    def __init__(self, source: TensorSource, facts: LoraFacts, alpha: float, dtype: torch.dtype | None) -> None:
         self.source, self.facts, self.alpha = source, facts, alpha
         self._names = _plain_names(source)
         weights = {f"{layer}.weight" for layer in facts.layers}
@@ -113,13 +114,13 @@ class Merged:
         return total.to(self.tensors[name].dtype)
 
 
-def base(source: Tensors) -> Renamed:
+def base(source: TensorSource) -> RenamedTensors:
     """The weights that LoRA was trained on top of, without it, under the names of a checkpoint without LoRA."""
-    return Renamed(source, _plain_names(source))
+    return RenamedTensors(source, _plain_names(source))
 
 
 def to_diffusers_lora(
-    source: Tensors, table: Iterable[Operation], alpha: float
+    source: TensorSource, table: Iterable[Operation], alpha: float
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, header) of a LoRA file for ``pipeline.load_lora_weights``.
 
@@ -143,7 +144,7 @@ def to_diffusers_lora(
             made[f"{stem}.lora_B.weight"] = (b.float() * (alpha / facts.rank)).to(b.dtype).contiguous()
     if lost:
         raise ConversionError(
-            f"These adapters have no counterpart:\n{listed(lost)}", "Merge the LoRA into the weights instead."
+            f"These adapters have no counterpart:\n{format_list(lost)}", "Merge the LoRA into the weights instead."
         )
     header = {
         "format": "pt",
@@ -165,7 +166,7 @@ def _targets(table: Iterable[Operation]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _plain_names(source: Tensors) -> dict[str, str]:
+def _plain_names(source: TensorSource) -> dict[str, str]:
     """Name without LoRA to name in the file, for all but the adapters."""
     names = {}
     for name in source.tensors:
@@ -175,7 +176,7 @@ def _plain_names(source: Tensors) -> dict[str, str]:
     return names
 
 
-def _needed(source: Tensors) -> LoraFacts:
+def _needed(source: TensorSource) -> LoraFacts:
     facts = find_lora(source)
     if facts is None:
         raise ConversionError("These weights hold no LoRA (no matrix_A, matrix_B).", "Export them as they are.")

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from cogflow.errors import ConversionError
+from cogflow.errors import ConversionError, format_list
 from cogflow.export.algebra import Operation, Shape
 from cogflow.export.recomputed_tensors import Drop
-from cogflow.weights.reader import TensorInfo, listed
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.tensor_source import TensorInfo, TensorSource
 
 _HINT = "The layout differs from what the table of this variant says, or the file is incomplete; nothing was converted."
 
@@ -85,7 +84,7 @@ def make_plan(
         problems += _against(expected, steps, bool(problems))
     if problems:
         count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise ConversionError(f"These tensors cannot be converted; {count}:\n{listed(problems, most=60)}", _HINT)
+        raise ConversionError(f"These tensors cannot be converted; {count}:\n{format_list(problems, most=60)}", _HINT)
     return MappingPlan(steps, [(drop.source, drop.reason) for drop in drops], drops)
 
 
@@ -128,7 +127,7 @@ class Converted:
     without it, or for other shapes, recipes stand in.
     """
 
-    def __init__(self, plan: MappingPlan, source: Tensors, kept: Mapping[str, torch.Tensor] | None = None) -> None:
+    def __init__(self, plan: MappingPlan, source: TensorSource, kept: Mapping[str, torch.Tensor] | None = None) -> None:
         self.plan, self.source, self.kept = plan, source, kept or {}
         self._steps = {name: step for step in plan.steps for name in step.targets}
         self.tensors: Mapping[str, TensorInfo] = {
@@ -144,7 +143,7 @@ class Converted:
         return step.operation.make(name, {source: self.source.read(source) for source in step.sources}).to(step.dtype)
 
 
-def _file(step: MappingStep, source: Tensors) -> Path:
+def _file(step: MappingStep, source: TensorSource) -> Path:
     return source.tensors[step.sources[0]].file if step.sources else Path()
 
 
@@ -153,7 +152,7 @@ def unrestored(plan: MappingPlan) -> list[str]:
     return [drop.source for drop in plan.drops if drop.recipe is None or not drop.recipe.exact]
 
 
-def differences(plan: MappingPlan, source: Tensors) -> dict[str, float]:
+def differences(plan: MappingPlan, source: TensorSource) -> dict[str, float]:
     """For every dropped tensor that the other side computes: how far its values are from that, at most (:meth:`Drop.difference`)."""
     found = {drop.source: drop.difference(source.read(drop.source)) for drop in plan.drops}
     return {name: value for name, value in found.items() if value is not None}

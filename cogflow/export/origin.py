@@ -10,9 +10,8 @@ from typing import Any
 from cogflow.errors import CheckpointError, ConfigError
 from cogflow.export.facts import read_yamls
 from cogflow.weights import locate
-from cogflow.weights.reader import read_json
 from cogflow.weights.source import STEP, TRAINER, find_source
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.tensor_source import TensorSource, read_json
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
@@ -32,7 +31,7 @@ class ExportOrigin:
     weights: str
     step: int | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
-    tensors: Tensors | None = None
+    tensors: TensorSource | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     yamls: Sequence[tuple[Path, Mapping[str, Any]]] = ()

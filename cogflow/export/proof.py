@@ -17,9 +17,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogflow.errors import QualityGateError
 from cogflow.export.sat_reference import LAYERNORM_EPS, MIXIN_EPS, Layout, forward, rotary
-from cogflow.weights.reader import TensorInfo, WeightsFolder, read_json
-from cogflow.weights.strict import load_check, skeleton
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.strict_loading import check_strict_load, meta_model
+from cogflow.weights.tensor_source import TensorInfo, TensorSource, WeightsFolder, read_json
 
 TOLERANCE = 5e-5
 """Largest difference of the output that counts as equal, where the output's largest value is about 1. Both sides are in fp32;
@@ -41,7 +40,7 @@ class Compared:
 
 
 def prove_transformer(
-    source: Tensors,
+    source: TensorSource,
     component: Path,
     heads: int,
     computed: Mapping[str, Callable[[], torch.Tensor]],
@@ -78,7 +77,7 @@ def prove_transformer(
 
 
 def _compare(
-    cast: Tensors, weights: WeightsFolder, config: dict[str, Any], heads: int, layers: list[int], whole: bool
+    cast: TensorSource, weights: WeightsFolder, config: dict[str, Any], heads: int, layers: list[int], whole: bool
 ) -> Compared:
     grid = _grid(config, whole)
     model = _network(weights, config, layers, grid)
@@ -128,7 +127,7 @@ def _network(
     changed = config | {"num_layers": len(layers)}
     if config.get("patch_size_t") is None:  # 1.5 knows no added positions, and frames that its patches do not divide
         changed["sample_frames"] = (grid[0] - 1) * ratio + 1
-    model = skeleton(changed, weights.folder / "config.json")
+    model = meta_model(changed, weights.folder / "config.json")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = {}
     for name, stored in names.items():
@@ -154,7 +153,7 @@ def _fill_tables(model: torch.nn.Module, config: dict[str, Any]) -> None:
 
 def prove_vae(component: Path) -> dict[str, Any]:
     """Send a clip through the exported autoencoder. Raises :class:`QualityGateError` for values that are not finite."""
-    load_check(component, "vae")
+    check_strict_load(component, "vae")
     vae = AutoencoderKLCogVideoX.from_pretrained(
         component, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
     ).eval()
@@ -181,7 +180,7 @@ class _Cast:
     """Tensors rounded as the export rounded them, back in fp32."""
 
     def __init__(
-        self, source: Tensors, dtypes: set[torch.dtype], computed: Mapping[str, Callable[[], torch.Tensor]]
+        self, source: TensorSource, dtypes: set[torch.dtype], computed: Mapping[str, Callable[[], torch.Tensor]]
     ) -> None:
         self.source, self.tensors, self.computed = source, source.tensors, computed
         self.dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
@@ -199,5 +198,5 @@ def _largest(x: torch.Tensor) -> float:
     return float(x.abs().max())
 
 
-def _place(source: Tensors) -> str:
+def _place(source: TensorSource) -> str:
     return str(next(iter(source.tensors.values())).file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cogflow.weights.tensors import Renamed, Tensors
+from cogflow.weights.tensor_source import RenamedTensors, TensorSource
 
 TRANSFORMER = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -21,9 +21,9 @@ _BARE = {
 class Parts:
     """Each component's tensors under its own names, ``None`` where there are none; ``other``: names that belong to no component."""
 
-    transformer: Renamed | None = None
-    text_encoder: Renamed | None = None
-    vae: Renamed | None = None
+    transformer: RenamedTensors | None = None
+    text_encoder: RenamedTensors | None = None
+    vae: RenamedTensors | None = None
     other: list[str] = field(default_factory=list)
 
 
@@ -31,7 +31,7 @@ def text_encoder_prefix(index: int = 0) -> str:
     return f"conditioner.embedders.{index}.transformer."
 
 
-def split(tensors: Tensors) -> Parts:
+def split(tensors: TensorSource) -> Parts:
     """Deal a checkpoint's tensors to the components by the engine's prefixes.
 
     Files that hold one component alone have no prefix (``3d-vae.pt``; a stripped transformer): they are known by their first words.
@@ -45,7 +45,7 @@ def split(tensors: Tensors) -> Parts:
             other.append(name)
         else:
             names[component][inner] = name
-    made = {component: Renamed(tensors, mapping) if mapping else None for component, mapping in names.items()}
+    made = {component: RenamedTensors(tensors, mapping) if mapping else None for component, mapping in names.items()}
     return Parts(**made, other=other)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.tensor_source import TensorSource
 
 LAYERNORM_EPS = 1e-5  # of SAT's transformer
 MIXIN_EPS = 1e-6  # of the norms of queries and keys, and of the last one
@@ -49,7 +49,7 @@ def rotary(frames: int, height: int, width: int, head_dim: int) -> tuple[torch.T
 
 
 def forward(
-    weights: Tensors,
+    weights: TensorSource,
     layout: Layout,
     latents: torch.Tensor,
     text: torch.Tensor,
@@ -80,7 +80,7 @@ def forward(
 
 
 class _Network:
-    def __init__(self, weights: Tensors, layout: Layout) -> None:
+    def __init__(self, weights: TensorSource, layout: Layout) -> None:
         self.weights, self.layout = weights, layout
         # The sin-cos model keeps its table of positions; all others rotate, with or without a learned table beside.
         learned = self.has("transformer.position_embeddings.weight")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cogflow.export.claims import Claim
-from cogflow.weights.reader import TensorInfo
+from cogflow.weights.tensor_source import TensorInfo
 
 Infos = Mapping[str, TensorInfo]
 

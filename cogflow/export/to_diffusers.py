@@ -14,7 +14,7 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
-from cogflow.errors import QualityGateError
+from cogflow.errors import QualityGateError, format_list
 from cogflow.export import diffusers_configs
 from cogflow.export.component import Component, PreparedExport, check_tables
 from cogflow.export.origin import ExportOrigin
@@ -23,10 +23,9 @@ from cogflow.files.manifest import hash_file
 from cogflow.files.publish import publish_folder, require_space, write_json
 from cogflow.files.readback import ReadBack
 from cogflow.models.loading import dtype_name
-from cogflow.weights.cast_statistics import TensorFacts, short
-from cogflow.weights.reader import listed
-from cogflow.weights.strict import STEMS, load_check
-from cogflow.weights.writer import write_weights
+from cogflow.weights.cast_statistics import TensorStatistics, torch_dtype_name
+from cogflow.weights.strict_loading import STEMS, check_strict_load
+from cogflow.weights.weights_writer import SafetensorsFormat, write_safetensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
 REPORT = "export.json"
@@ -56,7 +55,7 @@ def export_diffusers(
     with publish_folder(output, replace=True, known=hashes) as partial, ReadBack() as reading:
         # What the disk really holds is looked at while the next shard is written and while the proof runs.
         closed = reading.add if verify != "off" else lambda path, sha256: None
-        facts: dict[str, list[TensorFacts]] = {}
+        facts: dict[str, list[TensorStatistics]] = {}
         with report(needed, "export") as bar:
             for component in prepared.components:
                 facts[component.name], written = write_component(
@@ -90,22 +89,24 @@ def export_diffusers(
 
 def write_component(
     component: Component, folder: Path, max_shard_size: str, bar: Bar, closed: Callable[[Path, str], None]
-) -> tuple[list[TensorFacts], dict[str, str]]:
+) -> tuple[list[TensorStatistics], dict[str, str]]:
     """Config and weights of one component; facts of each tensor and sha256 of each shard, which ``closed`` is told, too."""
-    facts: list[TensorFacts] = []
+    facts: list[TensorStatistics] = []
     outputs = component.outputs()
     sizes = {one.name: one.bytes(component.dtype) for one in outputs}
 
-    def note(fact: TensorFacts) -> None:
+    def note(fact: TensorStatistics) -> None:
         facts.append(fact)
         bar.advance(sizes[fact.name], note=fact.name)
 
-    hashes = write_weights(outputs, component.dtype, folder, STEMS[component.name], max_shard_size, note, closed)
+    hashes = write_safetensors(
+        outputs, SafetensorsFormat(folder, component.dtype, STEMS[component.name], max_shard_size), note, closed
+    )
     config = dict(component.config)
     if component.name == "text_encoder" and component.dtype is not None:
-        config["dtype"] = short(component.dtype)
+        config["dtype"] = torch_dtype_name(component.dtype)
     write_json(folder / "config.json", config)
-    load_check(folder, component.name)
+    check_strict_load(folder, component.name)
     return facts, hashes
 
 
@@ -131,7 +132,7 @@ def written_bytes(prepared: PreparedExport) -> int:
     return total + sum(tensor.nbytes for tensor in (prepared.adapters or ({}, {}))[0].values())
 
 
-def refuse_nonfinite(facts: list[TensorFacts], place: Path) -> None:
+def refuse_nonfinite(facts: list[TensorStatistics], place: Path) -> None:
     """Raise :class:`QualityGateError` naming the tensors that hold, or would hold after the cast, NaN or infinity."""
     bad = [f"{fact.name}: {fact.nonfinite} values that are not finite" for fact in facts if fact.nonfinite]
     bad += [
@@ -139,7 +140,7 @@ def refuse_nonfinite(facts: list[TensorFacts], place: Path) -> None:
     ]
     if bad:
         raise QualityGateError(
-            f"{place} is not exported, not every value would be finite:\n{listed(bad)}",
+            f"{place} is not exported, not every value would be finite:\n{format_list(bad)}",
             "Values beyond fp16's range fit into stage.dtype=bf16; NaN in a checkpoint means that training broke before it.",
         )
 
@@ -147,7 +148,7 @@ def refuse_nonfinite(facts: list[TensorFacts], place: Path) -> None:
 def describe(
     prepared: PreparedExport,
     origin: ExportOrigin,
-    facts: Mapping[str, list[TensorFacts]],
+    facts: Mapping[str, list[TensorStatistics]],
     files: Mapping[str, str],
     proof: Mapping[str, Any],
     tables: Mapping[str, float],
@@ -198,7 +199,7 @@ def describe(
     }
 
 
-def summary(facts: list[TensorFacts]) -> dict[str, Any]:
+def summary(facts: list[TensorStatistics]) -> dict[str, Any]:
     """Counts over all tensors, and what the cast cost at most."""
     narrow = [fact.holds_only for fact in facts if fact.holds_only]
     return {
@@ -216,8 +217,8 @@ def summary(facts: list[TensorFacts]) -> dict[str, Any]:
     }
 
 
-def fingerprint(facts: list[TensorFacts], before: bool = False) -> str:
-    """:func:`cogflow.weights.fingerprint.fingerprint` of what was written, or of the same tensors before the cast."""
+def fingerprint(facts: list[TensorStatistics], before: bool = False) -> str:
+    """:func:`cogflow.weights.tensor_source.weights_fingerprint` of what was written, or of the same tensors before the cast."""
     lines = [
         f"{fact.name} torch.{fact.dtype_in if before else fact.dtype_out} {tuple(fact.shape)} {fact.sha256_in if before else fact.sha256}"
         for fact in facts

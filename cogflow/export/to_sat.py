@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from cogflow.errors import ConfigError, ConversionError, QualityGateError
+from cogflow.errors import ConfigError, ConversionError, QualityGateError, format_list
 from cogflow.export import sat_yaml
 from cogflow.export.component import Component, PreparedExport, prepare, to_sat
 from cogflow.export.diffusers_configs import VAE_GROUPS
@@ -19,9 +19,9 @@ from cogflow.files.manifest import hash_file
 from cogflow.files.publish import publish_folder, require_space, write_json, write_text
 from cogflow.models.family import FAMILY
 from cogflow.models.loading import dtype_name
-from cogflow.weights.cast_statistics import TensorFacts
-from cogflow.weights.reader import listed, read_json
-from cogflow.weights.torch_writer import write_torch
+from cogflow.weights.cast_statistics import TensorStatistics
+from cogflow.weights.tensor_source import read_json
+from cogflow.weights.weights_writer import write_torch_file
 
 VAE_FILE = "vae/3d-vae.pt"
 PUBLISHED_VAE = {
@@ -56,7 +56,7 @@ def export_sat(
     needed = sum(one.bytes(component.dtype) for component in back.values() for one in component.outputs())
     require_space(output, needed)
     iteration = origin.step if origin.step is not None else 1
-    facts: dict[str, list[TensorFacts]] = {name: [] for name in back}
+    facts: dict[str, list[TensorStatistics]] = {name: [] for name in back}
     files: dict[str, str] = {}
     with publish_folder(output, replace=True, known=files) as partial:
         with report(needed, "export") as bar:
@@ -93,7 +93,7 @@ def _write(
     components: list[Component],
     key: str,
     beside: dict[str, Any],
-    facts: dict[str, list[TensorFacts]],
+    facts: dict[str, list[TensorStatistics]],
     bar: Any,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,11 +101,11 @@ def _write(
     outputs = [output for component in components for output in component.outputs()]
     sizes = {output.name: output.bytes(owners[output.name].dtype) for output in outputs}
 
-    def note(fact: TensorFacts) -> None:
+    def note(fact: TensorStatistics) -> None:
         facts[owners[fact.name].name].append(fact)
         bar.advance(sizes[fact.name], note=fact.name)
 
-    write_torch(path, outputs, key, beside, lambda output: output.target(owners[output.name].dtype), note)
+    write_torch_file(path, outputs, key, beside, lambda output: output.target(owners[output.name].dtype), note)
 
 
 def _settings(
@@ -156,7 +156,8 @@ def _prove(components: Mapping[str, Component], folder: Path) -> dict[str, Any]:
                 wrong.append(tensor)
         if wrong or again.tensors.tensors.keys() != component.tensors.tensors.keys():
             raise QualityGateError(
-                f"{name} does not come back from SAT's layout as it went:\n{listed(wrong)}", "Nothing is published."
+                f"{name} does not come back from SAT's layout as it went:\n{format_list(wrong)}",
+                "Nothing is published.",
             )
         proof[name] = {
             "what": "read back and converted again, equal to the bit",

@@ -20,8 +20,8 @@ from cogflow.sampling.score import IN_TIME, Scored, against, mean, rates_differ,
 from cogflow.sampling.source import frames_of, is_frames, read_clips
 from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
-from cogflow.weights.fingerprint import fingerprint
 from cogflow.weights.source import find_source
+from cogflow.weights.tensor_source import weights_fingerprint
 
 SHOWN = ("wavelet_ratio", "edge_sharpness", "blur_effect", "contrast", "saturation", "grain", "motion", "artefacts")
 """Channels of the table on the terminal; the record holds all."""
@@ -86,7 +86,7 @@ def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> dic
     facts: dict[str, Any] = {
         "step": None,
         "source": str(source),
-        "weights_sha256": fingerprint(transformer.state_dict().items()),
+        "weights_sha256": weights_fingerprint(transformer.state_dict().items()),
     }
     record = gallery.sample_into(
         where, sampler, requests(prompts, embeds, config.sampling.seeds), fps=data.fps, facts=facts, title="samples"

@@ -28,7 +28,7 @@ from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.reshard import reshard
 from cogflow.training.saved_weights import read_weights, save_weights
-from cogflow.weights.zero_files import read_states
+from cogflow.weights.zero_files import read_state_file
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def check_pickles(folder: Path) -> None:
     """
     files = sorted(folder.rglob("*.pt"))
     for file in files[ranks.rank() :: ranks.world_size()]:
-        read_states(file)
+        read_state_file(file)
     ranks.barrier()
 
 

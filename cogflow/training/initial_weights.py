@@ -18,16 +18,15 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow.config.schema import Config, DeepSpeedConfig, TrainStage
-from cogflow.errors import ConfigError, ConversionError
+from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export.component import prepare
 from cogflow.export.origin import find_origin
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
 from cogflow.training.deepspeed_start import sharded_init, whole_on_main
-from cogflow.weights.reader import WeightsFolder, listed, read_json
-from cogflow.weights.strict import differences, expected_shapes, skeleton
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.strict_loading import expected_shapes, meta_model, shape_problems
+from cogflow.weights.tensor_source import TensorSource, WeightsFolder, read_json
 
 FACTS = ("scaling_factor", "snr_shift_scale", "invert_scale_latents", "prediction_type", "rescale_betas_zero_snr")
 """What the weights were trained for and the pipeline folder beside them must agree in."""
@@ -38,7 +37,7 @@ class InitialWeights:
     """Where weights come from, by diffusers' names. ``facts``: what is known of their training."""
 
     place: Path
-    tensors: Tensors
+    tensors: TensorSource
     facts: Mapping[str, Any]
 
 
@@ -50,7 +49,7 @@ def build(config: Config, source: Path, dtype: torch.dtype, device: torch.device
     """
     stage = cast(TrainStage, config.stage)
     shape_of = read_json(source / "transformer" / "config.json")
-    outline = skeleton(shape_of, source / "transformer" / "config.json")
+    outline = meta_model(shape_of, source / "transformer" / "config.json")
     weights = find_weights(config, source)
     _check(outline, weights)
     _agree(weights, facts)
@@ -59,7 +58,7 @@ def build(config: Config, source: Path, dtype: torch.dtype, device: torch.device
 
 def make(
     config: Mapping[str, Any],
-    tensors: Tensors,
+    tensors: TensorSource,
     deepspeed: DeepSpeedConfig,
     stage: TrainStage,
     dtype: torch.dtype,
@@ -102,9 +101,9 @@ def _check(outline: torch.nn.Module, weights: InitialWeights) -> None:
         expected_shapes(outline),
         {name: tuple(info.shape) for name, info in weights.tensors.tensors.items()},
     )
-    if problems := differences(expected, found, "the model's is"):
+    if problems := shape_problems(expected, found, "the model's is"):
         raise ConversionError(
-            f"The weights in {weights.place} are not those of the model:\n{listed(problems)}",
+            f"The weights in {weights.place} are not those of the model:\n{format_list(problems)}",
             "Give the model= and model.path they belong to.",
         )
 
@@ -146,7 +145,7 @@ def _place(transformer: Any, config: Mapping[str, Any], dtype: torch.dtype, devi
 
 
 @torch.no_grad()
-def _stream(transformer: Any, tensors: Tensors, dtype: torch.dtype) -> None:
+def _stream(transformer: Any, tensors: TensorSource, dtype: torch.dtype) -> None:
     targets = dict(transformer.named_parameters()) | dict(transformer.named_buffers())
     names = [name for name in tensors.tensors if name in targets]
     total = sum(getattr(targets[name], "ds_numel", targets[name].numel()) * dtype.itemsize for name in names)

@@ -12,7 +12,7 @@ from cogflow.runtime.progress import progress
 from cogflow.training.engine import TAG, Engine
 from cogflow.training.optimizer_states import count_steps, put_states
 from cogflow.training.saved_weights import read_weights
-from cogflow.weights.zero_moments import MOMENTS, SavedStates
+from cogflow.weights.zero import MOMENTS, SavedAdamStates
 
 
 def reshard(path: Path, engine: Engine) -> None:
@@ -23,7 +23,7 @@ def reshard(path: Path, engine: Engine) -> None:
     """
     parameters = dict(engine.module.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    saved = SavedStates(path / "deepspeed" / TAG, trained)
+    saved = SavedAdamStates(path / "deepspeed" / TAG, trained)
     engine.settle()
     with progress(len(parameters), "dealing out states") as bar:
         for name, parameter in parameters.items():

@@ -32,7 +32,7 @@ from cogflow.tracking.tracker import Tracker
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.retention import SHARP
-from cogflow.weights.fingerprint import fingerprint
+from cogflow.weights.tensor_source import weights_fingerprint
 
 SAME = ("sampling", "height", "width", "frames", "dtype")
 """What the records of two validations must share for their frames to be comparable."""
@@ -135,7 +135,7 @@ class Validation:
             facts = {
                 "step": done,
                 "weights": "ema" if self.ema is not None else "model",
-                "weights_sha256": fingerprint(self.engine.weights()),
+                "weights_sha256": weights_fingerprint(self.engine.weights()),
             }
             sampler = self.sampler()
             sampler.stop = self.stop

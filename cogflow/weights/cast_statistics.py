@@ -1,4 +1,4 @@
-"""The numbers of one tensor before and after a cast, gathered chunk by chunk while it passes by."""
+"""Statistics of one tensor before and after a cast, collected chunk by chunk while the tensor is written."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 import torch
 
 CHUNK = 1 << 16
-"""Values looked at together. Their copies in double precision stay in a core's cache, which is what makes this fast:
-chunks of a whole tensor took twenty times as long."""
+"""Values processed together. Their copies in double precision fit into a core's cache: whole tensors took 20 times as long."""
 
 NARROWER = {
     torch.float32: (torch.bfloat16, torch.float16),
     torch.float64: (torch.float32, torch.bfloat16, torch.float16),
 }
-"""Dtype -> smaller dtypes that its values may have been rounded to before they were stored."""
+"""Dtype to smaller dtypes that its values may have been rounded to before they were stored."""
 
 
 @dataclass(frozen=True)
-class TensorFacts:
-    """One tensor that was written. Statistics leave NaN and infinity out; they are in double precision.
+class TensorStatistics:
+    """One written tensor. Statistics are in double precision and leave out NaN and infinity.
 
-    ``sources`` and ``operation`` say what it was made of. ``changed`` is the largest absolute change of a value by the cast,
-    ``relative`` the largest of those divided by the value. ``holds_only`` names the smallest dtype that holds every value of a
-    wider source (weights that were rounded earlier), if there is one. ``sha256`` is over the bytes written.
+    ``sources`` and ``operation`` state what it was made of. ``changed`` is the largest absolute change of a value by the cast,
+    ``relative`` the largest change divided by the value. ``holds_only`` names the smallest dtype that holds every value of a
+    wider source (weights that were rounded earlier), if there is one. ``sha256_in`` and ``sha256`` are over the bytes before and
+    after the cast.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TensorFacts:
 
 
 @dataclass
-class Moments:
+class RunningMoments:
     """Mean, standard deviation and largest magnitude of the finite values added so far."""
 
     count: int = 0
@@ -60,14 +60,15 @@ class Moments:
     nonfinite: int = 0
 
     def add(self, values: torch.Tensor) -> None:
-        """``values``: doubles ``[n]``."""
+        """Add float64 ``values`` ``[n]``."""
         if values.numel() == 0:
             return
         squares = float(torch.dot(values, values))
-        if squares - squares != 0.0:  # NaN or infinity among them, or squares too large for a double
+        if squares - squares != 0.0:  # the values hold NaN or infinity, or their squares overflow a double
             finite = values[values.isfinite()]
             self.nonfinite += values.numel() - finite.numel()
-            values, squares = finite, float(torch.dot(finite, finite))
+            values = finite
+            squares = float(torch.dot(finite, finite))
             if values.numel() == 0:
                 return
         low, high = torch.aminmax(values)
@@ -82,18 +83,18 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Of all values, not of a sample."""
+        """The standard deviation of all values, not of a sample (divisor n)."""
         return max(0.0, self.squares / self.count - self.mean**2) ** 0.5 if self.count else 0.0
 
 
 @dataclass
 class CastStatistics:
-    """Statistics of one tensor on its way from ``dtype_in`` to ``dtype_out``."""
+    """Cast one tensor from ``dtype_in`` to ``dtype_out`` piece by piece and collect its statistics."""
 
     dtype_in: torch.dtype
     dtype_out: torch.dtype
-    before: Moments = field(default_factory=Moments)
-    after: Moments = field(default_factory=Moments)
+    before: RunningMoments = field(default_factory=RunningMoments)
+    after: RunningMoments = field(default_factory=RunningMoments)
     changed: float = 0.0
     relative: float = 0.0
     became_inf: int = 0
@@ -104,25 +105,29 @@ class CastStatistics:
         self.narrower = list(NARROWER.get(self.dtype_in, ()))
 
     def cast(self, values: torch.Tensor) -> torch.Tensor:
-        """``values`` ``[n]`` in ``dtype_out``, counted on the way."""
+        """Return ``values`` ``[n]`` in ``dtype_out`` and add them to the statistics."""
         if self.dtype_in == self.dtype_out:
             for chunk in values.split(CHUNK):
                 self.before.add(chunk.double())
-                self._narrow(chunk)
+                self._exclude_narrower(chunk)
             return values
-        return torch.cat([self._cast(chunk) for chunk in values.split(CHUNK)])
+        return torch.cat([self._cast_chunk(chunk) for chunk in values.split(CHUNK)])
 
-    def _cast(self, chunk: torch.Tensor) -> torch.Tensor:
+    def _cast_chunk(self, chunk: torch.Tensor) -> torch.Tensor:
         result = chunk.to(self.dtype_out)
-        old, new = chunk.double(), result.double()
-        found = self.before.nonfinite
+        old = chunk.double()
+        new = result.double()
+        nonfinite_in = self.before.nonfinite
         self.before.add(old)
-        lost = self.after.nonfinite
+        nonfinite_out = self.after.nonfinite
         self.after.add(new)
-        self.became_inf += (self.after.nonfinite - lost) - (self.before.nonfinite - found)
-        self._narrow(chunk)
-        if torch.equal(old, new):
-            return result
+        self.became_inf += (self.after.nonfinite - nonfinite_out) - (self.before.nonfinite - nonfinite_in)
+        self._exclude_narrower(chunk)
+        if not torch.equal(old, new):
+            self._count_changes(old, new)
+        return result
+
+    def _count_changes(self, old: torch.Tensor, new: torch.Tensor) -> None:
         difference = (new - old).abs_()
         finite = difference.isfinite()
         if not bool(finite.all()):
@@ -133,29 +138,48 @@ class CastStatistics:
         self.became_zero += int(((new == 0) & nonzero).sum())
         if self.dtype_out.is_floating_point:
             tiny_in = torch.finfo(self.dtype_in).tiny if self.dtype_in.is_floating_point else 0.0
-            small = (new.abs() < torch.finfo(self.dtype_out).tiny) & (new != 0) & (old.abs() >= tiny_in)
-            self.became_subnormal += int(small.sum())
-        return result
+            subnormal = (new.abs() < torch.finfo(self.dtype_out).tiny) & (new != 0) & (old.abs() >= tiny_in)
+            self.became_subnormal += int(subnormal.sum())
 
-    def _narrow(self, chunk: torch.Tensor) -> None:
+    def _exclude_narrower(self, chunk: torch.Tensor) -> None:
+        """Remove the narrower dtypes that cannot hold every value of ``chunk``."""
         for dtype in list(self.narrower):
             if not torch.equal(chunk.to(dtype).to(chunk.dtype), chunk):
                 self.narrower.remove(dtype)
 
-    def facts(
-        self, name: str, sources: list[str], operation: str, shape: list[int], sha256_in: str, sha256: str
-    ) -> TensorFacts:
+    def result(
+        self, name: str, sources: list[str], operation: str, shape: list[int], *, sha256_in: str, sha256: str
+    ) -> TensorStatistics:
+        """Return the statistics of all values cast so far, with the tensor's description."""
         after = self.before if self.dtype_in == self.dtype_out else self.after
-        # Of two halves that both hold everything, zeros for one, neither tells of a rounding: name the one that training uses.
-        holds_only = short(self.narrower[0]) if self.narrower and self.before.absmax > 0 else None
-        return TensorFacts(
-            name, sources, operation, shape, short(self.dtype_in), short(self.dtype_out),
-            self.before.mean, self.before.std, self.before.absmax, after.mean, after.std, after.absmax,
-            self.changed, self.relative, self.before.nonfinite, self.became_inf, self.became_zero, self.became_subnormal,
-            holds_only, sha256_in, sha256,
-        )  # fmt: skip
+        # If bf16 and fp16 both hold every value (only zeros, say), no rounding is evident. NARROWER lists bf16, the usual
+        # dtype of training, first.
+        rounded = bool(self.narrower) and self.before.absmax > 0
+        return TensorStatistics(
+            name=name,
+            sources=sources,
+            operation=operation,
+            shape=shape,
+            dtype_in=torch_dtype_name(self.dtype_in),
+            dtype_out=torch_dtype_name(self.dtype_out),
+            mean_in=self.before.mean,
+            std_in=self.before.std,
+            absmax_in=self.before.absmax,
+            mean_out=after.mean,
+            std_out=after.std,
+            absmax_out=after.absmax,
+            changed=self.changed,
+            relative=self.relative,
+            nonfinite=self.before.nonfinite,
+            became_inf=self.became_inf,
+            became_zero=self.became_zero,
+            became_subnormal=self.became_subnormal,
+            holds_only=torch_dtype_name(self.narrower[0]) if rounded else None,
+            sha256_in=sha256_in,
+            sha256=sha256,
+        )
 
 
-def short(dtype: torch.dtype) -> str:
-    """As torch names it, without the module: float32."""
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype without the module, such as ``float32``."""
     return str(dtype).removeprefix("torch.")

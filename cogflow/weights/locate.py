@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from cogflow.errors import CheckpointError, ConfigError
-from cogflow.weights.parallel import PART, check_count, join, model_parts
-from cogflow.weights.reader import STEM, TensorInfo, WeightsFolder, listed, read_json
-from cogflow.weights.tensors import Tensors
-from cogflow.weights.torchfile import TorchFile
-from cogflow.weights.zero import ZeroFolder
-from cogflow.weights.zero_files import SHARDED_MODEL, has_masters, tagged
+from cogflow.errors import CheckpointError, ConfigError, format_list
+from cogflow.weights.model_parallel import PART_FILE, check_part_count, join_parts, part_files
+from cogflow.weights.tensor_source import STEM, TensorInfo, TensorSource, WeightsFolder, read_json
+from cogflow.weights.torch_file import TorchFile
+from cogflow.weights.zero import ZeroCheckpoint
+from cogflow.weights.zero_files import SHARDED_MODEL, has_optimizer_states, latest_step_folder
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 EMA = "-ema"
@@ -52,7 +51,7 @@ class Found:
     """
 
     kind: str
-    tensors: Tensors
+    tensors: TensorSource
     origin: Path
     files: list[Path]
     step: int | None
@@ -83,12 +82,12 @@ def find(place: Path, weights: str = "auto", masters: str = "auto") -> Found:
     if place.is_file():
         return _file(place, weights, masters, [])
     if (place / "latest").is_file():
-        return _step_folder(tagged(place), weights, masters, [])
+        return _step_folder(latest_step_folder(place), weights, masters, [])
     if _is_step(place):
         return _step_folder(place, weights, masters, [])
     if (place / "transformer" / "latest").is_file():  # CogVideoX's published SAT weights lie like this
         note = f"{place} holds several components; its transformer is taken."
-        return _step_folder(tagged(place / "transformer"), weights, masters, [note])
+        return _step_folder(latest_step_folder(place / "transformer"), weights, masters, [note])
     for folder in (place, place / "transformer"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
             return _diffusers(folder, weights, masters)
@@ -113,7 +112,7 @@ def find(place: Path, weights: str = "auto", masters: str = "auto") -> Found:
 
 
 def _is_step(folder: Path) -> bool:
-    return any(PART.fullmatch(path.name) or SHARDED_MODEL.fullmatch(path.name) for path in folder.iterdir())
+    return any(PART_FILE.fullmatch(path.name) or SHARDED_MODEL.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _step_folder(folder: Path, weights: str, masters: str, notes: list[str]) -> Found:
@@ -125,8 +124,8 @@ def _step_folder(folder: Path, weights: str, masters: str, notes: list[str]) -> 
             f"{folder} holds no mp_rank_00_model_states.pt. It holds {names or 'nothing'}.", _EXPECTED
         )
     sharded = {int(match[2]) for path in folder.iterdir() if (match := SHARDED_MODEL.fullmatch(path.name))}
-    parts = model_parts(folder)
-    with_masters = has_masters(folder)
+    parts = part_files(folder)
+    with_masters = has_optimizer_states(folder)
     if weights == "ema" and masters == "fp32" and with_masters:
         raise CheckpointError(
             f"{folder} keeps its average only as stored: the fp32 master weights beside it are those of the model.",
@@ -135,27 +134,27 @@ def _step_folder(folder: Path, weights: str, masters: str, notes: list[str]) -> 
     own = re.fullmatch(rf"\d+({EMA})?|release", folder.name) is None  # SAT's folders are named by a number
     fp32 = masters == "fp32" or (masters == "auto" and with_masters and weights == "model" and (own or bool(sharded)))
     if fp32 and (with_masters or sharded):
-        zeros = [ZeroFolder(folder, "fp32", part) for part in sorted(sharded) or range(len(parts))]
+        zeros = [ZeroCheckpoint(folder, "fp32", part) for part in sorted(sharded) or range(len(parts))]
     elif sharded:
-        zeros = [ZeroFolder(folder, "bf16", part) for part in sorted(sharded)]
+        zeros = [ZeroCheckpoint(folder, "bf16", part) for part in sorted(sharded)]
     else:
         zeros = []
         if with_masters:
             notes.append("The weights are taken as stored; fp32 master weights lie beside them (masters=fp32).")
     files: list[Path] = []
     metadata: dict[str, Any] = {}
-    sources: list[Tensors] = []
-    opened: ZeroFolder | TorchFile
+    sources: list[TensorSource] = []
+    opened: ZeroCheckpoint | TorchFile
     for opened in zeros or map(TorchFile, parts):
-        if isinstance(opened, ZeroFolder):
+        if isinstance(opened, ZeroCheckpoint):
             files += opened.files
             notes += opened.notes
         else:
-            check_count(opened, len(parts))
+            check_part_count(opened, len(parts))
             files.append(opened.path)
         metadata = metadata or dict(opened.metadata)
         sources.append(opened)
-    tensors = join(sources)
+    tensors = join_parts(sources)
     if len(sources) > 1:
         notes.append(f"{len(sources)} model-parallel parts are joined.")
     if masters == "fp32" and not zeros:
@@ -188,15 +187,15 @@ def _file(path: Path, weights: str, masters: str, notes: list[str]) -> Found:
         raise CheckpointError(
             f"{path} is one file of a folder.", "Give the folder, with config.json and all safetensors in it."
         )
-    of_step = PART.fullmatch(path.name) is not None
+    of_step = PART_FILE.fullmatch(path.name) is not None
     ema = of_step and path.parent.name.endswith(EMA)
     if weights == ("model" if ema else "ema"):
         raise CheckpointError(
             f"{path} is of weights={'ema' if ema else 'model'}.", "Give the folder that holds both, or the other file."
         )
     file = TorchFile(path)
-    check_count(file, 1)
-    if of_step and (parts := len(model_parts(path.parent))) > 1:
+    check_part_count(file, 1)
+    if of_step and (parts := len(part_files(path.parent))) > 1:
         raise CheckpointError(f"{path} is one of {parts} model-parallel parts.", f"Give the folder: {path.parent}")
     if masters == "fp32":
         _must_be_fp32(path, file.tensors)
@@ -249,7 +248,7 @@ def _kind(place: Path, tensors: Mapping[str, TensorInfo], or_diffusers: bool = F
     lines = [f"{name} {tuple(info.shape)}" for name, info in tensors.items()]
     raise CheckpointError(
         f"{place} holds weights, but {'of diffusers, not of SAT' if like_diffusers else 'of no layout that cogflow knows'}. "
-        f"Its tensors are named:\n{listed(lines, 6)}",
+        f"Its tensors are named:\n{format_list(lines, 6)}",
         "diffusers' weights are read from a folder with config.json and safetensors (save_pretrained)."
         if like_diffusers
         else f"Expected are names that begin with {', '.join(SAT_HEADS[:4])} (SAT) or encoder.down. (its VAE).",

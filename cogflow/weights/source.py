@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogflow.errors import CheckpointError, ConfigError
+from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.files.manifest import MANIFEST, check_manifest, hash_file
-from cogflow.weights.reader import contained_file, listed, read_json
+from cogflow.weights.tensor_source import contained_file, read_json
 
 STEP = re.compile(r"step-(\d+)$")
 TRAINER = "trainer.json"
@@ -63,7 +63,7 @@ def _newest(folder: Path, weights: str) -> TransformerSource:
             return _checkpoint(found[step], weights, verified=True, passed_over=broken)
         broken += [f"{found[step].name}/{problem}" for problem in problems]
     raise CheckpointError(
-        f"No checkpoint in {folder} is whole:\n{listed(broken)}", "Train again, or bring the files back."
+        f"No checkpoint in {folder} is whole:\n{format_list(broken)}", "Train again, or bring the files back."
     )
 
 
@@ -73,7 +73,7 @@ def _checkpoint(
     problems = [] if verified else check_manifest(folder)
     if problems:
         raise CheckpointError(
-            f"The checkpoint {folder} is not as it was saved:\n{listed(problems)}",
+            f"The checkpoint {folder} is not as it was saved:\n{format_list(problems)}",
             "Take another checkpoint, or bring the files back.",
         )
     trainer = read_json(folder / TRAINER)
@@ -110,7 +110,9 @@ def _plain(place: Path, weights: str) -> TransformerSource:
         )
     for published in (place, folder.parent):
         if (published / MANIFEST).is_file() and (problems := check_manifest(published)):
-            raise CheckpointError(f"{published} is not as it was published:\n{listed(problems)}", "Export it again.")
+            raise CheckpointError(
+                f"{published} is not as it was published:\n{format_list(problems)}", "Export it again."
+            )
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.name != MANIFEST
     )

@@ -18,7 +18,7 @@ from cogflow.models.family import FAMILY
 from cogflow.sampling.gallery import sample_into
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Sampler, requests
-from cogflow.weights.fingerprint import fingerprint
+from cogflow.weights.tensor_source import weights_fingerprint
 from tools.tiny_text import make_tokenizer
 
 # Tests are imported by path; this makes their helper (assembling.py) importable, too.
@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(run: Path, base: Path, transformer: CogVideoXTransformer3DModel) -> None:
-    weights = fingerprint(transformer.state_dict().items())
+    weights = weights_fingerprint(transformer.state_dict().items())
     with publish_folder(run / "export") as folder:
         transformer.save_pretrained(folder / "transformer")
         report = {

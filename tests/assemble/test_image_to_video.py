@@ -17,7 +17,7 @@ from cogflow.files.publish import publish_folder, write_json
 from cogflow.models import loading
 from cogflow.sampling.noise import noise_for, step_generator
 from cogflow.stages import assemble
-from cogflow.weights.fingerprint import fingerprint
+from cogflow.weights.tensor_source import weights_fingerprint
 
 TEXT = "a red circle moves left over a light background"
 
@@ -31,7 +31,7 @@ def from_image(work: Work) -> Work:
         sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=TOKENS, use_rotary_positional_embeddings=True,
         use_learned_positional_embeddings=True,
     )  # fmt: skip
-    weights = fingerprint(transformer.state_dict().items())
+    weights = weights_fingerprint(transformer.state_dict().items())
     report = json.loads((work.run / "export" / "export.json").read_text())
     report |= {
         "source": str(work.run / "checkpoints" / "step-000004"),

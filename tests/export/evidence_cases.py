@@ -13,8 +13,8 @@ import torch
 from cogflow.export import sat_components
 from cogflow.export.facts import Facts, gather, read_yamls
 from cogflow.models.family import Family
-from cogflow.weights.reader import TensorInfo
-from cogflow.weights.torchfile import TorchFile
+from cogflow.weights.tensor_source import TensorInfo
+from cogflow.weights.torch_file import TorchFile
 
 KEPT = Path(__file__).resolve().parent.parent / "golden" / "sat"
 EVERY = ("2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v", "5b-lora")

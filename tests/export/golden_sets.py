@@ -13,9 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from cogflow.export import lora, sat_components
-from cogflow.weights.reader import TensorInfo
-from cogflow.weights.tensors import Tensors
-from cogflow.weights.torchfile import TorchFile
+from cogflow.weights.tensor_source import TensorInfo, TensorSource
+from cogflow.weights.torch_file import TorchFile
 
 KEPT = Path(__file__).resolve().parent.parent / "golden" / "sat"
 
@@ -34,7 +33,7 @@ class GoldenSet:
     def recorded(self) -> dict[str, torch.Tensor]:
         return load_file(self.golden)
 
-    def transformer(self) -> Tensors:
+    def transformer(self) -> TensorSource:
         """The DiT's tensors under SAT's names without prefix, LoRA merged in fp32."""
         found = sat_components.split(self.checkpoint()).transformer
         assert found is not None

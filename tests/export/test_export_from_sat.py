@@ -24,7 +24,7 @@ from cogflow.export.to_sat import export_sat
 from cogflow.files.manifest import check_manifest
 from cogflow.models.rotary import rotary_tables
 from cogflow.runtime.progress import progress
-from cogflow.weights.torchfile import TorchFile
+from cogflow.weights.torch_file import TorchFile
 
 SETS = pytest.mark.parametrize("golden", sets(), ids=set_name)
 

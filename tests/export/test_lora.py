@@ -15,23 +15,23 @@ from cogflow.export import lora, sat_components, transformer_table
 from cogflow.export.mapping_plan import Converted, make_plan
 from cogflow.models.rotary import rotary_tables
 from cogflow.models.tiny import new_vae
-from cogflow.weights.tensors import Renamed
+from cogflow.weights.tensor_source import RenamedTensors
 
 QKV = "transformer.layers.1.attention.query_key_value"
 
 
 @pytest.fixture
-def source() -> Renamed:
+def source() -> RenamedTensors:
     found = sat_components.split(kept("5b-lora").checkpoint()).transformer
     assert found is not None
     return found
 
 
-def without(source: Renamed, *names: str) -> Renamed:
-    return Renamed(source.source, {name: inner for name, inner in source.names.items() if name not in names})
+def without(source: RenamedTensors, *names: str) -> RenamedTensors:
+    return RenamedTensors(source.source, {name: inner for name, inner in source.names.items() if name not in names})
 
 
-def test_what_is_adapted(source: Renamed) -> None:
+def test_what_is_adapted(source: RenamedTensors) -> None:
     facts = lora.find_lora(source)
     assert facts is not None and facts.rank == 8
     assert facts.layers == {
@@ -43,7 +43,7 @@ def test_what_is_adapted(source: Renamed) -> None:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 12.0])
-def test_each_part_is_added_to_its_rows(source: Renamed, alpha: float) -> None:
+def test_each_part_is_added_to_its_rows(source: RenamedTensors, alpha: float) -> None:
     merged = lora.merged(source, alpha, rank=8, dtype=torch.float32)
     weight, change = merged.read(f"{QKV}.weight"), torch.empty(192, 64)
     for part in range(3):
@@ -55,20 +55,20 @@ def test_each_part_is_added_to_its_rows(source: Renamed, alpha: float) -> None:
     assert torch.equal(merged.read(f"{QKV}.bias"), source.read(f"{QKV}.original.bias"))
 
 
-def test_in_the_files_own_dtype_the_sum_is_rounded_once(source: Renamed) -> None:
+def test_in_the_files_own_dtype_the_sum_is_rounded_once(source: RenamedTensors) -> None:
     kept, exact = lora.merged(source, 1.0), lora.merged(source, 1.0, dtype=torch.float32)
     assert kept.tensors[f"{QKV}.weight"].dtype == torch.bfloat16
     assert torch.equal(kept.read(f"{QKV}.weight"), exact.read(f"{QKV}.weight").bfloat16())
 
 
-def test_merging_changes_no_value_of_the_source(source: Renamed) -> None:
+def test_merging_changes_no_value_of_the_source(source: RenamedTensors) -> None:
     before = source.read(f"{QKV}.original.weight").clone()
     lora.merged(source, 100.0).read(f"{QKV}.weight")
     assert torch.equal(source.read(f"{QKV}.original.weight"), before)
     assert torch.equal(lora.base(source).read(f"{QKV}.weight"), before)
 
 
-def test_the_file_for_diffusers_adds_what_merging_adds(source: Renamed) -> None:
+def test_the_file_for_diffusers_adds_what_merging_adds(source: RenamedTensors) -> None:
     table = transformer_table.table(kept("5b-lora").config())
     made, header = lora.to_diffusers_lora(source, table, alpha=4.0)
     assert header["lora_alpha"] == "4.0" and header["lora_rank"] == "8"
@@ -86,7 +86,7 @@ def test_the_file_for_diffusers_adds_what_merging_adds(source: Renamed) -> None:
         assert a.is_contiguous() and b.is_contiguous() and a.shape == (8, 64) and b.shape == (64, 8)
 
 
-def test_diffusers_knows_the_files_names(source: Renamed) -> None:
+def test_diffusers_knows_the_files_names(source: RenamedTensors) -> None:
     from diffusers.loaders import CogVideoXLoraLoaderMixin
 
     config = kept("5b-lora").config()
@@ -98,7 +98,9 @@ def test_diffusers_knows_the_files_names(source: Renamed) -> None:
         assert isinstance(model.get_submodule(name.removeprefix("transformer.").split(".lora_")[0]), torch.nn.Linear)
 
 
-def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(source: Renamed, tmp_path: Path) -> None:
+def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(
+    source: RenamedTensors, tmp_path: Path
+) -> None:
     config = kept("5b-lora").config()
     table = transformer_table.table(config)
     made, header = lora.to_diffusers_lora(source, table, alpha=4.0)
@@ -126,7 +128,7 @@ def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(sourc
     assert (before - expected).abs().max() > 1e-3
 
 
-def test_broken_adapters_are_all_listed(source: Renamed) -> None:
+def test_broken_adapters_are_all_listed(source: RenamedTensors) -> None:
     broken = without(source, f"{QKV}.matrix_B.1", "transformer.layers.0.attention.dense.original.weight")
     with pytest.raises(ConversionError) as caught:
         lora.find_lora(broken)
@@ -134,14 +136,14 @@ def test_broken_adapters_are_all_listed(source: Renamed) -> None:
     assert "layers.0.attention.dense: adapters without the weight" in caught.value.message
 
 
-def test_a_rank_that_contradicts_and_weights_without_lora(source: Renamed) -> None:
+def test_a_rank_that_contradicts_and_weights_without_lora(source: RenamedTensors) -> None:
     with pytest.raises(ConversionError, match=r"rank is 8 .* 128 by its yaml"):
         lora.merged(source, 1.0, rank=128)
     with pytest.raises(ConversionError, match="no LoRA"):
         lora.merged(lora.base(source), 1.0)
 
 
-def test_an_adapter_that_diffusers_has_no_place_for(source: Renamed) -> None:
+def test_an_adapter_that_diffusers_has_no_place_for(source: RenamedTensors) -> None:
     table = [
         operation
         for operation in transformer_table.table(kept("5b-lora").config())

@@ -6,8 +6,7 @@ import torch
 from golden_sets import infos, kept
 
 from cogflow.export import sat_components
-from cogflow.weights.reader import TensorInfo
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.tensor_source import TensorInfo, TensorSource
 
 
 class Named:
@@ -19,7 +18,7 @@ class Named:
 
 
 def split(*names: str) -> sat_components.Parts:
-    source: Tensors = Named(*names)
+    source: TensorSource = Named(*names)
     return sat_components.split(source)
 
 

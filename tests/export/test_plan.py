@@ -11,7 +11,7 @@ from cogflow.errors import ConversionError
 from cogflow.export.algebra import Operation, Rename, invert, split
 from cogflow.export.mapping_plan import Converted, differences, make_plan
 from cogflow.export.recomputed_tensors import Drop, Recipe
-from cogflow.weights.reader import TensorInfo
+from cogflow.weights.tensor_source import TensorInfo
 
 TABLE: tuple[Operation, ...] = (
     split("qkv", "q", "k", "v"),

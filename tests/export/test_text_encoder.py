@@ -11,7 +11,7 @@ from cogflow.errors import ConversionError
 from cogflow.export import sat_components, text_encoder_table
 from cogflow.export.algebra import invert
 from cogflow.export.mapping_plan import Converted, make_plan
-from cogflow.weights.tensors import Renamed
+from cogflow.weights.tensor_source import RenamedTensors
 
 CONFIG = {
     "vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu",
@@ -19,19 +19,19 @@ CONFIG = {
 
 
 @pytest.fixture
-def source() -> Renamed:
+def source() -> RenamedTensors:
     found = sat_components.split(kept("5b-i2v").checkpoint()).text_encoder
     assert found is not None
     return found
 
 
-def settings(source: Renamed) -> dict[str, object]:
+def settings(source: RenamedTensors) -> dict[str, object]:
     layers = {name.split(".")[2] for name in source.tensors if name.startswith("encoder.block.")}
     width = source.tensors["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1]
     return CONFIG | {"num_layers": len(layers), "d_ff": width}
 
 
-def test_there_and_back(source: Renamed) -> None:
+def test_there_and_back(source: RenamedTensors) -> None:
     config = settings(source)
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**config))
@@ -47,15 +47,15 @@ def test_there_and_back(source: Renamed) -> None:
 
 
 @pytest.mark.parametrize("absent", [text_encoder_table.SHARED, text_encoder_table.EMBEDDED])
-def test_an_embedding_that_is_there_once(source: Renamed, absent: str) -> None:
+def test_an_embedding_that_is_there_once(source: RenamedTensors, absent: str) -> None:
     names = {name: inner for name, inner in source.names.items() if name != absent}
-    once = Renamed(source.source, names)
+    once = RenamedTensors(source.source, names)
     there = Converted(make_plan(text_encoder_table.table(settings(source), once.tensors), once.tensors), once)
     assert torch.equal(there.read(text_encoder_table.SHARED), source.read(text_encoder_table.SHARED))
 
 
-def test_two_embeddings_that_differ_are_refused(source: Renamed) -> None:
-    class Altered(Renamed):
+def test_two_embeddings_that_differ_are_refused(source: RenamedTensors) -> None:
+    class Altered(RenamedTensors):
         def read(self, name: str) -> torch.Tensor:
             return super().read(name) + (name == text_encoder_table.EMBEDDED)
 

@@ -15,14 +15,14 @@ from cogflow.export import positions, transformer_table
 from cogflow.export.algebra import invert
 from cogflow.export.mapping_plan import Converted, differences, make_plan, unrestored
 from cogflow.models.rotary import rotary_tables
-from cogflow.weights.tensors import Tensors
+from cogflow.weights.tensor_source import TensorSource
 
 UNUSED = "transformer.position_embeddings.weight"
 every_set = pytest.mark.parametrize("golden", sets(), ids=set_name)
 
 
 @cache
-def converted(golden: GoldenSet) -> tuple[Tensors, Converted, dict[str, Any]]:
+def converted(golden: GoldenSet) -> tuple[TensorSource, Converted, dict[str, Any]]:
     """(source, its conversion, the model's config)."""
     config, source = golden.config(), golden.transformer()
     with torch.device("meta"):

@@ -16,8 +16,8 @@ from cogflow.errors import ConversionError
 from cogflow.export import sat_components, vae_table
 from cogflow.export.algebra import invert
 from cogflow.export.mapping_plan import Converted, make_plan
-from cogflow.weights.tensors import Tensors
-from cogflow.weights.torchfile import TorchFile
+from cogflow.weights.tensor_source import TensorSource
+from cogflow.weights.torch_file import TorchFile
 
 
 def config(channels: tuple[int, ...], layers: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def there_and_back(source: Tensors, settings: dict[str, Any]) -> Converted:
+def there_and_back(source: TensorSource, settings: dict[str, Any]) -> Converted:
     """The conversion, after every tensor came back to the bit."""
     table = vae_table.table(settings, source.tensors)
     there = Converted(make_plan(table, source.tensors, shapes(settings)), source)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cogflow.weights.zero_moments import MOMENTS, SavedStates
+from cogflow.weights.zero import MOMENTS, SavedAdamStates
 from tests import small
 from tests.faults.server import Done, Server
 from tests.training.resuming import parameter_names
@@ -62,7 +62,7 @@ class World:
         """Masters and moments of every parameter at a checkpoint, and Adam's count."""
         folder = self.root / name / "checkpoints" / f"step-{step:06d}"
         names = parameter_names(folder)
-        saved = SavedStates(folder / "deepspeed" / "state", names)
+        saved = SavedAdamStates(folder / "deepspeed" / "state", names)
         found = {
             f"{one} {key}": saved.read(one, key).contiguous().numpy().tobytes()
             for one in names

@@ -46,8 +46,8 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),
     "shard": ("cogflow.data.cache_shards", "save_file", "after"),
     "index": ("cogflow.data.preparation", "write_json", "before"),
-    "exporting": ("cogflow.weights.writer", "stream_tensor", "before"),
-    "exported": ("cogflow.weights.safetensors_stream", "Stream.close", "after"),
+    "exporting": ("cogflow.weights.weights_writer", "stream_tensor", "before"),
+    "exported": ("cogflow.weights.weights_writer", "HashingWriter.close", "after"),
     "placing": ("cogflow.assemble.pipeline_folder", "place_file", "before"),
 }
 

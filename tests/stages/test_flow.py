@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogflow.files.manifest import check_manifest
-from cogflow.weights.fingerprint import fingerprint
+from cogflow.weights.tensor_source import weights_fingerprint
 from tests.stages.conftest import Command, lines, losses
 
 PLAIN = """
@@ -53,7 +53,7 @@ def test_metrics_have_the_names_that_others_rely_on(flow: Path) -> None:
 def test_samples_prove_which_weights_made_them(flow: Path) -> None:
     first, last = (json.loads((flow / f"samples/step-00000{step}/samples.json").read_text()) for step in (0, 4))
     weights = load_file(flow / "checkpoints/step-000004/transformer/diffusion_pytorch_model.safetensors")
-    assert last["weights_sha256"] == fingerprint(weights.items()) != first["weights_sha256"]
+    assert last["weights_sha256"] == weights_fingerprint(weights.items()) != first["weights_sha256"]
     for record in (first, last):
         for sample in record["samples"]:
             assert (flow / f"samples/step-{record['step']:06d}" / sample["video"]).stat().st_size > 500

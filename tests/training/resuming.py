@@ -90,10 +90,10 @@ def left(folder: Path) -> dict[str, Any]:
 
 def _states(last: Path) -> str:
     """A hash over masters and moments of all parameters, which the files of another rank count hold elsewhere."""
-    from cogflow.weights.zero_moments import MOMENTS, SavedStates
+    from cogflow.weights.zero import MOMENTS, SavedAdamStates
 
     names = parameter_names(last)
-    states = SavedStates(last / "deepspeed" / "state", names)
+    states = SavedAdamStates(last / "deepspeed" / "state", names)
     digest = hashlib.sha256(str(states.steps).encode())
     for name in names:
         for key in ("fp32", *MOMENTS):

@@ -19,8 +19,8 @@ from cogflow.export.origin import find_origin
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.manifest import MANIFEST, check_manifest, hash_file, write_manifest
 from cogflow.runtime.progress import progress
-from cogflow.weights.reader import STEM, WeightsFolder
 from cogflow.weights.source import find_source
+from cogflow.weights.tensor_source import STEM, WeightsFolder
 
 WEIGHTS = f"{STEM}.safetensors"
 Save = Callable[..., Path]

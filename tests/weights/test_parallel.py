@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cogflow.errors import CheckpointError, ConversionError
-from cogflow.weights.parallel import check_count, join, model_parts
-from cogflow.weights.reader import TensorInfo
-from cogflow.weights.torchfile import TorchFile
+from cogflow.weights.model_parallel import check_part_count, join_parts, part_files
+from cogflow.weights.tensor_source import TensorInfo
+from cogflow.weights.torch_file import TorchFile
 
 HEAD = "model.diffusion_model."
 LAYER = HEAD + "transformer.layers.0."
@@ -75,7 +75,7 @@ def part(values: dict[str, torch.Tensor], number: int, count: int) -> dict[str, 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_parts_are_joined(count: int, original: str) -> None:
     whole = network(original)
-    joined = join([Held(part(whole, number, count)) for number in range(count)])
+    joined = join_parts([Held(part(whole, number, count)) for number in range(count)])
     assert {name: info.shape for name, info in joined.tensors.items()} == {
         name: tuple(value.shape) for name, value in whole.items()
     }
@@ -90,7 +90,7 @@ def test_the_split_matters() -> None:
     parts = [part(whole, number, 2) for number in range(2)]
     name = LAYER + "attention.query_key_value.weight"
     assert not torch.equal(torch.cat([parts[0][name], parts[1][name]]), whole[name])
-    assert not torch.equal(join([Held(parts[1]), Held(parts[0])]).read(name), whole[name])
+    assert not torch.equal(join_parts([Held(parts[1]), Held(parts[0])]).read(name), whole[name])
 
 
 def changed(
@@ -118,13 +118,13 @@ def changed(
         ),
         (
             changed(LAYER + "attention.dense.matrix_A.0", lambda value: torch.ones(2, 6), (0, 1)),
-            "matrix_A.0: how SAT splits it",
+            "matrix_A.0: it is unknown how SAT splits it",
         ),
         (
             changed(LAYER + "mlp.dense_h_to_4h_gate.weight", lambda value: torch.ones(2, 6), (0, 1)),
-            "h_gate.weight: how SAT splits it",
+            "h_gate.weight: it is unknown how SAT splits it",
         ),
-        (changed(LAYER + "attention.query_key_value.bias", lambda value: value[:-1], (0, 1)), "17 rows are no queries"),
+        (changed(LAYER + "attention.query_key_value.bias", lambda value: value[:-1], (0, 1)), "17 rows do not divide"),
         (
             changed(LAYER + "attention.query_key_value.weight", lambda value: value[:-6], (0, 1)),
             "attention.*do not fit",
@@ -134,13 +134,13 @@ def changed(
 )
 def test_what_is_not_settled_is_named(parts: list[Held], complaint: str) -> None:
     with pytest.raises(ConversionError, match=complaint) as error:
-        join(parts)
+        join_parts(parts)
     assert error.value.exit_code == 2
 
 
 def test_parts_that_should_be_the_same_and_are_not() -> None:
     name = HEAD + "mixins.patch_embed.proj.weight"
-    joined = join(changed(name, lambda value: torch.ones(WIDTH, 16, 2, 2)))
+    joined = join_parts(changed(name, lambda value: torch.ones(WIDTH, 16, 2, 2)))
     with pytest.raises(ConversionError, match="proj.weight differs between the model-parallel parts 0 and 1"):
         joined.read(name)
 
@@ -149,11 +149,11 @@ def test_missing_parts(tmp_path: Path) -> None:
     for number in (0, 2):
         (tmp_path / f"mp_rank_{number:02d}_model_states.pt").touch()
     with pytest.raises(CheckpointError, match="lacks mp_rank_01_model_states.pt"):
-        model_parts(tmp_path)
+        part_files(tmp_path)
     (tmp_path / "mp_rank_01_model_states.pt").touch()
     (tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    assert [path.name[8:10] for path in model_parts(tmp_path)] == ["00", "01", "02"]
+    assert [path.name[8:10] for path in part_files(tmp_path)] == ["00", "01", "02"]
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {"a": torch.ones(1)}, "mp_world_size": 4}, path)
     with pytest.raises(CheckpointError, match="one of 4 model-parallel parts; 3 are here"):
-        check_count(TorchFile(path), 3)
+        check_part_count(TorchFile(path), 3)

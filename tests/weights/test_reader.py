@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save_file
 
 from cogflow.errors import CheckpointError
-from cogflow.weights.reader import DTYPES, STEM, WeightsFolder, contained_file
+from cogflow.weights.tensor_source import SAFETENSORS_DTYPES, STEM, WeightsFolder, contained_file
 
 INDEX = f"{STEM}.safetensors.index.json"
 
@@ -115,7 +115,7 @@ def test_values_are_those_that_safetensors_reads(tmp_path: Path) -> None:
     tensors = {
         "bytes": torch.arange(5, dtype=torch.uint8), "flags": torch.tensor([True, False, True]), "scalar": torch.tensor(3.5),
         "none": torch.empty(0, 4, dtype=torch.bfloat16),
-        **{str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES.values()},
+        **{str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in SAFETENSORS_DTYPES.values()},
     }  # fmt: skip
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file(tensors, path)

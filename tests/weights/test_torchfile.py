@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from cogflow.errors import CheckpointError
-from cogflow.weights.torchfile import TorchFile
-from cogflow.weights.unpickle import RANDOM_STATES, Inert, load
+from cogflow.weights.torch_file import RANDOM_STATES, InertObject, TorchFile, load_torch_file
 
 WEIGHTS = OrderedDict(
     [
@@ -98,8 +97,8 @@ def test_random_states_are_read_past(tmp_path: Path, module: str) -> None:
     file = TorchFile(tmp_path / "y.pt")
     check(file)
     assert file.metadata == {"iteration": 500, "mp_world_size": 1, "ds_version": "0.19.8", "wrapper": "module"}
-    state = load(tmp_path / "y.pt")["np_rng_state"]
-    assert isinstance(state[1], Inert) and not isinstance(state[1], np.ndarray)
+    state = load_torch_file(tmp_path / "y.pt")["np_rng_state"]
+    assert isinstance(state[1], InertObject) and not isinstance(state[1], np.ndarray)
 
 
 def test_it_is_mapped(tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_only_what_is_named_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "y.pt", {"a": torch.ones(1), "state": np.zeros(2)})
     assert TorchFile(path).tensors.keys() == {"a"}
     with pytest.raises(CheckpointError, match="needs numpy"):
-        load(path, inert=RANDOM_STATES[2:])
+        load_torch_file(path, inert=RANDOM_STATES[2:])
 
 
 def squeezed(path: Path) -> bytes:
@@ -165,11 +164,11 @@ def other_zip(path: Path) -> bytes:
         ("html", lambda p: b"\n<!DOCTYPE html><html>404</html>", "web page"),
         ("safetensors", lambda p: (64).to_bytes(8, "little") + b'{"a":{}}' + b" " * 100, "looks like safetensors"),
         ("gzip", lambda p: gzip.compress(p.read_bytes()), "compressed with gzip"),
-        ("pickle", lambda p: pickle.dumps({"a": 1}), "a pickle, but not of torch"),
+        ("pickle", lambda p: pickle.dumps({"a": 1}), "a pickle that torch did not write"),
         ("json", lambda p: b'{"a": 1}', "looks like JSON"),
         ("text", lambda p: b"hello", "begins with b'hello'"),
-        ("zip", other_zip, "not one that torch wrote. It holds weights/mp_rank_00_model_states.pt"),
-        ("squeezed", squeezed, "packed again, compressed"),
+        ("zip", other_zip, "torch did not write. It holds weights/mp_rank_00_model_states.pt"),
+        ("squeezed", squeezed, "packed again with compression"),
     ],
 )
 def test_what_is_no_torch_file(tmp_path: Path, name: str, broken: Callable[[Path], bytes], complaint: str) -> None:

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogflow.errors import ConfigError
-from cogflow.weights.cast_statistics import TensorFacts
-from cogflow.weights.torch_writer import write_torch
-from cogflow.weights.torchfile import TorchFile
-from cogflow.weights.writer import Output, write_weights
+from cogflow.weights.cast_statistics import TensorStatistics
+from cogflow.weights.torch_file import TorchFile
+from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors, write_torch_file
 
 DTYPES = (
     torch.float64,
@@ -42,15 +41,15 @@ def tensors() -> dict[str, torch.Tensor]:
     return made
 
 
-def outputs(tensors: dict[str, torch.Tensor]) -> list[Output]:
-    return [Output(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
+def outputs(tensors: dict[str, torch.Tensor]) -> list[PlannedTensor]:
+    return [PlannedTensor(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
 
 
 def write(
     tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype | None = None, shard: str = "5GB"
-) -> dict[str, TensorFacts]:
-    facts: list[TensorFacts] = []
-    hashes = write_weights(outputs(tensors), dtype, folder, "model", shard, facts.append)
+) -> dict[str, TensorStatistics]:
+    facts: list[TensorStatistics] = []
+    hashes = write_safetensors(outputs(tensors), SafetensorsFormat(folder, dtype, "model", shard), facts.append)
     for name, sha256 in hashes.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
     return {fact.name: fact for fact in facts}
@@ -126,7 +125,7 @@ def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_torch(
+        write_torch_file(
             tmp_path / name / "x.pt",
             outputs(tensors),
             "module",
@@ -144,7 +143,7 @@ def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(
 
 def test_a_torch_file_is_cast_on_its_way(tmp_path: Path) -> None:
     x = torch.randn(11, 3)
-    write_torch(
+    write_torch_file(
         tmp_path / "x.pt", outputs({"x": x}), "state_dict", {}, lambda output: torch.bfloat16, lambda fact: None
     )
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True)["state_dict"]["x"], x.bfloat16())

@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 
 from cogflow.errors import CheckpointError
 from cogflow.weights.locate import find
-from cogflow.weights.unpickle import Inert
-from cogflow.weights.zero import ZeroFolder
-from cogflow.weights.zero_files import read_states
+from cogflow.weights.torch_file import InertObject
+from cogflow.weights.zero import ZeroCheckpoint
+from cogflow.weights.zero_files import read_state_file
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "zero"
 FROZEN = {"frozen.weight", "frozen.bias"}
 
 
-def agree(folder: ZeroFolder, expected: dict[str, torch.Tensor]) -> None:
+def agree(folder: ZeroCheckpoint, expected: dict[str, torch.Tensor]) -> None:
     for name, value in expected.items():
         read = folder.read(name)
         assert torch.equal(read, value), name
@@ -40,7 +40,7 @@ def agree(folder: ZeroFolder, expected: dict[str, torch.Tensor]) -> None:
 
 
 def check(folder: Path, stage: int, ranks: int, expected: dict[str, torch.Tensor]) -> None:
-    zero = ZeroFolder(folder)
+    zero = ZeroCheckpoint(folder)
     agree(zero, expected)
     # DeepSpeed leaves out frozen parameters at stage 1, and a module under two names at every stage
     assert expected.keys() | FROZEN <= zero.tensors.keys() <= expected.keys() | FROZEN | {"tied.weight"}
@@ -57,7 +57,7 @@ def test_golden(stage: int) -> None:
     expected = load_file(folder / "expected.safetensors")
     check(folder, stage, 2, expected)
     check(folder / "global_step2", stage, 2, expected)
-    masters = ZeroFolder(folder).read("first.weight")
+    masters = ZeroCheckpoint(folder).read("first.weight")
     assert masters.dtype == torch.float32 and not torch.equal(
         masters, masters.bfloat16().float()
     )  # more than the module's copy
@@ -67,7 +67,7 @@ def test_golden(stage: int) -> None:
 def test_as_stored(stage: int) -> None:
     folder = GOLDEN / f"stage{stage}-bf16"
     module = torch.load(folder / "global_step2/mp_rank_00_model_states.pt", weights_only=True)["module"]
-    zero = ZeroFolder(folder, "bf16")
+    zero = ZeroCheckpoint(folder, "bf16")
     assert zero.tensors.keys() == module.keys() and [path.name for path in zero.files] == ["mp_rank_00_model_states.pt"]
     agree(zero, module)
     assert zero.metadata["zero_stage"] == stage and zero.tensors["first.weight"].dtype == torch.bfloat16
@@ -80,21 +80,21 @@ def copied(tmp_path: Path, stage: int) -> Path:
 def test_gathered_stage_3(tmp_path: Path) -> None:
     folder = copied(tmp_path, 3)
     with pytest.raises(CheckpointError, match=r"ZeRO-3 without gathering: 6 tensors, first.weight first"):
-        ZeroFolder(folder, "bf16")
-    whole = ZeroFolder(folder)
+        ZeroCheckpoint(folder, "bf16")
+    whole = ZeroCheckpoint(folder)
     path = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     states = torch.load(path, weights_only=True)
     for name in whole.tensors:
         states["module"][name] = whole.read(name).bfloat16()
     torch.save(states, path)
-    assert torch.equal(ZeroFolder(folder, "bf16").read("first.weight"), whole.read("first.weight").bfloat16())
+    assert torch.equal(ZeroCheckpoint(folder, "bf16").read("first.weight"), whole.read("first.weight").bfloat16())
 
 
 def test_nothing_of_deepspeed_is_built() -> None:
-    state = read_states(GOLDEN / "stage2-bf16/global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")[
+    state = read_state_file(GOLDEN / "stage2-bf16/global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")[
         "optimizer_state_dict"
     ]
-    assert type(state["loss_scaler"]) is type(state["zero_stage"]) is Inert
+    assert type(state["loss_scaler"]) is type(state["zero_stage"]) is InertObject
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -133,11 +133,11 @@ WHOLE, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_st
             lambda f: edit(f / SHARD.replace("_1_", "_0_"), lambda s: s["param_shapes"][0].popitem()),
             "values, its parameters need",
         ),
-        (2, lambda f: edit(f / WHOLE, lambda s: s.pop("param_shapes")), "says nothing of its parameters' shapes"),
+        (2, lambda f: edit(f / WHOLE, lambda s: s.pop("param_shapes")), "has no shapes of its parameters"),
         (
             3,
             lambda f: edit(f / SHARD, lambda s: s.update(frozen_param_fragments=None)),
-            "whole of the frozen parameter frozen.weight",
+            "does not hold all of the frozen parameter frozen.weight",
         ),
         (2, lambda f: (f / "expp_rank_0_mp_rank_00_optim_states.pt").touch(), "mixture of experts"),
         (2, lambda f: shutil.copy(f / WHOLE, f / "mp_rank_01_model_states.pt"), "has 2 model-parallel parts"),
@@ -147,10 +147,10 @@ WHOLE, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_st
 )
 def test_faults(tmp_path: Path, stage: int, change: Callable[[Path], Any], complaint: str) -> None:
     folder = copied(tmp_path, stage)
-    ZeroFolder(folder)
+    ZeroCheckpoint(folder)
     change(folder)
     with pytest.raises(CheckpointError, match=complaint) as error:
-        ZeroFolder(folder.parent)
+        ZeroCheckpoint(folder.parent)
     assert error.value.exit_code == 2
 
 
@@ -207,7 +207,7 @@ ODD: list[dict[str, tuple[int, ...]]] = [{"a": (3, 3), "b": (1,), "c": (11,)}, {
 )
 def test_cut_by_hand(tmp_path: Path, stage: int, ranks: int, options: dict[str, Any]) -> None:
     values = by_hand(tmp_path / "global_step1", ODD, ranks, stage, **options)
-    zero = ZeroFolder(tmp_path / "global_step1")
+    zero = ZeroCheckpoint(tmp_path / "global_step1")
     assert zero.tensors.keys() == values.keys() and zero.metadata["zero_stage"] == stage
     agree(zero, values)
 
@@ -224,7 +224,7 @@ def test_memory_is_one_tensor(tmp_path: Path, stage: int) -> None:
     """48 MiB over two ranks, 3 MiB each tensor: never more than a few tensors in memory."""
     by_hand(tmp_path / "step", [{f"{number:02d}": (768, 1024) for number in range(16)}], 2, stage)
     before = most = anonymous()
-    zero = ZeroFolder(tmp_path / "step")
+    zero = ZeroCheckpoint(tmp_path / "step")
     for name in zero.tensors:
         zero.read(name).sum()
         most = max(most, anonymous())

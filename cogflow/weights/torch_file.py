@@ -1,0 +1,282 @@
+"""Read the weights in ``.pt``, ``.bin`` and ``.ckpt`` files, as SAT, DeepSpeed and other trainers write them.
+
+Files are opened with torch's restricted unpickler, which builds tensors and plain values and runs no code. The other objects
+that trainers pickle beside their weights (numpy's random states, DeepSpeed's loss scaler) are listed here by name and are
+read as :class:`InertObject`, without calling numpy or DeepSpeed. A file that needs any other class or function is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from cogflow.errors import CheckpointError, format_list
+from cogflow.weights.tensor_source import TensorInfo
+
+WRAPPERS = ("module", "model", "state_dict")
+"""Keys that hold the weights: DeepSpeed and SAT; many trainers; Lightning and the published 3d-vae.pt."""
+
+RANDOM_STATES = (
+    "numpy.core.multiarray._reconstruct",  # numpy 1
+    "numpy._core.multiarray._reconstruct",  # numpy 2
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+"""Names in the pickle of ``numpy.random.get_state()``, which SAT stores as np_rng_state."""
+
+LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of files from before torch 1.6: torch's magic number, pickled."""
+
+_WEIGHT_DESCRIPTIONS = {
+    "param_shapes",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+    "shared_params",
+    "buffer_names",
+}
+"""DeepSpeed's keys that repeat or describe the weights; they are not metadata."""
+
+_MAX_METADATA_LENGTH = 4096
+"""Largest length in JSON characters of a metadata value. Python's random state is longer."""
+
+_SAVE_AGAIN = "Copy or download the file again."
+_EXPECTED = f"Expected: tensors by name, alone or under one of {', '.join(WRAPPERS)}."
+
+_DAMAGE_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
+"""Exceptions that torch's reader raises for damaged files; found by changing bytes at random in hundreds of files."""
+
+
+class TorchFile:
+    """The tensors of one file by name, as stored and mapped from the file.
+
+    ``wrapper`` names what was unwrapped: ``none``, one key (``module``) or several (``state_dict/module``). ``*`` marks a
+    removed ``module.`` prefix of all names (``module/module.*``). ``metadata`` holds the wrapper and the small plain values
+    beside the weights (``iteration``, ``global_steps``, ``ds_version``, ``mp_world_size``, ...).
+
+    Raises :class:`CheckpointError`; see :func:`load_torch_file`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        values, self.wrapper, beside = unwrap_state_dict(load_torch_file(self.path), self.path)
+        self._values = {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        _refuse_special_tensors(self._values, self.path)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, tuple(value.shape), value.dtype, self.path) for name, value in self._values.items()
+        }
+        others = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        self.metadata: dict[str, Any] = {**json_values(beside | others), "wrapper": self.wrapper}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor as stored. Tensors may share storage, and some may be non-contiguous views."""
+        return self._values[name]
+
+
+def _refuse_special_tensors(values: Mapping[str, torch.Tensor], path: Path) -> None:
+    problems = [
+        f"{name}: {value.layout}" for name, value in values.items() if value.layout != torch.strided or value.is_meta
+    ]
+    problems += [f"{name}: quantized" for name, value in values.items() if value.is_quantized]
+    if problems:
+        raise CheckpointError(
+            f"{path} holds tensors of kinds that cogflow does not read:\n{format_list(problems)}",
+            "Save them as plain tensors.",
+        )
+
+
+def unwrap_state_dict(content: Any, path: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return the innermost state dict of a file's content, the wrapper's name, and the values beside the state dict.
+
+    Raises :class:`CheckpointError` for content without tensors by name, or with weights under two keys.
+    """
+    wrappers: list[str] = []
+    beside: dict[str, Any] = {}
+    while True:
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.", _EXPECTED)
+        keys = [key for key in WRAPPERS if isinstance(content.get(key), Mapping) and _holds_tensors(content[key])]
+        if not keys:
+            break
+        if len(keys) > 1:
+            raise CheckpointError(
+                f"{path} holds weights under {' and '.join(keys)}; it is unclear which to read.",
+                "Save a file with one of them.",
+            )
+        beside |= {key: value for key, value in content.items() if key != keys[0]}
+        wrappers.append(keys[0])
+        content = content[keys[0]]
+    names = _tensor_names(content, path)
+    values = dict(content)
+    if all(name.startswith("module.") for name in names):
+        values = {name.removeprefix("module."): value for name, value in values.items()}
+        wrappers.append("module.*")
+    return values, "/".join(wrappers) or "none", beside
+
+
+def _tensor_names(content: Mapping[Any, Any], path: Path) -> list[str]:
+    names = [name for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)]
+    if not names:
+        entries = [f"{key!r}: {type(value).__name__}" for key, value in content.items()]
+        found = (
+            f"{path} holds no tensors by name. It holds:\n{format_list(entries, 8)}" if entries else f"{path} is {{}}."
+        )
+        raise CheckpointError(found, _EXPECTED)
+    other_keys = [repr(key) for key in content if not isinstance(key, str)]
+    if other_keys:
+        raise CheckpointError(f"{path} has keys that are no text: {', '.join(other_keys[:5])}.", _EXPECTED)
+    return names
+
+
+def _holds_tensors(value: Mapping[Any, Any]) -> bool:
+    """Return whether a dictionary holds a tensor, directly or under a wrapper key."""
+    return any(isinstance(item, torch.Tensor) for item in value.values()) or any(
+        isinstance(value.get(key), Mapping) and _holds_tensors(value[key]) for key in WRAPPERS
+    )
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that JSON can hold and that are small enough to be metadata."""
+    kept = {}
+    for name, value in values.items():
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            continue
+        is_metadata = isinstance(name, str) and name not in _WEIGHT_DESCRIPTIONS and len(text) <= _MAX_METADATA_LENGTH
+        if value is not None and is_metadata:
+            kept[name] = value
+    return kept
+
+
+class InertObject:
+    """Placeholder for an object that is not built. ``args`` are the arguments its constructor would have received."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the pickled state."""
+
+
+def load_torch_file(path: Path, inert: Iterable[str] = RANDOM_STATES) -> Any:
+    """Return the content of a torch file, its tensors on the CPU and mapped (files from before torch 1.6 are copied).
+
+    ``inert``: full names of classes and functions that are read as :class:`InertObject`. Raises :class:`CheckpointError`
+    for files that are missing, empty, truncated or of another kind, and for files that need other classes or functions.
+    """
+    path = Path(path)
+    mapped = _is_zip_format(path)
+    try:
+        with torch.serialization.safe_globals([(InertObject, name) for name in inert]):
+            return torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    except UnpicklingError as error:
+        raise _unpickling_refusal(path, str(error)) from error
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path} does not fit into memory.", "Save it again with torch 1.6 or newer; such files are mapped."
+        ) from error
+    except _DAMAGE_ERRORS as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{path} is damaged: {first_line}", _SAVE_AGAIN) from error
+
+
+def _unpickling_refusal(path: Path, message: str) -> CheckpointError:
+    needed = re.search(r"GLOBAL (\S+)", message)
+    if needed:
+        return CheckpointError(
+            f"{path} needs {needed[1]} to be read. cogflow builds only tensors and plain values, since a pickle can run "
+            "any code.",
+            'If you trust the file, save its weights alone: torch.save({"module": model.state_dict()}, path).',
+        )
+    return CheckpointError(
+        f"{path} is no checkpoint that can be read safely: {message.splitlines()[0][:200]}", _SAVE_AGAIN
+    )
+
+
+def _is_zip_format(path: Path) -> bool:
+    """Return whether the file has torch's zip format, which can be mapped. Raises :class:`CheckpointError` for other files."""
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, not a file.")
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", "Check the path.") from error
+    if size == 0:
+        raise CheckpointError(f"{path} is empty.", _SAVE_AGAIN)
+    if start.startswith(b"PK\x03\x04"):
+        _check_archive(path, size)
+        return True
+    if start.startswith(LEGACY_START):
+        return False
+    raise CheckpointError(
+        f"{path} is no torch file: {describe_first_bytes(start)}",
+        "Expected: a file that torch.save wrote (.pt, .bin or .ckpt).",
+    )
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Check that a zip archive holds ``<name>/data.pkl`` and uncompressed entries that end inside the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is truncated: the table of contents at its end is missing.", _SAVE_AGAIN
+        ) from error
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise CheckpointError(f"{path} is a TorchScript program, not weights.", "Save the model's state_dict().")
+    if not any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in names):
+        raise CheckpointError(
+            f"{path} is a zip archive that torch did not write. It holds {', '.join(names[:3]) or 'nothing'}.",
+            "Unpack it first.",
+        )
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{path} was unpacked and packed again with compression; torch's files are not compressed.", _SAVE_AGAIN
+        )
+    if any(entry.header_offset + entry.file_size > size for entry in entries):
+        raise CheckpointError(f"{path} is truncated.", _SAVE_AGAIN)
+
+
+def describe_first_bytes(start: bytes) -> str:
+    """Return what kind of file begins with the bytes ``start``, for error messages."""
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer; the file itself was not downloaded (git lfs pull)."
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, probably from a failed download."
+    if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
+        return "it looks like safetensors."
+    for magic, program in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"7z", "7-zip"), (b"Rar!", "rar")):
+        if start.startswith(magic):
+            return f"it is compressed with {program}; unpack it first."
+    if start.startswith(b"GGUF"):
+        return "it is GGUF."
+    if start.startswith(b"\x80"):
+        return "it is a pickle that torch did not write."
+    if text.startswith((b"{", b"[")):
+        return "it looks like JSON."
+    return f"it begins with {start[:16]!r}."

@@ -1,0 +1,285 @@
+"""Write weights as streams: tensors are read, cast, measured, hashed and written one by one, in a few chunks of memory.
+
+``write_safetensors`` writes a component's safetensors, ``write_torch_file`` a .pt file. The same input gives the same bytes.
+safetensors' own ``save_file`` needs all tensors of a file in memory. The format is a length, a JSON header with every tensor's
+byte range, and the values (github.com/huggingface/safetensors, README), so the header can be written before any value is read.
+The files equal those of ``save_file`` byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import queue
+import struct
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cogflow.errors import ConfigError
+from cogflow.files.uncached_io import UncachedWriter
+from cogflow.weights.cast_statistics import CastStatistics, TensorStatistics, torch_dtype_name
+from cogflow.weights.tensor_source import SAFETENSORS_DTYPES
+
+PIECE = 1 << 22
+"""Number of values that are cast and written together."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+"""safetensors orders tensors by dtype, the widest first (I64 before F64), and by name within a dtype."""
+
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a written tensor."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor to write.
+
+    ``dtype`` is the dtype that ``produce`` returns, before the cast. ``sources`` and ``operation`` state what it is made of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    produce: Callable[[], torch.Tensor]
+    sources: tuple[str, ...] = ()
+    operation: str = "copy"
+
+    def target(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Return the dtype it is written in: ``dtype``, or its own if ``dtype`` is ``None`` or it holds integers."""
+        return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
+
+    def bytes(self, dtype: torch.dtype | None) -> int:
+        """Return its size in bytes when written in ``dtype``."""
+        return math.prod(self.shape) * self.target(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class SafetensorsFormat:
+    """Where and how a component is written.
+
+    ``dtype``: cast floating tensors to it, ``None`` to keep theirs. ``stem``: file name without suffix. ``max_shard_size``:
+    a number and a unit, such as 5GB.
+    """
+
+    folder: Path
+    dtype: torch.dtype | None
+    stem: str
+    max_shard_size: str
+
+
+def write_safetensors(
+    tensors: list[PlannedTensor],
+    output: SafetensorsFormat,
+    on_tensor: Callable[[TensorStatistics], None],
+    on_file: Callable[[Path, str], None] = lambda path, sha256: None,
+) -> dict[str, str]:
+    """Write ``tensors`` as one file ``<stem>.safetensors``, or as shards with an index, named as diffusers names them.
+
+    ``on_tensor`` is called after each tensor, ``on_file`` with path and sha256 after each file. Returns sha256 by file name,
+    without the index. Raises :class:`ConfigError` for a shard size that cannot be parsed.
+    """
+    specs: Mapping[str, TensorSpec] = {tensor.name: (tensor.target(output.dtype), tensor.shape) for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    plan = plan_shards(specs, output.stem, output.max_shard_size)
+    output.folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for file, names in plan.files.items():
+        path = output.folder / file
+        writer = HashingWriter(path)
+        try:
+            writer.write(_safetensors_header(names, specs))
+            with one_thread():
+                for name in names:
+                    on_tensor(stream_tensor(by_name[name], specs[name][0], writer))
+        finally:
+            hashes[file] = writer.close()
+        on_file(path, hashes[file])
+    if plan.index is not None:
+        text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
+        (output.folder / f"{output.stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return hashes
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """``files``: file name to the names of its tensors in their order. ``index``: content of the index, ``None`` for one file."""
+
+    files: dict[str, list[str]]
+    index: dict[str, Any] | None
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], stem: str, max_shard_size: str) -> ShardPlan:
+    """Assign tensors, in the given order, to files of at most ``max_shard_size``, named as diffusers names them."""
+    on_meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in specs.items()}
+    try:
+        shards = split_torch_state_dict_into_shards(
+            on_meta, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"stage.max_shard_size={max_shard_size}: {error}", "Give a number and a unit, such as 5GB or 500MB."
+        ) from error
+
+    def sort_key(name: str) -> tuple[int, str]:
+        return DTYPE_ORDER.index(DTYPE_NAMES[specs[name][0]]), name
+
+    files = {file: sorted(names, key=sort_key) for file, names in shards.filename_to_tensors.items()}
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename} if shards.is_sharded else None
+    return ShardPlan(files, index)
+
+
+def _safetensors_header(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> bytes:
+    """Return everything in the file before the first value."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in names:
+        dtype, shape = specs[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ByteWriter(Protocol):
+    """Anything that tensors can be streamed to."""
+
+    def write(self, piece: memoryview, /) -> object: ...
+
+
+class HashingWriter:
+    """A file written and hashed by a thread, while the caller reads and casts the next piece."""
+
+    QUEUE_LENGTH = 4
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+        self._pieces: queue.Queue[memoryview | None] = queue.Queue(maxsize=self.QUEUE_LENGTH)
+        self._error: BaseException | None = None
+        self._file = UncachedWriter(path)
+        self._thread = threading.Thread(target=self._work, name=f"write {path.name}", daemon=True)
+        self._thread.start()
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Queue a piece, which must not be changed afterwards. Raises the error of an earlier write."""
+        if self._error is not None:
+            raise self._error
+        self._pieces.put(memoryview(piece))
+
+    def close(self) -> str:
+        """Wait until everything is written and return the sha256 of the file. Raises the error of a failed write."""
+        self._pieces.put(None)
+        self._thread.join()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._error = self._error or error
+        if self._error is not None:
+            raise self._error
+        return self._digest.hexdigest()
+
+    def _work(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            if self._error is not None:
+                continue  # empty the queue, so that the caller never blocks on it
+            try:
+                self._digest.update(piece)
+                self._file.write(piece)
+            except BaseException as error:  # noqa: BLE001 - raised again by write() or close()
+                self._error = error
+
+
+def stream_tensor(tensor: PlannedTensor, dtype: torch.dtype, writer: ByteWriter) -> TensorStatistics:
+    """Produce one tensor, cast it to ``dtype``, write its bytes piece by piece, and return its statistics."""
+    values = tensor.produce()
+    if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
+        raise RuntimeError(
+            f"{tensor.name}: {torch_dtype_name(values.dtype)} {list(values.shape)} was made, "
+            f"{torch_dtype_name(tensor.dtype)} {list(tensor.shape)} was planned"
+        )
+    statistics = CastStatistics(tensor.dtype, dtype)
+    before = hashlib.sha256()
+    after = hashlib.sha256()
+    for piece in values.detach().contiguous().reshape(-1).split(PIECE):
+        cast = statistics.cast(piece)
+        data = _raw_bytes(cast)
+        writer.write(data)
+        after.update(data)
+        if dtype != tensor.dtype:
+            before.update(_raw_bytes(piece))
+    sha256 = after.hexdigest()
+    sha256_in = before.hexdigest() if dtype != tensor.dtype else sha256
+    return statistics.result(
+        tensor.name, list(tensor.sources), tensor.operation, list(tensor.shape), sha256_in=sha256_in, sha256=sha256
+    )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch on one thread. A chunk is too small to gain from more, and waiting OpenMP threads occupy the cores that hash
+    and write."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _raw_bytes(values: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor without a copy."""
+    return memoryview(values.flatten().view(torch.uint8).numpy()).cast("B")
+
+
+def write_torch_file(
+    path: Path,
+    tensors: list[PlannedTensor],
+    key: str,
+    beside: Mapping[str, Any],
+    dtype_of: Callable[[PlannedTensor], torch.dtype],
+    on_tensor: Callable[[TensorStatistics], None],
+) -> None:
+    """Write ``{key: {name: tensor, ...}, **beside}`` as ``torch.save`` would, each tensor cast to ``dtype_of(tensor)``.
+
+    torch writes the file with empty ranges for the values, which are then filled one tensor at a time. The zip's checksums of
+    the values stay unset, as with torch's ``compute_crc32=False``; ``torch.load`` does not read them.
+    """
+    with FakeTensorMode():
+        fakes = {tensor.name: torch.empty(tensor.shape, dtype=dtype_of(tensor)) for tensor in tensors}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save({key: fakes, **beside}, path)
+    # torch numbers storages in the order of pickling: the weights first, then any tensor in ``beside``.
+    with open(path, "rb") as file:
+        offsets = _storage_offsets(path, file, len(tensors))
+    with contextlib.closing(UncachedWriter(path, "r+b")) as writer, one_thread():
+        for offset, tensor in zip(offsets, tensors, strict=True):
+            writer.seek(offset)
+            on_tensor(stream_tensor(tensor, dtype_of(tensor), writer))
+
+
+def _storage_offsets(path: Path, file: IO[bytes], count: int) -> list[int]:
+    """Return the byte offsets of the values of storages 0 to ``count`` - 1 in a torch file."""
+    with zipfile.ZipFile(path) as archive:
+        headers = {entry.filename.partition("/")[2]: entry.header_offset for entry in archive.infolist()}
+    offsets = []
+    for number in range(count):
+        start = headers[f"data/{number}"]
+        file.seek(start)
+        # A zip's local header has 30 bytes; its last two fields are the lengths of the name and of the extra field.
+        name_length, extra_length = struct.unpack("<HH", file.read(30)[26:30])
+        offsets.append(start + 30 + name_length + extra_length)
+    return offsets

@@ -7,13 +7,13 @@ from typing import Any
 from cogflow.assemble.components import PipelineComponent
 from cogflow.assemble.consistency import family_of
 from cogflow.assemble.verification import Reference
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 
 PUBLISHED = {"steps": 50, "guidance_scale": 6.0, "use_dynamic_cfg": True}
 """As the family's model cards sample."""
 
 
-def how_to_sample(config: Config, reference: Reference | None, transformer: PipelineComponent) -> dict[str, Any]:
+def how_to_sample(config: AnyConfig, reference: Reference | None, transformer: PipelineComponent) -> dict[str, Any]:
     """height, width, frames, fps, steps, guidance_scale, use_dynamic_cfg, dtype, max_sequence_length, and ``from``: who says so.
 
     As the run's samples were made; else at the family's native size as it was published; else as this config says.

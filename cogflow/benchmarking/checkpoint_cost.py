@@ -28,7 +28,7 @@ from cogflow.training.loader import Loader
 OURS, LOADED, SAVED, COPIED = "cogflow, a save", "cogflow, verified and loaded", "torch.save + fsync", "cp -r + sync"
 
 
-def checkpoints(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def checkpoints(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """Saves and loads of the configured model as stage=train does them, with as many repeats after one that does not count."""
     speed.grow_segments()
     device = ranks.device()

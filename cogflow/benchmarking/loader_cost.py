@@ -38,7 +38,7 @@ BATCHES = 16  # of a turn
 WHOLE = "a batch"
 
 
-def loading(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def loading(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """``stage.repeats`` turns after one that does not count, each of 16 batches of ``stage.batch_size`` clips at the size of ``data``."""
     device = ranks.device()
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "loader"
@@ -140,7 +140,9 @@ def _bytes(batch: Batch) -> int:
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-def _step(config: Config, stage: BenchmarkStage, device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+def _step(
+    config: Config[BenchmarkStage], stage: BenchmarkStage, device: torch.device, dtype: torch.dtype
+) -> tuple[float, str]:
     """Seconds of a training step of the model, and in words where they come from: measured where the model fits, else planned for a GPU."""
     asked = training(config, stage, 1 + 2 * stage.steps)
     if device.type == "cuda" or config.model.name == "tiny":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -54,14 +54,14 @@ SIZES = (Size("tiny", None, 5, 4, 4), Size("wide", 12, 8, 1, 1))
 
 
 def compare(
-    config: Config, stage: BenchmarkStage, tracker: Tracker, advance: Callable[[int], None]
+    config: Config[BenchmarkStage], stage: BenchmarkStage, tracker: Tracker, advance: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """One row a size: median seconds of a step of each loop, the median ratio of neighbouring turns, and the loader's share."""
     return [_compare(config, size, max(3, stage.repeats), tracker, advance) for size in SIZES]
 
 
 def _compare(
-    config: Config, size: Size, repeats: int, tracker: Tracker, advance: Callable[[int], None]
+    config: Config[BenchmarkStage], size: Size, repeats: int, tracker: Tracker, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     device = ranks.device()
     steps = (WARM_UP + repeats) * size.turn
@@ -73,9 +73,7 @@ def _compare(
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
     clips: Any = DrawnClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(
-        replace(config, stage=train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype
-    )
+    trainer = Trainer(config.with_stage(train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     waited: list[float] = []
 
     def log(done: int, values: dict[str, float]) -> None:

@@ -30,7 +30,9 @@ def is_cogvideo(folder: Path) -> bool:
     return (folder / TRAINER).is_file()
 
 
-def measure(config: Config, stage: BenchmarkStage, clone: Path, python: str | None, folder: Path) -> dict[str, Any]:
+def measure(
+    config: Config[BenchmarkStage], stage: BenchmarkStage, clone: Path, python: str | None, folder: Path
+) -> dict[str, Any]:
     """Its step at the size of ``config``, of a model of the same shape. ``python``: the interpreter of its install; default: ours.
 
     Raises :class:`DataError` with its last lines when it ends with an error.

@@ -32,7 +32,7 @@ OURS = "cogflow"
 Result = TypeVar("Result")
 
 
-def preparing(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def preparing(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """``stage.repeats`` passes over all clips after one that does not count, ours and the peer's by turns; then each clip by part."""
     data = config.data
     clone = Path(stage.vs).expanduser() if stage.vs else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +51,7 @@ class Speed:
     clips: float
 
 
-def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None]) -> dict[str, Any]:
+def measure(config: Config[BenchmarkStage], stage: BenchmarkStage, advance: Callable[[int], None]) -> dict[str, Any]:
     """What a step costs here, beside what it could; with ``stage.vs=bare`` beside the loop one writes first, by turns."""
     began = time.perf_counter()
     speed.grow_segments()
@@ -109,7 +109,7 @@ def measure(config: Config, stage: BenchmarkStage, advance: Callable[[int], None
     }
 
 
-def training(config: Config, stage: BenchmarkStage, steps: int) -> Config:
+def training(config: Config[BenchmarkStage], stage: BenchmarkStage, steps: int) -> Config[TrainStage]:
     """``config`` with settings of a training of so many steps, between which nothing is due."""
     train = TrainStage(
         steps=steps,
@@ -120,14 +120,12 @@ def training(config: Config, stage: BenchmarkStage, steps: int) -> Config:
         warmup_steps=0,
         learning_rate=1e-6,
     )
-    return replace(config, stage=train)
+    return config.with_stage(train)
 
 
-def make_trainer(config: Config, device: torch.device, dtype: torch.dtype, watch: MemoryWatch) -> Trainer:
+def make_trainer(config: Config[TrainStage], device: torch.device, dtype: torch.dtype, watch: MemoryWatch) -> Trainer:
     """A trainer as stage=train has it, without anything from a disk."""
     stage = config.stage
-    if not isinstance(stage, TrainStage):
-        raise TypeError("a step needs the settings of stage=train")
     shape_of, source = transformer_size.config_of(config.model)
     weights = DrawnWeights(expected_shapes(meta_model(shape_of, Path(source))), device)
     transformer = initial_weights.make(shape_of, weights, config.deepspeed, stage, dtype, device)
@@ -153,7 +151,7 @@ def speed_of(turns: list[Turn], batch_size: int) -> Speed | None:
     return Speed(median(walls), walls[0], walls[-1], batch_size / median(walls))
 
 
-def _profiled(trainer: Trainer, config: Config, best: Ceiling) -> list[Part]:
+def _profiled(trainer: Trainer, config: Config[TrainStage], best: Ceiling) -> list[Part]:
     """One more step, by what its time goes to."""
     foreseen, steps = plan(config), trainer.stage.steps
     with Loader(trainer.batch, 1, trainer.device) as loader:
@@ -163,7 +161,7 @@ def _profiled(trainer: Trainer, config: Config, best: Ceiling) -> list[Part]:
         )  # fmt: skip
 
 
-def counted_flops(config: Config) -> float:
+def counted_flops(config: Config[BenchmarkStage]) -> float:
     """Operations of one clip's forward and backward pass as torch counts them, on the meta device; nothing is computed twice."""
     described, source = transformer_size.config_of(config.model)
     data = config.data

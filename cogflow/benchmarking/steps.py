@@ -32,7 +32,7 @@ COLUMNS = [
 ]
 
 
-def step(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def step(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """One step as it is configured. On several ranks all of them train, and rank 0 tells."""
     if stage.vs not in (None, BARE):
         raise ConfigError(
@@ -57,7 +57,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def train(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def train(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """Settings of a step against each other, and against what ``stage.vs`` names."""
     place = folder / "benchmark"
     place.mkdir(parents=True, exist_ok=True)

@@ -117,12 +117,10 @@ def kept_for(elements: int | None) -> Iterator[None]:
         engines.settings = plain
 
 
-def count(config: Config, reuse: int | None = None) -> dict[str, Any]:
+def count(config: Config[TrainStage], reuse: int | None = None) -> dict[str, Any]:
     """What one step of ``config`` sends, on the tiny model: ``operands``, bytes that collectives go over by phase and kind, and
     ``wire``, bytes that this rank sends over TCP. Collective."""
     stage = config.stage
-    if not isinstance(stage, TrainStage):
-        raise TypeError("training is what is counted")
     device, dtype = ranks.device(), loading.resolve_dtype(config.model, ranks.device())
     transformer = tiny.new_transformer().to(device, dtype).train()
     if config.deepspeed.activation_checkpointing:

@@ -31,7 +31,7 @@ PROMPTS, STEPS = 8, 500
 """Samples of the validation, and steps of training, that the cost is told for."""
 
 
-def validation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def validation(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """``stage.repeats`` samples after one that does not count, at ``sampling.steps``; then a training step of the same model."""
     speed.grow_segments()
     device = ranks.device()

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest, nearest_key
-from cogflow.config.schema import STAGES, Config
+from cogflow.config.schema import STAGES, AnyConfig, Config
 from cogflow.errors import ConfigError
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def build(raw: Mapping[str, Any]) -> Config:
+def build(raw: Mapping[str, Any]) -> AnyConfig:
     """The config of a plain dict as the yaml files give it. Raises one :class:`ConfigError` with everything that does not fit."""
     config, problems = construct(raw)
     fail(problems)
@@ -24,7 +24,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def construct(raw: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
+def construct(raw: Mapping[str, Any]) -> tuple[AnyConfig | None, list[Problem]]:
     """The config with every bad value left at its default, and what was bad. ``None`` when no stage is known."""
     problems: list[Problem] = []
     known = known_keys(stage_class(raw.get("stage")))
@@ -181,7 +181,7 @@ def convert(value: Any, hint: Any) -> Any:
     raise ValueError(f"it should be {KINDS[hint]}.")
 
 
-def as_yaml(config: Config) -> str:
+def as_yaml(config: AnyConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

@@ -15,7 +15,7 @@ from cogflow.config.build import show
 from cogflow.config.deepspeed import KEEPS, deepspeed_problems
 from cogflow.config.parallel import not_measured, shared
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
-from cogflow.config.schema import WORSE, BenchmarkStage, Config, FlowStage, PrepareStage, TrainStage
+from cogflow.config.schema import WORSE, AnyConfig, BenchmarkStage, FlowStage, PrepareStage, TrainStage
 
 MODELS = ("tiny", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b", "cogvideox1.5-5b-i2v", "auto")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -27,12 +27,12 @@ MOTIONS = ("left", "right", "up", "down")
 Rule = Callable[[Any], str | None]
 
 
-def check(config: Config) -> None:
+def check(config: AnyConfig) -> None:
     """Raise one :class:`ConfigError` that lists everything wrong with ``config``; return when nothing is."""
     fail(find_problems(config))
 
 
-def find_problems(config: Config) -> list[Problem]:
+def find_problems(config: AnyConfig) -> list[Problem]:
     problems = [
         problem for field in dataclasses.fields(config) for problem in _ranges(getattr(config, field.name), field.name)
     ]
@@ -233,7 +233,7 @@ def _ranges(section: Any, path: str) -> Iterator[Problem]:
             yield Problem(f"{key}={show(value)}: {wrong}", (key,))
 
 
-def _between(config: Config) -> Iterator[Problem]:
+def _between(config: AnyConfig) -> Iterator[Problem]:
     """Keys that contradict each other."""
     model, data, stage = config.model, config.data, config.stage
     trains = isinstance(stage, PrepareStage | TrainStage | FlowStage)

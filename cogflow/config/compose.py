@@ -14,7 +14,7 @@ import cogflow
 from cogflow.config import build, imported
 from cogflow.config.check import find_problems
 from cogflow.config.problems import Problem, did_you_mean, fail, nearest
-from cogflow.config.schema import STAGES, Config, FlowStage
+from cogflow.config.schema import STAGES, AnyConfig, FlowStage
 from cogflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def compose(overrides: Sequence[str]) -> Config:
+def compose(overrides: Sequence[str]) -> AnyConfig:
     """The checked config of a command line's ``group=choice`` and ``key=value`` words.
 
     Raises one :class:`ConfigError` that lists everything wrong with it.

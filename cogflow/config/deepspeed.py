@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cogflow.config.problems import Problem
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 
 KEEPS = ("nothing", "attention", "products", "all")
 """What a recomputed block keeps, the least first."""
@@ -18,7 +18,7 @@ EVERYTHING = "everything"
 """Kept by a block that is not recomputed."""
 
 
-def deepspeed_problems(config: Config) -> Iterator[Problem]:
+def deepspeed_problems(config: AnyConfig) -> Iterator[Problem]:
     deepspeed, stage = config.deepspeed, config.deepspeed.zero_stage
     if deepspeed.offload_optimizer and stage == 0:
         yield Problem(

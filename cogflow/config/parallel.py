@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 
 from cogflow.config.problems import Problem
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.schema import AnyConfig, TrainStage
 
 KEY = "parallel.sequence"
 
 
-def sequence_problems(config: Config, gpus: int, heads: int | None = None) -> Iterator[Problem]:
+def sequence_problems(config: AnyConfig, gpus: int, heads: int | None = None) -> Iterator[Problem]:
     """What is wrong with ``parallel.sequence`` on ``gpus`` ranks (0: not known) for a model of so many attention heads."""
     size = config.parallel.sequence
     for count, what in (
@@ -23,7 +23,7 @@ def sequence_problems(config: Config, gpus: int, heads: int | None = None) -> It
             yield Problem(f"{KEY}={size}: it should divide the {count} {what}: one of {good}.", (KEY,))
 
 
-def shared(config: Config, train: TrainStage) -> Iterator[Problem]:
+def shared(config: AnyConfig, train: TrainStage) -> Iterator[Problem]:
     """What the settings of a training alone tell.
 
     Launchers ask for the settings outside of the ranks: how many there will be is then not known, and judged by the stage.
@@ -39,7 +39,7 @@ def shared(config: Config, train: TrainStage) -> Iterator[Problem]:
         )
 
 
-def not_measured(config: Config) -> Problem:
+def not_measured(config: AnyConfig) -> Problem:
     """Of benchmarks, whose ranks take a batch each."""
     return Problem(
         f"{KEY}={config.parallel.sequence}: stage=benchmark measures ranks that share nothing; it should be 1.", (KEY,)

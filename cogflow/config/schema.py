@@ -5,8 +5,8 @@ The yaml files under ``configs/`` choose values; :mod:`cogflow.config.build` and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar, cast, get_args
 
 from cogflow.config.benchmarks import BenchmarkStage
 
@@ -271,9 +271,15 @@ StageConfig = (
 STAGES: dict[str, type] = {kind.name: kind for kind in get_args(StageConfig)}
 
 
+StageT = TypeVar("StageT", covariant=True)
+OtherT = TypeVar("OtherT")
+
+
 @dataclass(frozen=True)
-class Config:
-    stage: StageConfig
+class Config(Generic[StageT]):
+    """All settings of one command. The type parameter is the class of its stage's settings, as in ``Config[TrainStage]``."""
+
+    stage: StageT
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -282,3 +288,11 @@ class Config:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def with_stage(self, stage: OtherT) -> Config[OtherT]:
+        """Return the same settings for another stage."""
+        return replace(cast("Config[Any]", self), stage=stage)
+
+
+AnyConfig = Config[Any]
+"""The settings of a command whose stage may be any."""

@@ -92,7 +92,7 @@ class _Plan:
 
 
 def prepare(
-    config: Config,
+    config: Config[PrepareStage],
     load_vae: Callable[[], Any],
     load_text: Callable[[], Embed],
     folder: Path,
@@ -114,8 +114,6 @@ def prepare(
     """
     started = time.monotonic()
     data, options = config.data, config.stage
-    if not isinstance(options, PrepareStage):
-        raise TypeError(f"config.stage must be PrepareStage, not {type(options).__name__}")
     plan = _make_plan(data, clips_folder, model_hashes, max_length, images)
     known_clips, known_texts, current = ranks.run_on_main(lambda: _survey(folder, plan))
     if current is not None:

@@ -35,7 +35,7 @@ class Examination:
     """``candidate`` held against ``reference``, which may have no files. Steps are methods; each takes the results so far."""
 
     def __init__(
-        self, candidate: DiagnosisInput, reference: DiagnosisInput, config: Config, stage: DiagnoseStage
+        self, candidate: DiagnosisInput, reference: DiagnosisInput, config: Config[DiagnoseStage], stage: DiagnoseStage
     ) -> None:
         self.candidate, self.reference, self.config, self.stage = candidate, reference, config, stage
         self.device = ranks.device()

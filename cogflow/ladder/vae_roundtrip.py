@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 from cogflow.data.buckets import sized
 from cogflow.data.cache import LatentCache
 from cogflow.data.clip_index import read_index
@@ -45,7 +45,7 @@ class Read:
 
 
 def measure(
-    folder: Path, config: Config, cache: LatentCache, sampler: Sampler, scaling_factor: float
+    folder: Path, config: AnyConfig, cache: LatentCache, sampler: Sampler, scaling_factor: float
 ) -> dict[str, Panel]:
     """Decode cached latents times ``scaling_factor`` (training's own) with ``sampler``; the panel of each decoded clip by its name.
 
@@ -58,7 +58,7 @@ def measure(
 
 
 def _measure(
-    folder: Path, config: Config, cache: LatentCache, sampler: Sampler, scaling_factor: float
+    folder: Path, config: AnyConfig, cache: LatentCache, sampler: Sampler, scaling_factor: float
 ) -> dict[str, Panel]:
     identity = {
         "cache": cache.fingerprint, "vae": cache.model_hashes.get("vae"), "scaling_factor": scaling_factor,
@@ -105,12 +105,12 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
     return 100.0 if error == 0 else round(min(100.0, -10 * math.log10(error)), 3)
 
 
-def clips_folder(folder: Path, config: Config) -> Path:
+def clips_folder(folder: Path, config: AnyConfig) -> Path:
     """Where the clips of the run in ``folder`` lie."""
     return Path(config.data.path).expanduser() if config.data.path is not None else folder / "data"
 
 
-def _read(folder: Path, config: Config, cache: LatentCache) -> Iterator[Read]:
+def _read(folder: Path, config: AnyConfig, cache: LatentCache) -> Iterator[Read]:
     """Clips evenly spread over the cache. One whose file is gone or another by now is passed over with a line, and the next one taken."""
     # With buckets the clips of the samples' size, since samples are held against them; of all sizes where there is none.
     size = f"{config.data.frames}x{config.data.height}x{config.data.width}"

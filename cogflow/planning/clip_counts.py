@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout
-from cogflow.config.schema import Config
+from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache, split
 from cogflow.data.clip_index import read_index
 from cogflow.errors import DataError
@@ -23,7 +23,7 @@ class Clips:
     size_differs: bool = False
 
 
-def clips(config: Config, run: Path) -> Clips:
+def clips(config: Config[TrainStage], run: Path) -> Clips:
     """Counted in the prepared clips, else in the list of the folder, where every clip is taken for readable and single."""
     data = config.data
     if (RunLayout(run).cache / "index.json").is_file():
@@ -49,7 +49,7 @@ def _divided(count: int, holdout: int, source: str) -> Clips:
     return Clips(len(train), len(held), source)
 
 
-def prompts(config: Config) -> tuple[int, str]:
+def prompts(config: Config[TrainStage]) -> tuple[int, str]:
     """How many prompts a validation samples, and where they come from."""
     if config.sampling.prompts is not None:
         try:

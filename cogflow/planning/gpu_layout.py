@@ -67,11 +67,9 @@ class GpuLayout:
         return layers - self.kept(layers).get(EVERYTHING, 0)
 
 
-def of_config(config: Config, dtype: str, gpus: int, local: int | None = None) -> GpuLayout:
+def of_config(config: Config[TrainStage], dtype: str, gpus: int, local: int | None = None) -> GpuLayout:
     """The layout that ``config`` asks for on ``gpus`` GPUs; ``local``: GPUs of one machine, else as many as are usual."""
     stage, deepspeed = config.stage, config.deepspeed
-    if not isinstance(stage, TrainStage):
-        raise TypeError("a plan needs the settings of stage=train")
     return GpuLayout(
         zero_stage=deepspeed.zero_stage,
         offload_optimizer=deepspeed.offload_optimizer,

@@ -77,7 +77,7 @@ class Device:
 class Plan:
     """Figures of one training; operations are those of one optimizer step of one GPU, seconds are without communication."""
 
-    config: Config
+    config: Config[TrainStage]
     stage: TrainStage
     shape: TransformerSize
     model_source: str
@@ -165,11 +165,9 @@ class Plan:
         return found
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config[TrainStage]) -> Plan:
     """The plan of ``config``, for the GPUs that it names, else for those that are here."""
     stage = config.stage
-    if not isinstance(stage, TrainStage):
-        raise TypeError("a plan needs the settings of stage=train")
     run = run_folder(config.run)
     own, model_source = transformer_size.of_model(config.model, stage.freeze)
     gpus = stage.plan_gpus or ranks.world_size()
@@ -209,7 +207,7 @@ def plan(config: Config) -> Plan:
     )
 
 
-def kept(config: Config) -> Mapping[str, int] | None:
+def kept(config: Config[TrainStage]) -> Mapping[str, int] | None:
     """Blocks by what they keep of their activations, where the settings leave it to the memory there is; else ``None``."""
     deepspeed = config.deepspeed
     if not deepspeed.activation_checkpointing or (
@@ -220,7 +218,7 @@ def kept(config: Config) -> Mapping[str, int] | None:
     return made.setting.kept(made.shape.layers)
 
 
-def dtype_of(config: Config) -> str:
+def dtype_of(config: Config[TrainStage]) -> str:
     """As training will choose it; a plan for GPUs takes the family's also where no GPU is."""
     if config.model.dtype != "auto":
         return config.model.dtype
@@ -228,7 +226,7 @@ def dtype_of(config: Config) -> str:
     return "fp32" if on_cpu or config.model.name not in FAMILY else FAMILY[config.model.name].dtype
 
 
-def sampling_of(config: Config) -> Sampling:
+def sampling_of(config: Config[TrainStage]) -> Sampling:
     """How a validation of ``config`` samples and decodes."""
     wanted, data_ = config.sampling, config.data
     size = 4 if wanted.vae_dtype == "auto" else gpu_layout.BYTES[wanted.vae_dtype]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cogflow.config.schema import Config, DataConfig
+from cogflow.config.schema import Config, DataConfig, TrainStage
 from cogflow.errors import ConfigError
 from cogflow.planning import advice, memory, traffic
 from cogflow.planning.plan import Plan, plan
@@ -16,7 +16,7 @@ DEAR, FEWEST = 0.1, 10
 """Share of the training before it above which a validation is dear, and the fewest denoising steps that still show blur and no noise."""
 
 
-def show(config: Config) -> None:
+def show(config: Config[TrainStage]) -> None:
     """Print the plan of ``config``. Raises :class:`ConfigError` when it cannot fit, naming settings that would."""
     made = plan(config)
     echo("\n".join(lines(made)))

@@ -31,18 +31,16 @@ from cogflow.tracking.stage_record import command_line
 from cogflow.tracking.tracker import Tracker, open_tracker
 
 
-def run(config: Config) -> None:
+def run(config: Config[AssembleStage]) -> None:
     """Assemble ``stage.output`` and write ``<run>/assemble.json``. Rank 0 works, the others wait."""
     if ranks.is_main():
         _assemble(config)
     ranks.barrier()
 
 
-def _assemble(config: Config) -> None:
+def _assemble(config: Config[AssembleStage]) -> None:
     started = time.time()
     stage = config.stage
-    if not isinstance(stage, AssembleStage):
-        raise TypeError(f"the assemble stage was started with the settings of {stage.name}")
     folder = run_folder(config.run)
     output = Path(stage.output).expanduser() if stage.output else folder / "pipeline"
     parts, problems = gather(config, stage, folder)
@@ -88,7 +86,9 @@ def _assemble(config: Config) -> None:
     _tell(config, folder, output, assembly, reference, started)
 
 
-def gather(config: Config, stage: AssembleStage, folder: Path) -> tuple[dict[str, PipelineComponent], list[str]]:
+def gather(
+    config: Config[AssembleStage], stage: AssembleStage, folder: Path
+) -> tuple[dict[str, PipelineComponent], list[str]]:
     """Each component from its own place, from the export, or from the base; and what is wrong with each by itself."""
     facts = {key: value for key, value in asdict(stage.facts).items() if value is not None}
     wishes = ExportOptions(config.model.name, stage.weights, stage.dtype, facts, tuple(stage.config))
@@ -170,10 +170,14 @@ def _warn(expected: dict[str, Any], parts: dict[str, PipelineComponent]) -> None
 
 
 def _tell(
-    config: Config, folder: Path, output: Path, assembly: dict[str, Any], reference: Reference | None, started: float
+    config: Config[AssembleStage],
+    folder: Path,
+    output: Path,
+    assembly: dict[str, Any],
+    reference: Reference | None,
+    started: float,
 ) -> None:
     stage, verified = config.stage, assembly["verify"]
-    assert isinstance(stage, AssembleStage)
     rows = [[name, part["class"], part.get("link", ""), part["from"]] for name, part in assembly["components"].items()]
     columns = ["component", "class", "weights", "from"]
     table(rows, columns)

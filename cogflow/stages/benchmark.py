@@ -42,11 +42,9 @@ PANEL_CLIP = (49, 480, 720)  # frames, height and width of the clip that CogVide
 SHOWN = ("blur", "edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "temporal_sharpness", "contrast", "grain")
 
 
-def run(config: Config) -> None:
+def run(config: Config[BenchmarkStage]) -> None:
     """Measure ``stage.what``, print a table and write ``<run>/benchmark.json``. One process, but for a step."""
     stage = config.stage
-    if not isinstance(stage, BenchmarkStage):
-        raise TypeError("stages.benchmark needs the settings of stage=benchmark")
     if stage.what == "step":
         ranks.setup()
     elif not ranks.is_main():
@@ -72,7 +70,7 @@ def run(config: Config) -> None:
     echo(f"{results['summary']}\nrecord: {record}")
 
 
-def _measured(config: Config, stage: BenchmarkStage, what: str, folder: Path) -> dict[str, Any]:
+def _measured(config: Config[BenchmarkStage], stage: BenchmarkStage, what: str, folder: Path) -> dict[str, Any]:
     """The results of one benchmark, whose table is printed and logged by rank 0."""
     results, (columns, rows) = WHAT[what](config, stage, folder)
     if ranks.is_main():
@@ -82,7 +80,7 @@ def _measured(config: Config, stage: BenchmarkStage, what: str, folder: Path) ->
     return results
 
 
-def export(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def export(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """Speed and memory of an export beside cp and the converters there are."""
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     clone = Path(stage.vs).expanduser() if stage.vs else None
@@ -96,7 +94,7 @@ def export(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[st
     return {"summary": line, "rows": rows, "medians": medians}, (["way", *FIGURES], cells)
 
 
-def assemble(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def assemble(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """Time and memory of putting a whole pipeline together, linked and copied, beside cp and save_pretrained."""
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     size, rows = compare_assemble(place, config.model.name, stage.layers, stage.repeats, stage.keep)
@@ -112,7 +110,7 @@ def assemble(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[
     )  # fmt: skip
 
 
-def panel(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def panel(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """Time and memory of the sharpness panel on one clip, and whether a GPU agrees with the CPU."""
     found = cost(*PANEL_CLIP, stage.repeats)
     rows = found["rows"]
@@ -124,7 +122,7 @@ def panel(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str
     return {"summary": line, **found}, (["device", "part", "seconds", "seconds of all cores", "peak GB"], cells)
 
 
-def separation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def separation(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What the panel tells apart on real clips, at the size of ``data.frames``, ``data.height`` and ``data.width``."""
     place = Path(stage.clips).expanduser() if stage.clips else None
     if place is not None and not place.exists():
@@ -158,7 +156,7 @@ def separation(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dic
     return {"summary": line, **found}, (["degradation", *SHOWN, "blur, unpaired", "named in the alarms"], cells)
 
 
-def watch(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def watch(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """How often the watch sees blur, and how often it cries for nothing, simulated on real clips (:mod:`cogflow.benchmarking.alarm`)."""
     chosen = contents(Path(stage.clips).expanduser() if stage.clips else None)
     size = (config.data.frames, config.data.height, config.data.width)
@@ -180,7 +178,7 @@ def watch(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str
     return {"summary": line, "rows": rows, "nulls": asdict(nulls)}, (list(rows[0]), cells)
 
 
-def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def indicator(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What the per-step indicator costs beside a step of the tiny model, and at 49x480x720."""
     device = ranks.device()
     found = [
@@ -196,7 +194,7 @@ def indicator(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict
     )
 
 
-def overhead(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def overhead(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What cogflow's training step costs beside a bare DeepSpeed loop on the same engine and clips."""
     with (
         open_tracker(config, "benchmark", folder) as tracker,
@@ -207,14 +205,14 @@ def overhead(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[
     return {"summary": f"overhead: {line}", "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
 
 
-def traffic(config: Config, stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
+def traffic(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
     """What a plan says that a step sends, beside what trainings of the tiny model on 1, 2 and 4 ranks of this machine send."""
     with progress(len(RANKS), "numbers of ranks") as bar:
         rows = compare_traffic(advance=bar.advance)
     return {"summary": told_traffic(rows), "rows": rows}, (list(rows[0]), [list(row.values()) for row in rows])
 
 
-WHAT: dict[str, Callable[[Config, BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
+WHAT: dict[str, Callable[[Config[BenchmarkStage], BenchmarkStage, Path], tuple[dict[str, Any], Table]]] = {
     "export": export,
     "assemble": assemble,
     "panel": panel,

@@ -24,17 +24,15 @@ from cogflow.tracking.tracker import open_tracker
 ORDER = ("facts", "weights", "rungs", "swaps", "precision", "evidence")
 
 
-def run(config: Config) -> None:
+def run(config: Config[DiagnoseStage]) -> None:
     """Look at ``stage.candidate``, write ``<run>/diagnosis.json`` and ``diagnosis.html``; exit code 3 when something is wrong with it."""
     if ranks.is_main():
         diagnose(config)
     ranks.barrier()
 
 
-def diagnose(config: Config) -> None:
+def diagnose(config: Config[DiagnoseStage]) -> None:
     stage = config.stage
-    if not isinstance(stage, DiagnoseStage):
-        raise TypeError("stages.diagnose needs the settings of stage=diagnose")
     started = time.time()
     folder = run_folder(config.run)
     place = Path(stage.candidate).expanduser() if stage.candidate else folder
@@ -79,7 +77,7 @@ def mended(output: Path, examination: Examination, verdict: Diagnosis) -> dict[s
 
 
 def conclusion(
-    config: Config,
+    config: Config[DiagnoseStage],
     folder: Path,
     examination: Examination,
     verdict: Diagnosis,

@@ -23,18 +23,16 @@ from cogflow.tracking.tracker import open_tracker
 SHOWN = 5  # tensors in the console's table, those that the cast changed most
 
 
-def run(config: Config) -> None:
+def run(config: Config[ExportStage]) -> None:
     """Export ``stage.source`` to ``stage.output`` and write ``<run>/export.json``. Rank 0 works, the others wait."""
     if ranks.is_main():
         _export(config)
     ranks.barrier()
 
 
-def _export(config: Config) -> None:
+def _export(config: Config[ExportStage]) -> None:
     started = time.time()
     stage = config.stage
-    if not isinstance(stage, ExportStage):
-        raise TypeError(f"the export stage was started with the settings of {stage.name}")
     folder = run_folder(config.run)
     output = Path(stage.output).expanduser() if stage.output else folder / "export"
     source = Path(stage.source) if stage.source else folder
@@ -91,7 +89,12 @@ def _announce(origin: ExportOrigin, prepared: PreparedExport, stage: ExportStage
 
 
 def _tell(
-    config: Config, folder: Path, output: Path, origin: ExportOrigin, description: dict[str, Any], started: float
+    config: Config[ExportStage],
+    folder: Path,
+    output: Path,
+    origin: ExportOrigin,
+    description: dict[str, Any],
+    started: float,
 ) -> None:
     summary, step = description["summary"], origin.step or 0
     most = sorted(description["tensors"], key=lambda fact: fact["changed"], reverse=True)[:SHOWN]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogflow.config.schema import Config, FlowStage, StageConfig
+from cogflow.config.schema import Config, FlowStage
 from cogflow.files.paths import run_folder
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
@@ -20,29 +21,31 @@ from cogflow.tracking.tracker import open_tracker
 from cogflow.training import sequence
 
 
-def run(config: Config) -> None:
+def run(config: Config[FlowStage]) -> None:
     """Each stage goes on from what it left before, so the same command finishes a flow that was stopped."""
     stage = config.stage
-    if not isinstance(stage, FlowStage):
-        raise TypeError("stages.flow needs the settings of stage=flow")
     started = time.time()
     folder = run_folder(config.run)
     # Before hours of preparing clips: the training will ask it again.
     sequence.check(config)
-    steps: list[tuple[Any, StageConfig]] = [
-        (prepare, stage.prepare), (train, stage.train), (export, stage.export), (assemble, stage.assemble),
-        (diagnose, replace(stage.diagnose, candidate=stage.diagnose.candidate or str(folder / "pipeline"))),
-    ]  # fmt: skip
-    for number, (module, settings) in enumerate(steps, start=1):
-        echo(f"\n[{number}/{len(steps)}] {settings.name}")
-        module.run(replace(config, stage=settings))
+    examined = replace(stage.diagnose, candidate=stage.diagnose.candidate or str(folder / "pipeline"))
+    steps: list[tuple[str, Callable[[], None]]] = [
+        ("prepare", lambda: prepare.run(config.with_stage(stage.prepare))),
+        ("train", lambda: train.run(config.with_stage(stage.train))),
+        ("export", lambda: export.run(config.with_stage(stage.export))),
+        ("assemble", lambda: assemble.run(config.with_stage(stage.assemble))),
+        ("diagnose", lambda: diagnose.run(config.with_stage(examined))),
+    ]
+    for number, (name, run_step) in enumerate(steps, start=1):
+        echo(f"\n[{number}/{len(steps)}] {name}")
+        run_step()
     if ranks.is_main():
         close(config, folder, started)
     ranks.barrier()
     ranks.close()
 
 
-def close(config: Config, folder: Path, started: float) -> None:
+def close(config: Config[FlowStage], folder: Path, started: float) -> None:
     """Write ``flow.json`` and the report, print the closing table and the places."""
     rows = closing_rows(folder)
     pipeline, samples = folder / "pipeline", gallery.newest(folder / "samples")

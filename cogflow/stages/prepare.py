@@ -34,11 +34,9 @@ from cogflow.training.failures import translate_lost_ranks
 CACHE = "cache"
 
 
-def run(config: Config) -> None:
+def run(config: Config[PrepareStage]) -> None:
     """Prepare ``config.data`` into ``<run>/cache`` and write ``<run>/prepare.json``. Works alone and under torchrun."""
     stage = config.stage
-    if not isinstance(stage, PrepareStage):
-        raise TypeError(f"the prepare stage was started with the settings of {stage.name}")
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
@@ -80,7 +78,7 @@ def run(config: Config) -> None:
         ranks.barrier()
 
 
-def find_clips(config: Config, folder: Path) -> Path:
+def find_clips(config: Config[PrepareStage], folder: Path) -> Path:
     """The folder of clips. Drawn clips are drawn first, by rank 0. Raises :class:`DataError`."""
     data = config.data
     if data.path is not None:
@@ -116,7 +114,12 @@ def _hash_folder(folder: Path) -> str:
 
 
 def _tell(
-    config: Config, folder: Path, clips_folder: Path, hashes: dict[str, str], result: PrepareResult, started: float
+    config: Config[PrepareStage],
+    folder: Path,
+    clips_folder: Path,
+    hashes: dict[str, str],
+    result: PrepareResult,
+    started: float,
 ) -> None:
     reused = result.clips - result.encoded_clips
     summary = (

@@ -27,11 +27,9 @@ SHOWN = ("wavelet_ratio", "edge_sharpness", "blur_effect", "contrast", "saturati
 """Channels of the table on the terminal; the record holds all."""
 
 
-def run(config: Config) -> None:
+def run(config: Config[SampleStage]) -> None:
     """Sample or read ``stage.source``, measure it, compare it with ``stage.reference``; exit code 3 when it is worse."""
     stage = config.stage
-    if not isinstance(stage, SampleStage):
-        raise TypeError("stages.sample needs the settings of stage=sample")
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
@@ -60,7 +58,7 @@ def run(config: Config) -> None:
     ranks.barrier()
 
 
-def sample(config: Config, stage: SampleStage, source: Path, where: Path) -> dict[str, Any]:
+def sample(config: Config[SampleStage], stage: SampleStage, source: Path, where: Path) -> dict[str, Any]:
     """Sample every prompt from its fixed noise into ``where``; returns how the samples were made."""
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
@@ -105,7 +103,7 @@ def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
     return loading.load_transformer(folder, dtype, device).eval()
 
 
-def captions(config: Config) -> list[str]:
+def captions(config: Config[SampleStage]) -> list[str]:
     """Captions to sample when no prompts are given and the clips are the user's own: those of the prepared clips."""
     if config.data.name == "shapes" or config.sampling.prompts:
         return []
@@ -116,7 +114,7 @@ def captions(config: Config) -> list[str]:
 
 
 def conclude(
-    config: Config, stage: SampleStage, folder: Path, source: Path, reference: Path | None, where: Path, how: dict[str, Any] | None,
+    config: Config[SampleStage], stage: SampleStage, folder: Path, source: Path, reference: Path | None, where: Path, how: dict[str, Any] | None,
     started: float,
 ) -> None:  # fmt: skip
     """Measure, show, write ``sample.json``, and raise :class:`QualityGateError` when the reference is better."""
@@ -173,7 +171,7 @@ def measured(place: Path, like: Scored | None = None) -> Scored:
         raise DataError(str(error), "Give frames of at least 24 pixels each way.") from error
 
 
-def clip_scores(config: Config, where: Path) -> dict[str, dict[str, float]]:
+def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str, float]]:
     """Learned scores by clip, when ``sampling.clip_model`` names a CLIP model on disk."""
     if config.sampling.clip_model is None:
         return {}

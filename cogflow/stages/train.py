@@ -34,11 +34,9 @@ from cogflow.training.setup import TrainingSetup
 MOST_DROPPED = 0.5
 
 
-def run(config: Config) -> None:
+def run(config: Config[TrainStage]) -> None:
     """Train ``<run>/cache`` into ``<run>/checkpoints``; the same command resumes. Works alone and under torchrun."""
     stage = config.stage
-    if not isinstance(stage, TrainStage):
-        raise TypeError("stages.train needs the settings of stage=train")
     if stage.plan:
         return planning.show(config)
     started = time.time()
@@ -79,7 +77,7 @@ def run(config: Config) -> None:
         finish(config, folder, cache, prepared, started, tracker.url_or_dir)
 
 
-def open_cache(config: Config, folder: Path) -> LatentCache:
+def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
     """The prepared clips, which must have been made with this config's data settings."""
     cache = LatentCache(RunLayout(folder).cache)
     if problems := cache.mismatches(config.data):
@@ -159,7 +157,7 @@ def few_captions(dropout: float) -> str:
 
 
 def finish(
-    config: Config, folder: Path, cache: LatentCache, prepared: TrainingSetup, started: float, wandb: str
+    config: Config[TrainStage], folder: Path, cache: LatentCache, prepared: TrainingSetup, started: float, wandb: str
 ) -> None:
     """Write ``train.json`` and the report, and say where everything is."""
     if not ranks.is_main():

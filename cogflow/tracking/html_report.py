@@ -12,7 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 from cogflow.files.publish import write_text
 from cogflow.runtime.progress import clock
 from cogflow.tracking import formatting
@@ -32,7 +32,7 @@ CELLS = ("wavelet_ratio", "blur_effect", "contrast")
 def record_stage(
     folder: Path,
     stage: str,
-    config: Config,
+    config: AnyConfig,
     inputs: Mapping[str, Any],
     results: Mapping[str, Any],
     *,

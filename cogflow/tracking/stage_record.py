@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cogflow
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 from cogflow.files.publish import write_json
 from cogflow.tracking.secrets import scrub
 
@@ -36,7 +36,7 @@ PACKAGES = (
 def write_record(
     folder: Path,
     stage: str,
-    config: Config,
+    config: AnyConfig,
     inputs: Mapping[str, Any],
     results: Mapping[str, Any],
     *,

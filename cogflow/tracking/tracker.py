@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 from cogflow.files.manifest import hash_file
 from cogflow.files.publish import write_json
 from cogflow.runtime import ranks
@@ -23,7 +23,7 @@ from cogflow.tracking.wandb_mode import choose_mode
 from cogflow.tracking.wandb_run import WandbRun
 
 
-def open_tracker(config: Config, stage: str, folder: Path) -> Tracker:
+def open_tracker(config: AnyConfig, stage: str, folder: Path) -> Tracker:
     """The tracker of ``stage`` for the run in ``folder``; use it as a context manager. Off rank 0 it does nothing.
 
     W&B: project and entity from the config, group = run.name, job type = stage, one run per run folder and stage (a
@@ -73,7 +73,7 @@ class Tracker:
 class MainTracker(Tracker):
     """The tracker of rank 0."""
 
-    def __init__(self, config: Config, stage: str, folder: Path) -> None:
+    def __init__(self, config: AnyConfig, stage: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.folder = stage, folder
         self._config = config

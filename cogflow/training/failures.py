@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.schema import AnyConfig, TrainStage
 from cogflow.errors import MemoryExhausted, RankLost
 from cogflow.models.family import FAMILY
 from cogflow.runtime import ranks
@@ -22,7 +22,7 @@ CONNECTION = re.compile(
 
 
 @contextlib.contextmanager
-def translate_errors(config: Config, watchdog: Watchdog) -> Iterator[None]:
+def translate_errors(config: AnyConfig, watchdog: Watchdog) -> Iterator[None]:
     """Turn an error of memory into :class:`MemoryExhausted` with what would need less; and see :func:`lost_told`."""
     with translate_lost_ranks(watchdog):
         try:
@@ -67,7 +67,7 @@ def rank_lost(watchdog: Watchdog, reason: str) -> RankLost:
     return lost
 
 
-def less_memory(config: Config) -> str:
+def less_memory(config: AnyConfig) -> str:
     """Settings that need less memory, the cheapest first; those that are set already are left out."""
     stage, deepspeed, ways = config.stage, config.deepspeed, []
     if not deepspeed.activation_checkpointing:

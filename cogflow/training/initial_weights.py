@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -41,13 +41,15 @@ class InitialWeights:
     facts: Mapping[str, Any]
 
 
-def build(config: Config, source: Path, dtype: torch.dtype, device: torch.device, facts: Mapping[str, Any]) -> Any:
+def build(
+    config: Config[TrainStage], source: Path, dtype: torch.dtype, device: torch.device, facts: Mapping[str, Any]
+) -> Any:
     """The transformer of the pipeline folder ``source``, in ``dtype`` on ``device`` (its share of each weight under ZeRO-3). Collective.
 
     ``facts``: of the VAE and scheduler in ``source``. Raises :class:`ConversionError` for tensors that are not those of its
     config.json, and :class:`ConfigError` when ``stage.start`` was trained for other facts.
     """
-    stage = cast(TrainStage, config.stage)
+    stage = config.stage
     shape_of = read_json(source / "transformer" / "config.json")
     outline = meta_model(shape_of, source / "transformer" / "config.json")
     weights = find_weights(config, source)
@@ -75,9 +77,9 @@ def make(
     return transformer
 
 
-def find_weights(config: Config, source: Path) -> InitialWeights:
+def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
     """Those that ``stage.start`` names, else ``source``'s own; found and checked, not read."""
-    start = config.stage.start if isinstance(config.stage, TrainStage) else None
+    start = config.stage.start
     if start is None:
         return InitialWeights(source / "transformer", WeightsFolder(source / "transformer"), {})
     origin = find_origin(Path(start), ["transformer"], "auto", "auto", [])

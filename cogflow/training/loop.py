@@ -43,11 +43,9 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
+        self, config: Config[TrainStage], engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
         inputs: Inputs, device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        if not isinstance(config.stage, TrainStage):
-            raise TypeError("training needs the settings of stage=train")
         self.stage: TrainStage = config.stage
         self.engine, self.ema, self.cache = engine, ema, cache
         self.alphas_cumprod = alphas_cumprod.to(device)

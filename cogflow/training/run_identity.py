@@ -26,7 +26,7 @@ TUNABLE = (
 something is saved, sampled, kept or logged may change without a word."""
 
 
-def check_same(trainer: dict[str, Any], config: Config, cache: LatentCache) -> None:
+def check_same(trainer: dict[str, Any], config: Config[TrainStage], cache: LatentCache) -> None:
     """Raise :class:`CheckpointError` listing what differs between a checkpoint and the config that is to resume it."""
     now = identity(config, cache)
     for key in changed(trainer, config.stage):
@@ -70,10 +70,8 @@ def check_same(trainer: dict[str, Any], config: Config, cache: LatentCache) -> N
 BATCH = ("stage.batch_size", "stage.gradient_accumulation", "world size")
 
 
-def layout_of(config: Config) -> dict[str, Any]:
+def layout_of(config: Config[TrainStage]) -> dict[str, Any]:
     """How the work is dealt out over the ranks: what may change on resume, to rounding."""
-    if not isinstance(config.stage, TrainStage):
-        raise TypeError("training needs the settings of stage=train")
     return {
         "stage.batch_size": config.stage.batch_size,
         "stage.gradient_accumulation": config.stage.gradient_accumulation,
@@ -89,7 +87,7 @@ def saved_layout(trainer: dict[str, Any]) -> dict[str, Any]:
     return {"parallel.sequence": 1, **trainer["layout"]}
 
 
-def same_states(trainer: dict[str, Any], config: Config) -> bool:
+def same_states(trainer: dict[str, Any], config: Config[TrainStage]) -> bool:
     """Whether DeepSpeed can take a checkpoint's states as they lie: the same ranks, stage and optimizer."""
     keys = ("world size", "deepspeed.zero_stage", "deepspeed.offload_optimizer")
     now = layout_of(config)
@@ -105,7 +103,7 @@ def changed(trainer: dict[str, Any], stage: Any) -> list[str]:
     return [key for key in TUNABLE if trainer["settings"][key] != getattr(stage, key)]
 
 
-def identity(config: Config, cache: LatentCache) -> dict[str, Any]:
+def identity(config: Config[TrainStage], cache: LatentCache) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption."""
     return {
         **{f"stage.{key}": getattr(config.stage, key) for key in FIXED},

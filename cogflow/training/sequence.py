@@ -14,7 +14,7 @@ import torch
 
 from cogflow.config.parallel import sequence_problems
 from cogflow.config.problems import fail
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 from cogflow.models.inputs import read_transformer_config
 from cogflow.models.loading import model_folder
 from cogflow.runtime import ranks
@@ -27,7 +27,7 @@ TEXT, SETTINGS = (1, "encoder_hidden_states"), (4, "attention_kwargs")
 """Place and name of arguments of a block, which diffusers gives by place where activations are recomputed, else by name."""
 
 
-def check(config: Config) -> None:
+def check(config: AnyConfig) -> None:
     """Raise :class:`ConfigError` when ``parallel.sequence`` does not divide the ranks, or the attention heads of the model. Cheap."""
     if config.parallel.sequence > 1:
         transformer = read_transformer_config(model_folder(config.model))

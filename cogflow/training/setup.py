@@ -33,10 +33,13 @@ class TrainingSetup:
     """A run that is ready to train. ``folder`` is the run's; ``kept``: see :func:`recompute`."""
 
     def __init__(
-        self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker, kept: Mapping[str, int] | None = None
+        self,
+        config: Config[TrainStage],
+        cache: LatentCache,
+        folder: Path,
+        tracker: Tracker,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
-        if not isinstance(config.stage, TrainStage):
-            raise TypeError("training needs the settings of stage=train")
         self.config, self.stage, self.cache, self.folder, self.tracker = config, config.stage, cache, folder, tracker
         self.device = ranks.device()
         self.dtype = loading.resolve_dtype(config.model, self.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from cogflow.config.schema import Config
+from cogflow.config.schema import AnyConfig
 from cogflow.errors import ConfigError
 
 PROGRAMS = 64
@@ -71,7 +71,7 @@ def mode(how: str) -> str | None:
     return "reduce-overhead" if how == "graphs" else None
 
 
-def how_compiled(config: Config, device: torch.device) -> str:
+def how_compiled(config: AnyConfig, device: torch.device) -> str:
     """What ``speed.compile=auto`` comes to: blocks of the published models are compiled on a GPU, where nothing is in the way."""
     if config.speed.compile != "auto":
         return config.speed.compile
@@ -79,7 +79,7 @@ def how_compiled(config: Config, device: torch.device) -> str:
     return "off" if in_the_way or device.type != "cuda" or config.model.name == "tiny" else "blocks"
 
 
-def prepare(transformer: Any, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+def prepare(transformer: Any, config: AnyConfig, device: torch.device, dtype: torch.dtype) -> None:
     """All that ``config.speed`` asks of the model, before DeepSpeed takes it."""
     choose_attention(config.speed.attention, device, dtype)
     compile_blocks(transformer, how_compiled(config, device))

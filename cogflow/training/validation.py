@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_folders, step_name, step_of
-from cogflow.config.schema import Config
+from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.ladder import ladder_report as ladder_report
 from cogflow.ladder import reconstruction_bound, vae_roundtrip
@@ -53,7 +53,7 @@ class Validation:
     """Samples and watches. ``sampler`` makes one with the weights of the moment; ``scaling_factor`` is training's own."""
 
     def __init__(
-        self, config: Config, cache: LatentCache, folder: Path, tracker: Tracker, engine: Engine, ema: EMA | None,
+        self, config: Config[TrainStage], cache: LatentCache, folder: Path, tracker: Tracker, engine: Engine, ema: EMA | None,
         sampler: Callable[[], Sampler], wanted: Sequence[Request], scaling_factor: float,
     ) -> None:  # fmt: skip
         self.config, self.cache, self.folder, self.tracker = config, cache, folder, tracker

@@ -24,7 +24,7 @@ CLIPS = 4
 @dataclass(frozen=True)
 class World:
     folder: Path
-    config: Config
+    config: Config[TrainStage]
     cache: LatentCache
     sampler: Callable[..., Sampler]
 
@@ -65,4 +65,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             width=data.width, device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
 
-    return World(folder, replace(config, stage=TrainStage()), LatentCache(folder / "cache"), sampler)
+    return World(folder, config.with_stage(TrainStage()), LatentCache(folder / "cache"), sampler)

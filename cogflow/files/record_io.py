@@ -38,7 +38,7 @@ Measured: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if
 """A measured number, which may be NaN. The file holds null for NaN and for infinity; both are read as NaN."""
 
 OMIT_NONE = Field(default=None, exclude_if=lambda value: value is None)
-"""Annotation of an optional field whose key is left out when the value is None: ``Annotated[str | None, OMIT_NONE] = None``."""
+"""Annotation of an optional field whose key is left out of the file when the value is None."""
 
 MAX_PROBLEMS = 5
 """Type errors of one file that the message lists."""
@@ -69,7 +69,8 @@ RecordT = TypeVar("RecordT", bound=Record)
 def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     """Return the record in the file ``path``.
 
-    Raises ``kind.error`` for a file that is missing, too large, no JSON object, newer than this cogflow, or of other types.
+    Raises ``kind.error`` for a file that is missing, too large, no JSON object, newer than this cogflow, or of other
+    types.
     """
     try:
         if (size := path.stat().st_size) > kind.max_bytes:
@@ -115,8 +116,8 @@ def parse_record(text: bytes | str, kind: type[RecordT], origin: str) -> RecordT
 def write_record(path: Path, record: Record) -> None:
     """Write ``record`` to the file ``path`` in one step: the file holds the old content or all of the new.
 
-    Raises :class:`cogflow.errors.StorageError` when the disk refuses, and ``pydantic_core.PydanticSerializationError`` for a
-    field whose value is not of the field's type: such a file could not be read again.
+    Raises :class:`cogflow.errors.StorageError` when the disk refuses, and ``pydantic_core.PydanticSerializationError``
+    for a field whose value is not of the field's type: such a file could not be read again.
     """
     write_json(path, record_values(record))
 

@@ -1,0 +1,75 @@
+"""Files of a run folder that belong to no single package: ``<stage>.json``, heartbeats, and the id of the W&B runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from cogflow.files.record_io import OMIT_NONE, JsonObject, Record
+
+
+@dataclass(frozen=True)
+class MachineRecord:
+    """What a stage ran on, without the machine's or the user's name.
+
+    ``gpus``: their names; None where torch is not loaded.
+    """
+
+    system: str
+    cpus: int | None
+    processes: int
+    gpus: Annotated[list[str] | None, OMIT_NONE] = None
+
+
+@dataclass(frozen=True)
+class StageRecord(Record):
+    """``<stage>.json``: inputs with their hashes, results, settings, versions and machine of one stage of a run.
+
+    ``status``: done, stopped or failed. ``started`` and ``finished``: UTC, ISO 8601. ``results`` may hold ``summary``
+    (one short line) and ``where`` (a path), which the closing table shows.
+    """
+
+    advice: ClassVar[str] = "Run the stage again."
+
+    stage: str
+    status: str
+    started: str
+    finished: str
+    seconds: float
+    command: str
+    folder: str
+    inputs: JsonObject
+    results: JsonObject
+    settings: JsonObject
+    versions: dict[str, str]
+    machine: MachineRecord
+
+    @property
+    def summary(self) -> str:
+        """One line about the results; empty where the stage gave none."""
+        return str(self.results.get("summary") or "")
+
+
+@dataclass(frozen=True)
+class HeartbeatRecord(Record):
+    """``ranks/rank-00000.json``: where a rank is in its work at ``time`` (seconds since the epoch)."""
+
+    rank: int
+    host: str
+    pid: int
+    phase: str
+    time: float
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Version 0 names the phase ``what``."""
+        return {**values, "phase": values["what"]}
+
+
+@dataclass(frozen=True)
+class RunToken(Record):
+    """``wandb/id.json``: a random name of the run folder, for ids of W&B runs."""
+
+    file_name: ClassVar[str] = "id.json"
+
+    id: str

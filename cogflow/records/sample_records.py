@@ -1,0 +1,66 @@
+"""``samples.json``: what a folder of samples holds and how it was sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from cogflow.files.record_io import OMIT_NONE, Measured, Record
+
+ClipMetrics = dict[str, Measured]
+"""Sharpness metrics of one clip, by name (:data:`cogflow.sharpness.metrics.METRICS`)."""
+
+
+@dataclass(frozen=True)
+class SamplingRecord:
+    """How samples were made. ``unconditional``: what replaces the caption in classifier-free guidance."""
+
+    sampler: str
+    scheduler: str
+    unconditional: str
+    steps: int
+    guidance_scale: float
+    use_dynamic_cfg: bool
+    vae_dtype: str
+    vae_tiling: bool
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One sample.
+
+    ``video`` and ``image`` (the first frame, for image to video) are names of files in the same folder.
+    """
+
+    name: str
+    id: str
+    text: str
+    seed: int
+    video: str
+    sharpness: ClipMetrics
+    image: Annotated[str | None, OMIT_NONE] = None
+
+
+@dataclass(frozen=True)
+class SamplesRecord(Record):
+    """``samples.json``.
+
+    ``step`` is None for samples that no training step made; ``source`` names their weights then.
+    """
+
+    file_name: ClassVar[str] = "samples.json"
+    advice: ClassVar[str] = "Sample again."
+
+    step: int | None
+    weights_sha256: str
+    sampling: SamplingRecord
+    height: int
+    width: int
+    frames: int
+    fps: float
+    max_sequence_length: int
+    dtype: str
+    device: str
+    samples: list[SampleRecord]
+    weights: Annotated[str | None, OMIT_NONE] = None
+    source: Annotated[str | None, OMIT_NONE] = None

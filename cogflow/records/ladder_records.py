@@ -1,5 +1,4 @@
-"""``ladder.json``: the sharpness ladder of a run, one rung for each stage between source clips and exported pipeline.
-"""
+"""``ladder.json``: the sharpness ladder of a run, one rung for each stage between source clips and exported pipeline."""
 
 from __future__ import annotations
 
@@ -231,8 +230,7 @@ class LadderRecord(Record):
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 0 holds metrics as ``panels``, other keys of a rung below ``facts``, and variants beside the rungs.
-        """
+        """Version 0 holds metrics as ``panels``, other keys of a rung below ``facts``, and variants beside the rungs."""
         rungs = {
             number: {"metrics": rung["panels"], **rung["facts"]}
             for number, rung in values["rungs"].items()

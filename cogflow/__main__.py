@@ -13,8 +13,8 @@ from cogflow import __version__
 from cogflow.config import build, help, problems
 from cogflow.config.compose import compose
 from cogflow.errors import CogflowError
+from cogflow.files.atomic_write import append_text, write_first
 from cogflow.files.paths import run_folder
-from cogflow.files.publish import append, write_first
 from cogflow.stages import SUMMARIES, load
 
 FLAGS = ("--help", "-h", "--cfg", "--version")
@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> int:
         fault = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}\n{traceback.format_exc()}"
         print(fault, file=sys.stderr)
         if config is not None:
-            append(run_folder(config.run) / "cogflow.log", fault)
+            append_text(run_folder(config.run) / "cogflow.log", fault)
         return 1
     return 0
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from cogflow.config.compose import compose
+from cogflow.files.atomic_write import write_json
 from cogflow.files.paths import run_folder
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.publish import publish_folder
 
 SETTINGS = (
     "run.name=incident",

@@ -18,7 +18,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from transformers import T5EncoderModel
 
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.publish import publish_folder
 from cogflow.models import tiny
 from cogflow.models.loading import encode_prompts, load_text_encoder, load_tokenizer
 from cogflow.models.onednn import by_onednn

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from cogflow.assemble.components import KEPT, PipelineComponent
 from cogflow.assemble.contradiction import Contradiction
-from cogflow.files.hash_cache import hash_known
-from cogflow.files.hashing import Advance
+from cogflow.files.hashing import Advance, hash_with_cache
 from cogflow.files.manifest import MANIFEST
 
 HEX = 64  # digits of a sha256
@@ -18,8 +17,8 @@ HEX = 64  # digits of a sha256
 def hash_parts(
     parts: Mapping[str, PipelineComponent], advance: Advance | None = None, *, rehash: bool = False
 ) -> tuple[dict[Path, str], int]:
-    """sha256 by path of every file of ``parts``, and how many bytes were known from before (:mod:`cogflow.files.hash_cache`)."""
-    return hash_known({path for part in parts.values() for path in part.files.values()}, advance, rehash=rehash)
+    """sha256 by path of every file of ``parts``, and how many bytes were known from before (:mod:`cogflow.files.hashing`)."""
+    return hash_with_cache({path for part in parts.values() for path in part.files.values()}, advance, rehash=rehash)
 
 
 def total_bytes(parts: Mapping[str, PipelineComponent]) -> int:

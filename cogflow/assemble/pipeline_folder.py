@@ -17,9 +17,10 @@ from cogflow.assemble.components import CONFIGS, WEIGHTS, PipelineComponent
 from cogflow.assemble.config_overrides import config_text
 from cogflow.assemble.model_card import card
 from cogflow.errors import QualityGateError
+from cogflow.files.atomic_write import require_space, write_json, write_text
+from cogflow.files.hashing import hash_file
 from cogflow.files.linking import can_link, place_file
-from cogflow.files.manifest import hash_file
-from cogflow.files.publish import publish_folder, require_space, write_json, write_text
+from cogflow.files.publish import publish_folder
 from cogflow.runtime.progress import progress
 
 LIBRARY = {

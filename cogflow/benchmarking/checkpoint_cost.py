@@ -18,7 +18,7 @@ from cogflow.benchmarking.measure import memory
 from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
 from cogflow.benchmarking.tables import Table
 from cogflow.config.schema import BenchmarkStage, Config
-from cogflow.files.publish import sync, sync_tree
+from cogflow.files.atomic_write import sync, sync_tree
 from cogflow.models import loading
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress

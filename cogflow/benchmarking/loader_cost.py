@@ -22,7 +22,7 @@ from cogflow.data import cache, cache_shards
 from cogflow.data.cache import LatentCache
 from cogflow.data.clips import SETTINGS
 from cogflow.data.encode import CLIPS, TEXTS
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
 from cogflow.models import loading as components
 from cogflow.models.inputs import Inputs, takes_image
 from cogflow.planning import transformer_size

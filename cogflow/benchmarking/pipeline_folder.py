@@ -15,7 +15,8 @@ import torch
 from cogflow.export import diffusers_configs
 from cogflow.export.facts import of_family
 from cogflow.export.to_sat import PUBLISHED_VAE
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.publish import publish_folder
 from cogflow.models import tiny
 from cogflow.models.family import FAMILY
 from cogflow.models.loading import DTYPES

@@ -24,7 +24,7 @@ from cogflow.data.clip_index import EXTENSIONS
 from cogflow.data.encode import at_once, clip_threads, pixels
 from cogflow.data.video import ToPlanes
 from cogflow.errors import DataError
-from cogflow.files.manifest import hash_file
+from cogflow.files.hashing import hash_file
 from cogflow.runtime.progress import progress
 from cogflow.sharpness.metrics import measure
 

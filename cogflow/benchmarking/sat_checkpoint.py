@@ -15,7 +15,8 @@ from cogflow.export.algebra import invert
 from cogflow.export.facts import of_family
 from cogflow.export.mapping_plan import make_plan
 from cogflow.export.to_sat import PUBLISHED_VAE
-from cogflow.files.publish import publish_folder, write_json, write_text
+from cogflow.files.atomic_write import write_json, write_text
+from cogflow.files.publish import publish_folder
 from cogflow.models.loading import DTYPES
 from cogflow.runtime.progress import progress
 from cogflow.weights.strict_loading import expected_shapes, meta_model

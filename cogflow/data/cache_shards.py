@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cogflow.files.publish import require_space, storage_errors, sync
+from cogflow.files.atomic_write import require_space, storage_errors, sync
 
 _FACTS = "facts"
 _PARTIAL = ".partial"

@@ -17,7 +17,7 @@ from cogflow.data import decode
 from cogflow.data.packet_scan import TOLERANCE, ClipError, Scan, as_clip_errors, file_size
 from cogflow.data.resize import Geometry, resize
 from cogflow.data.video import ToPlanes
-from cogflow.files.manifest import hash_file
+from cogflow.files.hashing import hash_file
 
 VERSION = 1
 """Raised when the same file and settings would give other frames; part of each cached clip's key."""

@@ -20,8 +20,8 @@ from cogflow.data import buckets, clips, first_frame, softness
 from cogflow.data.cache_shards import ShardWriter
 from cogflow.data.clip_index import ClipEntry
 from cogflow.errors import DataError, QualityGateError
-from cogflow.files.manifest import hash_file
-from cogflow.files.publish import write_text
+from cogflow.files.atomic_write import write_text
+from cogflow.files.hashing import hash_file
 from cogflow.sharpness.metrics import measure
 
 QUARANTINE = "quarantine.jsonl"

@@ -37,7 +37,7 @@ from cogflow.data.encode import (
     text_key,
 )
 from cogflow.errors import DataError
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import enter_phase
 

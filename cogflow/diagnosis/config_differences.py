@@ -13,7 +13,7 @@ from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
 from cogflow.diagnosis.severity import IGNORED, OTHER, SEVERITY
 from cogflow.errors import CogflowError
-from cogflow.files.manifest import hash_file
+from cogflow.files.hashing import hash_file
 from cogflow.models.family import Family
 from cogflow.weights.tensor_source import WeightsFolder
 

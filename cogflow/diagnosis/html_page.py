@@ -13,7 +13,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-from cogflow.files.publish import write_text
+from cogflow.files.atomic_write import write_text
 from cogflow.ladder import crops as sheets
 from cogflow.tracking.contact_sheet import GAP, INK, LABEL, PAPER, enlarge
 

@@ -19,9 +19,10 @@ from cogflow.export import diffusers_configs
 from cogflow.export.component import Component, PreparedExport, check_tables
 from cogflow.export.origin import ExportOrigin
 from cogflow.export.proof import prove_transformer, prove_vae
-from cogflow.files.manifest import hash_file
-from cogflow.files.publish import publish_folder, require_space, write_json
-from cogflow.files.readback import ReadBack
+from cogflow.files.atomic_write import require_space, write_json
+from cogflow.files.hashing import hash_file
+from cogflow.files.publish import publish_folder
+from cogflow.files.uncached_io import ReadBack
 from cogflow.models.loading import dtype_name
 from cogflow.weights.cast_statistics import TensorStatistics, torch_dtype_name
 from cogflow.weights.strict_loading import STEMS, check_strict_load
@@ -75,7 +76,7 @@ def export_diffusers(
         proof = {
             component.name: _prove(component, partial / component.name, verify) for component in prepared.components
         }
-        if left := reading.waiting():
+        if left := reading.pending_bytes():
             with report(left, "read back") as bar:
                 reading.finish(lambda size, name: bar.advance(size, note=name))
         else:

@@ -15,8 +15,9 @@ from cogflow.export.component import Component, PreparedExport, prepare, to_sat
 from cogflow.export.diffusers_configs import VAE_GROUPS
 from cogflow.export.origin import ExportOrigin, find_origin
 from cogflow.export.to_diffusers import Report, describe, refuse_nonfinite
-from cogflow.files.manifest import hash_file
-from cogflow.files.publish import publish_folder, require_space, write_json, write_text
+from cogflow.files.atomic_write import require_space, write_json, write_text
+from cogflow.files.hashing import hash_file
+from cogflow.files.publish import publish_folder
 from cogflow.models.family import FAMILY
 from cogflow.models.loading import dtype_name
 from cogflow.weights.cast_statistics import TensorStatistics

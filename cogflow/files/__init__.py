@@ -1,1 +1,1 @@
-"""Writing to disk so that a reader never meets half an artefact: atomic publishing, manifests with hashes, contained paths."""
+"""Files and folders on disk: atomic writing and publishing, manifests with hashes, typed records, contained paths."""

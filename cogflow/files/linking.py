@@ -1,4 +1,4 @@
-"""Put a large file in a second place without its bytes being read: a reflink, a hard link, or else a copy."""
+"""Make a large file appear in a second folder without reading its bytes: a reflink, a hard link, or else a copy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from cogflow.files.uncached_io import UncachedWriter
 
 MODES = ("auto", "hard", "copy")
 FICLONE = 0x40049409
-"""ioctl of linux/fs.h: the target shares the source's extents until one of them is written (btrfs, XFS, bcachefs, overlays of them)."""
+"""ioctl of linux/fs.h: the target shares the source's extents until one of them is written (btrfs, XFS, bcachefs)."""
 PIECE = 1 << 22
+"""Bytes copied at a time."""
 
 
 def place_file(
     source: Path, target: Path, mode: str, sha256: str, advance: Callable[[int, str], None] | None = None
 ) -> str:
-    """Make ``target`` hold what ``source`` holds; returns how: reflink, hard or copy. ``target`` must not exist.
+    """Make ``target`` hold the bytes of ``source`` and return how: reflink, hard or copy. ``target`` must not exist.
 
-    ``mode``: auto (a reflink, else a hard link, else a copy), hard (or nothing), copy. ``sha256`` is the source's: a copy whose bytes
-    on the way do not have it is refused. ``advance`` is told of (bytes, name) of a copy. Raises :class:`StorageError`.
+    ``mode``: auto (a reflink, else a hard link, else a copy), hard (or an error), copy. ``sha256`` is the source's: a
+    copy of other bytes is refused. ``advance(bytes, name)`` is called while a file is copied. Raises
+    :class:`StorageError`.
     """
     if mode == "auto" and _reflink(source, target):
         return "reflink"
@@ -35,25 +37,25 @@ def place_file(
             if mode == "hard":
                 raise StorageError(
                     f"{source} cannot be hard-linked to {target.parent}: {error.strerror}.",
-                    "Hard links need one file system and your own files; stage.link=copy copies, stage.link=auto does what can be done.",
+                    "Hard links need one file system and your own files; stage.link=copy copies, "
+                    "stage.link=auto does what can be done.",
                 ) from error
     _copy(source, target, sha256, advance)
     return "copy"
 
 
 def can_link(source: Path, folder: Path) -> bool:
-    """Whether ``folder`` can get a reflink or a hard link to ``source``, found out by making one and removing it."""
+    """Return whether ``folder`` can get a reflink or a hard link to ``source``. It makes one and removes it."""
     probe = folder / f".link-probe-{os.getpid()}"
     try:
-        if _reflink(source, probe):
-            return True
-        os.link(source, probe)
-        return True
+        if not _reflink(source, probe):
+            os.link(source, probe)
     except OSError:
         return False
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
+    return True
 
 
 def _reflink(source: Path, target: Path) -> bool:
@@ -62,21 +64,21 @@ def _reflink(source: Path, target: Path) -> bool:
     except ImportError:
         return False
     try:
-        with open(source, "rb") as taken, open(target, "xb") as made:
-            fcntl.ioctl(made.fileno(), FICLONE, taken.fileno())
-        return True
+        with source.open("rb") as original, target.open("xb") as clone:
+            fcntl.ioctl(clone.fileno(), FICLONE, original.fileno())
     except OSError:
         with contextlib.suppress(OSError):
             if target.stat().st_size == 0:
                 target.unlink()
         return False
+    return True
 
 
 def _copy(source: Path, target: Path, sha256: str, advance: Callable[[int, str], None] | None) -> None:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
     writer = UncachedWriter(target, "xb")
     try:
-        with open(source, "rb", buffering=0) as file:
+        with source.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
                 writer.write(buffer[:count])
@@ -86,5 +88,6 @@ def _copy(source: Path, target: Path, sha256: str, advance: Callable[[int, str],
         writer.close()
     if digest.hexdigest() != sha256:
         raise StorageError(
-            f"{source} changed while it was copied.", "Is somebody still writing it? Assemble again when it is whole."
+            f"{source} changed while it was copied.",
+            "Is somebody still writing it? Assemble again when it is complete.",
         )

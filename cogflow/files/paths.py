@@ -1,4 +1,4 @@
-"""Where things lie: names from outside kept inside their folder, and the folder of a run."""
+"""Keep names from outside inside their folder, and name the folder of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cogflow.errors import DataError
 
 
 class Run(Protocol):
-    """What of a ``RunConfig`` is needed here; this package knows nothing of the config."""
+    """The fields of ``RunConfig`` that this module needs; this package does not import the config."""
 
     @property
     def root(self) -> str: ...
@@ -19,13 +19,14 @@ class Run(Protocol):
 
 
 def contained(root: Path, name: str) -> Path:
-    """``root / name``, provided that it stays inside ``root`` once symbolic links are followed.
+    """Return ``root / name`` if it stays inside ``root`` when symbolic links are followed.
 
-    The file need not exist. Raises :class:`DataError` for an empty name, an absolute path, ``..`` and links that lead out.
+    The file need not exist. Raises :class:`DataError` for an empty name, an absolute path, ``..`` and links that
+    lead out.
     """
     hint = f"Names are relative to {root} and stay inside it."
     if not name.strip() or "\0" in name:
-        raise DataError(f"{name!r} is no file name.", hint)
+        raise DataError(f"{name!r} is not a file name.", hint)
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise DataError(f"{name} is an absolute path.", hint)
     if ".." in PurePosixPath(name).parts or ".." in PureWindowsPath(name).parts:
@@ -41,5 +42,5 @@ def contained(root: Path, name: str) -> Path:
 
 
 def run_folder(run: Run) -> Path:
-    """``<run.root>/<run.name>``; not created here. ``~`` is expanded."""
+    """Return ``<run.root>/<run.name>`` with ``~`` expanded. The folder is not created."""
     return Path(run.root).expanduser() / run.name

@@ -23,7 +23,7 @@ import pydantic_core
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from cogflow.errors import CheckpointError, UserError
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
 
 if TYPE_CHECKING:
     JsonValue: TypeAlias = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
 
 FILE = "ladder.json"
 MOST = 256  # panels kept of a rung, evenly spread; more clips do not narrow an interval that matters

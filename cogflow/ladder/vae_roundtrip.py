@@ -18,7 +18,7 @@ from cogflow.data.clip_index import read_index
 from cogflow.data.clips import ClipError, read_clip
 from cogflow.data.encode import clip_key
 from cogflow.errors import CogflowError
-from cogflow.files.manifest import hash_file
+from cogflow.files.hashing import hash_file
 from cogflow.ladder import crops, store
 from cogflow.models.loading import dtype_name
 from cogflow.runtime import ranks

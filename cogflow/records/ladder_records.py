@@ -1,4 +1,4 @@
-"""``ladder.json``: the sharpness ladder of a run, one rung for each stage between source clips and exported pipeline."""
+"""``ladder.json``: the sharpness ladder of a run, one rung for each stage from source clips to exported pipeline."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class LadderRecord(Record):
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 0 holds metrics as ``panels``, other keys of a rung below ``facts``, and variants beside the rungs."""
+        """Version 0 holds metrics as ``panels``, other keys of a rung in ``facts``, and variants beside the rungs."""
         rungs = {
             number: {"metrics": rung["panels"], **rung["facts"]}
             for number, rung in values["rungs"].items()

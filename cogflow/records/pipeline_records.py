@@ -8,18 +8,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from cogflow.errors import PipelineError, UserError
+from cogflow.files.manifest import FileHash
 from cogflow.files.record_io import OMIT_NONE, JsonObject, JsonValue, Measured, Record
 from cogflow.records.export_records import FactRow
 from cogflow.records.ladder_records import ToleranceRecord
 from cogflow.records.training_records import ModelIdentity, TrainedWith
-
-
-@dataclass(frozen=True)
-class FileHash:
-    """sha256 in hex and size of a file."""
-
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, step_folders
 from cogflow.data.video import write_video
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.publish import publish_folder
 from cogflow.models.loading import dtype_name
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress

@@ -14,8 +14,8 @@ from cogflow.diagnosis.finding import StepResult
 from cogflow.diagnosis.html_page import write_page
 from cogflow.diagnosis.repair import repair
 from cogflow.errors import QualityGateError
+from cogflow.files.atomic_write import write_json
 from cogflow.files.paths import run_folder
-from cogflow.files.publish import write_json
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.tracking.html_report import record_stage

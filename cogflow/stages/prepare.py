@@ -18,7 +18,7 @@ from cogflow.data.encode import QUARANTINE, Embed
 from cogflow.data.preparation import PrepareResult, prepare
 from cogflow.data.shapes_folder import draw_folder
 from cogflow.errors import ConfigError, DataError
-from cogflow.files.manifest import hash_file
+from cogflow.files.hashing import hash_file
 from cogflow.files.paths import run_folder
 from cogflow.ladder import clip_rungs
 from cogflow.ladder import ladder_report as ladder

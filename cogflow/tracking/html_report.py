@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cogflow.config.schema import AnyConfig
-from cogflow.files.publish import write_text
+from cogflow.files.atomic_write import write_text
 from cogflow.runtime.progress import clock
 from cogflow.tracking import formatting
 from cogflow.tracking.contact_sheet import pick

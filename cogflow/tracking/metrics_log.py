@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogflow.files.publish import storage_errors, write_text
+from cogflow.files.atomic_write import storage_errors, write_text
 
 TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/", "checkpoint/")
 """Names that belong to a step of training. On resume, lines that hold one are dropped beyond the checkpoint's step."""

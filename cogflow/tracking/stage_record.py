@@ -16,7 +16,7 @@ from typing import Any
 
 import cogflow
 from cogflow.config.schema import AnyConfig
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
 from cogflow.tracking.secrets import scrub
 
 PACKAGES = (

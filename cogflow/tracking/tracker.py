@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from cogflow.config.schema import AnyConfig
-from cogflow.files.manifest import hash_file
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.hashing import hash_file
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.tracking.metrics_log import EVENTS, MetricsLog, append_line, number

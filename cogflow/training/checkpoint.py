@@ -20,8 +20,10 @@ from typing import Any
 
 from cogflow.artifacts.run_layout import LATEST, TRAINER, step_folders, step_name, step_of
 from cogflow.errors import CheckpointError, StorageError
-from cogflow.files.manifest import check_manifest, files_below, hash_files, share_of
-from cogflow.files.publish import publish_folder, require_space, storage_errors, sync, write_json
+from cogflow.files.atomic_write import require_space, storage_errors, sync, write_json
+from cogflow.files.hashing import hash_files
+from cogflow.files.manifest import check_manifest, files_below, shard_files
+from cogflow.files.publish import publish_folder
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import enter_phase
 from cogflow.training.ema import EMA
@@ -120,14 +122,13 @@ def hash_together(folder: Path) -> dict[str, str]:
     sizes = ranks.broadcast(
         {name: (folder / name).stat().st_size for name in files_below(folder)} if ranks.is_main() else None
     )
-    mine = share_of(sizes, ranks.rank(), ranks.world_size())
+    mine = shard_files(sizes, ranks.rank(), ranks.world_size())
     with own_errors(folder):
         for name in mine:
             sync(folder / name)
         hashes = hash_files([folder / name for name in mine])
-    return {
-        name: sha256 for some in ranks.gather(dict(zip(mine, hashes, strict=True))) for name, sha256 in some.items()
-    }
+    shards = ranks.gather({name: hashes[folder / name] for name in mine})
+    return {name: sha256 for shard in shards for name, sha256 in shard.items()}
 
 
 def verified(path: Path) -> list[str]:

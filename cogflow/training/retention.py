@@ -11,7 +11,7 @@ from typing import Any
 
 from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.errors import CheckpointError
-from cogflow.files.publish import LEFTOVER, sweep
+from cogflow.files.atomic_write import LEFTOVER, remove_leftovers
 from cogflow.runtime import ranks
 from cogflow.training.checkpoint import read_trainer
 
@@ -71,7 +71,7 @@ def sweep_all(folder: Path) -> None:
     """Remove what a killed run left half-saved or half-deleted, and put back what it was replacing. Rank 0 works."""
     if ranks.is_main() and folder.is_dir():
         for name in {match["name"] for entry in folder.iterdir() if (match := LEFTOVER.match(entry.name))}:
-            sweep(folder / name)
+            remove_leftovers(folder / name)
 
 
 def verdict_of(path: Path) -> dict[str, Any] | None:

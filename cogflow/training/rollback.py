@@ -15,7 +15,7 @@ from pathlib import Path
 from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.config.schema import RollbackConfig
 from cogflow.errors import CheckpointError
-from cogflow.files.publish import write_json
+from cogflow.files.atomic_write import write_json
 from cogflow.tracking.metrics_log import EVENTS, TRAINING, read_lines
 
 FILE = "rollback.json"

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cogflow.files.publish import storage_errors, write_json
+from cogflow.files.atomic_write import storage_errors, write_json
 from cogflow.runtime import ranks
 from cogflow.training.engine import Engine
 

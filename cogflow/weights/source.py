@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.errors import CheckpointError, ConfigError, format_list
-from cogflow.files.manifest import MANIFEST, check_manifest, hash_file
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import MANIFEST, check_manifest
 from cogflow.weights.tensor_source import contained_file, read_json
 
 STEP = re.compile(r"step-(\d+)$")

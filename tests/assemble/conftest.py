@@ -12,7 +12,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXT
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.config.schema import SamplingConfig
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.publish import publish_folder
 from cogflow.models import loading
 from cogflow.models.family import FAMILY
 from cogflow.sampling.gallery import sample_into

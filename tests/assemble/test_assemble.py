@@ -17,7 +17,8 @@ from cogflow.assemble import verification
 from cogflow.assemble.verification import difference
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError, QualityGateError
-from cogflow.files.manifest import check_manifest, hash_file, write_manifest
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import check_manifest, write_manifest
 from cogflow.models import loading
 from cogflow.sampling import gallery
 from cogflow.sampling.prompts import Prompt

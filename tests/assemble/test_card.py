@@ -18,7 +18,8 @@ from cogflow.assemble.consistency import ARCHITECTURE
 from cogflow.assemble.model_card import _plain
 from cogflow.assemble.sampling_settings import how_to_sample
 from cogflow.errors import PipelineError
-from cogflow.files.manifest import check_manifest, hash_file, write_manifest
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import check_manifest, write_manifest
 from cogflow.ladder import store
 from cogflow.models.family import FAMILY
 from cogflow.sampling import gallery

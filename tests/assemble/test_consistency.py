@@ -15,7 +15,8 @@ from cogflow.assemble.components import PipelineComponent
 from cogflow.assemble.consistency import ARCHITECTURE, check_parts, expectations, family_of
 from cogflow.config.schema import ModelConfig
 from cogflow.errors import PipelineError
-from cogflow.files.manifest import hash_file, write_manifest
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import write_manifest
 from cogflow.files.publish import publish_folder
 from cogflow.models.family import FAMILY
 from cogflow.stages import assemble

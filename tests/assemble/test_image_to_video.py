@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cogflow.errors import QualityGateError
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.publish import publish_folder
 from cogflow.models import loading
 from cogflow.sampling.noise import noise_for, step_generator
 from cogflow.stages import assemble

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import PipelineError
+from cogflow.files.atomic_write import write_json
 from cogflow.files.manifest import check_manifest
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.publish import publish_folder
 from cogflow.stages import assemble
 
 SAT = Path(__file__).resolve().parent.parent / "golden" / "sat"

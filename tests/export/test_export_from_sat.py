@@ -220,7 +220,7 @@ def test_a_component_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cogflow.files.publish.shutil.disk_usage", lambda path: type("usage", (), {"free": 10})())
+    monkeypatch.setattr("cogflow.files.atomic_write.shutil.disk_usage", lambda path: type("usage", (), {"free": 10})())
     with pytest.raises(StorageError, match="GB"):
         export(kept("5b-lora").folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

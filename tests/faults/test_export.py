@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.files.manifest import check_manifest, files_below, hash_file
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import check_manifest, files_below
 from tests.faults.conftest import World, server_says
 from tests.faults.server import Done
 

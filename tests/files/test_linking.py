@@ -1,4 +1,4 @@
-"""Large files in a second place: what was made is what is said, and a copy that is not the source is refused."""
+"""Test that a placed file has the bytes of its source and that the way it was placed is reported."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from cogflow.errors import StorageError
-from cogflow.files import hashing, linking
-from cogflow.files.hashing import hash_files
+from cogflow.files import linking
 from cogflow.files.linking import can_link, place_file
 
 DATA = os.urandom(9_000_001)
@@ -38,16 +37,14 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_link_shares_its_bytes(source: Path, tmp_path: Path) -> None:
     how = place_file(source, tmp_path / "target", "auto", SHA256)
     assert how in ("reflink", "hard") and (tmp_path / "target").read_bytes() == DATA
-    assert os.path.samefile(source, tmp_path / "target") == (how == "hard")
+    assert source.samefile(tmp_path / "target") == (how == "hard")
     assert can_link(source, tmp_path) and sorted(path.name for path in tmp_path.iterdir()) == [
         "source.safetensors",
         "target",
     ]
 
 
-def test_a_reflink_comes_first_where_the_file_system_has_them(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reflink_is_preferred_to_a_hard_link(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     asked = []
@@ -62,37 +59,20 @@ def test_a_reflink_comes_first_where_the_file_system_has_them(
     assert (tmp_path / "target").read_bytes() == DATA and source.stat().st_nlink == 1
 
 
-def test_a_copy_is_one(source: Path, tmp_path: Path) -> None:
+def test_a_copy_is_a_separate_file(source: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     assert place_file(source, tmp_path / "target", "copy", SHA256, lambda count, name: seen.append(count)) == "copy"
     assert source.stat().st_nlink == 1 and (tmp_path / "target").read_bytes() == DATA and sum(seen) == len(DATA)
 
 
-def test_without_links_auto_copies_and_hard_says_why(source: Path, tmp_path: Path, no_links: None) -> None:
+def test_without_links_auto_copies_and_hard_raises(source: Path, tmp_path: Path, no_links: None) -> None:
     assert place_file(source, tmp_path / "one", "auto", SHA256) == "copy"
     with pytest.raises(StorageError, match=r"(?s)cannot be hard-linked .*stage\.link=copy") as caught:
         place_file(source, tmp_path / "two", "hard", SHA256)
     assert caught.value.exit_code == 2 and not (tmp_path / "two").exists() and not can_link(source, tmp_path)
 
 
-def test_a_source_that_changes_on_the_way_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_during_the_copy_is_refused(source: Path, tmp_path: Path) -> None:
     source.write_bytes(DATA[:-1] + bytes([DATA[-1] ^ 1]))
     with pytest.raises(StorageError, match="changed while it was copied"):
         place_file(source, tmp_path / "target", "copy", SHA256)
-
-
-def test_many_files_are_hashed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "PIECE", 1000)
-    paths = [tmp_path / str(number) for number in range(20)]
-    for number, path in enumerate(paths):
-        path.write_bytes(DATA[: number * 997])
-    told: dict[str, int] = {}
-    found = hash_files(paths, lambda count, name: told.update({name: told.get(name, 0) + count}))
-    assert found == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    assert told == {path.name: path.stat().st_size for path in paths if path.stat().st_size}
-
-
-def test_a_file_that_cannot_be_read_stops_the_others(tmp_path: Path, source: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
-        hash_files([source, tmp_path / "folder"])

@@ -1,4 +1,4 @@
-"""A reader meets the old artefact or the new one, whole, whatever happens to the writer."""
+"""Test that readers see the old artefact or the new one, complete, whatever happens to the writer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 
 from cogflow.errors import StorageError
 from cogflow.files import publish
+from cogflow.files.atomic_write import remove_leftovers, require_space, write_first, write_json, write_text
 from cogflow.files.manifest import check_manifest
-from cogflow.files.publish import publish_folder, require_space, write_first, write_json, write_text
+from cogflow.files.publish import publish_folder
 
 
 def fill(target: Path, text: str, *, replace: bool = False) -> None:
@@ -25,10 +26,10 @@ def fill(target: Path, text: str, *, replace: bool = False) -> None:
 
 
 def entries(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder))
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
+def test_a_folder_appears_complete_with_its_manifest(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "target"
     with publish_folder(target) as folder:
         (folder / "a.txt").write_text("one")
@@ -41,17 +42,26 @@ def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), publish_folder(tmp_path / "target") as folder:
-        (folder / "a.txt").write_text("one")
-        raise error
+    def fail() -> None:
+        with publish_folder(tmp_path / "target") as folder:
+            (folder / "a.txt").write_text("one")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert entries(tmp_path) == []
 
 
-def test_an_exception_leaves_the_old_one(tmp_path: Path) -> None:
+def test_an_exception_keeps_the_old_folder(tmp_path: Path) -> None:
     fill(tmp_path / "target", "old")
-    with pytest.raises(ValueError), publish_folder(tmp_path / "target", replace=True) as folder:
-        (folder / "a.txt").write_text("new")
-        raise ValueError
+
+    def fail() -> None:
+        with publish_folder(tmp_path / "target", replace=True) as folder:
+            (folder / "a.txt").write_text("new")
+            raise ValueError("no value")
+
+    with pytest.raises(ValueError, match="no value"):
+        fail()
     assert entries(tmp_path) == ["target"]
     assert (tmp_path / "target" / "a.txt").read_text() == "old" and check_manifest(tmp_path / "target") == []
 
@@ -64,7 +74,7 @@ def test_without_replace_an_existing_target_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_replace_keeps_the_old_one_until_the_new_one_is_whole(
+def test_replace_keeps_the_old_folder_until_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     target = tmp_path / "target"
@@ -86,7 +96,7 @@ phase, target = sys.argv[1], Path(sys.argv[2])
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 if phase == "manifest": publish.write_manifest = die
 if phase == "sync": publish.sync_tree = die
-if phase == "after": publish._remove = die
+if phase == "after": publish.remove = die
 if phase == "between":
     publish._exchange = lambda one, other: False
     real = os.rename
@@ -101,15 +111,15 @@ with publish.publish_folder(target, replace=True) as folder:
 
 
 @pytest.mark.parametrize("phase", ["write", "manifest", "sync", "between", "after"])
-def test_a_kill_leaves_the_old_one_or_the_new_one(tmp_path: Path, phase: str) -> None:
+def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path: Path, phase: str) -> None:
     target = tmp_path / "target"
     fill(target, "old")
     process = subprocess.run([sys.executable, "-c", KILLED, phase, str(target)], check=False)
     assert process.returncode == -signal.SIGKILL
     if phase == "between":
-        # Only where the file system cannot exchange names: the old folder waits under a hidden name for the next writer.
+        # The file system cannot exchange names: the old folder has a hidden name until the next writer comes.
         assert not target.exists()
-        publish.sweep(target)
+        remove_leftovers(target)
     assert (target / "a.txt").read_text() == ("new" if phase == "after" else "old")
     assert check_manifest(target) == []
     fill(target, "next", replace=True)
@@ -123,17 +133,17 @@ def test_leftovers_of_living_writers_and_of_others_stay(tmp_path: Path) -> None:
     assert len(entries(tmp_path)) == 4
 
 
-def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "a.txt"
     write_text(path, "old")
     write_text(path, "grün")
     assert path.read_bytes() == "grün".encode() and entries(path.parent) == ["a.txt"]
 
     def no_rename(*names: object) -> None:
-        raise ValueError
+        raise ValueError("no rename")
 
     monkeypatch.setattr(os, "replace", no_rename)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no rename"):
         write_text(path, "new")
     assert path.read_text("utf-8") == "grün" and entries(path.parent) == ["a.txt"]
 
@@ -152,7 +162,8 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from cogflow.errors import StorageError
-from cogflow.files.publish import publish_folder, write_text
+from cogflow.files.atomic_write import write_text
+from cogflow.files.publish import publish_folder
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 kind, target = sys.argv[1], Path(sys.argv[2])
 try:
@@ -170,7 +181,7 @@ except StorageError as error:
 
 
 @pytest.mark.parametrize("kind", ["text", "folder", "manifest"])
-def test_a_full_disk_names_the_path_and_spares_the_old_one(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_names_the_path_and_keeps_the_old_content(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "target"
     if kind == "text":
         write_text(target, "old")
@@ -198,18 +209,18 @@ def test_a_file_in_the_way_is_a_storage_error(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "a.txt", "new")
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
+def test_other_errors_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), publish_folder(tmp_path / "target"):
         (tmp_path / "nowhere").read_text()
 
 
-def test_space_is_asked_for_in_advance(tmp_path: Path) -> None:
+def test_too_little_space_is_refused(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there", 1)
     with pytest.raises(StorageError, match="not/there needs 1000000000.00 GB"):
         require_space(tmp_path / "not" / "there", 10**18)
 
 
-def test_the_first_word_stands(tmp_path: Path) -> None:
+def test_write_first_keeps_the_first_text(tmp_path: Path) -> None:
     write_first(tmp_path / "job" / "code", "2")
     write_first(tmp_path / "job" / "code", "3")
     assert (tmp_path / "job" / "code").read_text() == "2"

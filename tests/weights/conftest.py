@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from diffusers import CogVideoXTransformer3DModel
 
-from cogflow.files.publish import publish_folder, write_json
+from cogflow.files.atomic_write import write_json
+from cogflow.files.publish import publish_folder
 
 # Tests are imported by path; this makes their helper (saving.py) importable, too.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -17,7 +17,8 @@ from cogflow.errors import CheckpointError, ConfigError, ConversionError, Qualit
 from cogflow.export.component import prepare
 from cogflow.export.origin import find_origin
 from cogflow.export.to_diffusers import export_diffusers
-from cogflow.files.manifest import MANIFEST, check_manifest, hash_file, write_manifest
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import MANIFEST, check_manifest, write_manifest
 from cogflow.runtime.progress import progress
 from cogflow.weights.source import find_source
 from cogflow.weights.tensor_source import STEM, WeightsFolder

@@ -1,1 +1,1 @@
-"""From components to one checked pipeline folder."""
+"""Check the components of a pipeline, write them as one folder, verify it by sampling, and upload it."""

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogflow.assemble.components import CONFIGS, STEMS, PipelineComponent, read_part
+from cogflow.assemble.components import STEMS, PipelineComponent, read_component
 from cogflow.config.schema import ModelConfig
 from cogflow.errors import CheckpointError, CogflowError, PipelineError
 from cogflow.export.component import prepare
 from cogflow.export.origin import find_origin
 from cogflow.export.to_diffusers import REPORT, export_diffusers
+from cogflow.models.code_check import CONFIGS
 from cogflow.models.loading import model_folder
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
@@ -95,7 +96,7 @@ def read_parts(
             problems.append(f"{source.key}: {at}")
             continue
         try:
-            parts[name], found = read_part(name, at, hashes=False)
+            parts[name], found = read_component(name, at, hashes=False)
         except PipelineError as error:
             parts[name], found = PipelineComponent(name, at, "", {}), [error.message]
         problems += found
@@ -123,14 +124,13 @@ def export_on_the_way(place: Path, names: list[str], output: Path, wishes: Expor
 def base_of(transformer: PipelineComponent, model: ModelConfig) -> Path:
     """The pipeline folder of the model: as the config names it, or for model=auto the one that the transformer was trained from."""
     if model.name == "auto" and model.path is None:
-        trained = transformer.made.get("model")
-        if not isinstance(trained, dict) or not trained.get("name"):
+        trained = transformer.training.model
+        if trained is None:
             raise PipelineError(
                 f"{transformer.folder} does not say which model it was trained from.",
                 "Give stage.base=FOLDER, a pipeline folder, or model=NAME.",
             )
-        path = trained.get("path")
-        model = ModelConfig(name=str(trained["name"]), path=str(path) if path else None)
+        model = ModelConfig(name=trained.name, path=trained.path)
     return model_folder(model)
 
 

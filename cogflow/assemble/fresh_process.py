@@ -1,13 +1,18 @@
-"""Sample a pipeline folder with diffusers alone, in a process of its own: python -I fresh_process.py REQUEST.json
+"""Sample a pipeline folder with diffusers alone: python -I fresh_process.py REQUEST.json
 
-This file is run by its path and imports nothing of cogflow: it sees the folder as somebody sees it who has only diffusers.
-The request: {"folder", "pipeline", "dtype", "device", "noise", "frames", "call": {...}, "samples": [{"name", "text", "seed", "image"}]}.
-``noise`` names a safetensors file with the initial noise of each sample, ``frames`` the one to write: uint8 [T, H, W, 3] by name; ``seed``
-is of what is drawn besides; ``image`` is a picture's path for image to video, null for text to video.
+The file is run by its path and imports nothing of cogflow, so that it loads the folder as a user does who has only
+diffusers. The request is a JSON object with these keys:
+
+* ``folder``, ``pipeline`` (class name), ``dtype``, ``device``, ``call`` (arguments of the pipeline);
+* ``noise``: safetensors file with the initial noise by sample name;
+* ``frames``: safetensors file to write, uint8 [T, H, W, 3] by sample name;
+* ``samples``: list of {"name", "text", "seed", "image"}. ``seed`` seeds the noise between the steps; ``image`` is the
+  path of the first frame for image to video, null for text to video.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import diffusers
 import torch
@@ -22,8 +27,7 @@ PIPELINES = {
 
 
 def main(request_path: str) -> None:
-    with open(request_path, encoding="utf-8") as file:
-        request = json.load(file)
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     dtype = DTYPES[request["dtype"]]
     diffusers.utils.logging.disable_progress_bar()
     cls = PIPELINES[request["pipeline"]]
@@ -40,13 +44,12 @@ def main(request_path: str) -> None:
             with Image.open(sample["image"]) as picture:
                 call["image"] = picture.convert("RGB")
         with torch.no_grad():
-            video = pipe(prompt=sample["text"], latents=latents, generator=generator, output_type="pt", **call).frames[
-                0
-            ]
+            output = pipe(prompt=sample["text"], latents=latents, generator=generator, output_type="pt", **call)
+        video = output.frames[0]
         frames[sample["name"]] = (video.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
         print(f"fresh process: {number}/{len(request['samples'])} {sample['name']}", flush=True)
     if any(name.split(".")[0] == "cogflow" for name in sys.modules):
-        raise SystemExit("cogflow was imported: this check would prove nothing")
+        raise SystemExit("cogflow was imported, so this check does not show what diffusers does alone")
     save_file(frames, request["frames"])
 
 

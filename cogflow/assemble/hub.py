@@ -1,4 +1,4 @@
-"""Upload a published pipeline folder to Hugging Face's hub, without telling where somebody's disks are mounted."""
+"""Upload a published pipeline folder to the Hugging Face hub, with the paths of the user's disk removed."""
 
 from __future__ import annotations
 
@@ -10,66 +10,67 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout
-from cogflow.assemble.card_context import without_places
+from cogflow.assemble.model_card import shorten_paths
 from cogflow.errors import PipelineError
 from cogflow.files.manifest import MANIFEST, write_manifest
 
 
-def push(folder: Path, repository: str, private: bool, message: str) -> str:
-    """Make ``repository`` (OWNER/NAME) where it does not exist, ``private`` or not, and upload ``folder``; returns the commit's address.
+def upload(folder: Path, repository: str, private: bool, message: str) -> str:
+    """Upload ``folder`` to ``repository`` (OWNER/NAME) and return the commit's address.
 
-    The token is the one of ``hf auth login`` or of HF_TOKEN. Raises :class:`PipelineError` when the hub cannot be reached or refuses; the
-    folder is published here all the same.
+    A repository that does not exist is created, private if ``private``. The token is that of ``hf auth login`` or of
+    HF_TOKEN. Raises :class:`PipelineError` when the hub cannot be reached or refuses; ``folder`` stays published.
     """
     from huggingface_hub import HfApi
 
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.push-", dir=folder.parent) as place:
-            shared = RunLayout(Path(place)).pipeline
-            share(folder, shared)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.push-", dir=folder.parent) as temporary:
+            shared = RunLayout(Path(temporary)).pipeline
+            copy_without_paths(folder, shared)
             api = HfApi(library_name="cogflow")
-            made = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
+            created = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
             commit: Any = api.upload_folder(
-                repo_id=made.repo_id, folder_path=shared, repo_type="model", commit_message=message
+                repo_id=created.repo_id, folder_path=shared, repo_type="model", commit_message=message
             )
-    except (OSError, ValueError) as error:  # what huggingface_hub raises is one or the other
+    except (OSError, ValueError) as error:  # huggingface_hub raises one or the other
         raise PipelineError(
-            f"{folder} is published here, and was not uploaded to {repository}: {error}",
-            "Log in with `hf auth login` or set HF_TOKEN to a token that may write there; then give the same command again.",
+            f"{folder} is published, but was not uploaded to {repository}: {error}",
+            "Log in with `hf auth login` or set HF_TOKEN to a token with write access, then run the same command.",
         ) from error
     return str(commit.commit_url)
 
 
-def share(folder: Path, target: Path) -> None:
-    """``folder`` again as ``target``, its weights linked: of every path in assembly.json only the last two names are kept."""
-    shutil.copytree(folder, target, copy_function=_link)
+def copy_without_paths(folder: Path, target: Path) -> None:
+    """Copy ``folder`` to ``target`` with hard links where possible; cut the paths in assembly.json to their last two
+    names.
+    """
+    shutil.copytree(folder, target, copy_function=_link_or_copy)
     assembly = json.loads((folder / ASSEMBLY).read_text(encoding="utf-8"))
-    known = {
-        name: entry["sha256"]
-        for name, entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
-    }
+    entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    known = {name: entry["sha256"] for name, entry in entries.items() if name not in (ASSEMBLY, MANIFEST)}
     for name in (ASSEMBLY, MANIFEST):
-        (target / name).unlink()  # a link: the file it leads to stays as it is
-        known.pop(name, None)
-    (target / ASSEMBLY).write_text(
-        json.dumps(_shortened(assembly), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+        (target / name).unlink()  # a hard link: writing into it would change the published file
+    shortened = json.dumps(_shorten(assembly), indent=2, ensure_ascii=False) + "\n"
+    (target / ASSEMBLY).write_text(shortened, encoding="utf-8")
     write_manifest(target, known)
 
 
-def _link(source: str, target: str) -> None:
+def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def _shortened(value: Any) -> Any:
-    if isinstance(value, str):
-        whole = value.startswith("/") and " /" not in value and "\n" not in value
-        return (
-            ".../" + "/".join(Path(value).parts[-2:]) if whole and len(Path(value).parts) > 3 else without_places(value)
-        )
+def _shorten(value: Any) -> Any:
+    """Return a JSON ``value`` with every absolute path in its texts cut to its last two names."""
     if isinstance(value, dict):
-        return {key: _shortened(item) for key, item in value.items()}
-    return [_shortened(item) for item in value] if isinstance(value, list) else value
+        return {key: _shorten(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shorten(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    is_path = value.startswith("/") and " /" not in value and "\n" not in value
+    if is_path and len(Path(value).parts) > 3:
+        return ".../" + "/".join(Path(value).parts[-2:])
+    return shorten_paths(value)

@@ -1,93 +1,38 @@
-"""The model card of a pipeline folder: what it is, how to load it with diffusers alone, where it comes from."""
+"""Write the model card (README.md) of a pipeline folder: usage, facts, training, samples, ladder and origin of
+components.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import SAMPLES_RECORD
 from cogflow.assemble.components import PipelineComponent
+from cogflow.errors import CogflowError
+from cogflow.files.record_io import JsonObject, read_record
+from cogflow.records.pipeline_records import (
+    AssembledComponent,
+    AssemblyRecord,
+    ContradictionRecord,
+    PipelineSampling,
+    TransformerOrigin,
+    VerifyRecord,
+)
+from cogflow.records.run_records import StageRecord
+from cogflow.records.sample_records import SamplesRecord
+from cogflow.runtime.progress import clock
 
-DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+CONTACT_SHEET = "contact.png"
+SAMPLES_FOLDER = "samples"
+"""Folder of the pipeline that the sample videos are copied to."""
 
-
-def card(
-    title: str,
-    parts: Mapping[str, PipelineComponent],
-    assembly: Mapping[str, Any],
-    samples: Mapping[str, Any],
-    told: Mapping[str, Any] | None = None,
-) -> str:
-    """README.md. ``samples``: height, width, frames, fps, steps, guidance_scale, use_dynamic_cfg, dtype and perhaps text. ``told``: as
-    :func:`cogflow.assemble.card_context.take_along` gives it."""
-    transformer, made = parts["transformer"], parts["transformer"].made
-    from_image = transformer.settings.get("in_channels") != parts["vae"].settings.get("latent_channels")
-    pipeline, tag = (
-        ("CogVideoXImageToVideoPipeline", "image-to-video") if from_image else ("CogVideoXPipeline", "text-to-video")
-    )
-    image_import = (
-        "from diffusers.utils import export_to_video, load_image"
-        if from_image
-        else "from diffusers.utils import export_to_video"
-    )
-    image_argument = '\n    image=load_image("first-frame.png"),' if from_image else ""
-    prompt = str(samples.get("text") or "a prompt").replace("\\", "\\\\").replace('"', '\\"')
-    return f"""---
-library_name: diffusers
-pipeline_tag: {tag}
-tags: [cogvideox, video, finetuned]
----
-
-# {title}
-
-A {made.get("family") or "CogVideoX"} transformer finetuned with cogflow{_step(made)}, assembled with the components below.
-
-## Use
-
-```python
-import torch
-from diffusers import {pipeline}
-{image_import}
-
-pipe = {pipeline}.from_pretrained("{title}", torch_dtype={DTYPES.get(str(samples.get("dtype")), "torch.float32")})
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-frames = pipe({image_argument}
-    prompt="{prompt}",
-    height={samples["height"]},
-    width={samples["width"]},
-    num_frames={samples["frames"]},
-    num_inference_steps={samples["steps"]},
-    guidance_scale={samples["guidance_scale"]},
-    use_dynamic_cfg={samples["use_dynamic_cfg"]},
-    max_sequence_length={transformer.settings.get("max_text_seq_length")},
-    generator=torch.Generator().manual_seed(0),
-).frames[0]
-export_to_video(frames, "video.mp4", fps={round(float(samples["fps"]))})
-```
-
-`max_sequence_length` is the length that captions were padded to in training; diffusers' own default is 226.
-
-## Facts
-
-| setting | value |
-| --- | --- |
-{_facts(parts)}
-{_forced(assembly.get("forced") or [])}{_story(told or {})}
-## Origin
-
-| component | class | from | sha256 of its largest file |
-| --- | --- | --- | --- |
-{_origins(assembly["components"])}
-
-{_verified(assembly["verify"])} Every file's hash is in `assembly.json`.
-{_command(told or {})}"""
-
-
-def _step(made: Mapping[str, Any]) -> str:
-    if made.get("step") is None:
-        return ""
-    return f" for {made['step']} steps" + (" (moving average of the weights)" if made.get("weights") == "ema" else "")
-
+TORCH_DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 FACTS = {
     "vae": ("scaling_factor", "invert_scale_latents", "latent_channels"),
@@ -100,66 +45,259 @@ FACTS = {
         "max_text_seq_length",
     ),
 }
+"""Component -> settings that the card lists."""
+
+Row = Sequence[Any]
 
 
-def _facts(parts: Mapping[str, PipelineComponent]) -> str:
-    rows = [(f"{name}.{key}", parts[name].settings.get(key)) for name, keys in FACTS.items() for key in keys]
-    trained = parts["transformer"].made.get("trained_with") or {}
-    rows += [("trained in", trained["dtype"])] if trained.get("dtype") else []
-    given = {f"{name}.{key}" for name, part in parts.items() for key in part.set}
-    return "\n".join(f"| {name} | {value}{', set by hand' if name in given else ''} |" for name, value in rows)
+@dataclass(frozen=True)
+class CardContext:
+    """Where the card's optional sections come from; ``None`` where it is unknown.
+
+    ``run``: the run that trained the transformer. ``samples``: the folder of its samples with the same weights.
+    ``command``: the command that assembles. The folders are read when the card is written, after the last rung of the
+    ladder was measured.
+    """
+
+    run: Path | None = None
+    samples: Path | None = None
+    command: str = ""
 
 
-def _forced(forced: Sequence[Mapping[str, Any]]) -> str:
-    """What was assembled against better knowledge stands where the values stand."""
+@dataclass(frozen=True)
+class CardSections:
+    """Content of the card's optional sections; empty where there is none.
+
+    ``training``: rows of setting and value. ``videos``: (path in the pipeline folder, prompt). ``sheet``: path of the
+    contact sheet. ``ladder``: rows below ``ladder_columns``.
+    """
+
+    command: str = ""
+    training: list[tuple[str, str]] = field(default_factory=list)
+    videos: list[tuple[str, str]] = field(default_factory=list)
+    sheet: str | None = None
+    ladder_columns: list[str] = field(default_factory=list)
+    ladder: list[Row] = field(default_factory=list)
+
+
+def collect_sections(context: CardContext, pipeline: Path) -> CardSections:
+    """Copy the sample videos to ``pipeline/samples`` and return the content of the card's optional sections."""
+    command, training = shorten_command(context.command), _training_rows(context.run)
+    if context.samples is None:
+        return CardSections(command, training)
+    record = read_record(context.samples / SAMPLES_RECORD, SamplesRecord)
+    target = pipeline / SAMPLES_FOLDER
+    target.mkdir()
+    for sample in record.samples:
+        shutil.copyfile(context.samples / sample.video, target / sample.video)
+    sheet = None
+    if (context.samples / CONTACT_SHEET).is_file():
+        shutil.copyfile(context.samples / CONTACT_SHEET, target / CONTACT_SHEET)
+        sheet = f"{SAMPLES_FOLDER}/{CONTACT_SHEET}"
+    columns, ladder = _ladder_table(context.run)
+    return CardSections(
+        command=command,
+        training=training,
+        videos=[(f"{SAMPLES_FOLDER}/{sample.video}", sample.text) for sample in record.samples],
+        sheet=sheet,
+        ladder_columns=columns,
+        ladder=ladder,
+    )
+
+
+def _ladder_table(run: Path | None) -> tuple[list[str], list[Row]]:
+    """Return columns and rows of the run's sharpness ladder; both are empty when there is none."""
+    if run is None:
+        return [], []
+    # Imported here: the statistics take a tenth of the memory of an assembly, and most assemblies have no run.
+    from cogflow.ladder import store
+    from cogflow.ladder.ladder_report import COLUMNS, cells
+    from cogflow.ladder.rungs import work_out
+
+    rows, _ = work_out(store.read(run))
+    return COLUMNS, [cells(row) for row in rows]
+
+
+def _training_rows(run: Path | None) -> list[tuple[str, str]]:
+    """Return rows of setting and value from the run's train.json; empty when there is none."""
+    if run is None:
+        return []
+    try:
+        record = read_record(run / "train.json", StageRecord)
+    except CogflowError:
+        return []
+    stage, data, model = (_section(record.settings, name) for name in ("stage", "data", "model"))
+    ranks_per_clip = _section(record.settings, "parallel").get("sequence", 1)
+    clips = " x ".join(str(data[key]) for key in ("frames", "height", "width") if key in data)
+    versions = [record.versions.get(name, "unknown") for name in ("cogflow", "torch", "diffusers")]
+    rows = [
+        ("started from", model.get("name")),
+        ("clips", f"{clips} at {data['fps']:g} frames per second" if data.get("fps") else None),
+        ("clips per rank and micro step", stage.get("batch_size")),
+        ("ranks that share a clip", ranks_per_clip if ranks_per_clip != 1 else None),
+        ("micro steps per step", stage.get("gradient_accumulation")),
+        ("learning rate", f"{stage['learning_rate']:g}, {stage.get('schedule')}" if "learning_rate" in stage else None),
+        ("dropped captions", stage.get("text_dropout")),
+        ("EMA decay", stage.get("ema_decay") or None),
+        ("seed", stage.get("seed")),
+        ("result", record.summary or None),
+        ("time", clock(record.seconds) if record.seconds else None),
+        ("cogflow, torch, diffusers", ", ".join(versions)),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _section(settings: JsonObject, name: str) -> Mapping[str, Any]:
+    section = settings.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def card_text(
+    title: str,
+    components: Mapping[str, PipelineComponent],
+    assembly: AssemblyRecord,
+    sections: CardSections,
+) -> str:
+    """Return the text of README.md."""
+    made = assembly.made
+    from_image = components["transformer"].from_image
+    verified = f"{_verified(assembly.verify)} Every file's hash is in `assembly.json`."
+    return f"""---
+library_name: diffusers
+pipeline_tag: {"image-to-video" if from_image else "text-to-video"}
+tags: [cogvideox, video, finetuned]
+---
+
+# {title}
+
+A {made.family or "CogVideoX"} transformer finetuned with cogflow{_steps(made)}, assembled with the components below.
+
+## Use
+
+{_usage(title, assembly.sampling, components["transformer"].settings.get("max_text_seq_length"), from_image)}
+## Facts
+
+| setting | value |
+| --- | --- |
+{_facts(components, made)}
+{_forced(assembly.forced or [])}{_optional_sections(sections)}
+## Origin
+
+| component | class | from | sha256 of its largest file |
+| --- | --- | --- | --- |
+{_origins(assembly.components)}
+
+{verified}
+{_command(sections.command)}"""
+
+
+def _usage(title: str, sampling: PipelineSampling, length: int | None, from_image: bool) -> str:
+    pipeline = "CogVideoXImageToVideoPipeline" if from_image else "CogVideoXPipeline"
+    utilities = "export_to_video, load_image" if from_image else "export_to_video"
+    image = '\n    image=load_image("first-frame.png"),' if from_image else ""
+    prompt = str(sampling.text or "a prompt").replace("\\", "\\\\").replace('"', '\\"')
+    return f"""```python
+import torch
+from diffusers import {pipeline}
+from diffusers.utils import {utilities}
+
+pipe = {pipeline}.from_pretrained("{title}", torch_dtype={TORCH_DTYPES.get(sampling.dtype, "torch.float32")})
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+frames = pipe({image}
+    prompt="{prompt}",
+    height={sampling.height},
+    width={sampling.width},
+    num_frames={sampling.frames},
+    num_inference_steps={sampling.steps},
+    guidance_scale={sampling.guidance_scale},
+    use_dynamic_cfg={sampling.use_dynamic_cfg},
+    max_sequence_length={length},
+    generator=torch.Generator().manual_seed(0),
+).frames[0]
+export_to_video(frames, "video.mp4", fps={round(sampling.fps)})
+```
+
+`max_sequence_length` is the length that captions were padded to in training; diffusers' own default is 226.
+"""
+
+
+def _steps(made: TransformerOrigin) -> str:
+    if made.step is None:
+        return ""
+    return f" for {made.step} steps" + (" (moving average of the weights)" if made.weights == "ema" else "")
+
+
+def _facts(components: Mapping[str, PipelineComponent], made: TransformerOrigin) -> str:
+    rows = [(f"{name}.{key}", components[name].settings.get(key)) for name, keys in FACTS.items() for key in keys]
+    if made.trained_with is not None and made.trained_with.dtype:
+        rows.append(("dtype of training", made.trained_with.dtype))
+    overridden = {f"{name}.{key}" for name, component in components.items() for key in component.overrides}
+    return "\n".join(f"| {name} | {value}{', set by hand' if name in overridden else ''} |" for name, value in rows)
+
+
+def _forced(forced: Sequence[ContradictionRecord]) -> str:
     if not forced:
         return ""
-    lines = [f"- **{one['key']} is {one['value']}**; {one['why']} {one['needed']}." for one in forced]
-    return "\nAssembled with `stage.force`, in spite of:\n\n" + "\n".join(lines) + "\n"
+    lines = [f"- **{one.key} is {one.value}**; {one.why} {one.needed}." for one in forced]
+    return "\nAssembled with `stage.force` in spite of these contradictions:\n\n" + "\n".join(lines) + "\n"
 
 
-def _story(told: Mapping[str, Any]) -> str:
+def _optional_sections(sections: CardSections) -> str:
     text = ""
-    if rows := told.get("training"):
-        text += "\n## Training\n\n" + _table(("setting", "value"), rows)
-    if videos := told.get("videos"):
-        sheet = f"![one frame of each sample]({told['sheet']})\n\n" if told.get("sheet") else ""
-        text += "\n## Samples\n\nOf the training run, with these weights:\n\n" + sheet
-        text += "".join(f"- [{_plain(prompt)}]({path})\n" for path, prompt in videos)
-    if ladder := told.get("ladder"):
-        text += "\n## The sharpness ladder\n\nChanges are medians over pairs of clips, with their 95 % interval; below zero is softer.\n\n"
-        text += _table(*ladder)
+    if sections.training:
+        text += "\n## Training\n\n" + _table(("setting", "value"), sections.training)
+    if sections.videos:
+        sheet = f"![one frame of each sample]({sections.sheet})\n\n" if sections.sheet else ""
+        text += "\n## Samples\n\nSamples of the training run with these weights:\n\n" + sheet
+        text += "".join(f"- [{_escape_cell(prompt)}]({path})\n" for path, prompt in sections.videos)
+    if sections.ladder:
+        text += "\n## The sharpness ladder\n\n"
+        text += "Changes are medians over pairs of clips with their 95 % interval; negative values are softer.\n\n"
+        text += _table(sections.ladder_columns, sections.ladder)
     return text
 
 
-def _command(told: Mapping[str, Any]) -> str:
-    return f"\nAssembled by\n\n```bash\n{told['command']}\n```\n" if told.get("command") else ""
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(_plain(cell) for cell in line) + " |\n" for line in lines)
-
-
-def _plain(cell: Any) -> str:
-    return str(cell).replace("|", "\\|").replace("\n", " ").replace("[", "\\[").replace("]", "\\]")
-
-
-def _origins(components: Mapping[str, Any]) -> str:
+def _origins(components: Mapping[str, AssembledComponent]) -> str:
     rows = []
     for name, component in components.items():
-        # The last names of the path: enough to recognise it, without telling where somebody's disk is mounted.
-        origin = "/".join(Path(component["from"]).parts[-3:])
-        largest = max(component["files"].values(), key=lambda file: int(file["bytes"]))
-        rows.append(f"| {name} | {component['class']} | {origin} | `{largest['sha256']}` |")
+        # Only the last names of the path: they identify the folder and hide the layout of the user's disk.
+        origin = "/".join(Path(component.origin).parts[-3:])
+        largest = max(component.files.values(), key=lambda file: file.bytes)
+        rows.append(f"| {name} | {component.class_name} | {origin} | `{largest.sha256}` |")
     return "\n".join(rows)
 
 
-def _verified(verify: Mapping[str, Any]) -> str:
-    if verify["status"] != "passed":
-        return f"It was not compared with samples of the training run: {verify.get('reason', verify['status'])}."
+def _verified(verify: VerifyRecord | None) -> str:
+    if verify is None or verify.status != "passed" or not verify.samples:
+        reason = verify and (verify.reason or verify.line or verify.status)
+        return f"It was not compared with samples of the training run: {reason}."
     return (
-        f"Loaded in a fresh process with diffusers alone, it gave the training run's own {len(verify['samples'])} samples again: "
-        f"lowest PSNR {min(sample['psnr'] for sample in verify['samples']):.1f} dB, "
-        f"largest difference {max(sample['max_difference'] for sample in verify['samples'])}/255."
+        f"A fresh process with diffusers alone sampled the training run's {len(verify.samples)} samples again: "
+        f"lowest PSNR {min(sample.psnr for sample in verify.samples):.1f} dB, "
+        f"largest difference {max(sample.max_difference for sample in verify.samples)}/255."
     )
+
+
+def _command(command: str) -> str:
+    return f"\nAssembled by\n\n```bash\n{command}\n```\n" if command else ""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(_escape_cell(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _escape_cell(cell: Any) -> str:
+    """Return ``cell`` as text that breaks neither a Markdown table nor a link."""
+    return str(cell).replace("|", "\\|").replace("\n", " ").replace("[", "\\[").replace("]", "\\]")
+
+
+def shorten_paths(text: str) -> str:
+    """Return ``text`` with every absolute path cut to its last two names, which hides the layout of the user's disk."""
+    return re.sub(r"(?<![\w.~])/(?:[^\s'\"/,\]]+/)+([^\s'\"/,\]]+/[^\s'\"/,\]]+)", r".../\1", text)
+
+
+def shorten_command(command: str) -> str:
+    """Return ``command`` with its absolute paths cut as in :func:`shorten_paths`. Paths may contain spaces."""
+    absolute_path = re.compile(r"(?<![\w.~])/(?:[^/,\]]+/)+([^/,\]]+/[^/,\]]+)")
+    return shlex.join(absolute_path.sub(r".../\1", word) for word in shlex.split(command))

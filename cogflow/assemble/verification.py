@@ -1,4 +1,6 @@
-"""Does the assembled folder give the run's own videos? Sampled in a fresh process with diffusers alone, compared frame by frame."""
+"""Verify an assembled folder: sample it in a fresh process with diffusers alone and compare with the run's own
+samples.
+"""
 
 from __future__ import annotations
 
@@ -9,215 +11,315 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogflow.artifacts.run_layout import MODEL_INDEX, RunLayout
+from cogflow.artifacts.run_layout import MODEL_INDEX, SAMPLES_RECORD, RunLayout
 from cogflow.assemble.components import PipelineComponent
+from cogflow.assemble.expectations import family_of
+from cogflow.config.schema import AnyConfig
 from cogflow.errors import QualityGateError, format_list
+from cogflow.files.record_io import read_record
+from cogflow.records.ladder_records import ToleranceRecord
+from cogflow.records.pipeline_records import PipelineSampling, VerifiedSample, VerifyRecord
+from cogflow.records.sample_records import SampleRecord, SamplesRecord
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
-from cogflow.sampling.records import FRAMES, newest, read_record
+from cogflow.sampling.records import FRAMES, newest
 from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
-FROM_IMAGE = "CogVideoXImageToVideoPipeline"
-IDENTICAL = 100.0  # dB, instead of infinity
+IMAGE_TO_VIDEO = "CogVideoXImageToVideoPipeline"
+IDENTICAL_PSNR = 100.0
+"""PSNR in dB that stands for equal frames, instead of infinity."""
 
+TOLERANCES = {"fp32": ToleranceRecord(2, 50.0), "fp16": ToleranceRecord(255, 35.0), "bf16": ToleranceRecord(255, 30.0)}
+"""Tolerance by the coarsest dtype that is involved.
 
-@dataclass(frozen=True)
-class Tolerance:
-    """What one sample may differ by: the largest difference of a value of 255, and the lowest PSNR in dB."""
+fp32: the same sums in another order, so bytes may round the other way (tiny model: 95 dB and above). In 16 bits the
+plain pipeline also decodes in that dtype, and differences grow with the steps and the depth: the tiny model gives 48
+dB (bf16) and 58 dB (fp16) against fp32. In 16 bits a wrong scaling factor leaves 17 dB, but a wrong SNR shift, spacing
+or zero-SNR rescaling 37 to 40 dB: the check of the configs finds those.
+"""
 
-    max_difference: int
-    psnr: float
-
-
-TOLERANCES = {"fp32": Tolerance(2, 50.0), "fp16": Tolerance(255, 35.0), "bf16": Tolerance(255, 30.0)}
-"""By the coarsest dtype in play. fp32: the same sums in another order, so bytes may round the other way and no more (tiny model:
-95 dB and above). In 16 bits the plain pipeline decodes in that dtype, too, and differences grow over steps and with the model: the
-tiny one gives 48 dB (bf16) and 58 dB (fp16) against fp32, deeper ones need room. A wrong scaling factor leaves 17 dB there, but a
-wrong SNR shift, spacing or zero-SNR rescaling 37 to 40: in 16 bits those are left to the check of the configs."""
 COARSENESS = ("fp32", "fp16", "bf16")
+PUBLISHED_STEPS, PUBLISHED_GUIDANCE_SCALE = 50, 6.0
+"""Sampling settings of the family's model cards, which also use dynamic CFG."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A run's newest samples: their record, and uint8 frames ``[T, H, W, 3]`` by name."""
+    """A run's newest samples: their folder and their ``samples.json``."""
 
     folder: Path
-    record: dict[str, Any]
+    record: SamplesRecord
+
+    @property
+    def run(self) -> Path:
+        return self.folder.parent.parent
 
     def frames(self) -> dict[str, torch.Tensor]:
+        """Return uint8 frames ``[T, H, W, 3]`` by sample name."""
         return load_file(self.folder / FRAMES)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Samples of the assembled folder beside the reference's.
+
+    ``found`` and ``expected``: uint8 frames ``[T, H, W, 3]`` by sample name; ``dtype``: the coarsest one involved;
+    ``failed``: whether a sample differs by more than ``tolerance``.
+    """
+
+    found: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]
+    samples: list[VerifiedSample]
+    tolerance: ToleranceRecord
+    dtype: str
+    failed: bool
+
+
 def find_reference(runs: Iterable[Path], transformer: PipelineComponent) -> tuple[Reference | None, str]:
-    """The newest samples of the first of ``runs`` that were made by these very weights; or ``None`` and the reason."""
-    reasons = []
+    """Return the newest samples of the first of ``runs`` that were made with the transformer's weights.
+
+    Returns ``None`` and the reason when there are none.
+    """
+    reasons: list[str] = []
     hashes: set[str] = set()
     for run in runs:
         folder = newest(RunLayout(run).samples)
         if folder is None or not (folder / FRAMES).is_file():
-            reasons.append(f"{run} holds no samples with raw frames")
+            reasons.append(f"{run} has no samples with raw frames")
             continue
-        record = read_record(folder)
-        sampler = record["sampling"].get("sampler", "default")
-        if sampler != "default":
-            reasons.append(f"{folder} was sampled with sampling.sampler={sampler}, not by the pipeline's own scheduler")
+        record = read_record(folder / SAMPLES_RECORD, SamplesRecord)
+        if record.sampling.sampler != "default":
+            sampler = f"sampling.sampler={record.sampling.sampler}"
+            reasons.append(f"{folder} was sampled with {sampler}, not with the pipeline's own scheduler")
             continue
-        if not hashes:
-            known = {
-                str(transformer.made[key])
-                for key in ("source_weights_sha256", "weights_sha256")
-                if key in transformer.made
-            }
-            hashes = known or {weights_fingerprint(WeightsFolder(transformer.folder).items())}
-        if record.get("weights_sha256") in hashes:
+        hashes = hashes or _weight_hashes(transformer)
+        if record.weights_sha256 in hashes:
             return Reference(folder, record), ""
-        reasons.append(
-            f"{folder} was sampled with other weights ({record.get('weights')} of step {record.get('step')})"
-        )
+        reasons.append(f"{folder} was sampled with other weights ({record.weights} of step {record.step})")
     return None, "; ".join(dict.fromkeys(reasons)) or "there is no run to compare with"
 
 
-Measured = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]], None]
-"""Called with the folder's frames, the run's own, and the figures: before anything is raised."""
+def _weight_hashes(transformer: PipelineComponent) -> set[str]:
+    """Return the hashes of the transformer's weights before and after its export."""
+    training = transformer.training
+    known = {training.source_weights_sha256, training.weights_sha256} - {None}
+    return {str(sha256) for sha256 in known} or {weights_fingerprint(WeightsFolder(transformer.folder).items())}
+
+
+def sampling_settings(
+    config: AnyConfig, reference: Reference | None, transformer: PipelineComponent
+) -> PipelineSampling:
+    """Return how to sample the pipeline: as the reference was, else as its family is published, else as ``config``
+    says.
+    """
+    length = transformer.settings.get("max_text_seq_length")
+    if reference is not None:
+        record = reference.record
+        return PipelineSampling(
+            height=record.height,
+            width=record.width,
+            frames=record.frames,
+            fps=record.fps,
+            dtype=record.dtype,
+            max_sequence_length=record.max_sequence_length,
+            text=record.samples[0].text,
+            origin=str(reference.folder),
+            **asdict(record.sampling),
+        )
+    trained_in = transformer.training.trained_with and transformer.training.trained_with.dtype
+    family = family_of(transformer)
+    if family is not None:
+        return PipelineSampling(
+            height=family.height,
+            width=family.width,
+            frames=family.frames,
+            fps=family.fps,
+            dtype=trained_in or family.dtype,
+            steps=PUBLISHED_STEPS,
+            guidance_scale=PUBLISHED_GUIDANCE_SCALE,
+            use_dynamic_cfg=True,
+            max_sequence_length=length,
+            origin=f"the facts of {family.name}",
+        )
+    return PipelineSampling(
+        height=config.data.height,
+        width=config.data.width,
+        frames=config.data.frames,
+        fps=config.data.fps,
+        dtype=trained_in or config.model.dtype,
+        steps=config.sampling.steps,
+        guidance_scale=config.sampling.guidance_scale,
+        use_dynamic_cfg=config.sampling.use_dynamic_cfg,
+        max_sequence_length=length,
+        origin="this command",
+    )
 
 
 def verify(
-    folder: Path, reference: Reference, export_dtype: str | None, measured: Measured | None = None
-) -> dict[str, Any]:
-    """Sample ``folder`` as ``reference`` was sampled and compare; returns what was found, with ``status`` passed or skipped.
+    folder: Path,
+    reference: Reference,
+    export_dtype: str | None,
+    on_compared: Callable[[Comparison], None] | None = None,
+) -> VerifyRecord:
+    """Sample ``folder`` as ``reference`` was sampled, and compare the frames.
 
-    Raises :class:`QualityGateError` when the folder does not load or run with diffusers alone, or gives other frames.
+    ``on_compared`` is called with the comparison before an error is raised. Raises :class:`QualityGateError` when the
+    folder does not load or run with diffusers alone, or gives other frames.
     """
     record, began = reference.record, time.monotonic()
-    if record["device"] == "cuda" and not torch.cuda.is_available():
-        return {"status": "skipped", "reason": f"{reference.folder} was sampled on a GPU and there is none here"}
-    if _class(folder) == FROM_IMAGE and not all(sample.get("image") for sample in record["samples"]):
-        return {
-            "status": "skipped",
-            "reason": f"{reference.folder} names no image to each prompt, which image to video starts from",
-        }
-    expected = reference.frames()
-    found = sample_afresh(folder, record, reference.folder)
-    dtype = max((name for name in (record["dtype"], export_dtype) if name in COARSENESS), key=COARSENESS.index)
-    tolerance = TOLERANCES[dtype]
-    samples: list[dict[str, Any]] = [
-        {"name": name, **difference(found.get(name), frames)} for name, frames in sorted(expected.items())
-    ]
-    bad = [s for s in samples if s["psnr"] < tolerance.psnr or s["max_difference"] > tolerance.max_difference]
-    if measured is not None:
-        allowed = {"max_difference": tolerance.max_difference, "psnr": tolerance.psnr}
-        psnr = {sample["name"]: sample["psnr"] for sample in samples}
-        measured(
-            found,
-            expected,
-            {"psnr": psnr, "allowed": allowed, "failed": bool(bad), "dtype": dtype, "step": record.get("step")},
-        )
-    if bad:
+    if record.device == "cuda" and not torch.cuda.is_available():
+        reason = f"{reference.folder} was sampled on a GPU and there is none here"
+        return VerifyRecord("skipped", reason=reason)
+    if _pipeline_class(folder) == IMAGE_TO_VIDEO and not all(sample.image for sample in record.samples):
+        reason = f"{reference.folder} names no image for some prompts, and image to video starts from an image"
+        return VerifyRecord("skipped", reason=reason)
+    found = sample_in_fresh_process(folder, record, reference.folder)
+    comparison = _compare(found, reference, export_dtype)
+    if on_compared is not None:
+        on_compared(comparison)
+    if comparison.failed:
         save_file(found, folder / f"verify-{FRAMES}")
-        lines = [f"{s['name']}: PSNR {s['psnr']:.1f} dB, largest difference {s['max_difference']}/255" for s in bad]
-        raise QualityGateError(
-            f"The assembled pipeline does not give the videos of {reference.folder}, "
-            f"{len(bad)} of {len(samples)} differ:\n{format_list(lines)}\n"
-            f"  allowed in {dtype}: PSNR {tolerance.psnr:.0f} dB or more, differences up to {tolerance.max_difference}/255",
-            "Same weights, prompts and noise, so a component or a setting is not what the run was trained and sampled with.",
+        raise _other_frames(reference, comparison)
+    return VerifyRecord(
+        "passed",
+        samples_of=str(reference.folder.absolute()),
+        step=record.step,
+        dtype=comparison.dtype,
+        allowed=comparison.tolerance,
+        samples=comparison.samples,
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def _compare(found: dict[str, torch.Tensor], reference: Reference, export_dtype: str | None) -> Comparison:
+    expected = reference.frames()
+    dtypes = [name for name in (reference.record.dtype, export_dtype) if name in COARSENESS]
+    dtype = max(dtypes, key=COARSENESS.index)
+    samples = [sample_difference(name, found.get(name), frames) for name, frames in sorted(expected.items())]
+    failed = any(_exceeds(sample, TOLERANCES[dtype]) for sample in samples)
+    return Comparison(found, expected, samples, TOLERANCES[dtype], dtype, failed)
+
+
+def _exceeds(sample: VerifiedSample, tolerance: ToleranceRecord) -> bool:
+    return sample.psnr < tolerance.psnr or sample.max_difference > tolerance.max_difference
+
+
+def _other_frames(reference: Reference, comparison: Comparison) -> QualityGateError:
+    tolerance = comparison.tolerance
+    different = [sample for sample in comparison.samples if _exceeds(sample, tolerance)]
+    lines = [
+        f"{sample.name}: PSNR {sample.psnr:.1f} dB, largest difference {sample.max_difference}/255"
+        for sample in different
+    ]
+    return QualityGateError(
+        f"The assembled pipeline does not give the videos of {reference.folder}, "
+        f"{len(different)} of {len(comparison.samples)} differ:\n{format_list(lines)}\n"
+        f"  allowed in {comparison.dtype}: PSNR {tolerance.psnr:.0f} dB or more, "
+        f"differences up to {tolerance.max_difference}/255",
+        "Weights, prompts and noise are the same, so a component or a setting differs from the run's.",
+    )
+
+
+def sample_difference(name: str, found: torch.Tensor | None, expected: torch.Tensor) -> VerifiedSample:
+    """Return the difference of two uint8 clips. A missing clip and a clip of another shape differ by 0 dB and 255."""
+    if found is None or found.shape != expected.shape:
+        return VerifiedSample(name, 0.0, 255)
+    gap = (found.int() - expected.int()).abs()
+    error = float(gap.double().square().mean())
+    psnr = IDENTICAL_PSNR if error == 0 else min(IDENTICAL_PSNR, 10 * math.log10(255**2 / error))
+    return VerifiedSample(name, round(psnr, 3), int(gap.max()))
+
+
+def sample_in_fresh_process(folder: Path, record: SamplesRecord, images: Path | None = None) -> dict[str, torch.Tensor]:
+    """Return uint8 frames ``[T, H, W, 3]`` by sample name, from ``folder`` in a process that imports only diffusers.
+
+    ``record``: samples.json of the samples to repeat. ``images``: the folder of the images that the record names.
+    """
+    with tempfile.TemporaryDirectory(prefix="cogflow-verify-") as temporary:
+        work = Path(temporary)
+        # init_noise_sigma is 1 for CogVideoX's schedulers: the noise is the initial latents.
+        shape = _latent_shape(folder, record)
+        save_file(
+            {_name(sample): noise_for(sample.seed, sample.id, shape) for sample in record.samples},
+            work / "noise.safetensors",
         )
+        request = _request(folder, record, images, work)
+        (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        _run_script(work)
+        return load_file(work / FRAMES)
+
+
+def _name(sample: SampleRecord) -> str:
+    return f"{sample.id}-seed{sample.seed}"
+
+
+def _latent_shape(folder: Path, record: SamplesRecord) -> tuple[int, int, int, int, int]:
+    """Return ``[1, latent frames, channels, height / 8, width / 8]``."""
+    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    ratio = int(vae.get("temporal_compression_ratio", 4))
+    frames, _ = latent_frames(record.frames, ratio, transformer.get("patch_size_t"))
+    return 1, frames, int(vae.get("latent_channels", 16)), record.height // 8, record.width // 8
+
+
+def _request(folder: Path, record: SamplesRecord, images: Path | None, work: Path) -> dict[str, Any]:
+    """Return the request file of :mod:`cogflow.assemble.fresh_process`."""
+    samples = [
+        {
+            "name": _name(sample),
+            "text": sample.text,
+            "seed": step_generator(sample.seed, sample.id).initial_seed(),
+            "image": str(contained_file(images, sample.image).absolute()) if images and sample.image else None,
+        }
+        for sample in record.samples
+    ]
+    call = {
+        "num_inference_steps": record.sampling.steps,
+        "guidance_scale": record.sampling.guidance_scale,
+        "use_dynamic_cfg": record.sampling.use_dynamic_cfg,
+        "num_frames": record.frames,
+        "height": record.height,
+        "width": record.width,
+        "max_sequence_length": record.max_sequence_length,
+    }
     return {
-        "status": "passed",
-        "samples_of": str(reference.folder.absolute()),
-        "step": record.get("step"),
-        "dtype": dtype,
-        "allowed": {"max_difference": tolerance.max_difference, "psnr": tolerance.psnr},
+        "folder": str(folder.absolute()),
+        "pipeline": _pipeline_class(folder),
+        "dtype": record.dtype,
+        "device": record.device,
+        "noise": str(work / "noise.safetensors"),
+        "frames": str(work / FRAMES),
         "samples": samples,
-        "seconds": round(time.monotonic() - began, 1),
+        "call": call,
     }
 
 
-def sample_afresh(folder: Path, record: Mapping[str, Any], images: Path | None = None) -> dict[str, torch.Tensor]:
-    """uint8 frames ``[T, H, W, 3]`` by name, from ``folder`` in a process that has diffusers alone. ``images``: the folder in which the
-    record's ``image`` of each sample lies, for image to video."""
-    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    channels, ratio = int(vae.get("latent_channels", 16)), int(vae.get("temporal_compression_ratio", 4))
-    transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    frames, _ = latent_frames(record["frames"], ratio, transformer.get("patch_size_t"))
-    shape = (1, frames, channels, record["height"] // 8, record["width"] // 8)
-    samples = [(f"{sample['id']}-seed{sample['seed']}", sample) for sample in record["samples"]]
-    with tempfile.TemporaryDirectory(prefix="cogflow-verify-") as temporary:
-        place = Path(temporary)
-        # init_noise_sigma is 1 for CogVideoX's schedulers: the noise is the initial latents.
-        save_file(
-            {name: noise_for(sample["seed"], sample["id"], shape) for name, sample in samples},
-            place / "noise.safetensors",
-        )
-        request = {
-            "folder": str(folder.absolute()),
-            "pipeline": _class(folder),
-            "dtype": record["dtype"],
-            "device": record["device"],
-            "noise": str(place / "noise.safetensors"),
-            "frames": str(place / FRAMES),
-            "samples": [
-                {
-                    "name": name,
-                    "text": sample["text"],
-                    "seed": step_generator(sample["seed"], sample["id"]).initial_seed(),
-                    "image": str(contained_file(images, sample["image"]).absolute())
-                    if images and sample.get("image")
-                    else None,
-                }
-                for name, sample in samples
-            ],
-            "call": {
-                "num_inference_steps": record["sampling"]["steps"],
-                "guidance_scale": record["sampling"]["guidance_scale"],
-                "use_dynamic_cfg": record["sampling"]["use_dynamic_cfg"],
-                "num_frames": record["frames"],
-                "height": record["height"],
-                "width": record["width"],
-                "max_sequence_length": record["max_sequence_length"],
-            },
-        }
-        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        _run(place)
-        return load_file(place / FRAMES)
-
-
-def _class(folder: Path) -> str:
-    """The pipeline's class by its model_index.json."""
+def _pipeline_class(folder: Path) -> str:
     return str(json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["_class_name"])
 
 
-def difference(found: torch.Tensor | None, expected: torch.Tensor) -> dict[str, float]:
-    """``psnr`` in dB (100 for equal frames) and ``max_difference`` of two uint8 clips. A missing clip or another shape is worst."""
-    if found is None or found.shape != expected.shape:
-        return {"psnr": 0.0, "max_difference": 255}
-    gap = (found.int() - expected.int()).abs()
-    error = float(gap.double().square().mean())
-    psnr = IDENTICAL if error == 0 else min(IDENTICAL, 10 * math.log10(255**2 / error))
-    return {"psnr": round(psnr, 3), "max_difference": int(gap.max())}
-
-
-def _run(place: Path) -> None:
-    """Run the script on ``place/request.json``. ``-I``: neither PYTHONPATH nor the working folder can bring cogflow in."""
-    command = [sys.executable, "-I", str(SCRIPT), str(place / "request.json")]
-    # It samples alone, whatever this process is part of.
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    with open(place / "errors.txt", "w", encoding="utf-8") as errors:
-        ended = subprocess.run(command, env=kept | {"HF_HUB_OFFLINE": "1"}, stderr=errors, check=False)
+def _run_script(work: Path) -> None:
+    """Run the script on ``work/request.json``. ``-I``: neither PYTHONPATH nor the working folder can make cogflow
+    importable.
+    """
+    command = [sys.executable, "-I", str(SCRIPT), str(work / "request.json")]
+    # The script is one process, also when this process is one of several ranks.
+    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in distributed} | {"HF_HUB_OFFLINE": "1"}
+    with (work / "errors.txt").open("w", encoding="utf-8") as errors:
+        ended = subprocess.run(command, env=environment, stderr=errors, check=False)
     if ended.returncode != 0:
-        lines = (place / "errors.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = (work / "errors.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise QualityGateError(
-            f"The assembled pipeline does not load or run with diffusers alone (exit code {ended.returncode}):\n{format_list(lines[-5:])}",
-            "The components load one by one or not at all; the last lines of its output are above.",
+            "The assembled pipeline does not load or run with diffusers alone "
+            f"(exit code {ended.returncode}):\n{format_list(lines[-5:])}",
+            "The last lines of the process's output are above. Load the components one by one to find the wrong one.",
         )

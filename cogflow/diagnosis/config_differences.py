@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cogflow.assemble.components import CONFIGS, STEMS, PipelineComponent
-from cogflow.assemble.consistency import ARCHITECTURE, TRAINED
+from cogflow.assemble.components import STEMS, PipelineComponent
+from cogflow.assemble.expectations import ARCHITECTURE, TRAINED
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
 from cogflow.diagnosis.severity import IGNORED, OTHER, SEVERITY
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
+from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import Family
 from cogflow.weights.tensor_source import WeightsFolder
 
@@ -107,9 +108,9 @@ def _expected(candidate: DiagnosisInput, reference: DiagnosisInput, known: set[s
         part = candidate.parts.get(component)
         if part is None or not part.class_name or key not in expected or f"{component}.{key}" in known:
             continue
-        if not same(part.settings.get(key), expected[key]):
+        if not same(part.settings.get(key), expected[key].value):
             harm, why = SEVERITY[component, key]
-            fix = setting(component, key, expected[key])
+            fix = setting(component, key, expected[key].value)
             yield DiagnosisFinding(
                 "facts",
                 component,
@@ -117,7 +118,7 @@ def _expected(candidate: DiagnosisInput, reference: DiagnosisInput, known: set[s
                 key,
                 False,
                 part.settings.get(key),
-                expected[key],
+                expected[key].value,
                 candidate.rung,
                 harm,
                 why,
@@ -126,7 +127,8 @@ def _expected(candidate: DiagnosisInput, reference: DiagnosisInput, known: set[s
     transformer = candidate.parts.get("transformer")
     if transformer is None or not transformer.class_name:
         return
-    length = expected.get("max_sequence_length")
+    wanted_length = expected.get("max_sequence_length")
+    length = wanted_length and wanted_length.value
     if (
         length is not None
         and transformer.settings.get("max_text_seq_length") != length
@@ -154,7 +156,7 @@ def _architecture(
 def _called(candidate: DiagnosisInput, reference: DiagnosisInput) -> Iterator[DiagnosisFinding]:
     """How the pipeline is called, where both sides have it on record."""
     for key in CALLED:
-        mine, other = candidate.sampling.get(key), reference.sampling.get(key)
+        mine, other = getattr(candidate.sampling, key, None), getattr(reference.sampling, key, None)
         if mine is not None and other is not None and not same(mine, other):
             harm, why = SEVERITY["sampling", key]
             yield DiagnosisFinding(

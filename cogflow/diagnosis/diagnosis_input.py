@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from cogflow.assemble.components import CONFIGS, PipelineComponent, read_part
-from cogflow.assemble.consistency import expectations, family_of
+from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD
+from cogflow.assemble.components import PipelineComponent, read_component
+from cogflow.assemble.expectations import Expectation, expectations, family_of
 from cogflow.config.schema import ModelConfig
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.errors import ConfigError, PipelineError
+from cogflow.files.record_io import read_record
+from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import FAMILY, Family
 from cogflow.models.loading import model_folder
+from cogflow.records.pipeline_records import AssemblyRecord, PipelineSampling, TransformerOrigin
+from cogflow.records.sample_records import SamplesRecord
+from cogflow.records.training_records import ModelIdentity, TrainedWith
 from cogflow.sampling import gallery
 from cogflow.weights.source import TRAINER, find_source
-from cogflow.weights.tensor_source import read_json
 
 UNREADABLE = "It cannot be read."
-SAMPLING = ("steps", "guidance_scale", "use_dynamic_cfg")
-SHAPE = ("height", "width", "frames", "fps", "dtype", "max_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class DiagnosisInput:
     place: Path | None
     parts: dict[str, PipelineComponent]
     family: Family | None
-    expected: dict[str, Any]
-    sampling: dict[str, Any] = field(default_factory=dict)
+    expected: dict[str, Expectation]
+    sampling: PipelineSampling | None = None
     run: Path | None = None
     problems: list[DiagnosisFinding] = field(default_factory=list)
     rung: int = 5
@@ -46,9 +48,9 @@ class DiagnosisInput:
         return set(self.parts) == set(CONFIGS) and all(part.class_name for part in self.parts.values())
 
     @property
-    def made(self) -> dict[str, Any]:
-        """What is known of the training of its transformer."""
-        return self.parts["transformer"].made if "transformer" in self.parts else {}
+    def training(self) -> TransformerOrigin:
+        """How its transformer was trained."""
+        return self.parts["transformer"].training if "transformer" in self.parts else TransformerOrigin()
 
 
 def resolve(place: Path | None, model: ModelConfig, role: str, other: DiagnosisInput | None = None) -> DiagnosisInput:
@@ -69,22 +71,25 @@ def resolve(place: Path | None, model: ModelConfig, role: str, other: DiagnosisI
         return _of_parts(role, place, dict.fromkeys(CONFIGS, place), 5)
     if (place / "pipeline" / "model_index.json").is_file():
         found = _of_parts(role, place / "pipeline", dict.fromkeys(CONFIGS, place / "pipeline"), 5)
-        return replace(found, place=place, run=place, sampling=found.sampling | _recorded(place))
+        return replace(found, place=place, run=place, sampling=_recorded(place) or found.sampling)
     if (place / "export" / "export.json").is_file():
         place = place / "export"
     if (place / "export.json").is_file():
-        transformer, _ = read_part("transformer", place)
+        transformer, _ = read_component("transformer", place)
         return _with_base(role, place, transformer, model, 5)
     if (place / "checkpoints").is_dir() or (place / TRAINER).is_file():
         source = find_source(place, "auto")
-        transformer, _ = read_part("transformer", source.folder)
-        known = {
-            key: source.trainer[key]
-            for key in ("family", "model", "trained_with")
-            if source.trainer.get(key) is not None
-        }
-        made = {**known, "step": source.step, "weights": source.weights, "source": str(source.origin)}
-        return _with_base(role, place, replace(transformer, made=made), model, 4)
+        transformer, _ = read_component("transformer", source.folder)
+        trainer = source.trainer
+        training = TransformerOrigin(
+            source=str(source.origin),
+            step=source.step,
+            weights=source.weights,
+            family=trainer.get("family"),
+            model=ModelIdentity(**trainer["model"]) if trainer.get("model") else None,
+            trained_with=TrainedWith(**trainer["trained_with"]) if trainer.get("trained_with") else None,
+        )
+        return _with_base(role, place, replace(transformer, training=training), model, 4)
     raise PipelineError(
         f"stage.{role}={place} is neither a pipeline folder, nor a run, an export or a checkpoint.",
         "A pipeline folder has model_index.json, a run checkpoints/, an export export.json.",
@@ -98,25 +103,14 @@ def _declared(model: ModelConfig, role: str) -> DiagnosisInput:
             f"There is nothing to hold the candidate against: stage.{role} is not given and model={model.name} declares nothing.",
             f"Give stage.{role}=FOLDER, or model= one of {', '.join(FAMILY)}.",
         )
-    scheduler = family.scheduler_config()
-    expected = {
-        key: scheduler[key]
-        for key in ("snr_shift_scale", "prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
-    }
-    expected |= {"scaling_factor": family.scaling_factor, "max_sequence_length": family.text_tokens}
-    if family.image_to_video:
-        expected["invert_scale_latents"] = family.invert_scale_latents
-    return DiagnosisInput(role, None, {}, family, expected)
+    declared = PipelineComponent("transformer", Path(), "", {})
+    return DiagnosisInput(role, None, {}, family, expectations(declared, family))
 
 
 def _with_base(role: str, place: Path, transformer: PipelineComponent, model: ModelConfig, rung: int) -> DiagnosisInput:
     """A transformer alone, with everything else from the model it was trained from."""
-    trained = transformer.made.get("model") or {}
-    named = (
-        model
-        if model.path is not None or not trained.get("name")
-        else ModelConfig(name=trained["name"], path=trained.get("path"))
-    )
+    trained = transformer.training.model
+    named = model if model.path is not None or trained is None else ModelConfig(name=trained.name, path=trained.path)
     base = model_folder(named)
     side = _of_parts(
         role, place, {name: base for name in CONFIGS if name != "transformer"}, rung, {"transformer": transformer}
@@ -131,7 +125,7 @@ def _of_parts(
     problems = []
     for name, folder in places.items():
         try:
-            parts[name], refused = read_part(name, folder)
+            parts[name], refused = read_component(name, folder)
         except PipelineError as error:
             refused = [error.message]
         problems += [
@@ -141,20 +135,28 @@ def _of_parts(
     transformer = parts.get("transformer")
     family = family_of(transformer) if transformer is not None else None
     expected = expectations(transformer, family) if transformer is not None else {}
-    made = transformer.made if transformer is not None else {}
-    source = Path(str(made.get("source", "")))
+    source = Path((transformer.training.source if transformer is not None else None) or "")
     run = source.parent.parent if source.parent.name == "checkpoints" and source.parent.is_dir() else None
-    sampling = _recorded(run) if run is not None else {}
-    if (place / "assembly.json").is_file():
-        sampling |= read_json(place / "assembly.json").get("sampling") or {}
+    sampling = _recorded(run) if run is not None else None
+    if (place / ASSEMBLY).is_file():
+        sampling = read_record(place / ASSEMBLY, AssemblyRecord).sampling
     return DiagnosisInput(role, place, parts, family, expected, sampling, run, problems, rung)
 
 
-def _recorded(run: Path) -> dict[str, Any]:
-    """How the run's newest samples were made."""
+def _recorded(run: Path) -> PipelineSampling | None:
+    """Return how the run's newest samples were made, or ``None``."""
     newest = gallery.newest(run / "samples")
     if newest is None:
-        return {}
-    record = gallery.read_record(newest)
-    found = {key: record["sampling"][key] for key in SAMPLING if key in record["sampling"]}
-    return found | {key: record[key] for key in SHAPE if key in record}
+        return None
+    record = read_record(newest / SAMPLES_RECORD, SamplesRecord)
+    return PipelineSampling(
+        height=record.height,
+        width=record.width,
+        frames=record.frames,
+        fps=record.fps,
+        steps=record.sampling.steps,
+        guidance_scale=record.sampling.guidance_scale,
+        use_dynamic_cfg=record.sampling.use_dynamic_cfg,
+        dtype=record.dtype,
+        max_sequence_length=record.max_sequence_length,
+    )

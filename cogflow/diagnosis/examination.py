@@ -26,6 +26,7 @@ from cogflow.diagnosis.weight_evidence import weigh_evidence
 from cogflow.errors import QualityGateError
 from cogflow.models.loading import SAFETENSORS_ONLY
 from cogflow.models.onednn import by_onednn
+from cogflow.records.pipeline_records import PipelineSampling, VerifyRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.sampling.prompts import prompts_for
@@ -135,14 +136,13 @@ class Examination:
 
     def renderer(self) -> Renderer:
         if self._render is None:
-            called = self.candidate.sampling | self.reference.sampling
+            called = self.reference.sampling or self.candidate.sampling
             data = self._data()
             prompts = prompts_for(self.config.sampling.prompts, data.name if data.name == "shapes" else "shapes", [])[
                 : self.stage.prompts
             ]
             self._render = Renderer(
-                prompts, self.config.sampling, frames=int(called.get("frames", data.frames)), height=int(called.get("height", data.height)),
-                width=int(called.get("width", data.width)), device=self.device, dtype=self._dtype(),
+                prompts, self.config.sampling, frames=(called or data).frames, height=(called or data).height, width=(called or data).width, device=self.device, dtype=self._dtype(),
             )  # fmt: skip
         return self._render
 
@@ -164,20 +164,22 @@ class Examination:
             self._target = target
         return self._target
 
-    def called(self) -> dict[str, Any]:
+    def called(self) -> PipelineSampling:
         """How to sample the mended pipeline, for its card."""
         data, sampling = self._data(), self.config.sampling
-        how = {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps, "dtype": "fp32"}
-        how |= {
-            "steps": sampling.steps,
-            "guidance_scale": sampling.guidance_scale,
-            "use_dynamic_cfg": sampling.use_dynamic_cfg,
-        }
-        return how | {
-            key: value for key, value in (self.reference.sampling | self.candidate.sampling).items() if key in how
-        }
+        recorded = self.candidate.sampling or self.reference.sampling
+        return recorded or PipelineSampling(
+            height=data.height,
+            width=data.width,
+            frames=data.frames,
+            fps=data.fps,
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            use_dynamic_cfg=sampling.use_dynamic_cfg,
+            dtype="fp32",
+        )
 
-    def prove(self, partial: Path) -> dict[str, Any]:
+    def prove(self, partial: Path) -> VerifyRecord:
         """That the mended folder has no fault left in its facts, and samples as it should."""
         side = resolve(partial, ModelConfig(name="auto"), "candidate")
         found = compare_configs(side, self.reference).findings
@@ -187,11 +189,8 @@ class Examination:
                 f"The mended folder is not healed: {', '.join(left)} still differ.", "Give stage.reference=FOLDER."
             )
         if self.goal is None or self._target is None:
-            return {
-                "status": "skipped",
-                "reason": "there is no reference to sample",
-                "line": "its facts are as they should be; not sampled",
-            }
+            reason, line = "there is no reference to sample", "its facts are as they should be; not sampled"
+            return VerifyRecord("skipped", reason=reason, line=line)
         mix = replace(mix_of(side, self.config.sampling), sampling=self._target.sampling)
         self.healed, failed = attempt(self.renderer(), mix)
         before, after = psnr(self.found, self.goal), psnr(self.healed, self.goal)
@@ -200,7 +199,7 @@ class Examination:
                 f"The mended folder is not healed: {failed or shown(after)} against how it should look.", ""
             )
         line = f"samples {shown(after)} against how they should look, {shown(before)} before"
-        return {"status": "healed", "reason": "", "line": line, "before": before, "after": after}
+        return VerifyRecord("repaired", line=line, before=before, after=after)
 
     def pictures(self) -> dict[str, dict[str, torch.Tensor]]:
         """By sample: the frames of each side, for the page."""
@@ -264,11 +263,11 @@ class Examination:
 
     def _data(self) -> DataConfig:
         family = self.candidate.family
-        if family is None or self.candidate.sampling:
-            called = self.candidate.sampling
-            sizes = (int(called.get(key, getattr(self.config.data, key))) for key in ("frames", "height", "width"))
-            frames, height, width = sizes
-            return replace(self.config.data, frames=frames, height=height, width=width)
+        called = self.candidate.sampling
+        if called is not None:
+            return replace(self.config.data, frames=called.frames, height=called.height, width=called.width)
+        if family is None:
+            return self.config.data
         return replace(
             self.config.data, frames=family.frames, height=family.height, width=family.width, fps=float(family.fps)
         )

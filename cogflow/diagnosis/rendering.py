@@ -14,9 +14,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
-from cogflow.assemble.components import CONFIGS, PipelineComponent
+from cogflow.assemble.components import PipelineComponent
 from cogflow.config.schema import SamplingConfig
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
+from cogflow.models.code_check import CONFIGS
 from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts
 from cogflow.models.onednn import by_onednn
 from cogflow.sampling.prompts import Prompt
@@ -60,9 +61,10 @@ class Rendered:
 
 def mix_of(side: DiagnosisInput, sampling: SamplingConfig) -> Mix:
     """Everything from one side, called as it is on record; what is not comes from ``sampling``."""
-    called = {name: side.sampling.get(name, getattr(sampling, name)) for name in ("guidance_scale", "use_dynamic_cfg")}
+    recorded = side.sampling
+    called = {name: getattr(recorded or sampling, name) for name in ("guidance_scale", "use_dynamic_cfg")}
     length = side.parts["transformer"].settings.get("max_text_seq_length") or 226
-    called["max_sequence_length"] = side.sampling.get("max_sequence_length", length)
+    called["max_sequence_length"] = (recorded.max_sequence_length if recorded else None) or length
     return Mix({name: Choice(side.parts[name]) for name in CONFIGS}, tuple(sorted(called.items())))
 
 

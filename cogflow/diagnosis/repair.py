@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogflow.assemble.components import CONFIGS
-from cogflow.assemble.config_overrides import set_values
-from cogflow.assemble.consistency import check_parts
-from cogflow.assemble.pipeline_folder import assemble
+from cogflow.assemble.components import override_settings
+from cogflow.assemble.consistency import check_components
+from cogflow.assemble.pipeline_folder import PipelinePlan, write_pipeline
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.errors import PipelineError
+from cogflow.models.code_check import CONFIGS
+from cogflow.records.pipeline_records import AssemblyRecord, PipelineSampling, VerifyRecord
 
-Proof = Callable[[Path], dict[str, Any]]
+Proof = Callable[[Path], VerifyRecord]
 
 
 def repair(
-    output: Path, candidate: DiagnosisInput, reference: DiagnosisInput, guilty: Sequence[DiagnosisFinding], called: dict[str, Any], proof: Proof
-) -> tuple[dict[str, Any], list[DiagnosisFinding]]:  # fmt: skip
+    output: Path, candidate: DiagnosisInput, reference: DiagnosisInput, guilty: Sequence[DiagnosisFinding], called: PipelineSampling, proof: Proof
+) -> tuple[AssemblyRecord, list[DiagnosisFinding]]:  # fmt: skip
     """Publish ``output``; returns its assembly.json, and what no field can mend and no reference was there for (dtypes).
 
     ``proof`` is given the unpublished folder, and raises QualityGateError if it is not healed. ``called``: how to sample, for the card.
@@ -31,7 +33,7 @@ def repair(
     for component in dict.fromkeys(finding.component for finding in guilty):
         mine = [finding for finding in guilty if finding.component == component]
         if component == "sampling":
-            called = called | {finding.name: finding.reference for finding in mine}
+            called = replace(called, **{finding.name: finding.reference for finding in mine})
         elif all(finding.kind == "config" for finding in mine) and component in parts and component != "tokenizer":
             fields[component] = {finding.name: finding.reference for finding in mine}
         elif component in reference.parts:
@@ -48,6 +50,6 @@ def repair(
         raise PipelineError(
             f"The mended pipeline would have no {', '.join(sorted(missing))}.", "Give stage.reference=FOLDER."
         )
-    parts = set_values(parts, fields)
-    expected = check_parts(parts, [], force=[finding.place for finding in left])
-    return assemble(output, parts, expected, called, proof), left
+    parts = override_settings(parts, fields)
+    checks = check_components(parts, [], force=[finding.place for finding in left])
+    return write_pipeline(output, PipelinePlan(parts, checks, called), proof), left

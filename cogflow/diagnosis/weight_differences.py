@@ -242,17 +242,17 @@ def _another_run(
     name: str, side: DiagnosisInput, reference: DiagnosisInput, rest: list[Pair], usual: float
 ) -> Iterator[DiagnosisFinding]:
     """All tensors moved a little. Is that the finetuning that the candidate's record tells of, or not?"""
-    ours, theirs = side.made, reference.made
+    ours, theirs = side.training, reference.training
     if name == "transformer":
-        if theirs.get("source") is None:
+        if theirs.source is None:
             return  # held against a base model: a finetune of it
-        if ours.get("source") is not None and ours["source"] != theirs["source"]:
-            why = f"Another training than the reference's: {ours['source']}, not {theirs['source']}."
+        if ours.source is not None and ours.source != theirs.source:
+            why = f"Another training than the reference's: {ours.source}, not {theirs.source}."
             yield DiagnosisFinding("weights", name, "training", "", False, round(usual, 6), 0.0, side.rung, 0.2, why)
             return
         told = (
             "its record names the reference's own training"
-            if ours.get("source") is not None
+            if ours.source is not None
             else "it has no record of its training"
         )
         why = f"{len(rest)} tensors differ by {usual:.2g} of their size, and {told}: weights of another run or step."

@@ -57,6 +57,15 @@ class TransformerOrigin:
 
 
 @dataclass(frozen=True)
+class ExportedTransformer(TransformerOrigin, Record):
+    """The keys of ``export.json`` that a pipeline keeps."""
+
+    file_name: ClassVar[str] = "export.json"
+    advice: ClassVar[str] = "Export the transformer again."
+    error: ClassVar[type[UserError]] = PipelineError
+
+
+@dataclass(frozen=True)
 class ContradictionRecord:
     """A contradiction that ``stage.force`` passed over: ``key`` has ``value`` by ``source``, and should have
     ``needed``."""

@@ -1,28 +1,32 @@
-"""stage=assemble: components from different places become one checked pipeline folder, which gives the run's own videos."""
+"""stage=assemble: gather components from different places, check that they belong together, and publish one pipeline
+folder.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.assemble import hub
-from cogflow.assemble.card_context import CardContext
-from cogflow.assemble.component_hashes import altered, hash_parts, total_bytes
 from cogflow.assemble.component_sources import ComponentSource, ExportOptions, base_of, find, read_parts
-from cogflow.assemble.components import CONFIGS, PipelineComponent
-from cogflow.assemble.config_overrides import set_values
-from cogflow.assemble.consistency import check_parts
-from cogflow.assemble.pipeline_folder import assemble
-from cogflow.assemble.sampling_settings import how_to_sample
-from cogflow.assemble.verification import Reference, find_reference, verify
+from cogflow.assemble.components import PipelineComponent, override_settings
+from cogflow.assemble.consistency import ConsistencyResult, check_components
+from cogflow.assemble.expectations import incompatible
+from cogflow.assemble.model_card import CardContext
+from cogflow.assemble.pipeline_folder import PipelinePlan, write_pipeline
+from cogflow.assemble.stored_files import changed_files, hash_components, total_bytes
+from cogflow.assemble.verification import Comparison, Reference, find_reference, sampling_settings, verify
+from cogflow.config.build import show
 from cogflow.config.schema import AssembleStage, Config
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
+from cogflow.files.record_io import record_values
+from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import FAMILY
+from cogflow.records.pipeline_records import AssemblyRecord, VerifyRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
 from cogflow.runtime.progress import progress
@@ -31,184 +35,205 @@ from cogflow.tracking.stage_record import command_line
 from cogflow.tracking.tracker import Tracker, open_tracker
 
 
+@dataclass(frozen=True)
+class Job:
+    """One assembly: its settings, the run folder, the folder to write, and when it started (``time.time()``)."""
+
+    config: Config[AssembleStage]
+    run: Path
+    output: Path
+    started: float
+
+
 def run(config: Config[AssembleStage]) -> None:
     """Assemble ``stage.output`` and write ``<run>/assemble.json``. Rank 0 works, the others wait."""
     if ranks.is_main():
-        _assemble(config)
+        folder, output = run_folder(config.run), config.stage.output
+        target = Path(output).expanduser() if output else RunLayout(folder).pipeline
+        assemble(Job(config, folder, target, time.time()))
     ranks.barrier()
 
 
-def _assemble(config: Config[AssembleStage]) -> None:
-    started = time.time()
-    stage = config.stage
-    folder = run_folder(config.run)
-    output = Path(stage.output).expanduser() if stage.output else folder / "pipeline"
-    parts, problems = gather(config, stage, folder)
-    parts = set_values(parts, stage.set)
-    with progress(total_bytes(parts), "hashed", unit="bytes") as bar:
-        hashes, known = hash_parts(parts, lambda count, name: bar.advance(count, note=name), rehash=stage.rehash)
+def assemble(job: Job) -> None:
+    """Gather, check, write, verify, report and upload."""
+    stage = job.config.stage
+    components, problems = gather_components(job)
+    components = override_settings(components, stage.set)
+    hashes = hash_files(components, rehash=stage.rehash)
+    contradictions = [one for component in components.values() for one in changed_files(component, hashes)]
+    family = FAMILY.get(job.config.model.name)
+    checks = check_components(components, problems, found=contradictions, force=stage.force, family=family)
+    echo_manual_decisions(checks, components)
+
+    transformer = components["transformer"]
+    trained_by = training_run(transformer)
+    runs = dict.fromkeys([*([trained_by] if trained_by else []), job.run.absolute()])
+    reference, reason = find_reference(runs, transformer)
+    plan = PipelinePlan(
+        components=components,
+        checks=checks,
+        sampling=sampling_settings(job.config, reference, transformer),
+        hashes=hashes,
+        link=stage.link,
+        card=CardContext(trained_by, reference.folder if reference else None, command_line()),
+    )
+
+    def check(partial: Path) -> VerifyRecord:
+        if not stage.verify:
+            return VerifyRecord("skipped", reason="stage.verify=false")
+        if reference is None:
+            return VerifyRecord("skipped", reason=reason)
+        echo(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was sampled")
+        return verify(partial, reference, transformer.training.dtype, lambda found: store_last_rung(reference, found))
+
+    try:
+        assembly = write_pipeline(job.output, plan, check)
+    except QualityGateError:
+        with open_tracker(job.config, "assemble", job.run) as tracker:
+            report_ladder(tracker, reference)
+        raise
+    report_result(job, assembly, reference)
+
+
+def gather_components(job: Job) -> tuple[dict[str, PipelineComponent], list[str]]:
+    """Return each component from its own place, from the run's export, or from the base; and the problems of each.
+
+    Raises :class:`PipelineError` when there is no transformer to determine the base by.
+    """
+    config, stage = job.config, job.config.stage
+    facts = {key: value for key, value in asdict(stage.facts).items() if value is not None}
+    options = ExportOptions(config.model.name, stage.weights, stage.dtype, facts, tuple(stage.config))
+    components: dict[str, PipelineComponent] = {}
+    problems: list[str] = []
+
+    def read(places: Mapping[str, tuple[str, Path]]) -> None:
+        sources: dict[str, ComponentSource] = {}
+        for name, (option, place) in places.items():
+            try:
+                sources[name] = find(name, option, place)
+            except PipelineError as error:
+                problems.append(error.message)
+                components[name] = PipelineComponent(name, place, "", {})
+        found, reading_problems = read_parts(sources, RunLayout(job.run).parts, options)
+        components.update(found)
+        problems.extend(reading_problems)
+
+    chosen = {name: getattr(stage, name) for name in CONFIGS}
+    named = {name: (f"stage.{name}", Path(place)) for name, place in chosen.items() if place is not None}
+    if "transformer" not in named:
+        named["transformer"] = ("the run's export", own_export(job.run))
+    read({name: named[name] for name in CONFIGS if name in named})
+    missing = [name for name in CONFIGS if name not in components]
+    if missing:
+        if stage.base is None and not components["transformer"].class_name:
+            raise incompatible(problems)
+        option = "the model that was trained" if stage.base is None else f"stage.base={stage.base}"
+        base = base_of(components["transformer"], config.model) if stage.base is None else Path(stage.base).expanduser()
+        read(dict.fromkeys(missing, (option, base)))
+    return {name: components[name] for name in CONFIGS}, problems
+
+
+def own_export(run: Path) -> Path:
+    """Return the run's export. Raises :class:`PipelineError` when it does not exist."""
+    export = RunLayout(run).export
+    if not export.is_dir():
+        raise PipelineError(f"{export} does not exist.", "Run stage=export first, or give stage.transformer=FOLDER.")
+    return export
+
+
+def hash_files(components: Mapping[str, PipelineComponent], *, rehash: bool) -> dict[Path, str]:
+    """Return the sha256 of every file by path."""
+    with progress(total_bytes(components), "hashed", unit="bytes") as bar:
+        hashes, known = hash_components(components, lambda count, name: bar.advance(count, note=name), rehash=rehash)
     if known:
         echo(
-            f"{known / 1e9:.2f} GB of them were not read again: unchanged since they were hashed before (stage.rehash=true reads them)"
+            f"{known / 1e9:.2f} GB were not read again: unchanged since they were hashed (stage.rehash=true reads them)"
         )
-    changed = [one for part in parts.values() for one in altered(part, hashes)]
-    expected = check_parts(parts, problems, found=changed, force=stage.force, family=FAMILY.get(config.model.name))
-    _warn(expected, parts)
-    reference, reason = find_reference(_runs(folder, parts["transformer"]), parts["transformer"])
-
-    def check(partial: Path) -> dict[str, Any]:
-        if not stage.verify:
-            return {"status": "skipped", "reason": "stage.verify=false"}
-        if reference is None:
-            return {"status": "skipped", "reason": reason}
-        echo(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was")
-
-        from cogflow.ladder import sample_rungs
-        from cogflow.sharpness.metrics import measure
-
-        def measured(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-            sample_rungs.exported(
-                _run_of(reference), found, expected, {name: measure(frames) for name, frames in found.items()}, facts
-            )
-
-        return verify(partial, reference, parts["transformer"].made.get("dtype"), measured)
-
-    story = CardContext(
-        _trained_in(folder, parts["transformer"]), reference.folder if reference else None, command_line()
-    )
-    try:
-        how = how_to_sample(config, reference, parts["transformer"])
-        assembly = assemble(output, parts, expected, how, check, link=stage.link, hashes=hashes, story=story)
-    except QualityGateError:
-        with open_tracker(config, "assemble", folder) as tracker:
-            _tell_ladder(tracker, reference)
-        raise
-    _tell(config, folder, output, assembly, reference, started)
+    return hashes
 
 
-def gather(
-    config: Config[AssembleStage], stage: AssembleStage, folder: Path
-) -> tuple[dict[str, PipelineComponent], list[str]]:
-    """Each component from its own place, from the export, or from the base; and what is wrong with each by itself."""
-    facts = {key: value for key, value in asdict(stage.facts).items() if value is not None}
-    wishes = ExportOptions(config.model.name, stage.weights, stage.dtype, facts, tuple(stage.config))
-    sources: dict[str, ComponentSource] = {}
-    problems: list[str] = []
-    parts: dict[str, PipelineComponent] = {}
-
-    def look(name: str, key: str, place: Path) -> None:
-        try:
-            sources[name] = find(name, key, place)
-        except PipelineError as error:
-            problems.append(error.message)
-            parts[name] = PipelineComponent(name, place, "", {})
-
-    for name in CONFIGS:
-        if (named := getattr(stage, name)) is not None:
-            look(name, f"stage.{name}", Path(named))
-        elif name == "transformer":
-            if not (folder / "export").is_dir():
-                raise PipelineError(
-                    f"{folder / 'export'} does not exist.", "Run stage=export first, or name stage.transformer=FOLDER."
-                )
-            look(name, "the run's export", folder / "export")
-    made, found = read_parts(sources, folder / "parts", wishes)
-    parts |= made
-    problems += found
-    left = [name for name in CONFIGS if name not in parts]
-    base, key = Path(stage.base or "").expanduser(), f"stage.base={stage.base}"
-    if left and stage.base is None:
-        if parts["transformer"].class_name == "":
-            raise PipelineError(
-                "These components do not make one pipeline:\n" + "\n".join(f"  {line}" for line in problems)
-            )
-        base, key = base_of(parts["transformer"], config.model), "the model that was trained"
-    sources.clear()
-    for name in left:
-        look(name, key, base)
-    made, found = read_parts(sources, folder / "parts", wishes)
-    return {name: (parts | made)[name] for name in CONFIGS}, [*problems, *found]
+def echo_manual_decisions(checks: ConsistencyResult, components: Mapping[str, PipelineComponent]) -> None:
+    """Print what stage.force and stage.set decided."""
+    for one in checks.forced:
+        needed = f"{one.why} {one.needed} ({one.needed_source})"
+        echo(f"warning: stage.force: {one.key} is {show(one.value)}; {needed}")
+    for key in checks.not_needed:
+        echo(f"note: stage.force={key}: nothing contradicts it")
+    for component in components.values():
+        for key, (before, now) in component.overrides.items():
+            echo(f"note: stage.set: {component.name}.{key} is {now}; {component.folder} has {before}")
 
 
-def _runs(folder: Path, transformer: PipelineComponent) -> list[Path]:
-    """Runs whose samples may be of this transformer: the one its checkpoint lies in, and this one."""
-    trained = _trained_in(folder, transformer)
-    return list(dict.fromkeys([*([trained] if trained else []), folder.absolute()]))
-
-
-def _trained_in(folder: Path, transformer: PipelineComponent) -> Path | None:
-    """The run that the transformer's checkpoint lies in."""
-    source = Path(str(transformer.made.get("source", "")))
+def training_run(transformer: PipelineComponent) -> Path | None:
+    """Return the run that contains the transformer's checkpoint, or ``None``."""
+    source = Path(transformer.training.source or "")
     return source.parent.parent if source.parent.name == "checkpoints" else None
 
 
-def _run_of(reference: Reference) -> Path:
-    """The run that the samples belong to: its ladder gets the last rung."""
-    return reference.folder.parent.parent
+def store_last_rung(reference: Reference, comparison: Comparison) -> None:
+    """Store the last rung of the sharpness ladder of the reference's run: the folder's samples beside the run's own."""
+    # Imported here: an assembly without samples does not need the memory of the statistics.
+    from cogflow.ladder import sample_rungs
+    from cogflow.sharpness.metrics import measure
+
+    facts = {
+        "psnr": {sample.name: sample.psnr for sample in comparison.samples},
+        "allowed": asdict(comparison.tolerance),
+        "failed": comparison.failed,
+        "dtype": comparison.dtype,
+        "step": reference.record.step,
+    }
+    metrics = {name: measure(frames) for name, frames in comparison.found.items()}
+    sample_rungs.exported(reference.run, comparison.found, comparison.expected, metrics, facts)
 
 
-def _tell_ladder(tracker: Tracker, reference: Reference | None) -> None:
-    from cogflow.ladder import (
-        ladder_report,  # with all of the statistics, which an assembly without samples need not hold
-    )
+def report_ladder(tracker: Tracker, reference: Reference | None) -> None:
+    """Report the sharpness ladder of the reference's run."""
+    from cogflow.ladder import ladder_report
 
     if reference is not None:
-        ladder_report.tell(tracker, _run_of(reference), int(reference.record.get("step") or 0))
+        ladder_report.tell(tracker, reference.run, reference.record.step or 0)
 
 
-def _warn(expected: dict[str, Any], parts: dict[str, PipelineComponent]) -> None:
-    """What was decided by hand never passes silently."""
-    for one in expected.get("forced", []):
-        echo(
-            f"warning: stage.force: {one['key']} is {one['value']}; {one['why']} {one['needed']} ({one['needed_source']})"
-        )
-    for key in expected.get("not_needed", []):
-        echo(f"note: stage.force={key}: nothing contradicts it")
-    for part in parts.values():
-        for key, (before, now) in part.set.items():
-            echo(f"note: stage.set: {part.name}.{key} is {now}; {part.folder} has {before}")
-
-
-def _tell(
-    config: Config[AssembleStage],
-    folder: Path,
-    output: Path,
-    assembly: dict[str, Any],
-    reference: Reference | None,
-    started: float,
-) -> None:
-    stage, verified = config.stage, assembly["verify"]
-    rows = [[name, part["class"], part.get("link", ""), part["from"]] for name, part in assembly["components"].items()]
+def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | None) -> None:
+    """Print the components, log to the tracker, write ``<run>/assemble.json``, and upload the folder if asked."""
+    rows = [[name, one.class_name, one.link or "", one.origin] for name, one in assembly.components.items()]
     columns = ["component", "class", "weights", "from"]
     table(rows, columns)
-    if verified["status"] == "passed":
-        lowest = min(sample["psnr"] for sample in verified["samples"])
-        line = f"{len(verified['samples'])} samples of a fresh process equal the run's (lowest PSNR {lowest:.1f} dB)"
+    samples = assembly.verify.samples if assembly.verify is not None and assembly.verify.samples else []
+    lowest = min((sample.psnr for sample in samples), default=None)
+    if lowest is not None:
+        summary = f"{len(samples)} samples of a fresh process equal the run's (lowest PSNR {lowest:.1f} dB)"
     else:
-        line = f"assembled; not compared with samples: {verified['reason']}"
-        echo(f"warning: {line}")
-    with open_tracker(config, "assemble", folder) as tracker:
-        if verified["status"] == "passed" and reference is not None:
-            tracker.log(verified["step"] or 0, {"assemble/psnr": lowest})
-            _tell_ladder(tracker, reference)
-        for one in assembly.get("forced", []):
-            tracker.alert(
-                "assembled in spite of a contradiction", f"{one['key']} is {one['value']}; {one['why']} {one['needed']}"
-            )
+        summary = f"assembled; not compared with samples: {assembly.verify and assembly.verify.reason}"
+        echo(f"warning: {summary}")
+    with open_tracker(job.config, "assemble", job.run) as tracker:
+        if lowest is not None and reference is not None:
+            tracker.log(reference.record.step or 0, {"assemble/psnr": lowest})
+            report_ladder(tracker, reference)
+        for one in assembly.forced or []:
+            text = f"{one.key} is {show(one.value)}; {one.why} {one.needed}"
+            tracker.alert("assembled in spite of a contradiction", text)
         tracker.table("assemble/components", columns, rows)
-        tracker.artifact("pipeline", "pipeline", output, uses=["export"])
-    inputs = {name: {"from": part["from"], "files": part["files"]} for name, part in assembly["components"].items()}
-    results: dict[str, Any] = {
-        "summary": line,
-        "where": str(output),
-        "verify": verified,
-        "checked_against": assembly["checked_against"],
-    }
-    results |= {key: assembly[key] for key in ("forced",) if key in assembly}
-    record_stage(folder, "assemble", config, inputs, results, started=started)
-    echo(f"{line}\npipeline: {output}\nreport:   {folder / 'report.html'}")
-    if stage.push_to_hub:
-        echo(f"uploading to {stage.push_to_hub}")
-        results["hub"] = hub.push(output, stage.push_to_hub, stage.hub_private, f"{output.name}: {line}")
-        record_stage(folder, "assemble", config, inputs, results, started=started)
-        echo(f"uploaded: {results['hub']}")
+        tracker.artifact("pipeline", "pipeline", job.output, uses=["export"])
+
+    values = record_values(assembly)
+    inputs = {name: {"from": one["from"], "files": one["files"]} for name, one in values["components"].items()}
+    results = {"summary": summary, "where": str(job.output)}
+    results |= {key: values[key] for key in ("verify", "checked_against", "forced") if key in values}
+    record_stage(job.run, "assemble", job.config, inputs, results, started=job.started)
+    echo(f"{summary}\npipeline: {job.output}\nreport:   {job.run / 'report.html'}")
+    if job.config.stage.push_to_hub:
+        upload(job, inputs, results)
+
+
+def upload(job: Job, inputs: Mapping[str, object], results: Mapping[str, object]) -> None:
+    """Upload the pipeline to the hub and add the address to ``<run>/assemble.json``."""
+    stage = job.config.stage
+    if stage.push_to_hub is None:
+        return
+    echo(f"uploading to {stage.push_to_hub}")
+    message = f"{job.output.name}: {results['summary']}"
+    address = hub.upload(job.output, stage.push_to_hub, stage.hub_private, message)
+    record_stage(job.run, "assemble", job.config, inputs, {**results, "hub": address}, started=job.started)
+    echo(f"uploaded: {address}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from cogflow.diagnosis.finding import StepResult
 from cogflow.diagnosis.html_page import write_page
 from cogflow.diagnosis.repair import repair
 from cogflow.errors import QualityGateError
-from cogflow.files.atomic_write import write_json
 from cogflow.files.paths import run_folder
+from cogflow.files.atomic_write import write_json
+from cogflow.records.pipeline_records import VerifyRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.tracking.html_report import record_stage
@@ -72,8 +74,9 @@ def mended(output: Path, examination: Examination, verdict: Diagnosis) -> dict[s
     )  # fmt: skip
     for finding in left:
         echo(f"  left as it is, for want of a reference: {finding.line()}")
-    echo(f"  mended: {output} ({assembly['verify']['line']})")
-    return {"where": str(output), **assembly["verify"], "left": [finding.place for finding in left]}
+    proof = assembly.verify or VerifyRecord("skipped")
+    echo(f"  mended: {output} ({proof.line})")
+    return {"where": str(output), **asdict(proof), "left": [finding.place for finding in left]}
 
 
 def conclusion(

@@ -14,12 +14,13 @@ from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 from cogflow.assemble import verification
-from cogflow.assemble.verification import difference
+from cogflow.assemble.verification import sample_difference
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import check_manifest, write_manifest
 from cogflow.models import loading
+from cogflow.records.pipeline_records import VerifiedSample
 from cogflow.sampling import gallery
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Sampler, requests
@@ -143,7 +144,7 @@ def test_a_check_that_cannot_be_made_is_said_and_recorded(
 ) -> None:
     if reason == "samples":
         (work.run / "samples" / "step-000004" / "frames.safetensors").unlink()
-        expected = "holds no samples with raw frames"
+        expected = "has no samples with raw frames"
     elif reason == "sampler":
         work.edit("run/samples/step-000004/samples.json", lambda record: record["sampling"].update(sampler="sat_dpm"))
         expected = "was sampled with sampling.sampler=sat_dpm"
@@ -193,9 +194,13 @@ def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
     assert verified["status"] == "passed" and verified["samples"][0]["psnr"] >= 50
 
 
-def test_difference() -> None:
+def test_the_sample_difference_is_psnr_and_the_largest_difference() -> None:
     clip = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
-    assert difference(clip, clip) == {"psnr": 100.0, "max_difference": 0}
-    assert difference(clip + 5, clip) == {"psnr": pytest.approx(34.151, abs=1e-3), "max_difference": 5}
-    assert difference(clip - 5, clip)["max_difference"] == 5
-    assert difference(None, clip)["psnr"] == 0 and difference(clip[:1], clip)["psnr"] == 0
+    assert sample_difference("a", clip, clip) == VerifiedSample("a", 100.0, 0)
+    assert sample_difference("a", clip + 5, clip) == VerifiedSample("a", pytest.approx(34.151, abs=1e-3), 5)
+    assert sample_difference("a", clip - 5, clip).max_difference == 5
+
+
+def test_a_missing_clip_and_a_clip_of_another_shape_have_no_psnr() -> None:
+    clip = torch.full((2, 4, 4, 3), 100, dtype=torch.uint8)
+    assert sample_difference("a", None, clip) == sample_difference("a", clip[:1], clip) == VerifiedSample("a", 0.0, 255)

@@ -12,11 +12,10 @@ import huggingface_hub
 import pytest
 from assembling import Work
 
-from cogflow.assemble.card_context import command_without_places
 from cogflow.assemble.components import PipelineComponent
-from cogflow.assemble.consistency import ARCHITECTURE
-from cogflow.assemble.model_card import _plain
-from cogflow.assemble.sampling_settings import how_to_sample
+from cogflow.assemble.expectations import ARCHITECTURE
+from cogflow.assemble.model_card import _escape_cell, shorten_command
+from cogflow.assemble.verification import sampling_settings
 from cogflow.errors import PipelineError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import check_manifest, write_manifest
@@ -26,6 +25,15 @@ from cogflow.sampling import gallery
 from cogflow.stages import assemble
 
 RECORD = {
+    "version": 1,
+    "stage": "train",
+    "status": "done",
+    "started": "2026-01-01T00:00:00Z",
+    "finished": "2026-01-01T01:02:05Z",
+    "command": "python -m cogflow stage=train",
+    "folder": "runs/a",
+    "inputs": {},
+    "machine": {"system": "Linux x86_64", "cpus": 2, "processes": 1},
     "settings": {
         "model": {"name": "tiny", "path": None},
         "data": {"frames": 5, "height": 32, "width": 32, "fps": 8.0},
@@ -66,7 +74,7 @@ def test_the_card_tells_the_training_the_samples_the_ladder_and_the_command(told
     card = (pipeline / "README.md").read_text()
     for line in (
         "| started from | tiny |", "| clips | 5 x 32 x 32 at 8 frames per second |", "| micro steps per step | 3 |",
-        "| learning rate | 1e-05, cosine |", "| time | 1 h 02 min |", "| ended with | 4 steps of 2 clips |",
+        "| learning rate | 1e-05, cosine |", "| time | 1 h 02 min |", "| result | 4 steps of 2 clips |",
         "- [a red circle moves left over a light background](samples/circle-seed0.mp4)", "![one frame of each sample](samples/contact.png)",
         "| 4 tuned | 1 | 3 base | 1 |", "| 5 exported | 1 | 4 tuned | 1 |", "Assembled by",
     ):  # fmt: skip
@@ -90,18 +98,17 @@ def test_samples_of_other_weights_stay_behind(told: Work) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if name != "tiny"])
-def test_without_a_run_the_family_says_how_to_sample(name: str, work: Work) -> None:
+def test_without_a_run_the_family_says_sampling_settings(name: str, work: Work) -> None:
     member = FAMILY[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
         "max_text_seq_length": member.text_tokens
     }
-    how = how_to_sample(
+    how = sampling_settings(
         work.config(), None, PipelineComponent("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)
     )
-    assert (how["height"], how["width"], how["frames"], how["fps"], how["dtype"]) == (
-        member.height, member.width, member.frames, member.fps, member.dtype,
-    )  # fmt: skip
-    assert (how["steps"], how["max_sequence_length"], how["from"]) == (50, member.text_tokens, f"the facts of {name}")
+    assert (how.height, how.width, how.frames) == (member.height, member.width, member.frames)
+    assert (how.fps, how.dtype) == (member.fps, member.dtype)
+    assert (how.steps, how.max_sequence_length, how.origin) == (50, member.text_tokens, f"the facts of {name}")
 
 
 @pytest.mark.parametrize(
@@ -117,11 +124,11 @@ def test_without_a_run_the_family_says_how_to_sample(name: str, work: Work) -> N
     ],
 )
 def test_places_are_left_out(command: str, shown: str) -> None:
-    assert command_without_places(command) == shown
+    assert shorten_command(command) == shown
 
 
 def test_cells_cannot_break_a_table() -> None:
-    assert _plain("a|b\n[c](d)") == "a\\|b \\[c\\](d)"
+    assert _escape_cell("a|b\n[c](d)") == "a\\|b \\[c\\](d)"
 
 
 class Hub:
@@ -177,7 +184,7 @@ def test_a_hub_that_refuses_leaves_the_folder(
 ) -> None:
     hub = Hub(tmp_path / "hub", error)
     monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
-    with pytest.raises(PipelineError, match=f"is published here, and was not uploaded to me/mine: {error}"):
+    with pytest.raises(PipelineError, match=f"is published, but was not uploaded to me/mine: {error}"):
         assemble.run(work.config(push_to_hub="me/mine", hub_private=False))
     assert hub.asked[0][2]["private"] is False and not (tmp_path / "hub").exists()
     assert check_manifest(work.run / "pipeline") == [] and (work.run / "assemble.json").is_file()

@@ -89,5 +89,5 @@ def test_without_pictures_nothing_is_compared_and_that_is_said(from_image: Work)
     work.edit("run/samples/step-000004/samples.json", lambda record: record["samples"][0].pop("image"))
     assemble.run(work.config(verify=True))
     verified = json.loads((work.run / "pipeline" / "assembly.json").read_text())["verify"]
-    assert verified["status"] == "skipped" and "names no image to each prompt" in verified["reason"]
+    assert verified["status"] == "skipped" and "names no image for some prompts" in verified["reason"]
     assert "not compared" in Path(work.run / "pipeline" / "README.md").read_text()

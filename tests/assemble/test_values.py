@@ -24,7 +24,7 @@ def test_the_words_of_the_message_make_it_right(work: Work, capfd: pytest.Captur
     incident(work)
     with pytest.raises(PipelineError) as caught:
         assemble.run(work.config())
-    words = [line.rpartition("To make it right: ")[2] for line in caught.value.message.splitlines()[1:]]
+    words = [line.rpartition("To correct it: ")[2] for line in caught.value.message.splitlines()[1:]]
     assert len(words) == 2
     stage = compose(["stage=assemble", *words]).stage
     assert isinstance(stage, AssembleStage)
@@ -78,7 +78,7 @@ def test_settings_and_kinds_that_do_not_exist_are_named_at_once(work: Work) -> N
     with pytest.raises(ConfigError) as caught:
         assemble.run(work.config(set=chosen))
     assert "AutoencoderKLCogVideoX has no such setting. Did you mean scaling_factor?" in caught.value.message
-    assert "stage.set.vae.invert_scale_latents=3: it is false now" in caught.value.message
+    assert "stage.set.vae.invert_scale_latents=3: its value is false now" in caught.value.message
     assert (
         "stage.set.scheduler.prediction_type=7" in caught.value.message
         and "snr_shift_scale" not in caught.value.message

@@ -27,13 +27,13 @@ AUTO, CPU = ModelConfig(name="auto"), torch.device("cpu")
 
 def test_a_place_is_known_for_what_it_is(world: World, tmp_path: Path) -> None:
     pipeline, run = resolve(world.pipeline, AUTO, "candidate"), resolve(world.run, AUTO, "reference")
-    assert pipeline.complete and run.complete and pipeline.sampling["use_dynamic_cfg"] is True
-    assert pipeline.expected["scaling_factor"] == 0.7 and pipeline.family is not None and pipeline.family.name == "tiny"
+    assert pipeline.complete and run.complete and pipeline.sampling.use_dynamic_cfg is True
+    assert pipeline.expected["scaling_factor"].value == 0.7 and pipeline.family is not None and pipeline.family.name == "tiny"
     declared = resolve(None, ModelConfig(name="cogvideox-2b"), "reference")
     assert (
         not declared.parts
-        and declared.expected["snr_shift_scale"] == 3.0
-        and declared.expected["scaling_factor"] == 1.15258426
+        and declared.expected["snr_shift_scale"].value == 3.0
+        and declared.expected["scaling_factor"].value == 1.15258426
     )
     assert resolve(None, AUTO, "reference", pipeline).expected == pipeline.expected
     with pytest.raises(ConfigError, match="declares nothing"):

@@ -16,13 +16,16 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.assemble.components import PipelineComponent
-from cogflow.assemble.consistency import ARCHITECTURE, check_parts
+from cogflow.assemble.consistency import check_components
+from cogflow.assemble.expectations import ARCHITECTURE
 from cogflow.errors import ConfigError, ConversionError, PipelineError
 from cogflow.export import diffusers_configs, sat_yaml, text_encoder_table, transformer_table, vae_table
 from cogflow.export.facts import Facts, gather, gather_vae, of_family, read_yamls
 from cogflow.export.mapping_plan import make_plan
 from cogflow.models import tiny
 from cogflow.models.family import FAMILY
+from cogflow.records.pipeline_records import TransformerOrigin
+from cogflow.records.training_records import TrainedWith
 from tests.export.evidence_cases import EVERY, KEPT, components, facts, infos, published, yamls
 
 GIVEN = os.environ.get("COGFLOW_GOLDEN")
@@ -174,7 +177,7 @@ def test_scheduler_config_is_the_published_one_and_either_class_takes_it(class_n
     assert table[-1] == 0 and 0.997 < table[0] < 0.998
 
 
-def pipeline(known: Facts, autoencoder: Facts, made: dict[str, Any]) -> dict[str, PipelineComponent]:
+def pipeline(known: Facts, autoencoder: Facts, training: TransformerOrigin) -> dict[str, PipelineComponent]:
     vocabulary = json.loads((tiny.folder() / "text_encoder" / "config.json").read_text())
     settings = {
         "transformer": diffusers_configs.transformer_config(known),
@@ -189,7 +192,7 @@ def pipeline(known: Facts, autoencoder: Facts, made: dict[str, Any]) -> dict[str
             tiny.folder() / name,
             str(config.get("_class_name", "T5")),
             config,
-            made=made if name == "transformer" else {},
+            training=training if name == "transformer" else TransformerOrigin(),
         )
         for name, config in settings.items()
     }
@@ -202,14 +205,14 @@ def test_an_export_passes_the_pipeline_checks(name: str) -> None:
     mini = components(KEPT / "5b-i2v").vae
     assert mini is not None
     autoencoder = gather_vae(mini.tensors, [], family=name)
-    made = {"family": known.family, "trained_with": known.trained_with()}
-    parts = pipeline(known, autoencoder, made)
+    training = TransformerOrigin(family=known.family, trained_with=TrainedWith(**known.trained_with()))
+    parts = pipeline(known, autoencoder, training)
     parts["vae"].settings["block_out_channels"] = [128, 256, 256, 512]  # the checkpoint's has two levels, to be small
-    expected = check_parts(parts, [])
-    assert expected["scaling_factor"] == FAMILY[name].scaling_factor
+    checks = check_components(parts, [])
+    assert checks.expected["scaling_factor"] == FAMILY[name].scaling_factor
     parts["scheduler"].settings["snr_shift_scale"] = 2.0
     with pytest.raises(PipelineError, match=r"snr_shift_scale is 2.0 .*; the transformer was trained with"):
-        check_parts(parts, [])
+        check_components(parts, [])
 
 
 @pytest.mark.parametrize("name", EVERY)

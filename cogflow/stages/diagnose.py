@@ -15,8 +15,8 @@ from cogflow.diagnosis.finding import StepResult
 from cogflow.diagnosis.html_page import write_page
 from cogflow.diagnosis.repair import repair
 from cogflow.errors import QualityGateError
-from cogflow.files.paths import run_folder
 from cogflow.files.atomic_write import write_json
+from cogflow.files.paths import run_folder
 from cogflow.records.pipeline_records import VerifyRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo

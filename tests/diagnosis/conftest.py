@@ -46,7 +46,9 @@ def finetuned(run: Path, seed: int) -> Path:
     shutil.copytree(tiny.folder(), pipeline, ignore=shutil.ignore_patterns("recipe.json", "manifest.json"))
     shutil.copy(run / "checkpoints/step-000012/ema" / STEM, pipeline / "transformer" / STEM)
     made = {"source": str(run / "checkpoints/step-000012"), "step": 12, "weights": "ema", "family": "tiny"}
-    (pipeline / "assembly.json").write_text(json.dumps({"components": {}, "made": made, "checked_against": {}, "sampling": SAMPLING, "diffusers": ""}))
+    (pipeline / "assembly.json").write_text(
+        json.dumps({"components": {}, "made": made, "checked_against": {}, "sampling": SAMPLING, "diffusers": ""})
+    )
     return run
 
 

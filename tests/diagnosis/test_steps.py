@@ -27,8 +27,12 @@ AUTO, CPU = ModelConfig(name="auto"), torch.device("cpu")
 
 def test_a_place_is_known_for_what_it_is(world: World, tmp_path: Path) -> None:
     pipeline, run = resolve(world.pipeline, AUTO, "candidate"), resolve(world.run, AUTO, "reference")
-    assert pipeline.complete and run.complete and pipeline.sampling.use_dynamic_cfg is True
-    assert pipeline.expected["scaling_factor"].value == 0.7 and pipeline.family is not None and pipeline.family.name == "tiny"
+    assert pipeline.complete and run.complete and pipeline.sampling is not None and pipeline.sampling.use_dynamic_cfg
+    assert (
+        pipeline.expected["scaling_factor"].value == 0.7
+        and pipeline.family is not None
+        and pipeline.family.name == "tiny"
+    )
     declared = resolve(None, ModelConfig(name="cogvideox-2b"), "reference")
     assert (
         not declared.parts

@@ -56,7 +56,9 @@ def test_both_guilty_fields_are_named_mended_and_proven(flow: Path, cogflow: Com
     assert all(one["confidence"] > 0.9 and one["rung"] == 5 and one["fix"] for one in found["findings"])
     assert set(found["steps"]["swaps"]["healed_by"]) == {"vae.scaling_factor", "scheduler.snr_shift_scale"}
     assert "the vae's weights" in found["acquitted"] and "Mended" in done.stderr
-    assert found["mended"]["status"] == "repaired" and found["mended"]["before"] < 30 and found["mended"]["after"] == PAIR
+    assert (
+        found["mended"]["status"] == "repaired" and found["mended"]["before"] < 30 and found["mended"]["after"] == PAIR
+    )
     mended = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "d" / "mended", local_files_only=True)
     assert mended.vae.config.scaling_factor == 0.7 and mended.scheduler.config.snr_shift_scale == 1.0
     # Without any reference the record of its training, and the weights themselves, speak.

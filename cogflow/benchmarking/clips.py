@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cogflow.data.shapes import draw, scenes
-from cogflow.sampling.source import read_clips
+from cogflow.sampling.clip_files import read_clips
 
 PHOTOGRAPHS = {
     "skimage": (

@@ -153,6 +153,7 @@ class TrainStage:
     stall_minutes: float = 30.0  # when nothing has moved for so long, the rank at fault is named and the run ends; 0: never
     freeze: list[str] = field(default_factory=list)  # names of weights that are not trained, as patterns: [patch_embed.*]
     start: str | None = None  # weights to start from: run, checkpoint, SAT or diffusers folder; default: those of model.path
+    start_kind: str = "auto"  # what start is: auto (its content decides), run, checkpoint, pipeline, ...
     plan: bool = False  # print memory, time, disk and what would fit, and train nothing; needs neither weights nor clips
     plan_gpus: int = 0  # GPUs to plan for; 0: as many as there are processes
     plan_memory_gb: float = 0.0  # memory of one GPU, in 10^9 bytes; 0: of the one that is here, else 80
@@ -171,7 +172,9 @@ WORSE = ("soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen
 class SampleStage:
     name: str = "sample"  # chosen by stage=sample
     source: str | None = None  # run, checkpoint, pipeline folder, video or folder of frames; default: this run
+    source_kind: str = "auto"  # what source is: auto (its content decides), run, checkpoint, pipeline, ...
     reference: str | None = None  # videos or frames to compare the sharpness with
+    reference_kind: str = "auto"  # what reference is: auto (its content decides), run, checkpoint, pipeline, ...
     prompts: str | None = None  # wins over sampling.prompts
     output: str | None = None  # default <run>/sampled
     fail_on: list[str] = field(default_factory=lambda: list(WORSE))  # kinds of finding that make the exit code 3
@@ -202,6 +205,7 @@ class FactsConfig:
 class ExportStage:
     name: str = "export"  # chosen by stage=export
     source: str | None = None  # run, checkpoint, SAT folder, .pt file, DeepSpeed or diffusers folder; default: this run
+    source_kind: str = "auto"  # what source is: auto (its content decides), run, checkpoint, pipeline, ...
     output: str | None = None  # default <run>/export
     components: list[str] = field(default_factory=lambda: ["transformer"])  # of the source: transformer, vae, text_encoder
     weights: str = "auto"  # auto (EMA where there is one) | model | ema
@@ -221,11 +225,17 @@ class AssembleStage:
     name: str = "assemble"  # chosen by stage=assemble
     output: str | None = None  # default <run>/pipeline
     base: str | None = None  # pipeline folder or run for every component that is not named; default: the model's own
+    base_kind: str = "auto"  # what base is: auto (its content decides), run, checkpoint, pipeline, ...
     transformer: str | None = None  # component, pipeline, export, run, checkpoint, SAT folder or .pt file; default <run>/export
+    transformer_kind: str = "auto"  # what transformer is: auto (its content decides), run, checkpoint, pipeline, ...
     vae: str | None = None  # the same; default: that of base, as for the next three
+    vae_kind: str = "auto"  # what vae is: auto (its content decides), run, checkpoint, pipeline, ...
     text_encoder: str | None = None  # the same
+    text_encoder_kind: str = "auto"  # what text_encoder is: auto (its content decides), run, checkpoint, pipeline, ...
     tokenizer: str | None = None  # folder of the component, pipeline or run
+    tokenizer_kind: str = "auto"  # what tokenizer is: auto (its content decides), run, checkpoint, pipeline, ...
     scheduler: str | None = None  # folder of the component, pipeline or run; of a SAT checkpoint: the one it was trained with
+    scheduler_kind: str = "auto"  # what scheduler is: auto (its content decides), run, checkpoint, pipeline, ...
     weights: str = "auto"  # of a run or checkpoint that is exported on the way: auto (EMA where there is one) | model | ema
     dtype: str = "auto"  # of a transformer that is exported on the way, as at stage=export
     config: list[str] = field(default_factory=list)  # SAT yaml files beside those that are found, as at stage=export
@@ -243,7 +253,9 @@ class AssembleStage:
 class DiagnoseStage:
     name: str = "diagnose"  # chosen by stage=diagnose
     candidate: str | None = None  # what to look at: a pipeline folder, a run, an export or a checkpoint; default: the run
+    candidate_kind: str = "auto"  # what candidate is: auto (its content decides), run, checkpoint, pipeline, ...
     reference: str | None = None  # what is known to be right, of the same kinds; default: only what model= declares
+    reference_kind: str = "auto"  # what reference is: auto (its content decides), run, checkpoint, pipeline, ...
     full: bool = False  # take every step, also when an early one explains all
     fix: bool = False  # write the mended folder, and prove that it healed
     output: str | None = None  # of stage.fix; default <run>/mended

@@ -1,16 +1,21 @@
-"""The two sides of a diagnosis: a pipeline folder, a run, an export, a checkpoint; or only what a model is declared to be."""
+"""Resolve the two inputs of a diagnosis, candidate and reference.
+
+An input is a pipeline, a run, an export, a checkpoint, or the facts that a model declares.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD
+from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
+from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD, RunLayout
 from cogflow.assemble.components import PipelineComponent, read_component
 from cogflow.assemble.expectations import Expectation, expectations, family_of
 from cogflow.config.schema import ModelConfig
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.errors import ConfigError, PipelineError
+from cogflow.export.origin import find_transformer
 from cogflow.files.record_io import read_record
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import FAMILY, Family
@@ -19,17 +24,20 @@ from cogflow.records.pipeline_records import AssemblyRecord, PipelineSampling, T
 from cogflow.records.sample_records import SamplesRecord
 from cogflow.records.training_records import ModelIdentity, TrainedWith
 from cogflow.sampling import gallery
-from cogflow.weights.source import TRAINER, find_source
 
+DIAGNOSED = (ArtifactKind.PIPELINE, ArtifactKind.RUN, ArtifactKind.EXPORT, ArtifactKind.CHECKPOINT)
+"""Kinds of artifact that can be diagnosed."""
 UNREADABLE = "It cannot be read."
 
 
 @dataclass(frozen=True)
 class DiagnosisInput:
-    """``parts`` by component, empty for declared facts; ``expected``: what it was trained with (or else its family's facts).
+    """One input of the diagnosis.
 
-    ``sampling``: how it is called, as far as that is recorded. ``run``: the training it came from, where that is still there.
-    ``problems``: what reading the parts refused. ``rung``: of the ladder, on which samples of it stand.
+    ``parts`` by component, empty for declared facts. ``expected``: the facts it was trained with, or else those of its
+    family. ``sampling``: the recorded settings of its samples. ``run``: the run that trained it, where it still exists.
+    ``problems``: errors from reading the parts. ``rung``: the rung of the sharpness ladder that its samples belong to.
+    ``artifact``: what its path was taken for.
     """
 
     role: str
@@ -41,10 +49,11 @@ class DiagnosisInput:
     run: Path | None = None
     problems: list[DiagnosisFinding] = field(default_factory=list)
     rung: int = 5
+    artifact: Artifact | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether it can be sampled."""
+        """Whether every component is there, so that it can be sampled."""
         return set(self.parts) == set(CONFIGS) and all(part.class_name for part in self.parts.values())
 
     @property
@@ -53,46 +62,66 @@ class DiagnosisInput:
         return self.parts["transformer"].training if "transformer" in self.parts else TransformerOrigin()
 
 
-def resolve(place: Path | None, model: ModelConfig, role: str, other: DiagnosisInput | None = None) -> DiagnosisInput:
-    """The side at ``place``, or without one what ``model=`` declares; or what the ``other`` side's own record says that it should be.
+def resolve(
+    place: Path | None,
+    model: ModelConfig,
+    role: str,
+    other: DiagnosisInput | None = None,
+    kind: ArtifactKind | None = None,
+) -> DiagnosisInput:
+    """Return the diagnosis input at ``place``. ``role``: candidate or reference; ``kind``: what the user says it is.
 
-    Raises :class:`ConfigError` or :class:`PipelineError` for a place that is nothing of the kind, and for neither place nor model.
+    Without a place, return the facts that ``model`` declares, or else those that the ``other`` input recorded for
+    itself. Raise :class:`ConfigError`, :class:`CheckpointError` or :class:`PipelineError` for a path that cannot be
+    diagnosed, and when neither place nor model is given.
     """
     if place is None and model.name not in FAMILY and other is not None and other.expected:
         return DiagnosisInput(role, None, {}, other.family, other.expected)
     if place is None:
         return _declared(model, role)
-    place = Path(place).expanduser()
-    if not place.exists():
-        raise PipelineError(
-            f"stage.{role}={place} does not exist.", "Give a pipeline folder, a run, an export or a checkpoint."
-        )
-    if (place / "model_index.json").is_file():
+    artifact = identify(place, kind, key=f"stage.{role}")
+    if artifact.kind not in DIAGNOSED:
+        raise _not_diagnosed(artifact, role)
+    return replace(_of_artifact(artifact, model, role), artifact=artifact)
+
+
+def _of_artifact(artifact: Artifact, model: ModelConfig, role: str) -> DiagnosisInput:
+    """Resolve an artifact of :data:`DIAGNOSED`. Of a run its pipeline is taken, else its export, else its newest checkpoint."""
+    place = artifact.path
+    if artifact.kind is ArtifactKind.PIPELINE:
         return _of_parts(role, place, dict.fromkeys(CONFIGS, place), 5)
-    if (place / "pipeline" / "model_index.json").is_file():
-        found = _of_parts(role, place / "pipeline", dict.fromkeys(CONFIGS, place / "pipeline"), 5)
+    if artifact.pipeline is not None:
+        found = _of_parts(role, artifact.pipeline, dict.fromkeys(CONFIGS, artifact.pipeline), 5)
         return replace(found, place=place, run=place, sampling=_recorded(place) or found.sampling)
-    if (place / "export" / "export.json").is_file():
-        place = place / "export"
-    if (place / "export.json").is_file():
-        transformer, _ = read_component("transformer", place)
-        return _with_base(role, place, transformer, model, 5)
-    if (place / "checkpoints").is_dir() or (place / TRAINER).is_file():
-        source = find_source(place, "auto")
-        transformer, _ = read_component("transformer", source.folder)
-        trainer = source.trainer
-        training = TransformerOrigin(
-            source=str(source.origin),
-            step=source.step,
-            weights=source.weights,
-            family=trainer.get("family"),
-            model=ModelIdentity(**trainer["model"]) if trainer.get("model") else None,
-            trained_with=TrainedWith(**trainer["trained_with"]) if trainer.get("trained_with") else None,
-        )
-        return _with_base(role, place, replace(transformer, training=training), model, 4)
-    raise PipelineError(
-        f"stage.{role}={place} is neither a pipeline folder, nor a run, an export or a checkpoint.",
-        "A pipeline folder has model_index.json, a run checkpoints/, an export export.json.",
+    if artifact.kind is ArtifactKind.EXPORT or artifact.export is not None:
+        folder = artifact.export or place
+        transformer, _ = read_component("transformer", folder)
+        return _with_base(role, folder, transformer, model, 5)
+    source = find_transformer(artifact)
+    transformer, _ = read_component("transformer", source.folder)
+    trainer = source.trainer
+    training = TransformerOrigin(
+        source=str(source.origin),
+        step=source.step,
+        weights=source.weights,
+        family=trainer.get("family"),
+        model=ModelIdentity(**trainer["model"]) if trainer.get("model") else None,
+        trained_with=TrainedWith(**trainer["trained_with"]) if trainer.get("trained_with") else None,
+    )
+    return _with_base(role, place, replace(transformer, training=training), model, 4)
+
+
+def _not_diagnosed(artifact: Artifact, role: str) -> PipelineError:
+    hints = {
+        ArtifactKind.COMPONENT: "Assemble a pipeline with it first: python -m cogflow stage=assemble",
+        ArtifactKind.COMPONENTS: "Assemble a pipeline of them first: python -m cogflow stage=assemble",
+        ArtifactKind.VIDEOS: f"Compare videos with stage=sample stage.source={artifact.path} stage.reference=PATH.",
+        ArtifactKind.FRAMES: f"Compare frames with stage=sample stage.source={artifact.path} stage.reference=PATH.",
+    }
+    return PipelineError(
+        f"stage.{role}={artifact.path} is {artifact.kind.label} ({artifact.reason}); "
+        "stage=diagnose takes a pipeline, a run, an export or a checkpoint.",
+        hints.get(artifact.kind, f"Export it first: python -m cogflow stage=export stage.source={artifact.path}"),
     )
 
 
@@ -100,7 +129,8 @@ def _declared(model: ModelConfig, role: str) -> DiagnosisInput:
     family = FAMILY.get(model.name)
     if family is None:
         raise ConfigError(
-            f"There is nothing to hold the candidate against: stage.{role} is not given and model={model.name} declares nothing.",
+            f"There is nothing to compare the candidate with: stage.{role} is not given and model={model.name} "
+            "declares nothing.",
             f"Give stage.{role}=FOLDER, or model= one of {', '.join(FAMILY)}.",
         )
     declared = PipelineComponent("transformer", Path(), "", {})
@@ -108,14 +138,12 @@ def _declared(model: ModelConfig, role: str) -> DiagnosisInput:
 
 
 def _with_base(role: str, place: Path, transformer: PipelineComponent, model: ModelConfig, rung: int) -> DiagnosisInput:
-    """A transformer alone, with everything else from the model it was trained from."""
+    """Combine a transformer with the other components of the model it was trained from."""
     trained = transformer.training.model
     named = model if model.path is not None or trained is None else ModelConfig(name=trained.name, path=trained.path)
     base = model_folder(named)
-    side = _of_parts(
-        role, place, {name: base for name in CONFIGS if name != "transformer"}, rung, {"transformer": transformer}
-    )
-    return side
+    others = {name: base for name in CONFIGS if name != "transformer"}
+    return _of_parts(role, place, others, rung, {"transformer": transformer})
 
 
 def _of_parts(
@@ -145,7 +173,7 @@ def _of_parts(
 
 def _recorded(run: Path) -> PipelineSampling | None:
     """Return how the run's newest samples were made, or ``None``."""
-    newest = gallery.newest(run / "samples")
+    newest = gallery.newest(RunLayout(run).samples)
     if newest is None:
         return None
     record = read_record(newest / SAMPLES_RECORD, SamplesRecord)

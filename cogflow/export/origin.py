@@ -1,4 +1,8 @@
-"""What an export starts from: a run or checkpoint of cogflow, a diffusers folder, or whatever another program left."""
+"""Open the artifact that an export starts from, and verify its files before any of them is read.
+
+:mod:`cogflow.artifacts.identify` decides what a path is. This module opens it: a run or a checkpoint of cogflow, components in
+diffusers' layout, or the checkpoint of another program.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogflow.errors import CheckpointError, ConfigError
+from cogflow.artifacts.identify import Artifact, ArtifactKind
+from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
+from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.export.facts import read_yamls
-from cogflow.weights import locate
-from cogflow.weights.source import STEP, TRAINER, find_source
-from cogflow.weights.tensor_source import TensorSource, read_json
+from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import MANIFEST, check_manifest
+from cogflow.weights.foreign import ForeignWeights, read_step_folder, read_torch_file
+from cogflow.weights.tensor_source import TensorSource, contained_file, read_json
 
-COMPONENTS = ("transformer", "vae", "text_encoder")
-CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+OURS = (ArtifactKind.RUN, ArtifactKind.CHECKPOINT)
+DIFFUSERS = (ArtifactKind.PIPELINE, ArtifactKind.EXPORT, ArtifactKind.COMPONENTS, ArtifactKind.COMPONENT)
+FOREIGN = (ArtifactKind.SAT_CHECKPOINT, ArtifactKind.SAT_VAE, ArtifactKind.DEEPSPEED)
+KNOWN_FROM_EXPORT = ("family", "model", "trained_with")
+
+
+@dataclass(frozen=True)
+class TransformerSource:
+    """A transformer folder and what is known of it.
+
+    ``folder`` holds config.json and the safetensors; ``origin`` is the checkpoint, or ``folder`` itself. ``weights`` is model or
+    ema. ``trainer`` is the checkpoint's trainer.json (empty when there is none). ``files``: relative name -> sha256.
+    ``passed_over``: newer checkpoints of the run that are broken, a line each.
+    """
+
+    folder: Path
+    origin: Path
+    weights: str
+    step: int | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    passed_over: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ExportOrigin:
-    """``folders``: components that lie there in diffusers' layout. ``tensors``: those of any other layout, by their own names.
+    """What an export reads.
 
-    ``weights``: model or ema. ``trainer``: what is known of the training (keys family, model, trained_with). ``files``: the source's
-    files with hashes or sizes. ``yamls``: path and content of each yaml beside the source or named by the user; ``json``: a
-    diffusers config that the user named. ``notes`` and ``passed_over`` are for the user.
+    ``folders``: components in diffusers' layout. ``tensors``: those of any other layout, by their own names. ``weights``: model or
+    ema. ``trainer``: what is known of the training (keys family, model, trained_with). ``files``: the source's files with hashes or
+    sizes. ``yamls``: path and content of each yaml beside the source or named by the user; ``json``: a diffusers config that the user
+    named. ``notes`` and ``passed_over`` are for the user.
     """
 
     kind: str
@@ -40,66 +68,171 @@ class ExportOrigin:
     passed_over: Sequence[str] = ()
 
 
-def find_origin(place: Path, wanted: Sequence[str], weights: str, masters: str, configs: Sequence[str]) -> ExportOrigin:
-    """Find and verify what lies at ``place``. ``wanted``: components asked for; ``configs``: files the user names beside.
+def open_origin(
+    artifact: Artifact,
+    wanted: Sequence[str],
+    *,
+    weights: str = "auto",
+    masters: str = "auto",
+    configs: Sequence[str] = (),
+) -> ExportOrigin:
+    """Open and verify ``artifact``. ``wanted``: components asked for; ``configs``: files that the user names in addition.
 
-    Raises :class:`CheckpointError` for what is missing, broken or unknown, :class:`ConfigError` for a config that cannot be read.
+    Raise :class:`CheckpointError` for files that are missing, broken or of unknown tensors, and for artifacts without weights;
+    :class:`ConfigError` for a config that cannot be read.
     """
-    place = Path(place).expanduser()
-    if not place.exists():
-        raise CheckpointError(
-            f"{place} does not exist.",
-            "stage.source is a run, a checkpoint, a SAT folder, a .pt file, or a DeepSpeed or diffusers folder.",
-        )
+    _check_choice("masters", masters, ("auto", "fp32", "bf16"))
     yamls, json = _named(configs)
-    if _ours(place):
-        source = find_source(place, weights)
-        folders = {"transformer": source.folder}
-        kind = "cogflow" if source.trainer.get("step") is not None else "diffusers"
+    if artifact.kind in FOREIGN:
+        found = open_foreign(artifact, weights, masters)
         return ExportOrigin(
-            kind, source.origin.absolute(), source.weights, source.step, folders, None, source.trainer, source.files,
-            yamls, json, (), source.passed_over,
-        )  # fmt: skip
-    folders = _components(place)
-    if folders and ("transformer" not in wanted or "transformer" in folders):
-        trainer: Mapping[str, Any] = {}
-        files: Mapping[str, Any] = {}
-        step = None
+            kind=found.layout,
+            place=found.origin.absolute(),
+            weights=found.weights,
+            step=found.step,
+            tensors=found.tensors,
+            files={path.name: {"bytes": path.stat().st_size} for path in found.files},
+            yamls=[*read_yamls(found.yamls), *yamls],
+            json=json,
+            notes=found.notes,
+        )
+    if artifact.kind in DIFFUSERS and not ("transformer" in wanted and "transformer" in artifact.components):
         chosen = weights if weights != "auto" else "model"
-        if "transformer" in wanted:
-            source = find_source(place, weights)
-            trainer, files, step, chosen = source.trainer, source.files, source.step, source.weights
-        return ExportOrigin("diffusers", place.absolute(), chosen, step, folders, None, trainer, files, yamls, json)
-    found = locate.find(place, weights, masters)
-    beside = read_yamls(found.yamls)
-    files = {path.name: {"bytes": path.stat().st_size} for path in found.files}
+        place = artifact.path.absolute()
+        return ExportOrigin("diffusers", place, chosen, folders=artifact.components, yamls=yamls, json=json)
+    source = find_transformer(artifact, weights)
+    ours = artifact.kind in OURS
     return ExportOrigin(
-        found.kind, found.origin.absolute(), found.weights, found.step, {}, found.tensors, {}, files,
-        [*beside, *yamls], json, found.notes,
-    )  # fmt: skip
-
-
-def _ours(place: Path) -> bool:
-    return place.is_dir() and (
-        (place / "checkpoints").is_dir() or (place / TRAINER).is_file() or bool(STEP.search(place.name))
+        kind="cogflow" if ours else "diffusers",
+        place=(source.origin if ours else artifact.path).absolute(),
+        weights=source.weights,
+        step=source.step,
+        folders={"transformer": source.folder} if ours else artifact.components,
+        trainer=source.trainer,
+        files=source.files,
+        yamls=yamls,
+        json=json,
+        passed_over=source.passed_over,
     )
 
 
-def _components(place: Path) -> dict[str, Path]:
-    """Components in diffusers' layout: sub-folders of their names, or the place itself."""
-    if not place.is_dir():
-        return {}
-    found = {name: place / name for name in COMPONENTS if (place / name / "config.json").is_file()}
-    if not found and (place / "config.json").is_file():
-        config = read_json(place / "config.json")
-        names = [name for name, cls in CLASSES.items() if config.get("_class_name") == cls]
-        names += ["text_encoder"] if config.get("model_type") == "t5" else []
-        # An unknown class is looked at as a transformer, and refused there with what it is.
-        found = {(names or ["transformer"])[0]: place}
-    return found
+def open_foreign(artifact: Artifact, weights: str = "auto", masters: str = "auto") -> ForeignWeights:
+    """Open a checkpoint of SAT or DeepSpeed, or SAT's VAE; for the options and errors see :func:`read_step_folder`."""
+    _check_choice("weights", weights, ("auto", "model", "ema"))
+    _check_choice("masters", masters, ("auto", "fp32", "bf16"))
+    opened = read_torch_file if artifact.root.is_file() else read_step_folder
+    return opened(artifact.root, weights, masters, artifact.notes)
+
+
+def find_transformer(artifact: Artifact, weights: str = "auto") -> TransformerSource:
+    """Return the transformer of a run, a checkpoint, a pipeline, an export or a component, verified.
+
+    Of a run the newest checkpoint that is whole is taken. ``weights``: auto (EMA where there is one), model or ema. Raise
+    :class:`CheckpointError` that names what is missing or broken.
+    """
+    _check_choice("weights", weights, ("auto", "model", "ema"))
+    if artifact.kind is ArtifactKind.RUN:
+        return _newest(artifact, weights)
+    if artifact.kind is ArtifactKind.CHECKPOINT:
+        return _checkpoint(artifact.root, weights)
+    if "transformer" not in artifact.components:
+        held = ", ".join(artifact.components) or "no component"
+        raise CheckpointError(
+            f"{artifact.path} is {artifact.kind.label} ({artifact.reason}) and holds no transformer; it holds {held}.",
+            _no_transformer_hint(artifact),
+        )
+    return _plain(artifact, weights)
+
+
+def _no_transformer_hint(artifact: Artifact) -> str:
+    if artifact.kind in FOREIGN:
+        return f"Export it first: python -m cogflow stage=export stage.source={artifact.path}"
+    return "Give a run, a checkpoint, a pipeline, an export or a transformer folder."
+
+
+def _newest(artifact: Artifact, weights: str) -> TransformerSource:
+    if not artifact.checkpoints:
+        raise CheckpointError(
+            f"{artifact.path} is a run that holds no checkpoint ({artifact.reason}).",
+            "Train first: python -m cogflow stage=train",
+        )
+    broken: list[str] = []
+    for folder in artifact.checkpoints:
+        problems = check_manifest(folder)
+        if not problems:
+            return _checkpoint(folder, weights, verified=True, passed_over=broken)
+        broken += [f"{folder.name}/{problem}" for problem in problems]
+    raise CheckpointError(
+        f"No checkpoint in {artifact.checkpoints[0].parent} is whole:\n{format_list(broken)}",
+        "Train again, or bring the files back.",
+    )
+
+
+def _checkpoint(
+    folder: Path, weights: str, *, verified: bool = False, passed_over: Sequence[str] = ()
+) -> TransformerSource:
+    problems = [] if verified else check_manifest(folder)
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint {folder} is not as it was saved:\n{format_list(problems)}",
+            "Take another checkpoint, or bring the files back.",
+        )
+    trainer = read_json(folder / TRAINER)
+    has_ema = (folder / "ema").is_dir()
+    chosen = weights if weights != "auto" else "ema" if has_ema else "model"
+    part = "ema" if chosen == "ema" else "transformer"
+    if not (folder / part / "config.json").is_file():
+        hint = "It was saved by another program?"
+        if part == "ema":
+            hint = "It was trained without EMA; use stage.weights=model."
+        raise CheckpointError(f"{folder} holds no {part}/config.json.", hint)
+    manifest = read_json(folder / MANIFEST)["files"]
+    files = {
+        name: entry["sha256"] for name, entry in manifest.items() if name.startswith(f"{part}/") or name == TRAINER
+    }
+    step = trainer.get("step")
+    return TransformerSource(
+        folder=folder / part,
+        origin=folder,
+        weights=chosen,
+        step=step if isinstance(step, int) else None,
+        trainer=trainer,
+        files=files,
+        passed_over=list(passed_over),
+    )
+
+
+def _plain(artifact: Artifact, weights: str) -> TransformerSource:
+    """A transformer in diffusers' layout. A manifest is not needed, but must hold when it is there; an export passes on what it knows."""
+    if weights == "ema":
+        raise CheckpointError(
+            f"{artifact.path} holds no EMA weights.",
+            "stage.weights=ema needs a checkpoint trained with stage.ema_decay.",
+        )
+    folder = artifact.components["transformer"]
+    for published in (artifact.path, folder.parent):
+        if (published / MANIFEST).is_file() and (problems := check_manifest(published)):
+            raise CheckpointError(
+                f"{published} is not as it was published:\n{format_list(problems)}", "Export it again."
+            )
+    names = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.name != MANIFEST
+    )
+    report = folder.parent / EXPORT_REPORT
+    former = read_json(report) if report.is_file() else {}
+    step = former.get("step")
+    return TransformerSource(
+        folder=folder,
+        origin=folder,
+        weights=str(former.get("weights") or "model"),
+        step=step if isinstance(step, int) else None,
+        trainer={key: former[key] for key in KNOWN_FROM_EXPORT if former.get(key) is not None},
+        files={name: hash_file(contained_file(folder, name)) for name in names},
+    )
 
 
 def _named(configs: Sequence[str]) -> tuple[list[tuple[Path, Mapping[str, Any]]], Mapping[str, Any] | None]:
+    """Read the files of stage.config: SAT yamls with their paths, and a diffusers config."""
     yamls: list[tuple[Path, Mapping[str, Any]]] = []
     json = None
     for name in configs:
@@ -111,3 +244,8 @@ def _named(configs: Sequence[str]) -> tuple[list[tuple[Path, Mapping[str, Any]]]
         else:
             yamls += read_yamls([path])
     return yamls, json
+
+
+def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"stage.{key}={value} is unknown.", f"Choose {', '.join(known[:-1])} or {known[-1]}.")

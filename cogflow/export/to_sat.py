@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import yaml
 
+from cogflow.artifacts.identify import identify
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, format_list
 from cogflow.export import sat_yaml
 from cogflow.export.component import Component, PreparedExport, prepare, to_sat
 from cogflow.export.diffusers_configs import VAE_GROUPS
-from cogflow.export.origin import ExportOrigin, find_origin
+from cogflow.export.origin import ExportOrigin, open_origin
 from cogflow.export.to_diffusers import Report, describe, refuse_nonfinite
 from cogflow.files.atomic_write import require_space, write_json, write_text
 from cogflow.files.hashing import hash_file
@@ -145,9 +146,8 @@ def _prove(components: Mapping[str, Component], folder: Path) -> dict[str, Any]:
     proof = {}
     for name, component in components.items():
         place = folder / VAE_FILE if name == "vae" else folder
-        origin = find_origin(
-            place, [name], "model", "auto", [str(folder / "training_config.yaml")] if name == "vae" else []
-        )
+        configs = [str(folder / "training_config.yaml")] if name == "vae" else []
+        origin = open_origin(identify(place), [name], weights="model", configs=configs)
         again = prepare(origin, [name], "auto", {}, "auto", False).components[0]
         wrong = []
         for tensor, info in component.tensors.tensors.items():

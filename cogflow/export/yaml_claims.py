@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.export.claims import Claim
-from cogflow.weights.locate import SIZES
+from cogflow.weights.foreign import SIZES
 
 SCHEDULE = {
     "linear_start": 0.00085,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from cogflow.sampling.source import ReadClip, read_clips
+from cogflow.sampling.clip_files import ReadClip, read_clips
 from cogflow.sharpness.metrics import Metrics, measure
 from cogflow.sharpness.verdict import Verdict, compare
 

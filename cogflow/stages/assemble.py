@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cogflow.artifacts.identify import Artifact, identify, kind_named
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.assemble import hub
-from cogflow.assemble.component_sources import ComponentSource, ExportOptions, base_of, find, read_parts
+from cogflow.assemble.component_sources import ComponentSource, ExportOptions, base_of, find_component, read_parts
 from cogflow.assemble.components import PipelineComponent, override_settings
 from cogflow.assemble.consistency import ConsistencyResult, check_components
 from cogflow.assemble.expectations import incompatible
@@ -21,7 +22,7 @@ from cogflow.assemble.stored_files import changed_files, hash_components, total_
 from cogflow.assemble.verification import Comparison, Reference, find_reference, sampling_settings, verify
 from cogflow.config.build import show
 from cogflow.config.schema import AssembleStage, Config
-from cogflow.errors import PipelineError, QualityGateError
+from cogflow.errors import CheckpointError, PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.files.record_io import record_values
 from cogflow.models.code_check import CONFIGS
@@ -105,14 +106,17 @@ def gather_components(job: Job) -> tuple[dict[str, PipelineComponent], list[str]
     options = ExportOptions(config.model.name, stage.weights, stage.dtype, facts, tuple(stage.config))
     components: dict[str, PipelineComponent] = {}
     problems: list[str] = []
+    known: dict[tuple[str, Path], Artifact] = {}
 
     def read(places: Mapping[str, tuple[str, Path]]) -> None:
         sources: dict[str, ComponentSource] = {}
         for name, (option, place) in places.items():
             try:
-                sources[name] = find(name, option, place)
-            except PipelineError as error:
-                problems.append(error.message)
+                if (option, place) not in known:
+                    known[option, place] = recognise(stage, option, place)
+                sources[name] = find_component(name, option, known[option, place])
+            except (CheckpointError, PipelineError) as error:
+                problems.append(error.message if option in error.message else f"{option}: {error.message}")
                 components[name] = PipelineComponent(name, place, "", {})
         found, reading_problems = read_parts(sources, RunLayout(job.run).parts, options)
         components.update(found)
@@ -127,10 +131,24 @@ def gather_components(job: Job) -> tuple[dict[str, PipelineComponent], list[str]
     if missing:
         if stage.base is None and not components["transformer"].class_name:
             raise incompatible(problems)
-        option = "the model that was trained" if stage.base is None else f"stage.base={stage.base}"
+        option = "the model that was trained" if stage.base is None else "stage.base"
         base = base_of(components["transformer"], config.model) if stage.base is None else Path(stage.base).expanduser()
         read(dict.fromkeys(missing, (option, base)))
-    return {name: components[name] for name in CONFIGS}, problems
+    return {name: components[name] for name in CONFIGS}, list(dict.fromkeys(problems))
+
+
+def recognise(stage: AssembleStage, option: str, place: Path) -> Artifact:
+    """Return what ``place`` is, and print it when ``option`` names it. ``<option>_kind`` is what the user says it is.
+
+    Raises :class:`CheckpointError` for a path that is nothing cogflow knows, or not of that kind.
+    """
+    if not option.startswith("stage."):
+        return identify(place)
+    kind_option = f"{option}_kind"
+    kind = kind_named(getattr(stage, kind_option.removeprefix("stage.")), kind_option)
+    artifact = identify(place, kind, key=option)
+    echo(artifact.line(option))
+    return artifact
 
 
 def own_export(run: Path) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.identify import kind_named
 from cogflow.config.schema import Config, DiagnoseStage
 from cogflow.diagnosis.conclusion import Diagnosis, as_json, conclude, mending
 from cogflow.diagnosis.diagnosis_input import resolve
@@ -38,10 +39,14 @@ def diagnose(config: Config[DiagnoseStage]) -> None:
     started = time.time()
     folder = run_folder(config.run)
     place = Path(stage.candidate).expanduser() if stage.candidate else folder
-    candidate = resolve(place, config.model, "candidate")
-    reference = resolve(
-        Path(stage.reference).expanduser() if stage.reference else None, config.model, "reference", candidate
-    )
+    kind = kind_named(stage.candidate_kind, "stage.candidate_kind")
+    candidate = resolve(place, config.model, "candidate", kind=kind)
+    kind = kind_named(stage.reference_kind, "stage.reference_kind")
+    reference_place = Path(stage.reference).expanduser() if stage.reference else None
+    reference = resolve(reference_place, config.model, "reference", candidate, kind)
+    for side in (candidate, reference):
+        if side.artifact is not None:
+            echo(side.artifact.line(f"stage.{side.role}"))
     examination = Examination(candidate, reference, config, stage)
     steps: list[StepResult] = []
     for number, name in enumerate(ORDER, start=1):

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.identify import identify, kind_named
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.schema import Config, ExportStage
 from cogflow.export.component import PreparedExport, check_tables, prepare
-from cogflow.export.origin import ExportOrigin, find_origin
+from cogflow.export.origin import ExportOrigin, open_origin
 from cogflow.export.to_diffusers import export_diffusers, written_bytes
 from cogflow.export.to_sat import export_sat
 from cogflow.files.paths import run_folder
@@ -34,9 +36,11 @@ def _export(config: Config[ExportStage]) -> None:
     started = time.time()
     stage = config.stage
     folder = run_folder(config.run)
-    output = Path(stage.output).expanduser() if stage.output else folder / "export"
-    source = Path(stage.source) if stage.source else folder
-    origin = find_origin(source, stage.components, stage.weights, stage.masters, stage.config)
+    output = Path(stage.output).expanduser() if stage.output else RunLayout(folder).export
+    kind = kind_named(stage.source_kind, "stage.source_kind")
+    artifact = identify(Path(stage.source or folder), kind, key="stage.source")
+    echo(artifact.line("stage.source"))
+    origin = open_origin(artifact, stage.components, weights=stage.weights, masters=stage.masters, configs=stage.config)
     for problem in origin.passed_over:
         echo(f"warning: passed over a broken checkpoint: {problem}")
     for note in origin.notes:

@@ -6,25 +6,36 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cogflow.config.schema import Config, SampleStage
-from cogflow.errors import DataError, QualityGateError
+from cogflow.artifacts.identify import Artifact, ArtifactKind, identify, kind_named
+from cogflow.artifacts.run_layout import RunLayout
+from cogflow.config.schema import Config, ModelConfig, SampleStage
+from cogflow.errors import CheckpointError, DataError, QualityGateError
+from cogflow.export.origin import find_transformer
 from cogflow.files.paths import run_folder
 from cogflow.models import loading
 from cogflow.models.code_check import refuse_code
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
 from cogflow.sampling import gallery
+from cogflow.sampling.clip_files import MEDIA, clips_of, read_clips
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.sampling.score import IN_TIME, Scored, against, mean, rates_differ, score
-from cogflow.sampling.source import frames_of, is_frames, read_clips
 from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
-from cogflow.weights.source import find_source
 from cogflow.weights.tensor_source import weights_fingerprint
 
 SHOWN = ("wavelet_ratio", "edge_sharpness", "blur_effect", "contrast", "saturation", "grain", "motion", "artefacts")
-"""Channels of the table on the terminal; the record holds all."""
+"""Metrics of the table on the terminal; the record holds all."""
+SAMPLED = (
+    ArtifactKind.PIPELINE,
+    ArtifactKind.EXPORT,
+    ArtifactKind.CHECKPOINT,
+    ArtifactKind.RUN,
+    ArtifactKind.COMPONENTS,
+    ArtifactKind.COMPONENT,
+)
+"""Kinds of artifact whose transformer is sampled."""
 
 
 def run(config: Config[SampleStage]) -> None:
@@ -33,43 +44,66 @@ def run(config: Config[SampleStage]) -> None:
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
-    source = Path(stage.source).expanduser() if stage.source else folder
-    reference = Path(stage.reference).expanduser() if stage.reference else None
-    for place in (source, reference):
-        if place is not None and not place.exists():
-            raise DataError(
-                f"{place} does not exist.",
-                "Give a run, a checkpoint, a pipeline folder, a video or a folder of frames.",
-            )
-    if reference is not None and (frames := frames_of(reference)) is not None:
-        reference = frames
-    elif reference is not None:
-        raise DataError(
-            f"stage.reference={reference} holds no videos or frames.",
-            "Sample it first, then give its folder of videos.",
-        )
+    source = resolve_source(stage, folder)
+    reference = resolve_reference(stage)
     how: dict[str, Any] | None = None
-    where = source
-    if not is_frames(source):
-        where = Path(stage.output).expanduser() if stage.output else folder / "sampled"
+    where = source.root
+    if source.kind not in MEDIA:
+        where = Path(stage.output).expanduser() if stage.output else RunLayout(folder).sampled
         how = sample(config, stage, source, where)
     if ranks.is_main():
-        conclude(config, stage, folder, source, reference, where, how, started)
+        conclude(config, stage, folder, source.path, reference, where, how, started)
     ranks.barrier()
 
 
-def sample(config: Config[SampleStage], stage: SampleStage, source: Path, where: Path) -> dict[str, Any]:
-    """Sample every prompt from its fixed noise into ``where``; returns how the samples were made."""
+def resolve_source(stage: SampleStage, folder: Path) -> Artifact:
+    """Return what ``stage.source`` is, by default the run ``folder``: clips to measure, or a model to sample.
+
+    Raise :class:`CheckpointError` for a path that is neither.
+    """
+    kind = kind_named(stage.source_kind, "stage.source_kind")
+    artifact = identify(Path(stage.source or folder), kind, key="stage.source")
+    if artifact.kind not in (*MEDIA, *SAMPLED):
+        raise CheckpointError(
+            f"stage.source={artifact.path} is {artifact.kind.label} ({artifact.reason}), which stage=sample does not sample.",
+            f"Export it first: python -m cogflow stage=export stage.source={artifact.path}",
+        )
+    echo(artifact.line("stage.source"))
+    return artifact
+
+
+def resolve_reference(stage: SampleStage) -> Path | None:
+    """Return the path of the clips that ``stage.reference`` names. Raise :class:`DataError` when it holds none."""
+    if stage.reference is None:
+        return None
+    kind = kind_named(stage.reference_kind, "stage.reference_kind")
+    artifact = identify(Path(stage.reference), kind, key="stage.reference")
+    if (clips := clips_of(artifact)) is None:
+        raise DataError(
+            f"stage.reference={artifact.path} is {artifact.kind.label} ({artifact.reason}) and holds no videos or frames.",
+            "Sample it first, then give its folder of videos.",
+        )
+    echo(artifact.line("stage.reference"))
+    return clips
+
+
+def resolve_model(source: Artifact, model: ModelConfig) -> tuple[Path, Path]:
+    """Return the pipeline folder and the transformer folder to sample with.
+
+    A pipeline brings both. Other artifacts bring the transformer, verified; ``model`` names the pipeline folder.
+    """
+    if source.kind is ArtifactKind.PIPELINE:
+        refuse_code(source.root)
+        return source.root, source.root
+    transformer = find_transformer(source).folder
+    return loading.model_folder(model), transformer
+
+
+def sample(config: Config[SampleStage], stage: SampleStage, source: Artifact, where: Path) -> dict[str, Any]:
+    """Sample every prompt from its fixed noise into ``where``; return how the samples were made."""
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
-    if (source / "model_index.json").is_file():
-        refuse_code(source)
-        base, transformer_folder = source, source
-    else:
-        base = loading.model_folder(config.model)
-        # .../transformer or .../ema of a verified checkpoint, or an export
-        found = find_source(source, "auto").folder
-        transformer_folder = found
+    base, transformer_folder = resolve_model(source, config.model)
     data = config.data
     prompts = prompts_for(stage.prompts or config.sampling.prompts, data.name, captions(config))
     tokenizer, encoder = loading.load_tokenizer(base), loading.load_text_encoder(base, dtype, device)
@@ -83,7 +117,7 @@ def sample(config: Config[SampleStage], stage: SampleStage, source: Path, where:
     )  # fmt: skip
     facts: dict[str, Any] = {
         "step": None,
-        "source": str(source),
+        "source": str(source.path),
         "weights_sha256": weights_fingerprint(transformer.state_dict().items()),
     }
     record = gallery.sample_into(
@@ -109,7 +143,7 @@ def captions(config: Config[SampleStage]) -> list[str]:
         return []
     from cogflow.data.cache import LatentCache
 
-    cache = LatentCache(run_folder(config.run) / "cache")
+    cache = LatentCache(RunLayout(run_folder(config.run)).cache)
     return [cache.texts[index] for index in cache.holdout or cache.train]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
 from cogflow.artifacts.run_layout import LATEST, TRAINER, step_folders, step_name, step_of
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.atomic_write import require_space, storage_errors, sync, write_json
@@ -25,6 +26,7 @@ from cogflow.files.hashing import hash_files
 from cogflow.files.manifest import check_manifest, files_below, shard_files
 from cogflow.files.publish import publish_folder
 from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import enter_phase
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
@@ -159,10 +161,17 @@ def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
     if resume == "auto":
         return newest(folder)
     path = Path(resume).expanduser()
+    artifact: Artifact = ranks.run_on_main(lambda: identify(path, key="stage.resume"))
+    if artifact.kind is not ArtifactKind.CHECKPOINT:
+        raise CheckpointError(
+            f"stage.resume={resume} is {artifact.kind.label} ({artifact.reason}), not a checkpoint.",
+            f"Name a checkpoint such as checkpoints/{step_name(100)}, or use auto.",
+        )
+    echo(artifact.line("stage.resume"))
     if problems := verified(path):
         raise CheckpointError(
             f"stage.resume={resume} cannot be resumed: {problems[0]}",
-            "Name a folder checkpoints/step-..., or use auto.",
+            f"Name a checkpoint such as checkpoints/{step_name(100)}, or use auto.",
         )
     if not (path / "deepspeed").is_dir():
         raise CheckpointError(

@@ -17,10 +17,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
+from cogflow.artifacts.identify import identify, kind_named
 from cogflow.config.schema import Config, DeepSpeedConfig, TrainStage
 from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export.component import prepare
-from cogflow.export.origin import find_origin
+from cogflow.export.origin import open_origin
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
@@ -82,7 +83,9 @@ def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
     start = config.stage.start
     if start is None:
         return InitialWeights(source / "transformer", WeightsFolder(source / "transformer"), {})
-    origin = find_origin(Path(start), ["transformer"], "auto", "auto", [])
+    artifact = identify(Path(start), kind_named(config.stage.start_kind, "stage.start_kind"), key="stage.start")
+    echo(artifact.line("stage.start"))
+    origin = open_origin(artifact, ["transformer"])
     for line in (*origin.notes, *(f"passed over a broken checkpoint: {problem}" for problem in origin.passed_over)):
         echo(f"note: {line}")
     prepared = prepare(

@@ -261,6 +261,13 @@ def _check_archive(path: Path, size: int) -> None:
         raise CheckpointError(f"{path} is truncated.", _SAVE_AGAIN)
 
 
+def is_torch_file(path: Path) -> bool:
+    """Return whether a file begins as ``torch.save`` writes it: as a zip archive, or in the format before torch 1.6."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    return start.startswith((b"PK\x03\x04", LEGACY_START))
+
+
 def describe_first_bytes(start: bytes) -> str:
     """Return what kind of file begins with the bytes ``start``, for error messages."""
     text = start.lstrip().lower()

@@ -161,7 +161,7 @@ def test_places_that_hold_nothing_are_all_named(work: Work, tmp_path: Path) -> N
                 vae=str(tmp_path / "empty"), transformer=str(tmp_path / "other.pt"), scheduler=str(tmp_path / "gone")
             )
         )
-    for line in ("stage.vae: ", "stage.transformer: ", "stage.scheduler: ", "does not exist"):
+    for line in ("stage.vae=", "stage.transformer: ", "stage.scheduler=", "does not exist"):
         assert line in caught.value.message
     assert not (work.run / "pipeline").exists()
 

@@ -17,7 +17,7 @@ from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.diagnosis.html_page import write_page
 from cogflow.diagnosis.precision import Probe, compare_precision
 from cogflow.diagnosis.weight_evidence import weigh_evidence
-from cogflow.errors import ConfigError, PipelineError
+from cogflow.errors import CheckpointError, ConfigError
 from cogflow.models import loading, tiny
 from tests.diagnosis.faults import World
 from tests.scenarios import sabotage
@@ -42,7 +42,7 @@ def test_a_place_is_known_for_what_it_is(world: World, tmp_path: Path) -> None:
     assert resolve(None, AUTO, "reference", pipeline).expected == pipeline.expected
     with pytest.raises(ConfigError, match="declares nothing"):
         resolve(None, AUTO, "reference")
-    with pytest.raises(PipelineError, match="neither a pipeline folder"):
+    with pytest.raises(CheckpointError, match="nothing that cogflow knows"):
         resolve(tmp_path, AUTO, "candidate")
 
 

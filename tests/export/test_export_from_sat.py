@@ -14,11 +14,12 @@ from diffusers import CogVideoXTransformer3DModel
 from golden_sets import GoldenSet, kept, set_name, sets
 from safetensors.torch import load_file
 
+from cogflow.artifacts.identify import identify
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, StorageError
 from cogflow.export import component as components
 from cogflow.export.algebra import Rename
 from cogflow.export.component import check_tables, prepare
-from cogflow.export.origin import find_origin
+from cogflow.export.origin import open_origin
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.export.to_sat import export_sat
 from cogflow.files.manifest import check_manifest
@@ -38,7 +39,7 @@ def export(
     **more: Any,
 ) -> dict[str, Any]:
     given = more.get("given", {})
-    origin = find_origin(source, wanted, "auto", "auto", more.get("configs", []))
+    origin = open_origin(identify(source), wanted, configs=more.get("configs", []))
     prepared = prepare(origin, list(wanted), more.get("family", "auto"), given, dtype, more.get("separate", False))
     if to == "sat":
         return export_sat(prepared, origin, output, given, progress)
@@ -125,7 +126,7 @@ def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeyp
 
 
 def test_a_table_of_other_positions_is_refused(tmp_path: Path) -> None:
-    origin = find_origin(kept("2b").folder, ("transformer",), "auto", "auto", [])
+    origin = open_origin(identify(kept("2b").folder), ["transformer"])
     prepared = prepare(origin, ["transformer"], "auto", {}, "auto", False)
     (component,) = prepared.components
     assert check_tables(component) == {"mixins.pos_embed.pos_embedding": 0.0}

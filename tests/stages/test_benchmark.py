@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cogflow.artifacts.identify import identify
 from cogflow.benchmarking.measure import measure
 from cogflow.benchmarking.panel_cost import WHOLE, cost
 from cogflow.benchmarking.sat_checkpoint import make_checkpoint
@@ -16,7 +17,7 @@ from cogflow.config.compose import compose
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.errors import ConfigError, DataError
-from cogflow.export.origin import find_origin
+from cogflow.export.origin import open_origin
 from cogflow.stages import load
 from tests.conftest import Command
 
@@ -37,7 +38,7 @@ def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
 
 def test_a_made_checkpoint_is_one_that_sat_would_have_written(tmp_path: Path) -> None:
     file = make_checkpoint(tmp_path / "sat", "tiny", 2)
-    origin = find_origin(tmp_path / "sat", ["transformer"], "auto", "auto", [])
+    origin = open_origin(identify(tmp_path / "sat"), ["transformer"])
     assert origin.kind == "sat" and file.is_file() and origin.tensors is not None
     assert len(origin.tensors.tensors) > 40
 

@@ -13,14 +13,14 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from saving import TRAINED_WITH, small_transformer
 
+from cogflow.artifacts.identify import identify
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
 from cogflow.export.component import prepare
-from cogflow.export.origin import find_origin
+from cogflow.export.origin import find_transformer, open_origin
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST, check_manifest, write_manifest
 from cogflow.runtime.progress import progress
-from cogflow.weights.source import find_source
 from cogflow.weights.tensor_source import STEM, WeightsFolder
 
 WEIGHTS = f"{STEM}.safetensors"
@@ -30,7 +30,7 @@ Save = Callable[..., Path]
 def export(
     source: Path, output: Path, weights: str = "auto", dtype: str = "auto", shard: str = "5GB"
 ) -> dict[str, Any]:
-    origin = find_origin(source, ["transformer"], weights, "auto", [])
+    origin = open_origin(identify(source), ["transformer"], weights=weights)
     prepared = prepare(origin, ["transformer"], "auto", {}, dtype, separate_lora=False)
     return export_diffusers(prepared, origin, output, shard, "auto", progress)
 
@@ -108,9 +108,9 @@ def test_the_newest_whole_checkpoint_of_a_run(
 ) -> None:
     for step in (9, 50, 100):
         newest = save_checkpoint(step, transformer)
-    assert find_source(tmp_path / "run", "auto").step == 100
+    assert find_transformer(identify(tmp_path / "run")).step == 100
     (newest / "deepspeed" / "states.pt").write_bytes(b"optimizes")
-    source = find_source(tmp_path / "run", "auto")
+    source = find_transformer(identify(tmp_path / "run"))
     assert source.step == 50
     assert source.passed_over == ["step-000100/deepspeed/states.pt: content changed (sha256 differs)"]
 

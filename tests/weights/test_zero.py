@@ -20,8 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogflow.artifacts.identify import identify
 from cogflow.errors import CheckpointError
-from cogflow.weights.locate import find
+from cogflow.export.origin import open_foreign
+from cogflow.weights.foreign import ForeignWeights
 from cogflow.weights.torch_file import InertObject
 from cogflow.weights.zero import ZeroCheckpoint
 from cogflow.weights.zero_files import read_state_file
@@ -231,26 +233,30 @@ def test_memory_is_one_tensor(tmp_path: Path, stage: int) -> None:
     assert most - before < 16 * 2**20
 
 
-def test_found(tmp_path: Path) -> None:
-    """``find`` takes the masters of a DeepSpeed folder, and the stored weights of SAT's, unless told otherwise."""
+def opened(path: Path, masters: str = "auto") -> ForeignWeights:
+    return open_foreign(identify(path), masters=masters)
+
+
+def test_foreign_checkpoints_are_opened_as_masters_or_as_stored(tmp_path: Path) -> None:
+    """The reader of foreign checkpoints takes the masters of a DeepSpeed folder, and the stored weights of SAT's, unless told otherwise."""
     names = [{"model.diffusion_model.time_embed.0.weight": (4, 4), "model.diffusion_model.time_embed.0.bias": (4,)}]
     name = "model.diffusion_model.time_embed.0.weight"
     values = by_hand(tmp_path / "global_step1", names, 2, 2)
-    found = find(tmp_path / "global_step1")
-    assert found.kind == "sat" and torch.equal(found.tensors.read(name), values[name]) and len(found.files) == 3
-    assert torch.equal(find(tmp_path / "global_step1", masters="bf16").tensors.read(name), values[name].bfloat16())
+    found = opened(tmp_path / "global_step1")
+    assert found.layout == "sat" and torch.equal(found.tensors.read(name), values[name]) and len(found.files) == 3
+    assert torch.equal(opened(tmp_path / "global_step1", masters="bf16").tensors.read(name), values[name].bfloat16())
     (tmp_path / "global_step1").rename(tmp_path / "500")
-    found = find(tmp_path / "500")
+    found = opened(tmp_path / "500")
     assert (
         found.tensors.tensors[name].dtype == torch.bfloat16 and "masters=fp32" in found.notes[0] and found.step == 500
     )
-    assert torch.equal(find(tmp_path / "500", masters="fp32").tensors.read(name), values[name])
+    assert torch.equal(opened(tmp_path / "500", masters="fp32").tensors.read(name), values[name])
     (tmp_path / "500").rename(tmp_path / "500-ema")
-    assert find(tmp_path / "500-ema").tensors.tensors[name].dtype == torch.bfloat16
+    assert opened(tmp_path / "500-ema").tensors.tensors[name].dtype == torch.bfloat16
     with pytest.raises(CheckpointError, match="are those of the model"):
-        find(tmp_path / "500-ema", masters="fp32")
+        opened(tmp_path / "500-ema", masters="fp32")
     by_hand(tmp_path / "600", names, 2, 3)
-    assert torch.equal(find(tmp_path / "600").tensors.read(name), values[name])  # there is no other copy
+    assert torch.equal(opened(tmp_path / "600").tensors.read(name), values[name])  # there is no other copy
 
 
 @pytest.mark.slow

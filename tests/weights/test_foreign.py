@@ -1,4 +1,4 @@
-"""Every place weights are found in, what is chosen there, and what is said of the rest."""
+"""Checkpoints of SAT and DeepSpeed: which files are opened, which weights are chosen, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from cogflow.artifacts.identify import identify
 from cogflow.errors import CheckpointError, ConfigError, ConversionError
-from cogflow.weights.locate import Found, find
+from cogflow.export.origin import open_foreign
+from cogflow.weights.foreign import ForeignWeights
 
 HEAD = "model.diffusion_model."
+
+
+def find(place: Path, weights: str = "auto", masters: str = "auto") -> ForeignWeights:
+    return open_foreign(identify(place), weights, masters)
 
 
 def sat_file(path: Path, value: float = 1.0, dtype: torch.dtype = torch.bfloat16, **beside: Any) -> Path:
@@ -46,7 +51,7 @@ def sat(tmp_path: Path) -> Path:
     return folder
 
 
-def value(found: Found) -> float:
+def value(found: ForeignWeights) -> float:
     return found.tensors.read(HEAD + "mixins.patch_embed.proj.weight")[0, 0, 0, 0].item()
 
 
@@ -65,9 +70,11 @@ def value(found: Found) -> float:
         ("500-ema/mp_rank_00_model_states.pt", "auto", 2.0, "ema", "under module"),
     ],
 )
-def test_sat(sat: Path, given: str, weights: str, expected: float, chosen: str, note: str) -> None:
+def test_a_sat_folder_is_opened_as_model_or_average(
+    sat: Path, given: str, weights: str, expected: float, chosen: str, note: str
+) -> None:
     found = find(sat / given, weights)
-    assert (found.kind, found.weights, found.step, value(found)) == ("sat", chosen, 500, expected)
+    assert (found.layout, found.weights, found.step, value(found)) == ("sat", chosen, 500, expected)
     assert [path.relative_to(sat).as_posix() for path in found.yamls] == [
         "training_config.yaml", "model_config.json", "configs/cogvideox_5b.yaml", "configs/sft.yaml",
     ]  # fmt: skip
@@ -77,23 +84,23 @@ def test_sat(sat: Path, given: str, weights: str, expected: float, chosen: str, 
 
 
 @pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b-i2v", "5b-lora"])
-def test_what_sat_wrote(name: str) -> None:
+def test_files_that_sat_itself_wrote_are_opened(name: str) -> None:
     """The real files, with numpy's random state in them."""
     found = find(Path(__file__).parent.parent / "golden" / "sat" / name)
-    assert (found.kind, found.step, found.weights, found.metadata["ds_version"]) == ("sat", 500, "model", "0.19.8")
+    assert (found.layout, found.step, found.weights, found.metadata["ds_version"]) == ("sat", 500, "model", "0.19.8")
     assert [path.name for path in found.yamls[:2]] == ["training_config.yaml", "model_config.json"]
     assert "sft.yaml" in {path.name for path in found.yamls}
     assert any(name.endswith("layers.1.mlp.dense_4h_to_h.weight") for name in found.tensors.tensors)
 
 
-def test_published_folders(sat: Path, tmp_path: Path) -> None:
+def test_the_transformer_of_a_published_sat_folder_is_taken(sat: Path, tmp_path: Path) -> None:
     """CogVideoX-2b-sat: transformer/1000/..., vae/3d-vae.pt."""
     shutil.move(sat, tmp_path / "sat/transformer")
     found = find(tmp_path / "sat")
-    assert found.kind == "sat" and found.step == 500 and "its transformer is taken" in found.notes[0]
+    assert found.layout == "sat" and found.step == 500 and "its transformer is taken" in found.notes[0]
 
 
-def test_one_step_without_latest(sat: Path) -> None:
+def test_the_only_step_is_taken_without_latest(sat: Path) -> None:
     (sat / "latest").unlink()
     found = find(sat)
     assert found.step == 500 and "500 is the only step" in found.notes[0]
@@ -104,12 +111,12 @@ def test_one_step_without_latest(sat: Path) -> None:
 
 @pytest.mark.parametrize("wrapper", ["module", "model", "state_dict", None])
 @pytest.mark.parametrize("head", [HEAD, ""])
-def test_bare_files(tmp_path: Path, wrapper: str | None, head: str) -> None:
+def test_single_files_are_unwrapped(tmp_path: Path, wrapper: str | None, head: str) -> None:
     weights = {head + "mixins.patch_embed.proj.weight": torch.ones(4, 16, 2, 2)}
     torch.save({wrapper: weights} if wrapper else weights, tmp_path / "some.bin")
     for place in (tmp_path / "some.bin", tmp_path):
         found = find(place)
-        assert (found.kind, found.step, found.files, found.metadata["wrapper"]) == (
+        assert (found.layout, found.step, found.files, found.metadata["wrapper"]) == (
             "sat",
             None,
             [tmp_path / "some.bin"],
@@ -117,7 +124,7 @@ def test_bare_files(tmp_path: Path, wrapper: str | None, head: str) -> None:
         )
 
 
-def test_vae(tmp_path: Path) -> None:
+def test_a_3d_vae_file_is_opened_as_sats_vae(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "cogvideox_5b.yaml").touch()
@@ -129,26 +136,11 @@ def test_vae(tmp_path: Path) -> None:
     torch.save({"state_dict": {name: torch.ones(1) for name in names}}, tmp_path / "vae" / "3d-vae.pt")
     for place in (tmp_path / "vae", tmp_path / "vae" / "3d-vae.pt"):
         found = find(place)
-        assert found.kind == "vae" and set(found.tensors.tensors) == set(names)
+        assert found.layout == "vae" and set(found.tensors.tensors) == set(names)
         assert [path.name for path in found.yamls] == ["cogvideox_5b.yaml"]
 
 
-def test_diffusers(tmp_path: Path) -> None:
-    folder = tmp_path / "transformer"
-    folder.mkdir()
-    save_file({"proj_out.weight": torch.ones(2)}, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text('{"num_layers": 2}', encoding="utf-8")
-    for place in (folder, tmp_path):
-        found = find(place)
-        assert (found.kind, found.origin, found.metadata) == ("diffusers", folder, {"config": {"num_layers": 2}})
-        assert found.tensors.read("proj_out.weight").tolist() == [1, 1]
-    with pytest.raises(CheckpointError, match="no EMA"):
-        find(folder, "ema")
-    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "model.safetensors")
-    assert find(folder).kind == "diffusers"
-
-
-def test_deepspeed_of_diffusers_names(tmp_path: Path) -> None:
+def test_a_deepspeed_checkpoint_of_diffusers_names_is_opened(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "global_step7"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "latest").write_text("global_step7", encoding="utf-8")
@@ -157,10 +149,10 @@ def test_deepspeed_of_diffusers_names(tmp_path: Path) -> None:
         folder / "mp_rank_00_model_states.pt",
     )
     found = find(tmp_path / "run")
-    assert (found.kind, found.step, found.origin) == ("zero", 7, folder)
+    assert (found.layout, found.step, found.origin) == ("zero", 7, folder)
 
 
-def test_model_parallel(tmp_path: Path) -> None:
+def test_model_parallel_parts_are_joined(tmp_path: Path) -> None:
     folder = tmp_path / "500"
     for number in range(2):
         sat_file(folder / f"mp_rank_{number:02d}_model_states.pt", mp_world_size=2, iteration=500)
@@ -205,17 +197,9 @@ def broken_latest(text: str) -> Callable[[Path], None]:
         (None, "500/mp_rank_00_model_states.pt", {"weights": "ema"}, "is of weights=model"),
         (None, "500", {"masters": "fp32"}, "holds no fp32 master weights: .* is in bfloat16"),
         (None, "500/mp_rank_00_model_states.pt", {"masters": "fp32"}, "holds no fp32 master weights"),
-        (None, "nowhere", {}, "nowhere does not exist"),
-        (
-            None,
-            "configs",
-            {},
-            "no place of weights that cogflow knows. It holds cogvideox_5b.yaml, notes.txt, sft.yaml",
-        ),
-        (None, "configs/notes.txt", {}, "is empty"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_broken_folders_and_wrong_options_are_refused(
     sat: Path, change: Callable[[Path], None] | None, given: str, options: dict[str, str], complaint: str
 ) -> None:
     if change:
@@ -236,7 +220,7 @@ def test_what_is_wrong_is_said(
         ),
     ],
 )
-def test_unknown_names_are_shown(tmp_path: Path, names: list[str], complaint: str) -> None:
+def test_unknown_tensor_names_are_shown(tmp_path: Path, names: list[str], complaint: str) -> None:
     torch.save({name: torch.ones(1) for name in names}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=complaint):
         find(tmp_path / "x.pt")
@@ -244,14 +228,12 @@ def test_unknown_names_are_shown(tmp_path: Path, names: list[str], complaint: st
 
 def test_fp32_files_count_as_masters(tmp_path: Path) -> None:
     path = sat_file(tmp_path / "500/mp_rank_00_model_states.pt", dtype=torch.float32)
-    assert find(path, masters="fp32").kind == find(path.parent, masters="fp32").kind == "sat"
+    assert find(path, masters="fp32").layout == find(path.parent, masters="fp32").layout == "sat"
 
 
-def test_unknown_words(tmp_path: Path) -> None:
+def test_unknown_options_are_refused(tmp_path: Path) -> None:
+    path = sat_file(tmp_path / "500/mp_rank_00_model_states.pt")
     with pytest.raises(ConfigError, match="weights=best"):
-        find(tmp_path, "best")
+        find(path, "best")
     with pytest.raises(ConfigError, match="masters=fp8"):
-        find(tmp_path, masters="fp8")
-    with pytest.raises(CheckpointError, match="one file of a folder"):
-        (tmp_path / "x.safetensors").touch()
-        find(tmp_path / "x.safetensors")
+        find(path, masters="fp8")

@@ -1,0 +1,81 @@
+"""Read clips that exist: a video, a folder of videos, a folder of frames, or the samples of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cogflow.artifacts.identify import CONTACT_SHEET, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Artifact, ArtifactKind
+from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout
+from cogflow.data.video import read_video
+from cogflow.errors import DataError
+from cogflow.sampling import gallery
+
+MEDIA = (ArtifactKind.VIDEOS, ArtifactKind.FRAMES)
+"""Kinds of artifact that are clips themselves."""
+MOST_BYTES = 2 * 10**9
+"""Bytes of one clip's frames that are read; the frames after them are left out."""
+
+
+@dataclass(frozen=True)
+class ReadClip:
+    """``frames``: uint8 ``[T, H, W, 3]``; ``fps``: frames per second, 0 when unknown; ``raw``: whether no codec changed the frames."""
+
+    name: str
+    frames: torch.Tensor
+    fps: float
+    raw: bool
+
+
+def clips_of(artifact: Artifact) -> Path | None:
+    """Return the path of the artifact's clips: its own, or a run's newest samples; ``None`` for an artifact without clips."""
+    if artifact.kind in MEDIA:
+        return artifact.root
+    return gallery.newest(RunLayout(artifact.root).samples) if artifact.kind is ArtifactKind.RUN else None
+
+
+def read_clips(place: Path) -> Iterator[ReadClip]:
+    """Yield the clips at ``place``. A folder of pictures is one clip, its frames in order of file name.
+
+    Where cogflow kept the raw frames of its own samples, those are read and not the videos. Raise :class:`DataError` for files that
+    cannot be read.
+    """
+    raw = place / gallery.FRAMES
+    if raw.is_file():
+        fps = float(gallery.read_record(place).get("fps", 0)) if (place / SAMPLES_RECORD).is_file() else 0.0
+        for name, frames in load_file(raw).items():
+            yield ReadClip(name, frames, fps, raw=True)
+        return
+    files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.name != CONTACT_SHEET]
+    if not videos and not pictures:
+        raise DataError(
+            f"{place} holds neither videos nor pictures.",
+            f"Videos end in {' '.join(VIDEO_SUFFIXES)}, pictures in {' '.join(PICTURE_SUFFIXES)}.",
+        )
+    for path in videos:
+        try:
+            frames, fps = read_video(path, most_bytes=MOST_BYTES)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}", "Give videos that a player can play.") from error
+        yield ReadClip(path.stem, frames, fps, raw=False)
+    if not videos:
+        yield _read_pictures(place, pictures)
+
+
+def _read_pictures(place: Path, pictures: list[Path]) -> ReadClip:
+    try:
+        images = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
+        frames = torch.from_numpy(np.stack(images))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The pictures in {place} are not one clip: {error}", "They must be readable and of one size."
+        ) from error
+    return ReadClip(place.name, frames, 0.0, raw=all(path.suffix.lower() == ".png" for path in pictures))

@@ -67,7 +67,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def pretrain(settings: RecipeSettings, folder: Path) -> None:
-    """Train every part, or continue from ``folder``/state, and publish the pipeline as ``folder``/model with ``recipe.json``."""
+    """Train every part, or continue from ``folder``/state, and publish the pipeline as ``folder``/model with
+    ``recipe.json``."""
     state = folder / "state"
     state.mkdir(parents=True, exist_ok=True)
     log = StepLog(folder / "pretrain.log.jsonl")
@@ -123,7 +124,9 @@ def _train_transformer(
 ) -> Any:
     """Return the trained ``CogVideoXTransformer3DModel``, on the device of this process."""
     device = ranks.device()
-    transformer_settings = TransformerSettings(steps=settings.transformer_steps, clips=settings.clips)
+    transformer_settings = TransformerSettings(
+        seed=settings.seed, steps=settings.transformer_steps, clips=settings.clips
+    )
     latents, captions = encode_clips(vae, settings.clips, settings.seed + 1, state / "latents.safetensors")
     torch.manual_seed(settings.seed + 2)
     transformer = tiny.new_transformer().to(device)
@@ -137,7 +140,6 @@ def _train_transformer(
         captions,
         embed=embed,
         settings=transformer_settings,
-        seed=settings.seed,
         state_file=state / "transformer.pt",
         log=log,
     )
@@ -145,7 +147,7 @@ def _train_transformer(
 
 
 def make_sampler(pipeline: CogVideoXPipeline, steps: int) -> tiny_quality.SampleFunction:
-    """Return a function (prompt, seed) -> uint8 ``[frames, height, width, 3]`` that uses the model's own text length."""
+    """Return a function (prompt, seed) -> uint8 ``[frames, height, width, 3]`` with the model's own text length."""
     pipeline.set_progress_bar_config(disable=True)
 
     def sample(prompt: str, seed: int) -> np.ndarray:
@@ -171,7 +173,7 @@ class StepLog:
         self.path = path
 
     def __call__(self, values: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**values, "time": time.time()}) + "\n")
         if values["step"] % 100 == 0:
             cells = [

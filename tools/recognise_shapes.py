@@ -1,7 +1,8 @@
 """Recognise colour, shape and direction in a clip, to check whether a sample follows its prompt.
 
-Shapes are saturated and grounds are grey, so pixels of high saturation are the mask of the shape. The hue gives the colour, the
-path of the centre gives the direction, and the overlap with each drawn outline gives the shape. Nothing is learned.
+Shapes are saturated and grounds are grey, so pixels of high saturation are the mask of the shape. The hue gives the
+colour, the path of the centre gives the direction, and the overlap with each drawn outline gives the shape. Nothing is
+learned.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _chroma(rgb: np.ndarray) -> np.ndarray:
 def recognise(
     frames: np.ndarray, colours: tuple[str, ...] = tuple(COLOURS), shapes: tuple[str, ...] = tuple(SHAPES)
 ) -> RecognisedClip:
-    """Return the content of ``frames``, uint8 ``[frames, height, width, 3]``; ``colours`` and ``shapes`` are the candidates."""
+    """Return the content of ``frames``, uint8 ``[frames, height, width, 3]``; ``colours`` and ``shapes`` are the
+    candidates."""
     clip = frames.astype(np.float32) / 255.0
     masks = (clip.max(axis=-1) - clip.min(axis=-1)) > SATURATION
     areas = masks.reshape(len(masks), -1).mean(axis=1)
@@ -95,7 +97,10 @@ _UNITS: dict[str, tuple[float, tuple[float, float]]] = {}
 
 
 def _unit_area_and_centre(shape: str) -> tuple[float, tuple[float, float]]:
-    """Return area and centre of area of the shape of radius 1. A triangle's centre is not that of the circle through its corners."""
+    """Return area and centre of area of the shape of radius 1.
+
+    A triangle's centre is not that of the circle through its corners.
+    """
     if shape not in _UNITS:
         axis = np.linspace(-1.6, 1.6, 321)
         x, y = np.meshgrid(axis, axis)

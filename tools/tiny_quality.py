@@ -36,7 +36,7 @@ def blur_frames(frames: np.ndarray, sigma: float) -> np.ndarray:
 
 @torch.no_grad()
 def measure_roundtrip(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
-    """Return the PSNR in dB of ``count`` unseen clips through the autoencoder, and the change of their wavelet ratio."""
+    """Return the PSNR in dB of ``count`` unseen clips through ``vae``, and the change of their wavelet ratio."""
     errors, before, after, softened = [], [], [], []
     for clip in draw_clips(scenes(count, UNSEEN)):
         output = vae.decode(vae.encode(clip[None]).latent_dist.mode()).sample[0].clamp(-1, 1)
@@ -55,7 +55,8 @@ def measure_roundtrip(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, floa
 
 
 def measure_prompt_following(sample: SampleFunction, repeats: int) -> dict[str, Any]:
-    """Return the share of samples that show the prompt's colour, shape and direction, and the effect of a blur of sigma 1.
+    """Return the share of samples that show the prompt's colour, shape and direction, and the effect of a blur of sigma
+    1.
 
     ``repeats`` times 24 prompts cover every base colour, shape and motion.
     """

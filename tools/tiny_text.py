@@ -1,8 +1,8 @@
 """Make the tokenizer and the text encoder of the tiny model.
 
-The tokenizer is a sentencepiece model over captions and plain English. The T5 encoder learns to restore captions with masked
-words: at every position it predicts the word. Its embeddings therefore distinguish every concept, including those that the
-shipped transformer never saw, as the real T5's do.
+The tokenizer is a sentencepiece model over captions and plain English. The T5 encoder learns to restore captions with
+masked words: at every position it predicts the word. Its embeddings therefore distinguish every concept, including
+those that the shipped transformer never saw, as the real T5's do.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from cogflow.data.shapes import COLOURS, GROUNDS, MOTIONS, SHAPES, Scene
 from cogflow.models.tiny import FACTS, new_text_encoder
 
 PLAIN = (
-    "a video of the {w} in front of {v}; an animal, a person and two cars; day and night; slow and fast; big, small, old, new; "
-    "water, sky, tree, house, street, hand, face, cat, dog, bird, ball; walks runs jumps turns falls spins grows shrinks; "
-    "white black gray brown; inside outside near far above below; camera zoom pan close wide shot; on with at by from to into"
+    "a video of the {w} in front of {v}; an animal, a person and two cars; day and night; slow and fast; "
+    "big, small, old, new; water, sky, tree, house, street, hand, face, cat, dog, bird, ball; "
+    "walks runs jumps turns falls spins grows shrinks; white black gray brown; "
+    "inside outside near far above below; camera zoom pan close wide shot; on with at by from to into"
 )
 WORDS = [word for word in PLAIN.replace(";", "").replace(",", "").split() if "{" not in word]
 
@@ -41,8 +42,9 @@ def all_captions() -> list[str]:
 def make_tokenizer(folder: Path) -> Any:
     """Build and save the tokenizer (ids 0 pad, 1 end, 2 unknown, as T5's), and return it as ``AutoTokenizer`` loads it.
 
-    A unigram model of all printable characters, in which each word of the captions and of :data:`PLAIN` is a piece. The pieces are
-    written into the model, not learned: training on a vocabulary this small keeps fragments instead of words.
+    A unigram model of all printable characters, in which each word of the captions and of :data:`PLAIN` is a piece. The
+    pieces are written into the model, not learned: training on a vocabulary this small keeps fragments instead of
+    words.
     """
     folder.mkdir(parents=True, exist_ok=True)
     characters = string.ascii_letters + string.digits + string.punctuation

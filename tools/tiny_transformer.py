@@ -29,6 +29,7 @@ PIPELINE_TOKENS = 226
 
 @dataclass(frozen=True)
 class TransformerSettings:
+    seed: int = 0
     steps: int = 16000
     batch: int = 16
     clips: int = 2048
@@ -46,8 +47,8 @@ class TransformerSettings:
 def draw_timesteps(rng: np.random.Generator, settings: TransformerSettings) -> np.ndarray:
     """int64 ``[batch]`` in 0..999, logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1).
 
-    ``stage=train`` draws them evenly, as SAT does. From nothing, most of what is to be learned, the outline of a shape, is decided
-    above the middle, while the ends teach texture and the mean picture.
+    ``stage=train`` draws them evenly, as SAT does. From nothing, most of what is to be learned, the outline of a shape,
+    is decided above the middle, while the ends teach texture and the mean picture.
     """
     position = rng.normal(settings.timestep_mean, settings.timestep_std, settings.batch)
     return np.minimum(999, (1000.0 / (1.0 + np.exp(-position))).astype(np.int64))
@@ -56,7 +57,8 @@ def draw_timesteps(rng: np.random.Generator, settings: TransformerSettings) -> n
 def learning_rate(step: int, settings: TransformerSettings) -> float:
     """Warm up, stay, and fall to a hundredth over the last steps (Hu et al. 2024, arXiv:2404.06395, section 4).
 
-    Outlines are learned late and only while the rate is high: under a cosine, shapes stopped getting better at a quarter of it.
+    Outlines are learned late and only while the rate is high: under a cosine, shapes stopped getting better at a
+    quarter of it.
     """
     left = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
     return settings.learning_rate * min(1.0, (step + 1) / settings.warmup, max(0.01, left))
@@ -94,11 +96,10 @@ def train_transformer(
     captions: list[str],
     embed: Callable[[list[str], int], torch.Tensor],
     settings: TransformerSettings,
-    seed: int,
     state_file: Path,
     log: Callable[[dict], None],
 ) -> None:
-    """Train in place and leave the averaged weights in ``transformer``; resumes from ``state_file``.
+    """Train ``transformer`` in place and leave the averaged weights in it; resume from ``state_file``.
 
     ``embed(texts, tokens)`` gives embeddings ``[len(texts), tokens, width]``.
     """
@@ -126,7 +127,7 @@ def train_transformer(
     for step in range(first, settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        rng = np.random.default_rng([seed, step])
+        rng = np.random.default_rng([settings.seed, step])
         chosen = torch.from_numpy(rng.integers(0, len(latents), settings.batch))
         texts = which[chosen].masked_fill(
             torch.from_numpy(rng.random(settings.batch) < settings.text_dropout), place[""]

@@ -1,11 +1,11 @@
 """The tiny autoencoder, trained from nothing on drawn clips.
 
-Loss: squared and absolute error, plus the absolute error of the frames' finite differences (a difference of edges, so that
-the optimum is not a soft one), plus a light Kullback-Leibler term that keeps the latents compact. No adversary and no
-learned feature distance: nothing here can invent detail, so what the round trip shows is what the latents hold.
+Loss: squared and absolute error, plus the absolute error of the frames' finite differences (a difference of edges, so
+that the optimum is not a soft one), plus a light Kullback-Leibler term that keeps the latents compact. No adversary and
+no learned feature distance: nothing here can invent detail, so what the round trip shows is what the latents hold.
 
-Afterwards :func:`normalise_latents` folds one scale per latent channel into the weights, which makes the latents' standard
-deviation 1 / scaling_factor in every channel: the trait that makes 0.7 the right factor for CogVideoX-5B.
+Afterwards :func:`normalise_latents` folds one scale per latent channel into the weights, which makes the latents'
+standard deviation 1 / scaling_factor in every channel: the trait that makes 0.7 the right factor for CogVideoX-5B.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def rate_at(step: int, settings: VAESettings) -> float:
 
 
 def batch_at(pool: torch.Tensor, step: int, seed: int, settings: VAESettings) -> torch.Tensor:
-    """The batch of one step, float ``[batch, 3, frames, crop, crop]`` in -1..1: random windows, crops, flips, colour channels swapped."""
+    """The batch of one step, float ``[batch, 3, frames, crop, crop]`` in -1..1: random windows, crops, flips, colour
+    channels swapped."""
     rng = np.random.default_rng([seed, step])
     phase = phase_at(step, settings)
     clips = []
@@ -122,9 +123,9 @@ def batch_at(pool: torch.Tensor, step: int, seed: int, settings: VAESettings) ->
 def initialise(vae: AutoencoderKLCogVideoX) -> None:
     """Set the weights so that the signal passes a deep decoder from the first step.
 
-    With PyTorch's default, a spatial norm multiplies its input by a random factor around 0 and training sits at grey frames
-    for a thousand steps. Here every spatial norm starts near the identity, convolutions keep the variance, and the
-    posterior starts narrow, so that the latents are not drowned by their own noise.
+    With PyTorch's default, a spatial norm multiplies its input by a random factor around 0 and training sits at grey
+    frames for a thousand steps. Here every spatial norm starts near the identity, convolutions keep the variance, and
+    the posterior starts narrow, so that the latents are not drowned by their own noise.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -212,9 +213,9 @@ def normalise_latents(vae: AutoencoderKLCogVideoX, clips: torch.Tensor, centre: 
     """Fold one factor per channel into the weights so that the latents of ``clips`` have deviation 1 / scaling_factor.
 
     Exact: the encoder's last convolution is multiplied, and everything that reads the latents (the decoder's first
-    convolution and the 1x1x1 convolutions of its spatial norms) is divided by the same factors. With ``centre`` the mean
-    of each channel becomes 0, too; that is exact but for the frames' borders, where the decoder's first convolution pads
-    with zeros. Returns the factors. ``clips``: float ``[n, 3, frames, height, width]`` in -1..1.
+    convolution and the 1x1x1 convolutions of its spatial norms) is divided by the same factors. With ``centre`` the
+    mean of each channel becomes 0, too; that is exact but for the frames' borders, where the decoder's first
+    convolution pads with zeros. Returns the factors. ``clips``: float ``[n, 3, frames, height, width]`` in -1..1.
     """
     means = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in clips])
     factors = 1.0 / (vae.config.scaling_factor * means.std(dim=(0, 2, 3, 4)))

@@ -1,4 +1,5 @@
-"""stage.what=checkpoint: what a save costs by part, for which training waits, beside ``torch.save`` of as many bytes and ``cp``."""
+"""stage.what=checkpoint: the parts of a save, for which training waits, beside ``torch.save`` of as many bytes and
+``cp``."""
 
 from __future__ import annotations
 
@@ -7,16 +8,17 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from cogflow.benchmarking.measure import memory
-from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
-from cogflow.benchmarking.tables import Table
+from cogflow.benchmarking.command_cost import process_memory
+from cogflow.benchmarking.results import BenchmarkResult, Cell
+from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.files.atomic_write import sync, sync_tree
 from cogflow.models import loading
@@ -25,87 +27,103 @@ from cogflow.runtime.progress import progress
 from cogflow.training import checkpoint, speed
 from cogflow.training.loader import Loader
 
-OURS, LOADED, SAVED, COPIED = "cogflow, a save", "cogflow, verified and loaded", "torch.save + fsync", "cp -r + sync"
+SAVE, LOAD, TORCH_SAVE, COPY = "cogflow, a save", "cogflow, verified and loaded", "torch.save + fsync", "cp -r + sync"
+Result = TypeVar("Result")
 
 
-def checkpoints(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
-    """Saves and loads of the configured model as stage=train does them, with as many repeats after one that does not count."""
+@dataclass(frozen=True)
+class CheckpointRun:
+    """One save or load of ``gb`` GB.
+
+    ``peak``: GB that the process holds more at its end. ``parts``: seconds of a save by part.
+    """
+
+    way: str
+    gb: float
+    seconds: float
+    peak: float
+    parts: dict[str, float] | None = None
+
+
+def measure_checkpoints(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
+    """Save and load the configured model as stage=train does, ``stage.repeats`` times after one that does not count."""
+    stage = config.stage
     speed.grow_segments()
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     shutil.rmtree(place, ignore_errors=True)
-    trainer = make_trainer(training(config, stage, 1), device, dtype, MemoryWatch(device))
+    trainer = make_trainer(train_config(config, 1), device, dtype, MemoryLog(device))
     with Loader(trainer.batch, 1, device) as loader:
         trainer.train_step(0, loader)
-    rows: list[dict[str, Any]] = []
+    runs: list[CheckpointRun] = []
     with progress(1 + stage.repeats, "saves") as bar:
         for turn in range(1 + stage.repeats):
             found = _turn(trainer.engine, place, turn + 1)
-            rows += found if turn else []
+            runs += found if turn else []
             bar.advance()
     if not stage.keep:
         shutil.rmtree(place, ignore_errors=True)
-    size = rows[0]["gb"]
-    seconds = {way: [row["seconds"] for row in rows if row["way"] == way] for way in (OURS, LOADED, SAVED, COPIED)}
-    parts = {name: median(row["parts"][name] for row in rows if row["way"] == OURS) for name in rows[0]["parts"]}
-    ratio = median(ours / theirs for ours, theirs in zip(seconds[OURS], seconds[SAVED], strict=True))
-    spelled = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-    line = f"checkpoint: {size:.3g} GB in {median(seconds[OURS]):.3g} s ({spelled}), {ratio:.2f} x torch.save + fsync"
-    peaks = {way: max(row["peak"] for row in rows if row["way"] == way) for way in seconds}
-    cells = [
-        [
-            way,
-            median(times),
-            min(times),
-            max(times),
-            size / median(times),
-            median(times) / median(seconds[SAVED]),
-            peaks[way],
-        ]
-        for way, times in seconds.items()
-    ]
-    columns = ["way", "seconds", "lowest", "highest", "GB a second", "against torch.save", "GB more held"]
-    return {"summary": line, "rows": rows, "parts": parts}, (columns, cells)
+    return _result(runs)
 
 
-def _turn(engine: Any, place: Path, step: int) -> list[dict[str, Any]]:
-    """A save, a load, and the two others, of the same bytes."""
-    saved, ours = _timed(lambda: checkpoint.save(place / "cogflow", step, engine, None, {"step": step}))
-    _, loaded = _timed(lambda: (checkpoint.verified(saved.path), checkpoint.load(saved.path, engine, None)))
-    _, theirs = _timed(partial(_torch_save, _as_many(saved.bytes), place / "torch.pt"))
-    _, copied = _timed(lambda: _copied(saved.path, place / "copy"))
-    for gone in (saved.path, place / "copy"):
-        shutil.rmtree(gone)
+def _result(runs: list[CheckpointRun]) -> BenchmarkResult:
+    size = runs[0].gb
+    seconds = {way: [run.seconds for run in runs if run.way == way] for way in (SAVE, LOAD, TORCH_SAVE, COPY)}
+    saves = [run.parts for run in runs if run.parts is not None]
+    parts = {name: median(save[name] for save in saves) for name in saves[0]}
+    ratio = median(ours / theirs for ours, theirs in zip(seconds[SAVE], seconds[TORCH_SAVE], strict=True))
+    by_part = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+    rows: list[list[Cell]] = []
+    for way, times in seconds.items():
+        middle, peak = median(times), max(run.peak for run in runs if run.way == way)
+        rows.append([way, middle, min(times), max(times), size / middle, middle / median(seconds[TORCH_SAVE]), peak])
+    line = f"checkpoint: {size:.3g} GB in {median(seconds[SAVE]):.3g} s ({by_part})"
+    return BenchmarkResult(
+        summary=f"{line}, {ratio:.2f} x torch.save + fsync",
+        columns=["way", "seconds", "lowest", "highest", "GB a second", "ratio to torch.save", "GB more held"],
+        rows=rows,
+        details={"rows": [asdict(run) for run in runs], "parts": parts},
+    )
+
+
+def _turn(engine: Any, place: Path, step: int) -> list[CheckpointRun]:
+    """Run a save, a load, ``torch.save`` and ``cp`` of as many bytes."""
+    saved, save = _timed(lambda: checkpoint.save(place / "cogflow", step, engine, None, {"step": step}))
+    _, load = _timed(lambda: (checkpoint.verified(saved.path), checkpoint.load(saved.path, engine, None)))
+    _, torch_save = _timed(partial(_torch_save, _tensors_of(saved.bytes), place / "torch.pt"))
+    _, copy = _timed(lambda: _copy(saved.path, place / "copy"))
+    for folder in (saved.path, place / "copy"):
+        shutil.rmtree(folder)
     (place / "torch.pt").unlink()
     size = saved.bytes / 1e9
-    rows = [
-        {"way": way, "gb": size, **found}
-        for way, found in ((OURS, ours), (LOADED, loaded), (SAVED, theirs), (COPIED, copied))
+    return [
+        CheckpointRun(SAVE, size, *save, parts=saved.parts),
+        CheckpointRun(LOAD, size, *load),
+        CheckpointRun(TORCH_SAVE, size, *torch_save),
+        CheckpointRun(COPY, size, *copy),
     ]
-    rows[0]["parts"] = saved.parts
-    return rows
 
 
-def _as_many(size: int) -> dict[str, torch.Tensor]:
-    """So many bytes, in tensors of 256 MiB."""
+def _tensors_of(size: int) -> dict[str, torch.Tensor]:
+    """Return ``size`` bytes in tensors of at most 256 MiB."""
     return {str(start): torch.ones(min(2**28, size - start), dtype=torch.uint8) for start in range(0, size, 2**28)}
 
 
-def _torch_save(held: dict[str, torch.Tensor], path: Path) -> None:
-    torch.save(held, path)
+def _torch_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    torch.save(tensors, path)
     sync(path)
 
 
-def _copied(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     sync_tree(target)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What ``work`` gives, its seconds, and GB that the process holds more at its end than before."""
-    before, _ = memory(os.getpid())
+def _timed(work: Callable[[], Result]) -> tuple[Result, tuple[float, float]]:
+    """Return the result of ``work``, and its seconds with the GB that the process holds more at its end than before."""
+    before, _ = process_memory(os.getpid())
     began = time.perf_counter()
-    found = work()
+    result = work()
     seconds = time.perf_counter() - began
-    return found, {"seconds": seconds, "peak": max(0, memory(os.getpid())[0] - before) / 1e9}
+    return result, (seconds, max(0, process_memory(os.getpid())[0] - before) / 1e9)

@@ -1,4 +1,4 @@
-"""stage.what=loader: batches made of a latent cache on the disk as training makes them, by part, beside a training step."""
+"""stage.what=loader: making batches from a latent cache on the disk, by part, beside a training step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogflow.benchmarking.step import MemoryWatch, make_trainer, speed_of, training
-from cogflow.benchmarking.tables import Table
-from cogflow.benchmarking.turns import Turns
+from cogflow.benchmarking.results import BenchmarkResult, Cell
+from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
+from cogflow.benchmarking.timed_turns import TimedTurns, step_times
 from cogflow.config.schema import BenchmarkStage, Config, DataConfig
 from cogflow.data import cache, cache_shards
 from cogflow.data.cache import LatentCache
@@ -32,135 +32,158 @@ from cogflow.runtime.progress import progress
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.loader import Loader
 
-HELD = 64  # clips in the cache, in shards of SHARD: more than fit into a processor's caches at the size of CogVideoX
-SHARD = 16
-BATCHES = 16  # of a turn
+CACHED_CLIPS = 64
+"""Clips in the cache: at the size of CogVideoX more than a processor's caches hold."""
+SHARD_CLIPS = 16
+BATCHES = 16
+"""Batches of a turn."""
 WHOLE = "a batch"
+COLUMNS = ("part", "ms a batch", "lowest", "highest", "share of the batch", "share of a step")
 
 
-def loading(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
-    """``stage.repeats`` turns after one that does not count, each of 16 batches of ``stage.batch_size`` clips at the size of ``data``."""
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of a training step, and where the number comes from, in words."""
+
+    seconds: float
+    source: str
+
+
+def measure_loading(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
+    """Make ``stage.repeats`` turns of 16 batches of ``stage.batch_size`` clips at the size of ``data``, after one that
+    does not count."""
+    stage, data = config.stage, config.data
     device = ranks.device()
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "loader"
     described, _ = transformer_size.config_of(config.model)
-    inputs = Inputs.of(described, {"scaling_factor": 0.7})
     dtype = components.resolve_dtype(config.model, device)
-    drawn_cache(place, config.data, described, dtype)
-    clips = LatentCache(place)
+    write_random_cache(place, data, described, dtype)
+    batches = _Batches(LatentCache(place), Inputs.of(described, {"scaling_factor": 0.7}), stage.batch_size)
     turns: list[dict[str, float]] = []
     with progress(1 + stage.repeats, "turns") as bar:
         for turn in range(1 + stage.repeats):
-            found = _turn(clips, inputs, stage.batch_size, turn, device)
+            found = _turn(batches, turn, device)
             turns += [found] if turn else []
             bar.advance()
-    seconds = {part: [one[part] for one in turns] for part in turns[0]}
-    size = _bytes(_batch(clips, inputs, stage.batch_size, 0))
-    del clips
+    seconds = {part: [spent[part] for spent in turns] for part in turns[0]}
+    size = _bytes(batches.make(0))
+    del batches
     if not stage.keep:
         shutil.rmtree(place)
     whole = median(seconds[WHOLE])
-    step, source = _step(config, stage, device, dtype)
-    data = config.data
-    line = f"loader: {1 / whole:.3g} batches of {stage.batch_size} x {data.frames}x{data.height}x{data.width} a second "
-    line += f"({stage.batch_size / whole:.3g} clips, {size / whole / 1e6:.3g} MB); "
-    line += f"a batch of {1000 * whole:.3g} ms is {whole / step:.2%} of {source}"
-    cells: list[list[Any]] = [
-        [part, 1000 * median(times), 1000 * min(times), 1000 * max(times), median(times) / whole, median(times) / step]
+    step = _step_seconds(config, device, dtype)
+    clips = f"{stage.batch_size} x {data.frames}x{data.height}x{data.width}"
+    rate = f"{1 / whole:.3g} batches of {clips} a second"
+    rate += f" ({stage.batch_size / whole:.3g} clips, {size / whole / 1e6:.3g} MB)"
+    rows: list[list[Cell]] = [
+        [
+            part,
+            *(1000 * value for value in (median(times), min(times), max(times))),
+            median(times) / whole,
+            median(times) / step.seconds,
+        ]
         for part, times in seconds.items()
     ]
-    columns = ["part", "ms a batch", "lowest", "highest", "share of the batch", "share of a step"]
-    results = {
-        "summary": line,
-        "seconds": seconds,
-        "bytes": size,
-        "step": step,
-        "step source": source,
-        "share": whole / step,
-    }
-    return results, (columns, cells)
+    return BenchmarkResult(
+        summary=f"loader: {rate}; a batch of {1000 * whole:.3g} ms is {whole / step.seconds:.2%} of {step.source}",
+        columns=COLUMNS,
+        rows=rows,
+        details={
+            "seconds": seconds,
+            "bytes": size,
+            "step": step.seconds,
+            "step_source": step.source,
+            "share": whole / step.seconds,
+        },
+    )
 
 
-def _turn(clips: LatentCache, inputs: Inputs, batch_size: int, turn: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a batch, whole and by part, each on one thread over other clips than the turn before."""
+class _Batches:
+    """Batches by number, of clips in an order that reads neighbours from different shards, as a shuffled epoch does."""
+
+    def __init__(self, clips: LatentCache, inputs: Inputs, batch_size: int) -> None:
+        self.clips, self.inputs, self.batch_size = clips, inputs, batch_size
+
+    def chosen(self, number: int) -> list[int]:
+        train = self.clips.train
+        # 7 and the number of clips have no common divisor.
+        return [train[7 * (number * self.batch_size + slot) % len(train)] for slot in range(self.batch_size)]
+
+    def make(self, number: int) -> Batch:
+        return training_batch(self.clips, self.chosen(number), (0, number), 0, inputs=self.inputs, text_dropout=0.0)
+
+    def read(self, number: int) -> None:
+        """Read the tensors of a batch: mapped tensors are read when they are touched."""
+        for position in self.chosen(number):
+            clip = self.clips.entry(position)
+            for tensor in (clip.mean, clip.logvar, clip.embeds):
+                tensor.clone()
+
+    def noise(self, number: int) -> torch.Tensor:
+        """Draw the noise of a batch once."""
+        shape = tuple(self.clips.entry(0).mean.shape)
+        rng = np.random.default_rng([number])
+        drawn = [torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for _ in range(self.batch_size)]
+        return torch.stack(drawn)
+
+
+def _turn(batches: _Batches, turn: int, device: torch.device) -> dict[str, float]:
+    """Return the seconds of a batch, whole and by part, each on one thread over other clips than the turn before."""
     start = turn * BATCHES
-    latents = clips.entry(0).mean.shape
 
-    def mean(work: Callable[[int], Any]) -> float:
+    def mean_seconds(work: Callable[[int], Any]) -> float:
         began = time.perf_counter()
         for number in range(start, start + BATCHES):
             work(number)
         return (time.perf_counter() - began) / BATCHES
 
-    def read(number: int) -> None:
-        for position in _chosen(clips, batch_size, number):
-            one = clips.entry(position)
-            # Mapped tensors are read when they are touched.
-            for tensor in (one.mean, one.logvar, one.embeds):
-                tensor.clone()
-
-    def normal(number: int) -> torch.Tensor:
-        rng = np.random.default_rng([number])
-        return torch.stack(
-            [torch.from_numpy(rng.standard_normal(tuple(latents), dtype=np.float32)) for _ in range(batch_size)]
-        )
-
-    found = {WHOLE: mean(lambda number: _batch(clips, inputs, batch_size, number))}
-    with Loader(lambda step, micro: _batch(clips, inputs, batch_size, step), 1, device) as loader:
+    found = {WHOLE: mean_seconds(batches.make)}
+    with Loader(lambda step, micro: batches.make(step), 1, device) as loader:
 
         def take(number: int) -> None:
             loader.take(number, 0)
             loader.go_on()
 
-        found["of the loader, to the device"] = mean(take)
-    found["reading"] = mean(read)
-    found["noise, drawn once"] = mean(normal)
-    ready = _batch(clips, inputs, batch_size, start)
-    noise = normal(start)
-    deviation = torch.full_like(noise, -6.0)
-    found["posterior, without its noise"] = mean(
-        lambda _: noise + torch.exp(0.5 * deviation.clamp(-30.0, 20.0)) * noise
+        found["of the loader, to the device"] = mean_seconds(take)
+    found["reading"] = mean_seconds(batches.read)
+    found["noise, drawn once"] = mean_seconds(batches.noise)
+    ready, noise = batches.make(start), batches.noise(start)
+    log_variance = torch.full_like(noise, -6.0)
+    found["posterior, without its noise"] = mean_seconds(
+        lambda _: noise + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
     )
     if device.type == "cuda":
-        found["pinning"] = mean(lambda _: ready.pinned())
+        found["pinning"] = mean_seconds(lambda _: ready.pinned())
     return found
 
 
-def _chosen(clips: LatentCache, batch_size: int, number: int) -> list[int]:
-    # Seven is prime to the number of clips: neighbours in a batch lie in different shards, as in a shuffled epoch.
-    return [clips.train[7 * (number * batch_size + slot) % len(clips.train)] for slot in range(batch_size)]
-
-
-def _batch(clips: LatentCache, inputs: Inputs, batch_size: int, number: int) -> Batch:
-    return training_batch(clips, _chosen(clips, batch_size, number), (0, number), 0, inputs=inputs, text_dropout=0.0)
-
-
 def _bytes(batch: Batch) -> int:
-    """Of all tensors of a batch."""
-    held = [getattr(batch, field.name) for field in fields(batch)]
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
+    """Return the bytes of all tensors of a batch."""
+    tensors = [getattr(batch, field.name) for field in fields(batch)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _step(
-    config: Config[BenchmarkStage], stage: BenchmarkStage, device: torch.device, dtype: torch.dtype
-) -> tuple[float, str]:
-    """Seconds of a training step of the model, and in words where they come from: measured where the model fits, else planned for a GPU."""
-    asked = training(config, stage, 1 + 2 * stage.steps)
+def _step_seconds(config: Config[BenchmarkStage], device: torch.device, dtype: torch.dtype) -> StepSeconds:
+    """Return the seconds of a training step: measured where the model fits, else planned for a GPU."""
+    stage = config.stage
+    asked = train_config(config, 1 + 2 * stage.steps)
     if device.type == "cuda" or config.model.name == "tiny":
-        trainer = make_trainer(asked, device, dtype, MemoryWatch(device))
+        trainer = make_trainer(asked, device, dtype, MemoryLog(device))
         with progress(2, "training") as bar:
-            turns = Turns(stage.steps, device, bar.advance)
+            turns = TimedTurns(stage.steps, device, bar.advance)
             trainer.run(0, turns.hooks(lambda *_: None))
-        if (speed := speed_of(turns.ours[1:], stage.batch_size)) is not None:
-            return speed.median, f"a training step of {speed.median:.3g} s"
-    foreseen = plan(asked)
-    return (
-        foreseen.pace.step,
-        f"a training step of {foreseen.pace.step:.3g} s, planned for a GPU of {foreseen.device.tflops:.3g} TFLOP/s",
-    )
+        if (times := step_times(turns.ours[1:], stage.batch_size)) is not None:
+            return StepSeconds(times.median, f"a training step of {times.median:.3g} s")
+    planned = plan(asked)
+    seconds, rate = planned.pace.step, planned.device.tflops
+    return StepSeconds(seconds, f"a training step of {seconds:.3g} s, planned for a GPU of {rate:.3g} TFLOP/s")
 
 
-def drawn_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype: torch.dtype) -> None:
-    """A prepared folder of :data:`HELD` clips at the size of ``data`` for the transformer ``described``, with drawn values."""
+def write_random_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a prepared folder of :data:`CACHED_CLIPS` random clips at the size of ``data``.
+
+    ``described``: the transformer's config. ``dtype``: of the embeddings.
+    """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -168,31 +191,46 @@ def drawn_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype:
     latents = (16, (data.frames - 1) // per_latent + 1, data.height // 8, data.width // 8)
     text = (int(described["max_text_seq_length"]), int(described["text_embed_dim"]))
     variants = data.image_variants if takes_image(described) else 0
-    names = [str(number) for number in range(HELD)]
-    with cache_shards.ShardWriter(place, CLIPS, SHARD) as clips, cache_shards.ShardWriter(place, TEXTS, SHARD) as texts:
+    names = [str(number) for number in range(CACHED_CLIPS)]
+
+    def moments(kind: str, size: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        mean, logvar = kind.format("mean"), kind.format("logvar")
+        return {mean: torch.randn(size, generator=generator), logvar: torch.full(size, -6.0)}
+
+    with (
+        cache_shards.ShardWriter(place, CLIPS, SHARD_CLIPS) as clips,
+        cache_shards.ShardWriter(place, TEXTS, SHARD_CLIPS) as texts,
+    ):
         for name in names:
-            tensors = {"mean": torch.randn(latents, generator=generator), "logvar": torch.full(latents, -6.0)}
+            tensors = moments("{}", latents)
             for variant in range(variants):
-                first = (latents[0], 1, *latents[2:])
-                tensors |= {
-                    f"image_mean_{variant}": torch.randn(first, generator=generator),
-                    f"image_logvar_{variant}": torch.full(first, -6.0),
-                }
+                tensors |= moments(f"image_{{}}_{variant}", (latents[0], 1, *latents[2:]))
             clips.add(name, tensors)
             texts.add(name, {"embeds": torch.randn(text, generator=generator).to(dtype)})
         texts.add("empty", {"embeds": torch.zeros(text, dtype=dtype)})
-    held_clips, held_texts = cache_shards.scan(place, CLIPS), cache_shards.scan(place, TEXTS)
+    stored_clips, stored_texts = cache_shards.scan(place, CLIPS), cache_shards.scan(place, TEXTS)
     entries = [
         {
-            "key": name, "name": name, "text": name, "clip": name, "clip_shard": held_clips[name].shard, "caption": name,
-            "text_shard": held_texts[name].shard,
+            "key": name,
+            "name": name,
+            "text": name,
+            "clip": name,
+            "clip_shard": stored_clips[name].shard,
+            "caption": name,
+            "text_shard": stored_texts[name].shard,
         }
         for name in names
-    ]  # fmt: skip
+    ]
     settings = {name: getattr(replace(data, buckets=[]), name) for name in SETTINGS}
     index = {
-        "version": cache.VERSION, "plan": "", "fingerprint": "drawn", "settings": settings | {"image_variants": variants}, "models": {},
-        "empty": {"caption": "empty", "text_shard": held_texts["empty"].shard}, "train": list(range(HELD)), "holdout": [],
+        "version": cache.VERSION,
+        "plan": "",
+        "fingerprint": "random",
+        "settings": settings | {"image_variants": variants},
+        "models": {},
+        "empty": {"caption": "empty", "text_shard": stored_texts["empty"].shard},
+        "train": list(range(CACHED_CLIPS)),
+        "holdout": [],
         "entries": entries,
-    }  # fmt: skip
+    }
     write_json(place / cache.INDEX, json.loads(json.dumps(index)))

@@ -1,102 +1,132 @@
-"""stage.what=prepare: clips on their way to the VAE, as many at a time as cores, beside a peer's own code; and one clip by part."""
+"""stage.what=prepare: reading clips as far as the VAE's input, as many at a time as stage=prepare reads; and one clip
+by part."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import av
 import numpy as np
 import torch
 
-from cogflow.benchmarking.h264_clips import written
-from cogflow.benchmarking.peer_clips import PeerClips, peer_in
-from cogflow.benchmarking.tables import Table
+from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.config.schema import BenchmarkStage, Config, DataConfig
 from cogflow.data import clips, decode, softness
 from cogflow.data.cache_shards import ShardWriter
 from cogflow.data.clip_index import EXTENSIONS
 from cogflow.data.encode import at_once, clip_threads, pixels
-from cogflow.data.video import ToPlanes
+from cogflow.data.shapes import draw, scenes
+from cogflow.data.video import ToPlanes, write_video
 from cogflow.errors import DataError
 from cogflow.files.hashing import hash_file
 from cogflow.runtime.progress import progress
 from cogflow.sharpness.metrics import measure
 
-OURS = "cogflow"
+COGFLOW = "cogflow"
+DRAWN_CLIPS = 4
+DRAWN_RATE = 3  # frames of a drawn clip for each frame that is wanted
+COLUMNS = ("way", "seconds a clip", "lowest", "highest", "clips a second", "frames a second", "ratio to cogflow")
 Result = TypeVar("Result")
 
 
-def preparing(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
-    """``stage.repeats`` passes over all clips after one that does not count, ours and the peer's by turns; then each clip by part."""
-    data = config.data
-    clone = Path(stage.vs).expanduser() if stage.vs else None
-    if clone is not None:
-        peer_in(clone)
+def measure_preparing(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
+    """Read all clips in ``stage.repeats`` passes after one that does not count, then each clip by part."""
+    stage, data = config.stage, config.data
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "prepare"
-    found = (
-        _given(Path(stage.clips).expanduser(), stage.contents) if stage.clips else written(place / "clips", stage, data)
-    )
-    what = _told(found)
-    seconds: dict[str, list[float]] = {OURS: []}
-    with ExitStack() as stack:
-        peer = stack.enter_context(PeerClips(clone, stage.vs_python, found, data, place / "peer")) if clone else None
-        bar = stack.enter_context(progress((1 + stage.repeats) * (2 if peer else 1), "passes"))
+    if stage.clips:
+        paths = find_clips(Path(stage.clips).expanduser(), stage.contents)
+    else:
+        paths = draw_clips(place / "clips", stage.contents or DRAWN_CLIPS, stage.clip_height, data)
+    description = describe_clips(paths)
+    seconds = []
+    with progress(1 + stage.repeats, "passes") as bar:
         for turn in range(1 + stage.repeats):
-            for name, one_pass in _ways(found, data, peer):
-                spent = one_pass() / len(found)
-                if turn:
-                    seconds.setdefault(name, []).append(spent)
-                bar.advance()
-    parts = [_by_part(path, data, place) for path in found]
+            spent = seconds_per_pass(paths, data) / len(paths)
+            seconds += [spent] if turn else []
+            bar.advance()
+    parts = measure_parts(paths, data, place)
     if not stage.keep:
         shutil.rmtree(place, ignore_errors=True)
-    theirs = seconds.get(peer.name) if peer else None
-    times = median(other / own for own, other in zip(seconds[OURS], theirs, strict=True)) if theirs else None
-    typical = median(seconds[OURS])
+    typical = median(seconds)
+    return BenchmarkResult(
+        summary=summary_line(typical, data, description),
+        columns=COLUMNS,
+        rows=[timing_row(COGFLOW, seconds, typical, data.frames), *part_rows(parts)],
+        details={
+            "clips": [str(path) for path in paths],
+            "seconds": seconds,
+            "parts": {name: median(times) for name, times in parts.items()},
+            "at_once": at_once(),
+        },
+    )
+
+
+def summary_line(typical: float, data: DataConfig, description: str) -> str:
+    """Return one line; ``typical``: seconds a clip."""
     size = f"{data.frames}x{data.height}x{data.width}"
-    line = f"prepare: {1 / typical:.3g} clips of {size} a second ({data.frames / typical:.3g} frames) from {what}, "
-    line += f"{at_once()} at a time"
-    if peer and times:
-        line += f"; {times:.2f} x {peer.name}'s own"
-    cells: list[list[Any]] = [
-        [name, median(one), min(one), max(one), 1 / median(one), data.frames / median(one), typical / median(one)]
-        for name, one in seconds.items()
-    ]
-    whole = {part: median(one[part] for one in parts) for part in parts[0]}
-    cells += [
-        [f"one core: {part}", value, min(one[part] for one in parts), max(one[part] for one in parts), "", "", ""]
-        for part, value in whole.items()
-    ]
-    columns = ["way", "seconds a clip", "lowest", "highest", "clips a second", "frames a second", "against cogflow"]
-    results = {
-        "summary": line, "clips": [str(path) for path in found], "seconds": seconds, "times": times, "peer": peer.name if peer else None,
-        "parts": whole, "at once": at_once(),
-    }  # fmt: skip
-    return results, (columns, cells)
+    rate = f"{1 / typical:.3g} clips of {size} a second ({data.frames / typical:.3g} frames)"
+    return f"prepare: {rate} from {description}, {at_once()} at a time"
 
 
-def _ways(found: Sequence[Path], data: DataConfig, peer: PeerClips | None) -> Iterator[tuple[str, Callable[[], float]]]:
-    yield OURS, lambda: _pass(found, data)
-    if peer is not None:
-        yield peer.name, lambda: _peer_pass(peer, len(found), data)
+def timing_row(way: str, seconds: Sequence[float], ours: float, frames: int) -> list[Cell]:
+    """Return the cells of :data:`COLUMNS` for ``seconds`` a clip; ``ours``: cogflow's."""
+    middle = median(seconds)
+    return [way, middle, min(seconds), max(seconds), 1 / middle, frames / middle, ours / middle]
 
 
-def _pass(found: Sequence[Path], data: DataConfig) -> float:
-    """Seconds until the VAE could have been given all clips, with as many in the making as in stage=prepare."""
+def part_rows(parts: dict[str, list[float]]) -> list[list[Cell]]:
+    """Return one row of :data:`COLUMNS` per part of a clip."""
+    return [[f"one core: {name}", median(times), min(times), max(times), "", "", ""] for name, times in parts.items()]
 
-    def one(path: Path) -> torch.Size:
+
+def find_clips(folder: Path, most: int) -> list[Path]:
+    """Return the videos below ``folder``, at most ``most`` (0: all). Raises :class:`DataError` when there are none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS) if folder.is_dir() else []
+    if not found:
+        raise DataError(
+            f"stage.clips={folder} holds no clips.", f"Give a folder of {' '.join(EXTENSIONS)} files, or leave it out."
+        )
+    return found[:most] if most else found
+
+
+def draw_clips(folder: Path, count: int, height: int, data: DataConfig) -> list[Path]:
+    """Write drawn H.264 clips that are just long enough, 16:9 and ``height`` high (0: one and a half times
+    ``data.height``)."""
+    height = height or 2 * round(0.75 * data.height)
+    width = 2 * max(round(height * 8 / 9), round(data.width * height / data.height / 2))
+    paths = []
+    for number, scene in enumerate(scenes(count, seed=3)):
+        paths.append(folder / f"{number:02d}.mp4")
+        write_video(
+            paths[-1], draw(scene, DRAWN_RATE * data.frames, height, width), DRAWN_RATE * data.fps, crf=20, threads=1
+        )
+    return paths
+
+
+def describe_clips(paths: Sequence[Path]) -> str:
+    """Return number, size, codec and frame rate in words, by the first clip."""
+    with av.open(str(paths[0])) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 0)
+        return f"{len(paths)} of {stream.width}x{stream.height} ({stream.codec_context.name}, {rate:.3g} a second)"
+
+
+def seconds_per_pass(paths: Sequence[Path], data: DataConfig) -> float:
+    """Return the seconds until the VAE could have been given all clips, with as many at a time as in stage=prepare."""
+
+    def read(path: Path) -> torch.Size:
         return pixels(clips.read_clip(path, data).frames, torch.device("cpu"), torch.float32).shape
 
     with clip_threads(at_once()) as pool:
         began = time.perf_counter()
         try:
-            shapes = list(pool.map(one, found))
+            shapes = list(pool.map(read, paths))
         except clips.ClipError as error:
             raise DataError(
                 f"a clip cannot be read: {error.reason}", "Give clips that stage=prepare takes, all of them."
@@ -106,68 +136,43 @@ def _pass(found: Sequence[Path], data: DataConfig) -> float:
     return seconds
 
 
-def _peer_pass(peer: PeerClips, count: int, data: DataConfig) -> float:
-    answer = peer.run()
-    shapes = [sorted(shape) for shape in answer["shapes"]]
-    wanted = sorted([3, data.frames, data.height, data.width])
-    if len(shapes) != count or any([side for side in shape if side != 1] != wanted for shape in shapes):
-        raise DataError(
-            f"{peer.name} gave other clips than were asked for: {answer['shapes'][:3]}",
-            "Give clips that are long enough.",
-        )
-    return float(answer["seconds"])
+def measure_parts(paths: Sequence[Path], data: DataConfig, place: Path) -> dict[str, list[float]]:
+    """Return the seconds of each part of stage=prepare but the models, one value per clip, all on one core."""
+    place.mkdir(parents=True, exist_ok=True)
+    with clip_threads(1) as pool:
+        by_clip = [pool.submit(_parts_of_clip, path, data, place).result() for path in paths]
+    return {part: [spent[part] for spent in by_clip] for part in by_clip[0]}
 
 
-def _by_part(path: Path, data: DataConfig, place: Path) -> dict[str, float]:
-    """Seconds of one clip, all on one core: every part of stage=prepare but the models."""
+def _parts_of_clip(path: Path, data: DataConfig, place: Path) -> dict[str, float]:
     spent: dict[str, float] = {}
 
     def timed(part: str, work: Callable[[], Result]) -> Result:
         began = time.perf_counter()
-        found = work()
+        result = work()
         spent[part] = time.perf_counter() - began
-        return found
+        return result
 
-    def alone() -> None:
-        content = timed("hashing the file", lambda: hash_file(path))
-        with ExitStack() as stack:
-            file = timed("opening, walking through", lambda: decode.opened(path, clips.file_size(path), stack))
-            wanted = clips.window_start(file.scan, data, content) + np.arange(data.frames) / data.fps
-            frames = timed("decoding", lambda: [frame for frame, _ in decode.few(file, wanted)])
-        to_planes = ToPlanes()
-        planes = timed("colours", lambda: [to_planes(frame) for frame in frames])
-        out = torch.empty(3, data.height, data.width, dtype=torch.uint8)
+    content = timed("hashing the file", lambda: hash_file(path))
+    with ExitStack() as stack:
+        file = timed("opening, reading packets", lambda: decode.opened(path, clips.file_size(path), stack))
+        wanted = clips.window_start(file.scan, data, content) + np.arange(data.frames) / data.fps
+        frames = timed("decoding", lambda: [frame for frame, _ in decode.few(file, wanted)])
+    to_planes = ToPlanes()
+    planes = timed("colours", lambda: [to_planes(frame) for frame in frames])
+    out = torch.empty(3, data.height, data.width, dtype=torch.uint8)
 
-        def resized() -> None:
-            for one in planes:
-                clips.fit(one, data, content, out)
+    def resize() -> None:
+        for frame in planes:
+            clips.fit(frame, data, content, out)
 
-        timed("resizing, cropping", resized)
-        clip = clips.read_clip(path, data, content)
-        timed("as the VAE takes it", lambda: pixels(clip.frames, torch.device("cpu"), torch.float32))
-        timed("sharpness of the source", lambda: softness.measured(clip, data, content, resampled=False))
-        timed("sharpness of the clip", lambda: measure(clip.frames))
-        latents = torch.zeros(16, (data.frames - 1) // 4 + 1, data.height // 8, data.width // 8)
-        with ShardWriter(place, "clips", 2) as writer:
-            writer.add("clip", {"mean": latents, "logvar": latents.clone()})
-            timed("writing the moments", writer.flush)
-
-    place.mkdir(parents=True, exist_ok=True)
-    with clip_threads(1) as pool:
-        pool.submit(alone).result()
+    timed("resizing, cropping", resize)
+    clip = clips.read_clip(path, data, content)
+    timed("as the VAE takes it", lambda: pixels(clip.frames, torch.device("cpu"), torch.float32))
+    timed("sharpness of the source", lambda: softness.measured(clip, data, content, resampled=False))
+    timed("sharpness of the clip", lambda: measure(clip.frames))
+    latents = torch.zeros(16, (data.frames - 1) // 4 + 1, data.height // 8, data.width // 8)
+    with ShardWriter(place, "clips", 2) as writer:
+        writer.add("clip", {"mean": latents, "logvar": latents.clone()})
+        timed("writing the moments", writer.flush)
     return spent
-
-
-def _given(folder: Path, most: int) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS) if folder.is_dir() else []
-    if not found:
-        raise DataError(
-            f"stage.clips={folder} holds no clips.", f"Give a folder of {' '.join(EXTENSIONS)} files, or leave it out."
-        )
-    return found[:most] if most else found
-
-
-def _told(found: Sequence[Path]) -> str:
-    with av.open(str(found[0])) as container:
-        stream = container.streams.video[0]
-        return f"{len(found)} of {stream.width}x{stream.height} ({stream.codec_context.name}, {float(stream.average_rate or 0):.3g} a second)"

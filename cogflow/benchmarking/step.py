@@ -1,15 +1,16 @@
-"""One training step of the configured model at its real shapes, with drawn weights and clips: time, operations, memory by part.
+"""Measure one training step of the configured model at its real shapes, with random weights and clips: time,
+operations, memory by part.
 
-The loop, the guards, the indicator and the loader run as in stage=train; nothing that is due between steps does. The VAE and T5 are not on
-the device while training, so that they are not here.
+The loop, the guards, the indicator and the loader run as in stage=train; nothing else is due between steps. The VAE and
+T5 are not on the device while training, so they are not loaded here.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,16 +18,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogflow.benchmarking.ceiling import Ceiling, ceiling
-from cogflow.benchmarking.drawn import DrawnClips, DrawnWeights
-from cogflow.benchmarking.overhead import bare_steps
-from cogflow.benchmarking.step_profile import Part, profiled
-from cogflow.benchmarking.turns import Turn, Turns
+from cogflow.benchmarking.device_peak import DevicePeak, measure_device_peak
+from cogflow.benchmarking.random_model import RandomClips, RandomWeights
+from cogflow.benchmarking.step_profile import ProfilePart, profile_step
+from cogflow.benchmarking.timed_turns import StepTimes, TimedTurns, step_times
 from cogflow.config.schema import BenchmarkStage, Config, TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.inputs import Inputs
 from cogflow.planning import flops, transformer_size
-from cogflow.planning.plan import kept, plan
+from cogflow.planning.plan import Plan, kept, plan
 from cogflow.runtime import ranks
 from cogflow.training import initial_weights, speed
 from cogflow.training.engine import Engine
@@ -36,84 +36,117 @@ from cogflow.training.recomputation import recompute
 from cogflow.weights.strict_loading import expected_shapes, meta_model
 
 CLIPS = 4
-BARE = "bare"
-PHASES = ("forward and backward", "optimizer step")
-"""Of a plan's memory, those that a step goes through; with what CUDA takes and what lies idle between allocations."""
+STEP_PHASES = ("forward and backward", "optimizer step")
+"""Phases of a plan's memory that a step goes through."""
+
+OtherLoop = Callable[[Trainer, int], Iterator[None]]
+"""(trainer, batch size) -> a loop that does one step of the same engine for each value, to be timed beside the
+trainer's."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Seconds of a step over the turns; ``clips``: a second, on this rank."""
+class StepCost:
+    """Cost of one training step. Times in seconds, memory in GB, operations for all clips of the step.
 
-    median: float
-    lowest: float
-    highest: float
-    clips: float
+    ``flops``: "useful", "with_recomputation", and "counted" (one clip, counted by torch). ``mfu`` and ``hfu``: useful
+    and executed operations per second over ``device_peak.flops``. ``data_wait``: share of the step that waits for a
+    batch. ``memory``: see :class:`MemoryLog`, with the parts and the peak that the plan foresees. ``other``: times of
+    the loop beside it, of which ``ratio_to_other``.
+    """
+
+    model: str
+    parameters: int
+    size: str
+    tokens: int
+    device: str
+    dtype: str
+    world: int
+    device_peak: DevicePeak
+    times: StepTimes | None
+    turns: list[float]
+    start_seconds: float
+    flops: dict[str, float]
+    mfu: float | None
+    hfu: float | None
+    data_wait: float | None
+    memory: dict[str, float]
+    memory_planned: dict[str, float]
+    allocator_retries: int
+    profile: list[ProfilePart]
+    other: StepTimes | None
+    ratio_to_other: float | None
 
 
-def measure(config: Config[BenchmarkStage], stage: BenchmarkStage, advance: Callable[[int], None]) -> dict[str, Any]:
-    """What a step costs here, beside what it could; with ``stage.vs=bare`` beside the loop one writes first, by turns."""
+def measure_step(
+    config: Config[BenchmarkStage], advance: Callable[[int], None], other: OtherLoop | None = None
+) -> StepCost:
+    """Train ``stage.repeats`` turns of ``stage.steps`` steps after one turn that does not count, and return the cost.
+    Collective.
+
+    ``other``: a loop to time in turns with the trainer's. ``advance`` is called with 1 after each turn.
+    """
+    stage = config.stage
     began = time.perf_counter()
     speed.grow_segments()
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
-    best = ceiling(device, dtype)
-    asked = training(config, stage, 1 + (1 + stage.repeats) * stage.steps)
-    watch = MemoryWatch(device)
-    trainer = make_trainer(asked, device, dtype, watch)
+    peak = measure_device_peak(device, dtype)
+    asked = train_config(config, 1 + (1 + stage.repeats) * stage.steps)
+    memory_log = MemoryLog(device)
+    trainer = make_trainer(asked, device, dtype, memory_log)
     with Loader(trainer.batch, 1, device) as loader:
         trainer.train_step(0, loader)
-    watch.after_start()
-    waited: list[float] = []
-    other = bare_steps(trainer.engine, trainer, stage.batch_size) if stage.vs == BARE else None
-    turns = Turns(stage.steps, device, advance, other)
-    started = time.perf_counter() - began
-    trainer.run(1, turns.hooks(lambda _, values: waited.append(values["train/data_wait"])))
-    memory = watch.found()
-    parts = _profiled(trainer, asked, best) if stage.profile else []
-    mine, theirs = speed_of(turns.ours[1:], stage.batch_size), speed_of(turns.theirs[1:], stage.batch_size)
-    foreseen = plan(asked)
-    useful = flops.step(foreseen.shape, foreseen.tokens).total * stage.batch_size
-    done = flops.step(foreseen.shape, foreseen.tokens, foreseen.setting.kept(foreseen.shape.layers))
-    return {
-        "model": config.model.name,
-        "parameters": foreseen.shape.parameters,
-        "size": f"{config.data.frames}x{config.data.height}x{config.data.width}",
-        "tokens": foreseen.tokens.total,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "dtype": loading.dtype_name(dtype),
-        "world": ranks.world_size(),
-        "seconds": asdict(mine) if mine else None,
-        "turns": [turn.wall for turn in turns.ours],
-        "allocator retries": torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0,
-        "bare": asdict(theirs) if theirs else None,
-        "ratio to bare": mine.median / theirs.median if mine and theirs else None,
-        "flops": {
-            "useful": useful,
-            "with recomputation": done.total * stage.batch_size,
-            "counted": counted_flops(config),
-        },
-        "ceiling": asdict(best),
-        "mfu": useful / mine.median / best.flops if mine else None,
-        "hfu": done.total * stage.batch_size / mine.median / best.flops if mine else None,
-        "data wait": median(waited) / mine.median if waited and mine else None,
-        "memory": memory
-        | {
-            "foreseen": {part: size / 1e9 for part, size in foreseen.gpu.parts.items()},
-            "foreseen peak": max(foreseen.gpu.phases[phase] for phase in PHASES) / 1e9,
-        },
-        "start seconds": started,
-        "profile": [asdict(part) for part in parts],
-    }
+    memory_log.after_first_step()
+    waits: list[float] = []
+    turns = TimedTurns(stage.steps, device, advance, other(trainer, stage.batch_size) if other else None)
+    start_seconds = time.perf_counter() - began
+    trainer.run(1, turns.hooks(lambda _, values: waits.append(values["train/data_wait"])))
+    memory = memory_log.gigabytes()
+    profile = _profile(trainer, asked, peak) if stage.profile else []
+    times = step_times(turns.ours[1:], stage.batch_size)
+    other_times = step_times(turns.theirs[1:], stage.batch_size)
+    planned = plan(asked)
+    operations = _operations(config, planned)
+    per_second = peak.flops * times.median if times else None
+    return StepCost(
+        model=config.model.name,
+        parameters=planned.shape.parameters,
+        size=f"{config.data.frames}x{config.data.height}x{config.data.width}",
+        tokens=planned.tokens.total,
+        device=device_name(device),
+        dtype=loading.dtype_name(dtype),
+        world=ranks.world_size(),
+        device_peak=peak,
+        times=times,
+        turns=[turn.wall for turn in turns.ours],
+        start_seconds=start_seconds,
+        flops=operations,
+        mfu=operations["useful"] / per_second if per_second else None,
+        hfu=operations["with_recomputation"] / per_second if per_second else None,
+        data_wait=median(waits) / times.median if waits and times else None,
+        memory=memory,
+        memory_planned={part: size / 1e9 for part, size in planned.gpu.parts.items()}
+        | {"peak": max(planned.gpu.phases[phase] for phase in STEP_PHASES) / 1e9},
+        allocator_retries=torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0,
+        profile=profile,
+        other=other_times,
+        ratio_to_other=times.median / other_times.median if times and other_times else None,
+    )
 
 
-def training(config: Config[BenchmarkStage], stage: BenchmarkStage, steps: int) -> Config[TrainStage]:
-    """``config`` with settings of a training of so many steps, between which nothing is due."""
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or ``cpu`` with its number of threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def train_config(config: Config[BenchmarkStage], steps: int) -> Config[TrainStage]:
+    """Return ``config`` with the settings of a training of ``steps`` steps that neither samples nor evaluates nor
+    saves."""
     train = TrainStage(
         steps=steps,
-        batch_size=stage.batch_size,
+        batch_size=config.stage.batch_size,
         sample_every=0,
         evaluate_every=0,
         save_every=0,
@@ -123,46 +156,56 @@ def training(config: Config[BenchmarkStage], stage: BenchmarkStage, steps: int) 
     return config.with_stage(train)
 
 
-def make_trainer(config: Config[TrainStage], device: torch.device, dtype: torch.dtype, watch: MemoryWatch) -> Trainer:
-    """A trainer as stage=train has it, without anything from a disk."""
+def make_trainer(
+    config: Config[TrainStage], device: torch.device, dtype: torch.dtype, memory_log: MemoryLog
+) -> Trainer:
+    """Return a trainer as stage=train builds it, with random weights and clips instead of files."""
     stage = config.stage
-    shape_of, source = transformer_size.config_of(config.model)
-    weights = DrawnWeights(expected_shapes(meta_model(shape_of, Path(source))), device)
-    transformer = initial_weights.make(shape_of, weights, config.deepspeed, stage, dtype, device)
-    watch.after_weights()
+    described, source = transformer_size.config_of(config.model)
+    weights = RandomWeights(expected_shapes(meta_model(described, Path(source))), device)
+    transformer = initial_weights.make(described, weights, config.deepspeed, stage, dtype, device)
+    memory_log.after_weights()
     recompute(transformer, config.deepspeed, kept(config), speed.mode(speed.how_compiled(config, device)))
     speed.prepare(transformer, config, device, dtype)
     engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
     data, own = config.data, transformer.config
     latents = ((data.frames - 1) // own.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
-    clips: Any = DrawnClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
+    clips: Any = RandomClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
     inputs = Inputs.of(own, {"scaling_factor": 0.7})
     trainer = Trainer(config, engine, None, clips, alphas, inputs, device, dtype)
-    watch.follow(transformer)
+    memory_log.follow(transformer)
     return trainer
 
 
-def speed_of(turns: list[Turn], batch_size: int) -> Speed | None:
-    """Over ``turns``; ``None`` without any."""
-    if not turns:
-        return None
-    walls = sorted(turn.wall for turn in turns)
-    return Speed(median(walls), walls[0], walls[-1], batch_size / median(walls))
-
-
-def _profiled(trainer: Trainer, config: Config[TrainStage], best: Ceiling) -> list[Part]:
-    """One more step, by what its time goes to."""
-    foreseen, steps = plan(config), trainer.stage.steps
+def _profile(trainer: Trainer, config: Config[TrainStage], peak: DevicePeak) -> list[ProfilePart]:
+    """Train one more step under the profiler, after one whose batch and whose successor's batch are prefetched."""
+    steps = trainer.stage.steps
     with Loader(trainer.batch, 1, trainer.device) as loader:
-        trainer.train_step(steps, loader)  # its batch is made, and the next one's, too
-        return profiled(
-            lambda: trainer.train_step(steps + 1, loader), trainer.device, foreseen.forward, trainer.stage.batch_size, best
-        )  # fmt: skip
+        trainer.train_step(steps, loader)
+        return profile_step(
+            lambda: trainer.train_step(steps + 1, loader),
+            trainer.device,
+            forward=plan(config).forward,
+            clips=trainer.stage.batch_size,
+            peak=peak,
+        )
+
+
+def _operations(config: Config[BenchmarkStage], planned: Plan) -> dict[str, float]:
+    batch_size = config.stage.batch_size
+    useful = flops.step(planned.shape, planned.tokens)
+    executed = flops.step(planned.shape, planned.tokens, planned.setting.kept(planned.shape.layers))
+    return {
+        "useful": useful.total * batch_size,
+        "with_recomputation": executed.total * batch_size,
+        "counted": counted_flops(config),
+    }
 
 
 def counted_flops(config: Config[BenchmarkStage]) -> float:
-    """Operations of one clip's forward and backward pass as torch counts them, on the meta device; nothing is computed twice."""
+    """Return the operations of one clip's forward and backward pass as torch counts them on the meta device, without
+    recomputation."""
     described, source = transformer_size.config_of(config.model)
     data = config.data
     with torch.device("meta"):
@@ -177,24 +220,30 @@ def counted_flops(config: Config[BenchmarkStage]) -> float:
     return float(counter.get_total_flops())
 
 
-class MemoryWatch:
-    """Memory at the points where it changes, in bytes: of a GPU what PyTorch has allocated, else what the process holds."""
+class MemoryLog:
+    """Memory in bytes at the points where it changes: on a GPU what PyTorch has allocated, else RssAnon of the process.
+
+    ``weights``: after the model is made. ``resident``: after the first step, with masters, optimizer states and
+    buckets. ``activations``: what a forward pass leaves. ``peak`` and ``reserved``: highest values since the first step
+    (on a CPU: since the process began).
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._points, self._activations = device, dict[str, int](), 0
+        self.device = device
+        self._points: dict[str, int] = {}
+        self._activations = 0
         self._before = self._now()
 
     def after_weights(self) -> None:
         self._points["weights"] = self._now() - self._before
 
-    def after_start(self) -> None:
-        """After the first step: weights, masters, states and buckets lie there; peaks count from here."""
+    def after_first_step(self) -> None:
         self._points["resident"] = self._now() - self._before
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def follow(self, transformer: torch.nn.Module) -> None:
-        """Have the activations be looked at: what a forward pass leaves."""
+        """Measure at each forward pass of ``transformer`` how much memory it leaves allocated."""
         before = [0]
 
         def entering(*_: Any) -> None:
@@ -206,15 +255,15 @@ class MemoryWatch:
         transformer.register_forward_pre_hook(entering)
         transformer.register_forward_hook(leaving)
 
-    def found(self) -> dict[str, float]:
-        """GB by part."""
+    def gigabytes(self) -> dict[str, float]:
+        """Return all values in GB (10^9 bytes)."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             reserved = torch.cuda.max_memory_reserved(self.device)
         else:
             peak = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found = self._points | {"activations": self._activations, "peak": peak, "reserved": reserved}
-        return {name: value / 1e9 for name, value in found.items()}
+        values = self._points | {"activations": self._activations, "peak": peak, "reserved": reserved}
+        return {name: value / 1e9 for name, value in values.items()}
 
     def _now(self) -> int:
         if self.device.type == "cuda":

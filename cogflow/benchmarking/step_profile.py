@@ -1,4 +1,5 @@
-"""Where the time of a step goes: kernels by what they do, beside the floor of each, and the time in which nothing runs."""
+"""Divide the time of a training step: kernels by what they compute, with the least time of each kind, and the time
+without any kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cogflow.benchmarking.ceiling import Ceiling
+from cogflow.benchmarking.device_peak import DevicePeak
 from cogflow.planning.flops import ForwardFlops
 
 KINDS = (
@@ -21,15 +22,17 @@ KINDS = (
     ("compiled", re.compile(r"triton|cpp_fused|inductor", re.IGNORECASE)),
     ("copies", re.compile(r"memcpy|memset|copy|cat", re.IGNORECASE)),
 )
-"""A kernel is of the first kind whose words its name holds, else of :data:`OTHER`."""
+"""A kernel is of the first kind whose pattern its name matches, else of :data:`OTHER`."""
 
-OTHER, IDLE = "other", "nothing runs"
+OTHER = "other"
+IDLE = "idle"
+LARGEST = 4
 
 
 @dataclass(frozen=True)
-class Part:
-    """Seconds of one step; ``floor``: those that its operations take at the ceiling, 0 where none are useful. ``largest``: its kernels that
-    take longest, with their seconds."""
+class ProfilePart:
+    """Kernels of one ``kind`` in one step, in seconds. ``floor``: the time of their useful operations at the device's
+    peak, 0 where none are useful. ``largest``: names and seconds of the kernels that take longest."""
 
     kind: str
     seconds: float
@@ -38,75 +41,74 @@ class Part:
     largest: list[tuple[str, float]]
 
 
-def profiled(
-    step: Callable[[], object], device: torch.device, forward: ForwardFlops, clips: int, best: Ceiling
-) -> list[Part]:
-    """One ``step``, which trains on so many clips, by kind; the last part is the time in which nothing runs. On a CPU operations stand for
-    kernels, and Python's own time between them for the last."""
+def profile_step(
+    step: Callable[[], object], device: torch.device, *, forward: ForwardFlops, clips: int, peak: DevicePeak
+) -> list[ProfilePart]:
+    """Run ``step``, which trains on ``clips`` clips, and return its time by kind; the last part is the time without any
+    kernel.
+
+    On a CPU operations take the place of kernels, and the last part is the time in Python between them.
+    """
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]) as trace:
         began = time.perf_counter()
         step()
         if gpu:
             torch.cuda.synchronize(device)
         whole = time.perf_counter() - began
-    ran = kernels(found.events()) if gpu else operations(found.events())
+    runs = gpu_kernels(trace.events()) if gpu else cpu_operations(trace.events())
     floors = {
-        "attention": 3 * forward.attention * clips / best.flops,
-        "linear layers": 3 * forward.linear * clips / best.flops,
+        "attention": 3 * forward.attention * clips / peak.flops,
+        "linear layers": 3 * forward.linear * clips / peak.flops,
     }
-    parts = []
-    for kind in (*(name for name, _ in KINDS), OTHER):
-        by_name: dict[str, float] = {}
-        for one in ran:
-            if kind_of(one.name) == kind:
-                by_name[one.name] = by_name.get(one.name, 0.0) + one.seconds
-        launches = sum(kind_of(one.name) == kind for one in ran)
-        parts.append(
-            Part(
-                kind,
-                sum(by_name.values()),
-                floors.get(kind, 0.0),
-                launches,
-                sorted(by_name.items(), key=lambda item: -item[1])[:4],
-            )
-        )
-    busy = covered((one.start, one.start + one.seconds) for one in ran) if gpu else sum(one.seconds for one in ran)
-    return [*parts, Part(IDLE, max(0.0, whole - busy), 0.0, 0, [])]
+    kinds = (*(name for name, _ in KINDS), OTHER)
+    parts = [_part(kind, [run for run in runs if kind_of(run.name) == kind], floors.get(kind, 0.0)) for kind in kinds]
+    spans = [(run.start, run.start + run.seconds) for run in runs]
+    busy = covered_length(spans) if gpu else sum(run.seconds for run in runs)
+    return [*parts, ProfilePart(IDLE, max(0.0, whole - busy), 0.0, 0, [])]
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A kernel or an operation, in seconds."""
+class KernelRun:
+    """One run of a kernel or an operation; times in seconds."""
 
     name: str
     start: float
     seconds: float
 
 
-def kernels(events: Iterable[Any]) -> list[Ran]:
-    """What ran on a GPU."""
+def _part(kind: str, runs: list[KernelRun], floor: float) -> ProfilePart:
+    by_name: dict[str, float] = {}
+    for run in runs:
+        by_name[run.name] = by_name.get(run.name, 0.0) + run.seconds
+    largest = sorted(by_name.items(), key=lambda item: -item[1])[:LARGEST]
+    return ProfilePart(kind, sum(by_name.values()), floor, len(runs), largest)
+
+
+def gpu_kernels(events: Iterable[Any]) -> list[KernelRun]:
+    """Return the kernels of a GPU trace."""
     gpu = torch.autograd.DeviceType.CUDA
     return [
-        Ran(event.name, event.time_range.start / 1e6, (event.time_range.end - event.time_range.start) / 1e6)
+        KernelRun(event.name, event.time_range.start / 1e6, (event.time_range.end - event.time_range.start) / 1e6)
         for event in events
         if event.device_type == gpu
     ]
 
 
-def operations(events: Iterable[Any]) -> list[Ran]:
-    """What ran on a CPU, each without what it called."""
-    return [Ran(event.name, event.time_range.start / 1e6, event.self_cpu_time_total / 1e6) for event in events]
+def cpu_operations(events: Iterable[Any]) -> list[KernelRun]:
+    """Return the operations of a CPU trace, each without the time of the operations that it calls."""
+    return [KernelRun(event.name, event.time_range.start / 1e6, event.self_cpu_time_total / 1e6) for event in events]
 
 
 def kind_of(name: str) -> str:
-    return next((kind for kind, words in KINDS if words.search(name)), OTHER)
+    """Return the kind of the kernel or operation ``name``."""
+    return next((kind for kind, pattern in KINDS if pattern.search(name)), OTHER)
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of what ``spans`` cover together."""
+def covered_length(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of ``spans`` (start, end)."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))

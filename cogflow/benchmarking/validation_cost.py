@@ -1,4 +1,4 @@
-"""stage.what=validate: what a validation costs by part, and beside the training that it interrupts."""
+"""stage.what=validate: the parts of a validation sample, beside the training that a validation interrupts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogflow.benchmarking.pipeline_folder import vae_config
-from cogflow.benchmarking.step import MemoryWatch, make_trainer, speed_of, training
-from cogflow.benchmarking.tables import Table
-from cogflow.benchmarking.turns import Turns
+from cogflow.benchmarking.random_pipeline import vae_config
+from cogflow.benchmarking.results import BenchmarkResult, Cell
+from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
+from cogflow.benchmarking.timed_turns import TimedTurns, step_times
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.data.video import write_video
 from cogflow.models import loading, tiny
@@ -25,89 +25,94 @@ from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.metrics import measure
 from cogflow.training import speed
+from cogflow.training.loop import Trainer
 
-PARTS = ("denoising", "decoding", "panel", "writing")
+PARTS = ("denoising", "decoding", "metrics", "writing")
 PROMPTS, STEPS = 8, 500
-"""Samples of the validation, and steps of training, that the cost is told for."""
+"""Samples of the validation, and training steps between two validations, for which the share is computed."""
+Result = TypeVar("Result")
 
 
-def validation(config: Config[BenchmarkStage], stage: BenchmarkStage, folder: Path) -> tuple[dict[str, Any], Table]:
-    """``stage.repeats`` samples after one that does not count, at ``sampling.steps``; then a training step of the same model."""
+def measure_validation(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
+    """Make ``stage.repeats`` samples of ``sampling.steps`` steps after one that does not count, then train the same
+    model."""
+    stage = config.stage
     speed.grow_segments()
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
-    trainer = make_trainer(training(config, stage, 1 + 3 * stage.steps), device, dtype, MemoryWatch(device))
-    vae = AutoencoderKLCogVideoX.from_config(vae_config(config.model.name)).eval()
-    data, length = config.data, trainer.engine.module.config
-    empty = torch.zeros(length.max_text_seq_length, length.text_embed_dim)
-    sampler = Sampler(
-        trainer.engine.module, vae, loading.load_scheduler(tiny.folder()), empty, config.sampling,
-        frames=data.frames, height=data.height, width=data.width, device=device, dtype=dtype,
-        images=trainer.inputs.image_factor is not None,
-    )  # fmt: skip
-    image = (
-        torch.zeros(data.height, data.width, 3, dtype=torch.uint8) if trainer.inputs.image_factor is not None else None
+    trainer = make_trainer(train_config(config, 1 + 3 * stage.steps), device, dtype, MemoryLog(device))
+    samples = _sample_times(config, trainer, folder)
+    with progress(3, "training") as bar:
+        turns = TimedTurns(stage.steps, device, bar.advance)
+        trainer.run(1, turns.hooks(lambda *_: None))
+    times = step_times(turns.ours[1:], stage.batch_size)
+    step = times.median if times else 0.0
+    seconds = {part: median(sample[part] for sample in samples) for part in PARTS}
+    whole = sum(seconds.values())
+    share = PROMPTS * whole / ranks.world_size() / (STEPS * step)
+    decoding = seconds["decoding"] / whole
+    sample_line = f"a sample of {config.sampling.steps} steps in {whole:.3g} s, of which decoding {decoding:.1%}"
+    rows: list[list[Cell]] = []
+    for part in PARTS:
+        values = [sample[part] for sample in samples]
+        rows.append([part, seconds[part], min(values), max(values), seconds[part] / whole])
+    return BenchmarkResult(
+        summary=f"validate: {sample_line}; {PROMPTS} samples are {share:.1%} of {STEPS} training steps of {step:.3g} s",
+        columns=["part", "seconds a sample", "lowest", "highest", "share"],
+        rows=rows,
+        details={"samples": samples, "seconds": seconds, "training_step": step, "share": share, "decoding": decoding},
     )
-    request = Request(Prompt("drawn", "drawn"), 0, torch.randn(empty.shape), image)
+
+
+def _sample_times(config: Config[BenchmarkStage], trainer: Trainer, folder: Path) -> list[dict[str, float]]:
+    """Return the seconds of each part of ``stage.repeats`` samples; one more before them does not count."""
+    data, repeats = config.data, config.stage.repeats
+    transformer = trainer.engine.module
+    vae = AutoencoderKLCogVideoX.from_config(vae_config(config.model.name)).eval()
+    empty = torch.zeros(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
+    from_image = trainer.inputs.image_factor is not None
+    sampler = Sampler(
+        transformer,
+        vae,
+        loading.load_scheduler(tiny.folder()),
+        empty,
+        config.sampling,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        device=trainer.device,
+        dtype=trainer.dtype,
+        images=from_image,
+    )
+    image = torch.zeros(data.height, data.width, 3, dtype=torch.uint8) if from_image else None
+    request = Request(Prompt("random", "random"), 0, torch.randn(empty.shape), image)
+    folder.mkdir(parents=True, exist_ok=True)
     samples: list[dict[str, float]] = []
-    with progress(1 + stage.repeats, "samples") as bar, TemporaryDirectory(dir=_made(folder)) as place:
-        for turn in range(1 + stage.repeats):
-            found = _sample(sampler, request, Path(place) / "sample.mp4", data.fps, device)
+    with progress(1 + repeats, "samples") as bar, TemporaryDirectory(dir=folder) as place:
+        for turn in range(1 + repeats):
+            found = _parts_of_sample(sampler, request, Path(place) / "sample.mp4", data.fps, trainer.device)
             samples += [found] if turn else []
             bar.advance()
     sampler.finish()
-    with progress(3, "training") as bar:
-        turns = Turns(stage.steps, device, bar.advance)
-        trainer.run(1, turns.hooks(lambda *_: None))
-    step = speed_of(turns.ours[1:], stage.batch_size)
-    seconds = {part: median(one[part] for one in samples) for part in PARTS}
-    whole = sum(seconds.values())
-    training_seconds = step.median if step else 0.0
-    share = PROMPTS * whole / ranks.world_size() / (STEPS * training_seconds)
-    decoding = seconds["decoding"] / whole
-    line = f"validate: a sample of {config.sampling.steps} steps in {whole:.3g} s, of which decoding {decoding:.1%}; {PROMPTS} samples are "
-    line += f"{share:.1%} of {STEPS} training steps of {training_seconds:.3g} s"
-    cells = [
-        [
-            part,
-            seconds[part],
-            min(one[part] for one in samples),
-            max(one[part] for one in samples),
-            seconds[part] / whole,
-        ]
-        for part in PARTS
-    ]
-    results = {
-        "summary": line,
-        "samples": samples,
-        "seconds": seconds,
-        "training step": training_seconds,
-        "share": share,
-        "decoding": decoding,
-    }
-    return results, (["part", "seconds a sample", "lowest", "highest", "share"], cells)
+    return samples
 
 
-def _sample(sampler: Sampler, request: Request, path: Path, fps: float, device: torch.device) -> dict[str, float]:
-    """Seconds of each part of one sample."""
+def _parts_of_sample(
+    sampler: Sampler, request: Request, path: Path, fps: float, device: torch.device
+) -> dict[str, float]:
     spent: dict[str, float] = {}
 
-    def timed(part: str, work: Callable[[], Any]) -> Any:
+    def timed(part: str, work: Callable[[], Result]) -> Result:
         began = time.perf_counter()
-        found = work()
+        result = work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         spent[part] = time.perf_counter() - began
-        return found
+        return result
 
     latents = timed("denoising", lambda: sampler.latents(request))
     frames = timed("decoding", lambda: sampler.decode(latents))
-    shown = (frames.nan_to_num(0.5) * 255).round().to(torch.uint8)
-    timed("panel", lambda: measure(shown))
-    timed("writing", lambda: write_video(path, shown, fps))
+    pixels = (frames.nan_to_num(0.5) * 255).round().to(torch.uint8)
+    timed("metrics", lambda: measure(pixels))
+    timed("writing", lambda: write_video(path, pixels, fps))
     return spent
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -211,9 +211,8 @@ RULES: dict[str, dict[str, Rule]] = {
     "DiagnoseStage": {"prompts": at_least(1), "clips": at_least(1), "scaling_factors": each(above(0)), "snr_shift_scales": each(above(0))},
     "BenchmarkStage": {
         "what": one_of(*WHATS),
-        "share": above(0), "batch_size": at_least(1), "steps": at_least(1),
-        "layers": optional(at_least(1)), "repeats": at_least(1), "contents": at_least(0),
-        "clip_height": at_least(0), "variants": at_least(2),
+        "batch_size": at_least(1), "steps": at_least(1), "layers": optional(at_least(1)), "repeats": at_least(1),
+        "contents": at_least(0), "clip_height": at_least(0),
     },
 }  # fmt: skip
 """What each key must satisfy by itself, by the name of its dataclass."""

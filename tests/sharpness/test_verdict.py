@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from cogflow.benchmarking import degrade
+from benchmarks import degrade
 from cogflow.data.shapes import draw, scenes
 from cogflow.sharpness import DEFECTS, METRIC_NOISE, METRICS, Finding, Metrics, compare, measure
 from cogflow.sharpness.verdict import DERIVED

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from cogflow.benchmarking.step import MemoryWatch, make_trainer, training
+from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.config.compose import compose
-from cogflow.config.schema import BenchmarkStage, DeepSpeedConfig, TrainStage
+from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.runtime import ranks
 from cogflow.training import zero_update
 from cogflow.training.engine import Engine
@@ -57,9 +57,7 @@ def kept(zero: int, keep: str | None) -> list[float]:
             *([f"deepspeed.checkpoint_keep={keep}"] if keep else []),
         ]
     )
-    if not isinstance(config.stage, BenchmarkStage):
-        raise TypeError(config.stage)
-    trainer = make_trainer(training(config, config.stage, 2), CPU, torch.float32, MemoryWatch(CPU))
+    trainer = make_trainer(train_config(config, 2), CPU, torch.float32, MemoryLog(CPU))
     with Loader(trainer.batch, 1, CPU) as loader:
         return [float(trainer.train_step(step, loader).norm) for step in range(2)]
 

@@ -1,8 +1,8 @@
-"""A SAT checkpoint of a member of the family at its real size, with random values: right names, shapes, dtype and files."""
+"""Write a SAT checkpoint of a CogVideoX model at its real size with random values; names, shapes, dtype and files are
+real."""
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs, sat_components, sat_yaml, transformer_table
 from cogflow.export.algebra import invert
 from cogflow.export.facts import of_family
@@ -23,12 +24,12 @@ from cogflow.weights.strict_loading import expected_shapes, meta_model
 from cogflow.weights.tensor_source import TensorInfo
 from cogflow.weights.weights_writer import PlannedTensor, write_torch_file
 
-POOL = 1 << 24
-"""Random values that all tensors are cut from: enough that nothing is compressed or found twice in a cache."""
 
+def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) -> Path:
+    """Publish the checkpoint of the model ``family`` at ``folder`` and return its file.
 
-def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Path:
-    """Publish the checkpoint at ``folder`` and return its file. ``layers``: fewer than the member has, for small disks."""
+    ``layers``: fewer than the model has.
+    """
     facts = of_family(family)
     if layers is not None:
         facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=layers)})
@@ -40,14 +41,12 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
         {name: TensorInfo(name, shape, dtype, Path()) for name, shape in shapes.items()},
     )
     exact = {step.targets[0]: step.operation for step in plan.steps if not step.sources}
-    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    random_values = pool_values(dtype)
 
     def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name in exact:  # tables of positions must be right, or the export refuses them
+        if name in exact:  # position tables must be exact, or the export refuses them
             return exact[name].make(name, {}).to(dtype)
-        count = int(torch.Size(shape).numel())
-        start = zlib.crc32(name.encode()) % (POOL // 2)
-        return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
+        return random_values(name, shape)
 
     outputs = [
         PlannedTensor(sat_components.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
@@ -59,12 +58,16 @@ def make_checkpoint(folder: Path, family: str, layers: int | None = None) -> Pat
     )
     with publish_folder(folder, replace=True) as partly:
         (partly / "1").mkdir()
-        with progress(sum(one.bytes(dtype) for one in outputs), "checkpoint", unit="bytes") as bar:
-            sizes = {one.name: one.bytes(dtype) for one in outputs}
+        sizes = {output.name: output.bytes(dtype) for output in outputs}
+        with progress(sum(sizes.values()), "checkpoint", unit="bytes") as bar:
             write_torch_file(
-                partly / "1" / "mp_rank_00_model_states.pt", outputs, "module", {"iteration": 1}, lambda one: dtype,
-                lambda fact: bar.advance(sizes[fact.name]),
-            )  # fmt: skip
+                partly / "1" / "mp_rank_00_model_states.pt",
+                outputs,
+                "module",
+                {"iteration": 1},
+                lambda output: dtype,
+                lambda statistics: bar.advance(sizes[statistics.name]),
+            )
         write_text(partly / "latest", "1")
         write_json(partly / "model_config.json", sat_yaml.model_config(config))
         training = yaml.safe_dump(sat_yaml.training_config(model, str(facts["dtype"])), sort_keys=False)

@@ -1,7 +1,9 @@
-"""Read clips as a peer's own dataset does: ``python THIS REQUEST.json``, by the interpreter of its install; one pass for a line of stdin.
+"""Read clips with a peer's own dataset code: ``python THIS REQUEST.json``, run by the interpreter of the peer's
+environment.
 
-A pass ends where its dataset would ask the VAE: frames of the wanted size in [-1, 1], fp32. What it found is printed as one line of JSON.
-Nothing of cogflow is imported here, and nothing but the encoders is left out of what the peer does.
+Each line on stdin asks for one pass. A pass ends where the peer would call the VAE: fp32 frames of the wanted size in
+[-1, 1]. The answer is one line of JSON with "seconds" and "shapes". Nothing of cogflow is imported, and only the
+encoders are replaced.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ Pass = Callable[[], list[list[int]]]
 
 
 def main() -> None:
-    # A script's own folder is first on the path: none of the files beside this one may stand in for a module of somebody else's.
+    # A script's own folder is first on the path; the files beside this one must not shadow a module of the peer.
     sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
     asked = json.loads(Path(sys.argv[1]).read_text())
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # libraries print to stdout
     one_pass = {"CogVideo": cogvideo, "finetrainers": finetrainers}[asked["peer"]](asked)
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -33,7 +36,7 @@ def main() -> None:
 
 
 def cogvideo(asked: dict[str, Any]) -> Pass:
-    """``T2VDatasetWithResize`` under the loader that its trainer prepares with: one clip at a time, in the process itself."""
+    """Return passes of ``T2VDatasetWithResize`` under its trainer's loader: one clip at a time, in this process."""
     sys.path.insert(0, asked["clone"])
     import torch
     from accelerate import PartialState
@@ -54,9 +57,15 @@ def cogvideo(asked: dict[str, Any]) -> Pass:
     )
     frames, height, width = asked["size"]
     dataset = importlib.import_module("finetune.datasets").T2VDatasetWithResize(
-        data_root=asked["folder"], caption_column="prompts.txt", video_column="videos.txt", device=torch.device("cpu"), trainer=trainer,
-        max_num_frames=frames, height=height, width=width,
-    )  # fmt: skip
+        data_root=asked["folder"],
+        caption_column="prompts.txt",
+        video_column="videos.txt",
+        device=torch.device("cpu"),
+        trainer=trainer,
+        max_num_frames=frames,
+        height=height,
+        width=width,
+    )
 
     def one_pass() -> list[list[int]]:
         shapes.clear()
@@ -69,8 +78,8 @@ def cogvideo(asked: dict[str, Any]) -> Pass:
 
 
 def finetrainers(asked: dict[str, Any]) -> Pass:
-    """Its dataset of clips and captions with its preprocessing for one bucket."""
-    # Its __init__ imports every trainer; the data is all that is wanted.
+    """Return passes of its dataset of clips and captions with its preprocessing for one bucket."""
+    # The package's __init__ imports every trainer; only the data code is needed.
     package = types.ModuleType("finetrainers")
     package.__path__ = [str(Path(asked["clone"]) / "finetrainers")]
     sys.modules["finetrainers"] = package

@@ -1,9 +1,9 @@
-"""A pipeline folder of a member of the family at its real size, with random values: right names, shapes, dtypes and shards, and T5-XXL."""
+"""Write a pipeline folder of a CogVideoX model at its real size with random values; names, shapes, dtypes and shards
+are real."""
 
 from __future__ import annotations
 
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs
 from cogflow.export.facts import of_family
 from cogflow.export.to_sat import PUBLISHED_VAE
@@ -24,22 +25,30 @@ from cogflow.runtime.progress import progress
 from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model
 from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors
 
-POOL = 1 << 24
 T5_XXL: dict[str, Any] = {
-    "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "vocab_size": 32128, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "tie_word_embeddings": False, "use_cache": False,
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": False,
+    "use_cache": False,
     "is_encoder_decoder": False,
-}  # fmt: skip
-"""google/t5-v1_1-xxl's encoder: 4.76e9 parameters, 19 GB in fp32."""
-
+}
+"""The ``config.json`` of google/t5-v1_1-xxl's encoder: 4.76e9 parameters, 19 GB in fp32."""
 
 SMALL_VAE = {"block_out_channels": [8, 16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8}
 
 
 def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
-    """Publish the folder and return its bytes: the transformer in the family's dtype, T5-XXL and the VAE in fp32.
+    """Publish the folder and return its bytes: the transformer in the dtype of ``family``, T5-XXL and the VAE in fp32.
 
-    ``layers``: fewer of the transformer, and of T5 in proportion, for small disks. Memory: a pool of values and one tensor.
+    ``layers``: fewer layers of the transformer, and fewer of T5 in proportion. Memory: a pool of values and one tensor.
     """
     member = FAMILY[family]
     facts = of_family(family)
@@ -62,26 +71,23 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
 
 
 def vae_config(family: str) -> dict[str, Any]:
-    """The ``config.json`` of the family's VAE, a small one for the tiny model."""
+    """Return the ``config.json`` of the VAE of ``family``; the tiny model has a small one."""
     member = FAMILY[family]
-    return {
-        "_class_name": "AutoencoderKLCogVideoX", **PUBLISHED_VAE, "scaling_factor": member.scaling_factor,
+    config = {
+        "_class_name": "AutoencoderKLCogVideoX",
+        **PUBLISHED_VAE,
+        "scaling_factor": member.scaling_factor,
         "invert_scale_latents": member.invert_scale_latents,
-    } | (SMALL_VAE if family == "tiny" else {})  # fmt: skip
+    }
+    return config | (SMALL_VAE if family == "tiny" else {})
 
 
 def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     shapes = expected_shapes(meta_model(config, "the family's config", name))
-    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-
-    def values(tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
-        count = int(torch.Size(shape).numel())
-        start = zlib.crc32(tensor.encode()) % (POOL // 2)
-        return pool[start:].repeat(-(-count // (POOL - start)))[:count].reshape(shape)
-
+    values = pool_values(dtype)
     outputs = [PlannedTensor(tensor, shape, dtype, partial(values, tensor, shape)) for tensor, shape in shapes.items()]
-    sizes = {one.name: one.bytes(dtype) for one in outputs}
+    sizes = {output.name: output.bytes(dtype) for output in outputs}
     with progress(sum(sizes.values()), name, unit="bytes") as bar:
-        output = SafetensorsFormat(folder / name, dtype, STEMS[name], "5GB")
-        write_safetensors(outputs, output, lambda statistics: bar.advance(sizes[statistics.name]))
+        layout = SafetensorsFormat(folder / name, dtype, STEMS[name], "5GB")
+        write_safetensors(outputs, layout, lambda statistics: bar.advance(sizes[statistics.name]))
     write_json(folder / name / "config.json", dict(config))

@@ -1,7 +1,9 @@
-"""Time the training step of a CogVideo clone: ``python THIS REQUEST.json ANSWER.json``, by the interpreter of that clone's own install.
+"""Time the training step of a CogVideo clone: ``python THIS REQUEST.json ANSWER.json``, run by the interpreter of the
+clone's environment.
 
-Its trainer is made without its ``__init__``, which would fetch weights and read videos; its loss, its optimizer, its preparation and its
-DeepSpeed settings (``finetune/configs/zero2.yaml``) are its own, and a step is what its loop does. Nothing of cogflow is imported here.
+The trainer is made without its ``__init__``, which would download weights and read videos. Loss, optimizer, preparation
+and DeepSpeed settings (``finetune/configs/zero2.yaml``) are the clone's own, and a step does what its loop does.
+Nothing of cogflow is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 
 def main() -> None:
-    # A script's own folder is first on the path: none of the files beside this one may stand in for a module of somebody else's.
+    # A script's own folder is first on the path; the files beside this one must not shadow a module of the clone.
     sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
     asked = json.loads(Path(sys.argv[1]).read_text())
     sys.path.insert(0, asked["clone"])
@@ -76,12 +78,24 @@ def _trainer(asked: dict[str, Any]) -> Any:
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
     )
     trainer.args = SimpleNamespace(
-        learning_rate=1e-6, optimizer="adamw", beta1=0.9, beta2=0.95, beta3=0.98, epsilon=1e-8, weight_decay=1e-4, train_steps=10**6,
-        train_epochs=1, gradient_accumulation_steps=1, lr_warmup_steps=0, lr_scheduler="constant", lr_num_cycles=1, lr_power=1.0,
+        learning_rate=1e-6,
+        optimizer="adamw",
+        beta1=0.9,
+        beta2=0.95,
+        beta3=0.98,
+        epsilon=1e-8,
+        weight_decay=1e-4,
+        train_steps=10**6,
+        train_epochs=1,
+        gradient_accumulation_steps=1,
+        lr_warmup_steps=0,
+        lr_scheduler="constant",
+        lr_num_cycles=1,
+        lr_power=1.0,
         max_grad_norm=1.0,
-    )  # fmt: skip
+    )
     scheduler = CogVideoXDPMScheduler(prediction_type="v_prediction", snr_shift_scale=1.0, rescale_betas_zero_snr=True)
-    # Half of these lie on the CPU in its own trainer, too.
+    # Some of these stay on the CPU in the clone's own trainer, too.
     vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128, 256, 256, 512)))
     trainer.components = SimpleNamespace(transformer=transformer, scheduler=scheduler, vae=vae)
     trainer.state = SimpleNamespace(

@@ -1,4 +1,5 @@
-"""What a plan says that a step sends beside what real trainings send: DeepSpeed on two gloo ranks, counted at collectives and sockets."""
+"""Test that the planned traffic of a step is that of real trainings: DeepSpeed on two gloo ranks, counted at
+collectives and sockets."""
 
 from __future__ import annotations
 
@@ -11,49 +12,46 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cogflow.benchmarking import traffic
-from cogflow.benchmarking.traffic_rank import Collectives, sent_over_tcp
-from cogflow.config.compose import compose
+from benchmarks import traffic
+from benchmarks.traffic_rank import Collectives, sent_over_tcp
 from cogflow.errors import CogflowError
-from cogflow.stages import benchmark
 
 CHECKED = [case for case in traffic.CASES if "ZeRO-2, bf16" not in case.name and "holds" not in case.name]
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
-    return {row["case"]: row for row in traffic.compare(CHECKED, [2])}
+    return {row["case"]: row for row in traffic.compare_with_plan(CHECKED, [2])}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [case.name for case in CHECKED])
-def test_a_step_sends_what_the_plan_says(rows: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_step_sends_the_planned_bytes(rows: dict[str, dict[str, Any]], name: str) -> None:
     row = rows[name]
-    # Gradients to the padding; of ZeRO-3's weights the small ones are gathered once a step, and what it holds is whole layers or blocks.
+    # Gradients differ by padding. ZeRO-3 gathers small weights once a step, and keeps whole layers or blocks.
     assert row["gradients, counted"] == pytest.approx(row["gradients, planned"], rel=0.001)
     assert row["weights, counted"] == pytest.approx(row["weights, planned"], rel=0.025 if "3" in name else 0.001)
     assert row["gradients, counted"] > 6 and (row["weights, counted"] > 3) == (name != "ZeRO-0")
-    # The log's table, the norm and who wants to stop.
+    # The logged table, the gradient norm and the stop flags.
     assert 0 < row["other, counted"] < 0.002
-    # Headers of gloo's messages come on top.
+    # Gloo's messages have headers, which TCP counts, too.
     assert row["TCP, of gloo's algorithms"] < row["TCP, measured"] < 1.01 * row["TCP, of gloo's algorithms"]
 
 
 @pytest.mark.slow
 def test_the_benchmark_writes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "compare_traffic", lambda advance: traffic.compare(traffic.CASES[:1], [1], advance))
-    words = ["stage=benchmark", "stage.what=traffic", f"run.root={tmp_path}", "run.name=b", "tracking.wandb=disabled"]
-    benchmark.run(compose(words))
-    (row,) = json.loads((tmp_path / "b" / "benchmark.json").read_text())["results"]["rows"]
-    assert (
-        row["case"] == "ZeRO-0" and row["gradients, planned"] == row["gradients, counted"] == row["TCP, measured"] == 0
-    )
+    compare = traffic.compare_with_plan
+    monkeypatch.setattr(traffic, "compare_with_plan", lambda advance: compare(traffic.CASES[:1], [1], advance))
+    traffic.main(["--output", str(tmp_path / "traffic.json")])
+    (row,) = json.loads((tmp_path / "traffic.json").read_text())["rows"]
+    assert row["case"] == "ZeRO-0"
+    assert row["gradients, planned"] == row["gradients, counted"] == row["TCP, measured"] == 0
 
 
 @pytest.mark.slow
-def test_ranks_that_fail_are_told() -> None:
+def test_the_output_of_a_failed_rank_is_reported() -> None:
     with pytest.raises(CogflowError, match=r"1 ranks ended with 1(?s:.)*stage.batch_siz"):
-        traffic.measure([traffic.Case("none", ("stage.batch_siz=1",))], 1)
+        traffic.count_traffic([traffic.TrafficCase("none", ("stage.batch_siz=1",))], 1)
 
 
 def test_a_plan_for_one_rank_sends_nothing() -> None:
@@ -79,11 +77,14 @@ def test_collectives_are_counted_by_phase_and_kind() -> None:
     finally:
         dist.destroy_process_group()
     assert counted.bytes == {
-        ("rest", "allreduce"): 40, ("backward", "reduce_scatter"): 32, ("step", "allgather"): 32, ("step", "allreduce"): 8,
-    }  # fmt: skip
+        ("rest", "allreduce"): 40,
+        ("backward", "reduce_scatter"): 32,
+        ("step", "allgather"): 32,
+        ("step", "allreduce"): 8,
+    }
 
 
-def test_bytes_over_tcp_are_those_that_were_sent() -> None:
+def test_the_bytes_sent_over_tcp_are_counted() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
         far, _ = server.accept()
         with far:
@@ -95,7 +96,7 @@ def test_bytes_over_tcp_are_those_that_were_sent() -> None:
             assert sent_over_tcp() - before == 100_000
 
 
-def test_the_summary_tells_the_largest_difference() -> None:
+def test_the_summary_reports_the_largest_difference() -> None:
     row = {
         "ranks": 2,
         "gradients, planned": 10.0,
@@ -104,6 +105,7 @@ def test_the_summary_tells_the_largest_difference() -> None:
         "weights, counted": 10.0,
     }
     row |= {"TCP, of gloo's algorithms": 20.0, "TCP, measured": 20.2}
-    assert "0.0% for gradients and 20.0% for weights over 1 trainings; TCP carries within 1.0%" in traffic.told(
-        [row, row | {"ranks": 1}]
+    assert (
+        "0.0% for gradients and 20.0% for weights over 1 trainings; TCP carries within 1.0%"
+        in traffic.format_summary([row, row | {"ranks": 1}])
     )

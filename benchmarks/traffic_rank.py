@@ -1,9 +1,11 @@
-"""One rank of ``stage=benchmark stage.what=traffic``: trains by the trainer's own loop and counts what its steps send. Run by
-:func:`cogflow.benchmarking.traffic.measure` under torchrun: ``-m cogflow.benchmarking.traffic_rank CASES.json RESULTS.json``.
+"""One rank of :mod:`benchmarks.traffic`: train with the trainer's own loop and count what its steps send. Linux only.
 
-Counted twice. At the collectives: a dispatch mode sees every operation of torch.distributed that any library calls, with its tensors, and
-the phase of the step (backward, update, ...) says what it carried. At the sockets: what the kernel has sent for this process over TCP
-(``bytes_sent`` of ``tcp_info``, without headers and what was sent again), which is what gloo really put on the wire. Linux only.
+:func:`benchmarks.traffic.count_traffic` runs it under torchrun: ``-m benchmarks.traffic_rank CASES.json RESULTS.json``.
+
+The traffic is counted twice. At the collectives, a dispatch mode sees every operation of torch.distributed that any
+library calls, with its tensors; the phase of the step (backward, update, ...) tells what it carried. At the sockets,
+the kernel counts the bytes that this process sent over TCP (``bytes_sent`` of ``tcp_info``, without headers and
+retransmissions), which is what gloo put on the wire.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cogflow.benchmarking.drawn import DrawnClips
-from cogflow.benchmarking.overhead import CLIPS, LATENTS
+from benchmarks.overhead import CLIPS, LATENTS
+from cogflow.benchmarking.random_model import RandomClips
+from cogflow.benchmarking.timed_turns import idle_hooks
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
 from cogflow.models import loading, tiny
@@ -34,20 +37,23 @@ from cogflow.training import engine as engines
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.loop import Trainer
-from cogflow.training.step_monitor import Hooks
 
 WARM_UP, STEPS = 2, 1
-"""Steps that do not count (ZeRO-3 records in them what it will fetch ahead), and steps that do."""
+"""Steps that do not count (ZeRO-3 records its prefetching in them), and steps that count."""
 
 KINDS = ("allreduce", "allgather", "reduce_scatter", "broadcast", "reduce")
-"""Parts of the names of torch's operations, the longer first."""
+"""Parts of the names of torch's operations; longer names come first."""
 
 TCP_INFO_SIZE, BYTES_SENT = 256, 200
-"""Of Linux' ``struct tcp_info``: room for it, and where in it the bytes that were sent stand, followed by those sent again."""
+"""Size of a buffer for Linux' ``struct tcp_info``, and offset of its bytes sent, which the bytes retransmitted follow.
+"""
 
 
 class Collectives(TorchDispatchMode):
-    """Adds up the bytes of all collectives inside the block, by phase and kind. ``phase``: what the step does at present."""
+    """Add up the bytes of all collectives inside the block, by phase and kind.
+
+    ``phase``: the present phase of the step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +62,13 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.counting and function.namespace == "c10d":
-            kind = next((one for one in KINDS if one in function._opname.lstrip("_")), function._opname)
+            kind = next((kind for kind in KINDS if kind in function._opname.lstrip("_")), function._opname)
             key = (self.phase, kind)
-            self.bytes[key] = self.bytes.get(key, 0) + _whole(args)
+            self.bytes[key] = self.bytes.get(key, 0) + _tensor_bytes(args)
         return function(*args, **(kwargs or {}))
 
     def during(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """``work`` with what it sends counted under ``phase``."""
+        """Return ``work`` with its traffic counted under ``phase``."""
 
         def within(*args: Any, **kwargs: Any) -> Any:
             before, self.phase = self.phase, phase
@@ -74,34 +80,34 @@ class Collectives(TorchDispatchMode):
         return within
 
 
-def _whole(args: Sequence[Any]) -> int:
-    """Bytes of the whole tensor that an operation goes over: of results and operands the larger."""
+def _tensor_bytes(args: Sequence[Any]) -> int:
+    """Return the bytes of the whole tensor of an operation: the larger of results and operands."""
     sizes = [sum(leaf.nbytes for leaf in tree_leaves(part) if isinstance(leaf, torch.Tensor)) for part in args[:2]]
     return max(sizes, default=0)
 
 
 def sent_over_tcp() -> int:
-    """Bytes that the open TCP connections of this process have sent so far."""
+    """Return the bytes that the open TCP connections of this process have sent so far."""
     total = 0
-    for name in os.listdir("/proc/self/fd"):
+    for file in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.stat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as one:
-                    if one.type == socket.SOCK_STREAM and one.family in (socket.AF_INET, socket.AF_INET6):
-                        total += _sent(one)
+            if stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
+                with socket.socket(fileno=os.dup(int(file.name))) as connection:
+                    if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                        total += _sent(connection)
     return total
 
 
-def _sent(one: socket.socket) -> int:
-    info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
-    sent, again = struct.unpack_from("=QQ", info, BYTES_SENT)
-    return int(sent - again)
+def _sent(connection: socket.socket) -> int:
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+    sent, retransmitted = struct.unpack_from("=QQ", info, BYTES_SENT)
+    return int(sent - retransmitted)
 
 
 @contextlib.contextmanager
-def kept_for(elements: int | None) -> Iterator[None]:
-    """Have ZeRO-3 keep gathered weights that are used again within so many elements; ``None``: as DeepSpeed has it, which is more than
-    the tiny model."""
+def limit_reuse(elements: int | None) -> Iterator[None]:
+    """Let ZeRO-3 keep gathered weights that are used again within ``elements`` elements; ``None``: DeepSpeed's default,
+    which is more than the tiny model has."""
     plain = engines.settings
 
     def settings(*args: Any) -> dict[str, Any]:
@@ -117,18 +123,20 @@ def kept_for(elements: int | None) -> Iterator[None]:
         engines.settings = plain
 
 
-def count(config: Config[TrainStage], reuse: int | None = None) -> dict[str, Any]:
-    """What one step of ``config`` sends, on the tiny model: ``operands``, bytes that collectives go over by phase and kind, and
-    ``wire``, bytes that this rank sends over TCP. Collective."""
+def count_step(config: Config[TrainStage], reuse: int | None = None) -> dict[str, Any]:
+    """Return the traffic of one step of ``config`` on the tiny model. Collective.
+
+    "operands": bytes of the tensors of collectives by phase and kind. "wire": bytes that this rank sends over TCP.
+    """
     stage = config.stage
     device, dtype = ranks.device(), loading.resolve_dtype(config.model, ranks.device())
     transformer = tiny.new_transformer().to(device, dtype).train()
     if config.deepspeed.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
-    with kept_for(reuse):
+    with limit_reuse(reuse):
         engine = Engine(transformer, config.deepspeed, stage, dtype)
     ema = EMA(engine, stage.ema_decay, every=stage.ema_every) if stage.ema_decay else None
-    clips: Any = DrawnClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
+    clips: Any = RandomClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
     trainer = Trainer(config, engine, ema, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
     collectives = Collectives()
@@ -138,17 +146,13 @@ def count(config: Config[TrainStage], reuse: int | None = None) -> dict[str, Any
     wire: list[int] = []
 
     def after(note: str) -> None:
-        # Behind it every rank has sent all of the step.
+        # After the barrier every rank has sent all of the step.
         ranks.barrier()
         wire.append(sent_over_tcp())
         collectives.counting = WARM_UP <= len(wire) < stage.steps
 
-    hooks = Hooks(
-        log=_nothing, validate=_nothing, save=_nothing, stopped=_nothing, save_weights=_nothing, stop=lambda: ranks.any_rank(False),
-        advance=after, warn=_nothing, not_finite=_nothing,
-    )  # fmt: skip
     with collectives:
-        trainer.run(0, hooks)
+        trainer.run(0, idle_hooks(lambda *_: None, after))
     steps = stage.steps - WARM_UP
     return {
         "operands": {" ".join(key): total / steps for key, total in collectives.bytes.items()},
@@ -156,17 +160,13 @@ def count(config: Config[TrainStage], reuse: int | None = None) -> dict[str, Any
     }
 
 
-def _nothing(*_: Any) -> None:
-    pass
-
-
 def main(cases: Path, results: Path) -> None:
-    """Count each of ``cases``, a list of ``words`` and ``reuse``, and have rank 0 write ``results``: the list of what it counted, and
-    what each rank sent (``wires``)."""
+    """Count each case of the file ``cases``, a list of "words" and "reuse"; rank 0 writes its counts, with the bytes of
+    each rank ("wires"), to the file ``results``."""
     ranks.setup()
     found = []
     for case in json.loads(cases.read_text(encoding="utf-8")):
-        one = count(compose([*case["words"], f"stage.steps={WARM_UP + STEPS}"]), case["reuse"])
+        one = count_step(compose([*case["words"], f"stage.steps={WARM_UP + STEPS}"]), case["reuse"])
         found.append(one | {"wires": ranks.gather(one["wire"])})
     if ranks.is_main():
         results.write_text(json.dumps(found), encoding="utf-8")

@@ -1,16 +1,20 @@
-"""What the per-step indicator costs: its own time, beside a training step of the tiny model."""
+"""Measure the time of the per-step indicator beside a training step of the tiny model: ``python -m
+benchmarks.indicator_cost``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
 
+from benchmarks.output import new_parser, report
+from cogflow.benchmarking.results import BenchmarkResult
 from cogflow.models import loading, tiny
 from cogflow.models.rotary import rotary_tables
+from cogflow.runtime import ranks
 from cogflow.sharpness import spectrum
 from cogflow.sharpness.trend import Trend
 from cogflow.training import metric_table
@@ -22,9 +26,39 @@ TINY = (4, 3, 16, 8, 12)
 """Latents of the tiny model's usual batch of 9x64x96."""
 
 
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the benchmark with the command line ``words`` (default: ``sys.argv``)."""
+    parser = new_parser("indicator_cost", __doc__)
+    parser.add_argument("--repeats", type=int, default=20, help="runs that count, 3 or more; default: %(default)s")
+    given = parser.parse_args(words)
+    device = ranks.device()
+    report(indicator_result(measure_indicator(device, max(3, given.repeats)), str(device)), given.output)
+
+
+def indicator_result(costs: Sequence[IndicatorCost], device: str) -> BenchmarkResult:
+    """Return ``costs`` as a table."""
+    first = costs[0]
+    times = f"{1000 * first.indicator:.2f} ms beside a step of {1000 * (first.step or 0):.0f} ms on {device}"
+    return BenchmarkResult(
+        summary=f"indicator: {times}, {first.share or 0:.2%}",
+        columns=["shape", "indicator s", "step s", "share"],
+        rows=[
+            [
+                cost.name,
+                cost.indicator,
+                "" if cost.step is None else cost.step,
+                "" if cost.share is None else cost.share,
+            ]
+            for cost in costs
+        ],
+        details={"rows": [{**asdict(cost), "share": cost.share, "device": device} for cost in costs]},
+    )
+
+
 @dataclass(frozen=True)
-class Cost:
-    """Seconds, medians: of the indicator at a shape, and of a step at it (forward, backward and AdamW) where one was run."""
+class IndicatorCost:
+    """Median seconds of the indicator at a shape, and of a step (forward, backward and AdamW) at that shape where one
+    was run."""
 
     name: str
     indicator: float
@@ -35,21 +69,21 @@ class Cost:
         return None if self.step is None else self.indicator / self.step
 
 
-def measure(device: torch.device, repeats: int = 20) -> list[Cost]:
-    """The indicator on the tiny model's shape, beside a step of that model, and on the real shape. All of it counts: band sums, table, the
-    numbers for the log, the trend. What was there before it (loss table, collective, host sync) is counted too."""
-    costs = [
-        Cost(
-            "tiny",
-            timed(_indicator(TINY, device), device, repeats),
-            timed(_tiny_step(device), device, max(3, repeats // 4)),
-        )
-    ]
-    return [*costs, Cost("49x480x720", timed(_indicator(REAL, device), device, repeats), None)]
+def measure_indicator(device: torch.device, repeats: int = 20) -> list[IndicatorCost]:
+    """Measure the indicator at the tiny model's shape, beside a step of that model, and at the real shape.
+
+    All of it counts: band sums, table, the numbers for the log, the trend, and the loss table that training has anyway.
+    """
+    tiny_cost = IndicatorCost(
+        "tiny",
+        median_seconds(_indicator(TINY, device), device, repeats),
+        median_seconds(_tiny_step(device), device, max(3, repeats // 4)),
+    )
+    return [tiny_cost, IndicatorCost("49x480x720", median_seconds(_indicator(REAL, device), device, repeats), None)]
 
 
-def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of ``work`` after two runs that do not count."""
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the median seconds of ``work`` over ``repeats`` runs, after two that do not count."""
     seconds = []
     for _ in range(repeats + 2):
         _wait(device)
@@ -112,3 +146,7 @@ def _tiny_step(device: torch.device) -> Callable[[], object]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

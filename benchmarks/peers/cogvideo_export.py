@@ -1,6 +1,7 @@
 """Run the converter of a CogVideo clone on a transformer: ``python THIS CLONE CHECKPOINT OUTPUT LAYERS HEADS ROTARY``.
 
-Its own ``main`` also fetches a T5 and a tokenizer from the hub; its two steps for the transformer are called as it calls them.
+Its ``main`` also downloads a T5 and a tokenizer; here only its two steps for the transformer are called, with its
+arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def main() -> None:
     path = Path(clone) / "tools" / "convert_weight_sat2hf.py"
     spec = importlib.util.spec_from_file_location("convert_weight_sat2hf", path)
     if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is no Python file")
+        raise SystemExit(f"{path} is not a Python file")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     import torch

@@ -1,4 +1,4 @@
-"""What can go wrong with a clip, made on purpose. Each takes ``[T, H, W, 3]`` uint8 and gives the same."""
+"""Degrade clips on purpose. Each function maps a clip ``[T, H, W, 3]`` uint8 to one of the same shape and dtype."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Degradation = Callable[[np.ndarray], np.ndarray]
 
 
 def gauss(sigma: float) -> Degradation:
-    """Defocus: a Gaussian of ``sigma`` pixels."""
+    """Return a defocus: a Gaussian of ``sigma`` pixels."""
     return lambda clip: _bytes(gaussian_filter(_floats(clip), (0, sigma, sigma, 0)))
 
 
 def noise(deviation: float, sigma: float = 0) -> Degradation:
-    """Sensor noise of ``deviation`` (of 255), after a Gaussian of ``sigma`` pixels. The noise is a function of the clip."""
+    """Return sensor noise of ``deviation`` (of 255) after a Gaussian of ``sigma`` pixels. The clip seeds the noise."""
 
     def apply(clip: np.ndarray) -> np.ndarray:
         random = np.random.default_rng(zlib.crc32(clip.tobytes()))
@@ -31,18 +31,18 @@ def noise(deviation: float, sigma: float = 0) -> Degradation:
 
 
 def rounding(clip: np.ndarray) -> np.ndarray:
-    """The same frames but for rounding: one in four values a level of 255 higher, one in four lower."""
+    """Round the frames differently: one in four values is a level of 255 higher, one in four lower."""
     random = np.random.default_rng(zlib.crc32(clip.tobytes()))
     return _bytes(_floats(clip) + (random.random(clip.shape, dtype=np.float32) * 2 - 1) / 255)
 
 
 def motion(length: int, axis: int) -> Degradation:
-    """Motion blur: a box of ``length`` pixels along rows (2) or columns (1)."""
+    """Return motion blur: a box of ``length`` pixels along rows (2) or columns (1)."""
     return lambda clip: _bytes(uniform_filter1d(_floats(clip), length, axis=axis))
 
 
 def blend(count: int) -> Degradation:
-    """Smear in time: each frame the mean of itself and the ``count - 1`` that follow."""
+    """Return a smear in time: each frame is the mean of itself and the ``count - 1`` frames after it."""
 
     def apply(clip: np.ndarray) -> np.ndarray:
         frames, places = _floats(clip), np.arange(len(clip))
@@ -52,7 +52,7 @@ def blend(count: int) -> Degradation:
 
 
 def down_up(factor: int) -> Degradation:
-    """Scaled down and up again."""
+    """Return scaling down by ``factor`` and up again."""
 
     def apply(clip: np.ndarray) -> np.ndarray:
         height, width = clip.shape[1:3]
@@ -74,7 +74,7 @@ def brightness(by: float) -> Degradation:
 
 
 def haze(clip: np.ndarray) -> np.ndarray:
-    """A veil of light grey."""
+    """Blend the frames with light grey."""
     return _bytes(_floats(clip) * 0.8 + 0.17)
 
 
@@ -88,7 +88,7 @@ def saturation(factor: float) -> Degradation:
 
 
 def sharpened(clip: np.ndarray) -> np.ndarray:
-    """An unsharp mask of sigma 1, strength 1."""
+    """Apply an unsharp mask of sigma 1 and strength 1."""
     frames = _floats(clip)
     return _bytes(2 * frames - gaussian_filter(frames, (0, 1, 1, 0)))
 
@@ -98,12 +98,12 @@ def frozen(clip: np.ndarray) -> np.ndarray:
 
 
 def slowed(clip: np.ndarray) -> np.ndarray:
-    """A picture that hardly moves: the first frame, with a tenth of each other frame in it."""
+    """Return a clip that hardly moves: nine tenths of the first frame and one tenth of each frame."""
     return _bytes(_floats(clip) * 0.1 + _floats(clip[:1]) * 0.9)
 
 
 def blocks(clip: np.ndarray) -> np.ndarray:
-    """A grid of 8x8 blocks: each block two levels of 255 lighter or darker, at random."""
+    """Add a grid of 8x8 blocks, each two levels of 255 lighter or darker at random."""
     random = np.random.default_rng(zlib.crc32(clip.tobytes()))
     frames, height, width = clip.shape[:3]
     steps = random.choice([-2.0, 2.0], (frames, -(-height // 8), -(-width // 8)))
@@ -112,7 +112,7 @@ def blocks(clip: np.ndarray) -> np.ndarray:
 
 
 def h264(crf: int) -> Degradation:
-    """Encoded and decoded again."""
+    """Return encoding with x264 at ``crf`` and decoding."""
 
     def apply(clip: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
@@ -140,17 +140,35 @@ def _bytes(frames: np.ndarray) -> np.ndarray:
 SIGMAS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0)
 BLURS: dict[str, Degradation] = {
     **{f"gauss {sigma:g}": gauss(sigma) for sigma in SIGMAS},
-    "down-up 2": down_up(2), "motion 5": motion(5, 2), "motion 5 down": motion(5, 1), "motion 9": motion(9, 2),
-    "gauss 1.5 noise 3": noise(3, 1.5), "blend 2": blend(2), "blend 3": blend(3),
-}  # fmt: skip
-"""What must read as soft (blends: as smeared)."""
+    "down-up 2": down_up(2),
+    "motion 5": motion(5, 2),
+    "motion 5 down": motion(5, 1),
+    "motion 9": motion(9, 2),
+    "gauss 1.5 noise 3": noise(3, 1.5),
+    "blend 2": blend(2),
+    "blend 3": blend(3),
+}
+"""Degradations that must be reported as soft (blends: as smeared)."""
 CONFOUNDS: dict[str, Degradation] = {
-    "contrast 0.6": contrast(0.6), "contrast 0.8": contrast(0.8), "contrast 1.25": contrast(1.25), "contrast 1.6": contrast(1.6),
-    "brighter": brightness(0.1), "darker": brightness(-0.1), "noise 2": noise(2), "noise 5": noise(5),
-}  # fmt: skip
-"""What must not change whether a clip is called soft or over-sharpened."""
+    **{f"contrast {factor:g}": contrast(factor) for factor in (0.6, 0.8, 1.25, 1.6)},
+    "brighter": brightness(0.1),
+    "darker": brightness(-0.1),
+    "noise 2": noise(2),
+    "noise 5": noise(5),
+}
+"""Degradations that must not change whether a clip is reported as soft or over-sharpened."""
 OTHERS: dict[str, Degradation] = {
-    "rounding": rounding, "noise 10": noise(10), "h264 23": h264(23), "h264 35": h264(35), "haze": haze, "saturation 1.5": saturation(1.5),
-    "saturation 0.5": saturation(0.5), "sharpened": sharpened, "frozen": frozen, "slowed": slowed, "blocks": blocks,
-}  # fmt: skip
+    "rounding": rounding,
+    "noise 10": noise(10),
+    "h264 23": h264(23),
+    "h264 35": h264(35),
+    "haze": haze,
+    "saturation 1.5": saturation(1.5),
+    "saturation 0.5": saturation(0.5),
+    "sharpened": sharpened,
+    "frozen": frozen,
+    "slowed": slowed,
+    "blocks": blocks,
+}
 CLEAN = "clean"
+"""Name of the clip without degradation."""

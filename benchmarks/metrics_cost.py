@@ -1,0 +1,173 @@
+"""Measure seconds and memory of the sharpness metrics per clip, and the difference between GPU and CPU: ``python -m
+benchmarks.metrics_cost``."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.output import add_size_options, new_parser, report
+from cogflow.benchmarking.results import BenchmarkResult, Cell
+from cogflow.benchmarking.step import device_name
+from cogflow.data.shapes import draw, scenes
+from cogflow.sharpness import artefacts, edges, spatial, temporal, tone
+from cogflow.sharpness.frames import (
+    finite_share,
+    pooled,
+    repeated_share,
+    spatial_places,
+    to_float,
+    to_luma,
+    triple_places,
+)
+from cogflow.sharpness.metrics import METRICS, chunks, measure, measure_batch
+
+ALL_METRICS = "all metrics"
+WARM_UP = 1
+"""Calls that do not count."""
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """One part of the metrics on one device. ``seconds``: median; ``cpu_seconds``: mean CPU time of all threads.
+
+    ``peak_gb``: on a GPU what torch allocated beyond the clip, on a CPU the peak of the process so far.
+    """
+
+    device: str
+    part: str
+    seconds: float
+    cpu_seconds: float
+    peak_gb: float
+
+
+@dataclass(frozen=True)
+class MetricsCost:
+    """``disagreement``: metric -> largest difference between CPU and GPU, relative above 1; empty without a GPU."""
+
+    rows: list[PartCost]
+    disagreement: dict[str, float]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the benchmark with the command line ``words`` (default: ``sys.argv``)."""
+    parser = new_parser("metrics_cost", __doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="calls that count; default: %(default)s")
+    add_size_options(parser, 49, 480, 720)
+    given = parser.parse_args(words)
+    size = (given.frames, given.height, given.width)
+    report(metrics_result(measure_metrics_cost(*size, given.repeats), size), given.output)
+
+
+def metrics_result(found: MetricsCost, size: tuple[int, int, int]) -> BenchmarkResult:
+    """Return ``found`` as a table with one row per device and part."""
+    whole = [f"{row.seconds:.3f} s on {row.device}" for row in found.rows if row.part == ALL_METRICS]
+    summary = f"metrics: one clip of {'x'.join(map(str, size))} in {', '.join(whole)}"
+    if found.disagreement:
+        summary += f"; CPU and GPU differ by at most {max(found.disagreement.values()):.1e}"
+    rows: list[list[Cell]] = [[row.device, row.part, row.seconds, row.cpu_seconds, row.peak_gb] for row in found.rows]
+    columns = ["device", "part", "seconds", "CPU seconds of all threads", "peak GB"]
+    return BenchmarkResult(summary, columns, rows, asdict(found))
+
+
+def measure_metrics_cost(frames: int, height: int, width: int, repeats: int) -> MetricsCost:
+    """Measure all metrics and each part of them on a drawn clip, on the CPU and, where there is one, on the GPU.
+
+    The time of a part is over the frames that it uses.
+    """
+    clip = drawn_clip(frames, height, width)
+    rows = []
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    for device in devices:
+        here = clip.to(device)
+        rows.append(part_cost(ALL_METRICS, partial(measure, here), device, repeats))
+        if device.type == "cuda":
+            batch = part_cost("", partial(measure_batch, torch.stack([here] * BATCH)), device, repeats)
+            rows.append(
+                replace(batch, part=f"{ALL_METRICS}, batch of {BATCH}, per clip", seconds=batch.seconds / BATCH)
+            )
+        rows += [part_cost(part, run, device, repeats) for part, run in metric_parts(here).items()]
+    return MetricsCost(rows, device_disagreement(clip) if len(devices) > 1 else {})
+
+
+def drawn_clip(frames: int, height: int, width: int) -> Tensor:
+    """Return a drawn clip, uint8 ``[frames, height, width, 3]``. The content does not change the cost."""
+    return torch.from_numpy(draw(scenes(1, seed=5)[0], frames, height, width))
+
+
+def metric_parts(clip: Tensor) -> dict[str, Callable[[], Any]]:
+    """Return the parts of the metrics, each on the frames that it uses, converted beforehand."""
+    shown = to_float(torch.stack([clip[place] for place in spatial_places(len(clip))]))
+    luma = to_luma(shown)
+    small, red, blue = (pooled(pooled(one)) for one in (luma, shown[..., 0], shown[..., 2]))
+    triples = to_luma(to_float(torch.stack([clip[start : start + 3] for start in triple_places(len(clip))])))
+
+    def each(work: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
+        return lambda: [work(*group) for group in zip(*(list(chunks(tensor)) for tensor in tensors), strict=True)]
+
+    return {
+        "frames to luma": lambda: [
+            to_luma(to_float(one)) for one in chunks(torch.stack([clip[place] for place in spatial_places(len(clip))]))
+        ],
+        "edge_sharpness, reblur": each(edges.log_slopes, luma),
+        "wavelet_ratio, detail, grain": each(lambda one: spatial.noise_deviation(spatial.bands(one)[0][2]), luma),
+        "blur_effect": each(spatial.blur_effect, luma),
+        "contrast, haze, saturation": lambda: (
+            tone.contrast(small),
+            tone.dark_level(small),
+            tone.saturation(red, blue, small),
+        ),
+        "clipped": each(tone.clipped, shown),
+        "artefacts": each(artefacts.grid, luma),
+        "motion, temporal_sharpness": each(temporal.energies, triples),
+        "repeated, finite": lambda: (repeated_share(clip[None]), finite_share(clip[None])),
+    }
+
+
+def part_cost(part: str, run: Callable[[], Any], device: torch.device, repeats: int) -> PartCost:
+    """Return the cost of ``run`` over ``repeats`` calls."""
+    for _ in range(WARM_UP):
+        run()
+    seconds: list[float] = []
+    on_gpu = device.type == "cuda"
+    before = 0
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    cpu_began = time.process_time()
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    cpu_seconds = (time.process_time() - cpu_began) / repeats
+    if on_gpu:
+        peak = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return PartCost(device_name(device), part, sorted(seconds)[len(seconds) // 2], cpu_seconds, peak)
+
+
+def device_disagreement(clip: Tensor) -> dict[str, float]:
+    """Return metric -> largest difference between CPU and GPU on the clip, at half its size and in floats, relative
+    above 1."""
+    worst = dict.fromkeys(METRICS, 0.0)
+    for version in (clip, clip[:, ::2, ::2], clip.float() / 255):
+        here, there = measure(version), measure(version.cuda())
+        for name in METRICS:
+            worst[name] = max(worst[name], abs(here[name] - there[name]) / max(1.0, abs(here[name])))
+    return worst
+
+
+if __name__ == "__main__":
+    main()

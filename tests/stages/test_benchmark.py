@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cogflow.artifacts.identify import identify
 from cogflow.benchmarking import loader_cost
 from cogflow.benchmarking.command_cost import run_command
 from cogflow.benchmarking.random_sat_checkpoint import make_sat_checkpoint
@@ -21,7 +22,6 @@ from cogflow.config.compose import compose
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.errors import ConfigError, DataError
-from cogflow.artifacts.identify import identify
 from cogflow.export.origin import open_origin
 from cogflow.stages import benchmark
 from tests.conftest import Command

@@ -1,11 +1,12 @@
 """Decide what a path holds: a run, a checkpoint, a pipeline, a SAT folder, videos, ...
 
-:func:`identify` is the only place that decides this, and every stage that takes a path calls it. It decides by content and never by a
-folder's name. :data:`PRECEDENCE` lists the rules: the first rule that fits a folder wins, the others that fit are named to the
-user, who can choose one of them (``stage.source_kind=run``).
+:func:`identify` is the only place that decides this, and every stage that takes a path calls it. It decides by content
+and never by a folder's name. :data:`PRECEDENCE` lists the rules: the first rule that fits a folder wins, the others
+that fit are named to the user, who can choose one of them (``stage.source_kind=run``).
 
-Identifying is cheap: it looks for files of known names, lists at most :data:`MOST_ENTRIES` entries of a folder, and reads small JSON
-files and the tensor names of torch files (with the reader that builds nothing but tensors). It reads no tensor.
+Identifying is cheap: it looks for files of known names, lists at most :data:`MOST_ENTRIES` entries of a folder, and
+reads small JSON files and the tensor names of torch files (with the reader that builds nothing but tensors). It reads
+no tensor.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ LABELS = {
 class Artifact:
     """What was recognised at ``path``.
 
-    ``reason``: the content it was recognised by, a clause. ``root``: the folder or file to read, which differs from ``path`` where
-    ``latest`` or the only step names a folder inside. ``components``: diffusers component -> folder. ``step``: as the content
-    states it. ``ema``: whether averaged weights are there, too. ``checkpoints``: of a run, newest first, not verified. ``also``: other
-    kinds whose rules fit. ``notes``: choices that were made inside ``path``, for the user.
+    ``reason``: the content it was recognised by, a clause. ``root``: the folder or file to read, which differs from
+    ``path`` where ``latest`` or the only step names a folder inside. ``components``: diffusers component -> folder.
+    ``step``: as the content states it. ``ema``: whether averaged weights are there, too. ``checkpoints``: of a run,
+    newest first, not verified. ``also``: other kinds whose rules fit. ``notes``: choices that were made inside
+    ``path``, for the user.
     """
 
     kind: ArtifactKind
@@ -125,10 +127,11 @@ class Artifact:
 
 
 def identify(path: Path, kind: ArtifactKind | None = None, *, key: str = "") -> Artifact:
-    """Return what is at ``path``. ``kind``: what the user says it is, which must fit; ``key``: the setting that names the path.
+    """Return what is at ``path``. ``kind``: what the user says it is, which must fit; ``key``: the setting that names
+    the path.
 
-    Raise :class:`CheckpointError` for a path that does not exist, that is nothing cogflow knows, that is not of ``kind``, or whose
-    torch files are broken.
+    Raise :class:`CheckpointError` for a path that does not exist, that is nothing cogflow knows, that is not of
+    ``kind``, or whose torch files are broken.
     """
     path = Path(path).expanduser()
     named = f"{key}={path}" if key else str(path)
@@ -160,7 +163,9 @@ def kind_named(word: str, key: str) -> ArtifactKind | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """``find`` returns what a place is by this rule, or ``None``. ``kinds``: what it can return; ``needs``: what it looks for."""
+    """``find`` returns what a place is by this rule, or ``None``. ``kinds``: what it can return; ``needs``: what it
+    looks for.
+    """
 
     kinds: tuple[ArtifactKind, ...]
     needs: str
@@ -265,7 +270,9 @@ def _run_without_checkpoints(place: _Place) -> Artifact | None:
 
 
 def _step_files(place: _Place) -> Artifact | None:
-    """A folder that SAT or DeepSpeed saved to, the folder of one of its steps, or SAT's folder as CogVideoX publishes it."""
+    """A folder that SAT or DeepSpeed saved to, the folder of one of its steps, or SAT's folder as CogVideoX publishes
+    it.
+    """
     if place.has("latest"):
         return _step_folder(place, latest_step_folder(place.path), "latest is there")
     if states := next((entry.name for entry in place.entries if foreign.is_model_states(entry.name)), None):
@@ -359,9 +366,9 @@ def _component(place: _Place) -> Artifact | None:
         # A class that is not known is examined as a transformer, whose reader says what is wrong with it.
         names = [COMPONENT_CLASSES.get(class_name, "transformer"), *names]
         reason = f"config.json of {class_name} is there"
-    return (
-        place.artifact(ArtifactKind.COMPONENT, reason, components=dict.fromkeys(names, place.path)) if names else None
-    )
+    if not names:
+        return None
+    return place.artifact(ArtifactKind.COMPONENT, reason, components=dict.fromkeys(names, place.path))
 
 
 def _videos(place: _Place) -> Artifact | None:
@@ -400,8 +407,9 @@ PRECEDENCE: tuple[Rule, ...] = (
     Rule((ArtifactKind.VIDEOS,), f"a video ({' '.join(VIDEO_SUFFIXES)})", _videos),
     Rule((ArtifactKind.FRAMES,), f"a picture ({' '.join(PICTURE_SUFFIXES)})", _frames),
 )
-"""The rules, first match first. A pipeline stays a pipeline whatever else is put into its folder. Videos and pictures decide only where no
-rule of models fits."""
+"""The rules, first match first. A pipeline stays a pipeline whatever else is put into its folder. Videos and pictures
+decide only where no rule of models fits.
+"""
 
 IMPLIED: Mapping[ArtifactKind, tuple[ArtifactKind, ...]] = {
     ArtifactKind.PIPELINE: (ArtifactKind.COMPONENTS,),
@@ -412,9 +420,9 @@ IMPLIED: Mapping[ArtifactKind, tuple[ArtifactKind, ...]] = {
 """Kinds that every artifact of a kind fits as well, which is no ambiguity."""
 
 EXPECTED = (
-    f"Expected is one of: a run; a checkpoint ({TRAINER}); a pipeline ({MODEL_INDEX}); an export ({EXPORT_REPORT}); a component "
-    "(config.json and safetensors); a SAT folder (latest), its step folder or .pt file; 3d-vae.pt; a DeepSpeed folder; "
-    "videos or frames."
+    f"Expected is one of: a run; a checkpoint ({TRAINER}); a pipeline ({MODEL_INDEX}); an export ({EXPORT_REPORT}); "
+    "a component (config.json and safetensors); a SAT folder (latest), its step folder or .pt file; 3d-vae.pt; "
+    "a DeepSpeed folder; videos or frames."
 )
 
 

@@ -1,7 +1,8 @@
 """Name the files and folders inside a run, and format and parse the names of step folders.
 
 A run folder holds one ``<stage>.json`` per stage that ran, ``metrics.jsonl``, ``report.html`` and the folders of
-:class:`RunLayout`. Checkpoints, samples and exported weights are kept in one folder per step, named by :func:`step_name`.
+:class:`RunLayout`. Checkpoints, samples and exported weights are kept in one folder per step, named by
+:func:`step_name`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Find where each component of a pipeline comes from, and export the sources that hold no component as diffusers loads it.
+"""Find where each component of a pipeline comes from, and export the sources that hold no component as diffusers loads
+it.
 
-Component folders, pipelines and exports are read as they are. Runs, checkpoints and the checkpoints of SAT and DeepSpeed are exported
-first, once for all components that come from them.
+Component folders, pipelines and exports are read as they are. Runs, checkpoints and the checkpoints of SAT and
+DeepSpeed are exported first, once for all components that come from them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """Where component ``name`` comes from. ``key``: the setting that names it. ``export``: the artifact that must be exported first."""
+    """Where component ``name`` comes from. ``key``: the setting that names it. ``export``: the artifact that must be
+    exported first.
+    """
 
     name: str
     key: str
@@ -50,7 +53,9 @@ class ComponentSource:
 
 
 def find_component(name: str, key: str, artifact: Artifact) -> ComponentSource:
-    """Return where component ``name`` is in ``artifact``. Raise :class:`PipelineError` when it holds no such component."""
+    """Return where component ``name`` is in ``artifact``. Raise :class:`PipelineError` when it holds no such
+    component.
+    """
     place, kind = artifact.path, artifact.kind
     if kind is ArtifactKind.CHECKPOINT or artifact.checkpoints:
         if name == "transformer":
@@ -108,7 +113,9 @@ def read_parts(
 
 
 def export_source(artifact: Artifact, names: list[str], output: Path, options: ExportOptions) -> Path:
-    """Export the components ``names`` of ``artifact`` to ``output``. Return it, or a run's own export of its newest checkpoint."""
+    """Export the components ``names`` of ``artifact`` to ``output``. Return it, or a run's own export of its newest
+    checkpoint.
+    """
     if (made := _own_export(artifact, options)) is not None:
         echo(f"{artifact.path} is exported already: {made}")
         return made
@@ -126,7 +133,9 @@ def export_source(artifact: Artifact, names: list[str], output: Path, options: E
 
 
 def base_of(transformer: PipelineComponent, model: ModelConfig) -> Path:
-    """Return the model's pipeline folder: as ``model`` names it, or for model=auto the one that the transformer was trained from."""
+    """Return the model's pipeline folder: as ``model`` names it, or for model=auto the one that the transformer was
+    trained from.
+    """
     if model.name == "auto" and model.path is None:
         trained = transformer.training.model
         if trained is None:

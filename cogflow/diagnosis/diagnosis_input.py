@@ -86,7 +86,9 @@ def resolve(
 
 
 def _of_artifact(artifact: Artifact, model: ModelConfig, role: str) -> DiagnosisInput:
-    """Resolve an artifact of :data:`DIAGNOSED`. Of a run its pipeline is taken, else its export, else its newest checkpoint."""
+    """Resolve an artifact of :data:`DIAGNOSED`. Of a run its pipeline is taken, else its export, else its newest
+    checkpoint.
+    """
     place = artifact.path
     if artifact.kind is ArtifactKind.PIPELINE:
         return _of_parts(role, place, dict.fromkeys(CONFIGS, place), 5)

@@ -1,7 +1,7 @@
 """Open the artifact that an export starts from, and verify its files before any of them is read.
 
-:mod:`cogflow.artifacts.identify` decides what a path is. This module opens it: a run or a checkpoint of cogflow, components in
-diffusers' layout, or the checkpoint of another program.
+:mod:`cogflow.artifacts.identify` decides what a path is. This module opens it: a run or a checkpoint of cogflow,
+components in diffusers' layout, or the checkpoint of another program.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ KNOWN_FROM_EXPORT = ("family", "model", "trained_with")
 class TransformerSource:
     """A transformer folder and what is known of it.
 
-    ``folder`` holds config.json and the safetensors; ``origin`` is the checkpoint, or ``folder`` itself. ``weights`` is model or
-    ema. ``trainer`` is the checkpoint's trainer.json (empty when there is none). ``files``: relative name -> sha256.
-    ``passed_over``: newer checkpoints of the run that are broken, a line each.
+    ``folder`` holds config.json and the safetensors; ``origin`` is the checkpoint, or ``folder`` itself. ``weights`` is
+    model or ema. ``trainer`` is the checkpoint's trainer.json (empty when there is none). ``files``: relative name ->
+    sha256. ``passed_over``: newer checkpoints of the run that are broken, a line each.
     """
 
     folder: Path
@@ -48,10 +48,10 @@ class TransformerSource:
 class ExportOrigin:
     """What an export reads.
 
-    ``folders``: components in diffusers' layout. ``tensors``: those of any other layout, by their own names. ``weights``: model or
-    ema. ``trainer``: what is known of the training (keys family, model, trained_with). ``files``: the source's files with hashes or
-    sizes. ``yamls``: path and content of each yaml beside the source or named by the user; ``json``: a diffusers config that the user
-    named. ``notes`` and ``passed_over`` are for the user.
+    ``folders``: components in diffusers' layout. ``tensors``: those of any other layout, by their own names.
+    ``weights``: model or ema. ``trainer``: what is known of the training (keys family, model, trained_with). ``files``:
+    the source's files with hashes or sizes. ``yamls``: path and content of each yaml beside the source or named by the
+    user; ``json``: a diffusers config that the user named. ``notes`` and ``passed_over`` are for the user.
     """
 
     kind: str
@@ -76,10 +76,11 @@ def open_origin(
     masters: str = "auto",
     configs: Sequence[str] = (),
 ) -> ExportOrigin:
-    """Open and verify ``artifact``. ``wanted``: components asked for; ``configs``: files that the user names in addition.
+    """Open and verify ``artifact``. ``wanted``: components asked for; ``configs``: files that the user names in
+    addition.
 
-    Raise :class:`CheckpointError` for files that are missing, broken or of unknown tensors, and for artifacts without weights;
-    :class:`ConfigError` for a config that cannot be read.
+    Raise :class:`CheckpointError` for files that are missing, broken or of unknown tensors, and for artifacts without
+    weights; :class:`ConfigError` for a config that cannot be read.
     """
     _check_choice("masters", masters, ("auto", "fp32", "bf16"))
     yamls, json = _named(configs)
@@ -127,8 +128,8 @@ def open_foreign(artifact: Artifact, weights: str = "auto", masters: str = "auto
 def find_transformer(artifact: Artifact, weights: str = "auto") -> TransformerSource:
     """Return the transformer of a run, a checkpoint, a pipeline, an export or a component, verified.
 
-    Of a run the newest checkpoint that is whole is taken. ``weights``: auto (EMA where there is one), model or ema. Raise
-    :class:`CheckpointError` that names what is missing or broken.
+    Of a run the newest checkpoint that is whole is taken. ``weights``: auto (EMA where there is one), model or ema.
+    Raise :class:`CheckpointError` that names what is missing or broken.
     """
     _check_choice("weights", weights, ("auto", "model", "ema"))
     if artifact.kind is ArtifactKind.RUN:
@@ -203,7 +204,9 @@ def _checkpoint(
 
 
 def _plain(artifact: Artifact, weights: str) -> TransformerSource:
-    """A transformer in diffusers' layout. A manifest is not needed, but must hold when it is there; an export passes on what it knows."""
+    """A transformer in diffusers' layout. A manifest is not needed, but must hold when it is there; an export passes on
+    what it knows.
+    """
     if weights == "ema":
         raise CheckpointError(
             f"{artifact.path} holds no EMA weights.",

@@ -25,7 +25,9 @@ MOST_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class ReadClip:
-    """``frames``: uint8 ``[T, H, W, 3]``; ``fps``: frames per second, 0 when unknown; ``raw``: whether no codec changed the frames."""
+    """``frames``: uint8 ``[T, H, W, 3]``; ``fps``: frames per second, 0 when unknown; ``raw``: whether no codec changed
+    the frames.
+    """
 
     name: str
     frames: torch.Tensor
@@ -34,7 +36,9 @@ class ReadClip:
 
 
 def clips_of(artifact: Artifact) -> Path | None:
-    """Return the path of the artifact's clips: its own, or a run's newest samples; ``None`` for an artifact without clips."""
+    """Return the path of the artifact's clips: its own, or a run's newest samples; ``None`` for an artifact without
+    clips.
+    """
     if artifact.kind in MEDIA:
         return artifact.root
     return gallery.newest(RunLayout(artifact.root).samples) if artifact.kind is ArtifactKind.RUN else None
@@ -43,8 +47,8 @@ def clips_of(artifact: Artifact) -> Path | None:
 def read_clips(place: Path) -> Iterator[ReadClip]:
     """Yield the clips at ``place``. A folder of pictures is one clip, its frames in order of file name.
 
-    Where cogflow kept the raw frames of its own samples, those are read and not the videos. Raise :class:`DataError` for files that
-    cannot be read.
+    Where cogflow kept the raw frames of its own samples, those are read and not the videos. Raise :class:`DataError`
+    for files that cannot be read.
     """
     raw = place / gallery.FRAMES
     if raw.is_file():

@@ -1,4 +1,4 @@
-"""stage=export: weights in any layout become components in another, proven equal, with the facts of every tensor."""
+"""stage=export: convert weights of any layout into components of another, and prove that they are equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from cogflow.runtime.progress import progress
 from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
-SHOWN = 5  # tensors in the console's table, those that the cast changed most
+SHOWN = 5
+"""Tensors in the console's table: those that the cast changed most."""
 
 
 def run(config: Config[ExportStage]) -> None:
@@ -37,19 +38,12 @@ def _export(config: Config[ExportStage]) -> None:
     stage = config.stage
     folder = run_folder(config.run)
     output = Path(stage.output).expanduser() if stage.output else RunLayout(folder).export
-    kind = kind_named(stage.source_kind, "stage.source_kind")
-    artifact = identify(Path(stage.source or folder), kind, key="stage.source")
-    echo(artifact.line("stage.source"))
-    origin = open_origin(artifact, stage.components, weights=stage.weights, masters=stage.masters, configs=stage.config)
-    for problem in origin.passed_over:
-        echo(f"warning: passed over a broken checkpoint: {problem}")
-    for note in origin.notes:
-        echo(f"note: {note}")
+    origin = _open_source(stage, folder)
     given = {key: value for key, value in asdict(stage.facts).items() if value is not None}
-    # In the main job the model is known by name, and the checkpoint says it, too; facts are for what comes from elsewhere.
+    # A checkpoint of cogflow states its model; the name in the config describes a checkpoint of another program.
     family = config.model.name if origin.tensors is not None else "auto"
     prepared = prepare(origin, stage.components, family, given, stage.dtype, stage.lora == "separate")
-    _announce(origin, prepared, stage)
+    _print_plan(origin, prepared, stage)
     if stage.dry_run:
         for component in prepared.components:
             check_tables(component)
@@ -60,11 +54,24 @@ def _export(config: Config[ExportStage]) -> None:
         description = export_sat(prepared, origin, output, given, bar)
     else:
         description = export_diffusers(prepared, origin, output, stage.max_shard_size, stage.verify, bar)
-    _tell(config, folder, output, origin, description, started)
+    _report(config, output, origin, description, started)
 
 
-def _announce(origin: ExportOrigin, prepared: PreparedExport, stage: ExportStage) -> None:
-    """What was found, what it was taken for, and what will be done."""
+def _open_source(stage: ExportStage, folder: Path) -> ExportOrigin:
+    """Open ``stage.source``, by default the run ``folder``, and print what it was taken for."""
+    kind = kind_named(stage.source_kind, "stage.source_kind")
+    artifact = identify(Path(stage.source or folder), kind, key="stage.source")
+    echo(artifact.line("stage.source"))
+    origin = open_origin(artifact, stage.components, weights=stage.weights, masters=stage.masters, configs=stage.config)
+    for problem in origin.passed_over:
+        echo(f"warning: passed over a broken checkpoint: {problem}")
+    for note in origin.notes:
+        echo(f"note: {note}")
+    return origin
+
+
+def _print_plan(origin: ExportOrigin, prepared: PreparedExport, stage: ExportStage) -> None:
+    """Print the source, the facts that were found, and what will be written."""
     step = "" if origin.step is None else f" of step {origin.step}"
     echo(f"exporting {origin.place} ({origin.kind}, {origin.weights} weights{step})")
     if prepared.facts is not None:
@@ -92,14 +99,11 @@ def _announce(origin: ExportOrigin, prepared: PreparedExport, stage: ExportStage
             table(dropped, ["component", "dropped", "why"])
 
 
-def _tell(
-    config: Config[ExportStage],
-    folder: Path,
-    output: Path,
-    origin: ExportOrigin,
-    description: dict[str, Any],
-    started: float,
+def _report(
+    config: Config[ExportStage], output: Path, origin: ExportOrigin, description: dict[str, Any], started: float
 ) -> None:
+    """Print the changes by the cast and the proofs, log them, and write ``<run>/export.json``."""
+    folder = run_folder(config.run)
     summary, step = description["summary"], origin.step or 0
     most = sorted(description["tensors"], key=lambda fact: fact["changed"], reverse=True)[:SHOWN]
     columns = ["tensor", "shape", "from", "to", "largest change", "relative", "became zero", "subnormal"]
@@ -117,7 +121,7 @@ def _tell(
     for dtype, count in summary["holds_only"].items():
         echo(f"note: {count} tensors are stored wider, but hold only values of {dtype}: they were rounded before")
     for name, proof in description["proof"].items():
-        echo(f"proof: {name}: {_proof(proof)}")
+        echo(f"proof: {name}: {_proof_text(proof)}")
     with open_tracker(config, "export", folder) as tracker:
         counted = ("parameters", "changed", "relative", "became_zero", "became_subnormal")
         tracker.log(step, {f"export/{name}": summary[name] for name in counted})
@@ -146,7 +150,8 @@ def _tell(
     echo(f"{line}\nexported: {output}\nreport:   {output / 'export.json'}")
 
 
-def _proof(proof: dict[str, Any]) -> str:
+def _proof_text(proof: dict[str, Any]) -> str:
+    """Return the result of a component's proof in words."""
     if "runs" in proof:
         worst = max(run["difference"] for run in proof["runs"])
         return f"{proof['what']}; outputs differ by {worst:.2g} at most (up to {proof['tolerance']:g} counts as equal)"

@@ -1,8 +1,9 @@
-"""stage=sample: videos from a run, a checkpoint or a pipeline folder, with their sharpness; or the sharpness of videos that exist."""
+"""stage=sample: sample a run, a checkpoint or a pipeline, or read clips that exist; measure the clips and compare them."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cogflow.weights.tensor_source import weights_fingerprint
 
 SHOWN = ("wavelet_ratio", "edge_sharpness", "blur_effect", "contrast", "saturation", "grain", "motion", "artefacts")
 """Metrics of the table on the terminal; the record holds all."""
+CHANGE_COLUMNS = ["metric", "change", "from", "to", "z"]
 SAMPLED = (
     ArtifactKind.PIPELINE,
     ArtifactKind.EXPORT,
@@ -38,21 +40,41 @@ SAMPLED = (
 """Kinds of artifact whose transformer is sampled."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of the stage: its settings, the run folder, what is measured, and when it started (``time.time()``).
+
+    ``clips``: path of the clips to measure. ``reference``: path of the clips to compare them with.
+    """
+
+    config: Config[SampleStage]
+    run: Path
+    source: Artifact
+    clips: Path
+    reference: Path | None
+    started: float
+
+
 def run(config: Config[SampleStage]) -> None:
-    """Sample or read ``stage.source``, measure it, compare it with ``stage.reference``; exit code 3 when it is worse."""
+    """Sample or read ``stage.source``, measure it, and compare it with ``stage.reference``.
+
+    Raise :class:`QualityGateError` (exit code 3) when it is worse than the reference.
+    """
     stage = config.stage
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
     source = resolve_source(stage, folder)
     reference = resolve_reference(stage)
-    how: dict[str, Any] | None = None
-    where = source.root
-    if source.kind not in MEDIA:
-        where = Path(stage.output).expanduser() if stage.output else RunLayout(folder).sampled
-        how = sample(config, stage, source, where)
+    if source.kind in MEDIA:
+        job = Job(config, folder, source, source.root, reference, started)
+        how = None
+    else:
+        output = Path(stage.output).expanduser() if stage.output else RunLayout(folder).sampled
+        job = Job(config, folder, source, output, reference, started)
+        how = sample(job)
     if ranks.is_main():
-        conclude(config, stage, folder, source.path, reference, where, how, started)
+        conclude(job, how)
     ranks.barrier()
 
 
@@ -65,7 +87,8 @@ def resolve_source(stage: SampleStage, folder: Path) -> Artifact:
     artifact = identify(Path(stage.source or folder), kind, key="stage.source")
     if artifact.kind not in (*MEDIA, *SAMPLED):
         raise CheckpointError(
-            f"stage.source={artifact.path} is {artifact.kind.label} ({artifact.reason}), which stage=sample does not sample.",
+            f"stage.source={artifact.path} is {artifact.kind.label} ({artifact.reason}), "
+            "which stage=sample does not sample.",
             f"Export it first: python -m cogflow stage=export stage.source={artifact.path}",
         )
     echo(artifact.line("stage.source"))
@@ -80,7 +103,8 @@ def resolve_reference(stage: SampleStage) -> Path | None:
     artifact = identify(Path(stage.reference), kind, key="stage.reference")
     if (clips := clips_of(artifact)) is None:
         raise DataError(
-            f"stage.reference={artifact.path} is {artifact.kind.label} ({artifact.reason}) and holds no videos or frames.",
+            f"stage.reference={artifact.path} is {artifact.kind.label} ({artifact.reason}) "
+            "and holds no videos or frames.",
             "Sample it first, then give its folder of videos.",
         )
     echo(artifact.line("stage.reference"))
@@ -99,36 +123,43 @@ def resolve_model(source: Artifact, model: ModelConfig) -> tuple[Path, Path]:
     return loading.model_folder(model), transformer
 
 
-def sample(config: Config[SampleStage], stage: SampleStage, source: Artifact, where: Path) -> dict[str, Any]:
-    """Sample every prompt from its fixed noise into ``where``; return how the samples were made."""
+def sample(job: Job) -> dict[str, Any]:
+    """Sample every prompt from its fixed noise into ``job.clips``; return how the samples were made."""
+    config, data = job.config, job.config.data
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
-    base, transformer_folder = resolve_model(source, config.model)
-    data = config.data
-    prompts = prompts_for(stage.prompts or config.sampling.prompts, data.name, captions(config))
+    base, transformer_folder = resolve_model(job.source, config.model)
+    prompts = prompts_for(config.stage.prompts or config.sampling.prompts, data.name, captions(config))
     tokenizer, encoder = loading.load_tokenizer(base), loading.load_text_encoder(base, dtype, device)
     transformer = load_transformer(transformer_folder, dtype, device)
     texts = [prompt.text for prompt in prompts] + [""]
     embeds = loading.encode_prompts(tokenizer, encoder, texts, transformer.config.max_text_seq_length).cpu()
     del encoder
     sampler = Sampler(
-        transformer, loading.load_vae(base), loading.load_scheduler(base), embeds[-1], config.sampling,
-        frames=data.frames, height=data.height, width=data.width, device=device, dtype=dtype,
-    )  # fmt: skip
+        transformer,
+        loading.load_vae(base),
+        loading.load_scheduler(base),
+        embeds[-1],
+        config.sampling,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        device=device,
+        dtype=dtype,
+    )
     facts: dict[str, Any] = {
         "step": None,
-        "source": str(source.path),
+        "source": str(job.source.path),
         "weights_sha256": weights_fingerprint(transformer.state_dict().items()),
     }
-    record = gallery.sample_into(
-        where, sampler, requests(prompts, embeds, config.sampling.seeds), fps=data.fps, facts=facts, title="samples"
-    )
+    wanted = requests(prompts, embeds, config.sampling.seeds)
+    record = gallery.sample_into(job.clips, sampler, wanted, fps=data.fps, facts=facts, title="samples")
     how: dict[str, Any] = record["sampling"]
     return how
 
 
 def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
-    """From a pipeline folder, or from a component folder itself."""
+    """Load the transformer of a pipeline folder, or of the component folder itself."""
     if (folder / "config.json").is_file():
         from diffusers import CogVideoXTransformer3DModel
 
@@ -138,7 +169,7 @@ def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
 
 
 def captions(config: Config[SampleStage]) -> list[str]:
-    """Captions to sample when no prompts are given and the clips are the user's own: those of the prepared clips."""
+    """Return the captions of the prepared clips, which are sampled when the data is the user's own and no prompts are given."""
     if config.data.name == "shapes" or config.sampling.prompts:
         return []
     from cogflow.data.cache import LatentCache
@@ -147,58 +178,64 @@ def captions(config: Config[SampleStage]) -> list[str]:
     return [cache.texts[index] for index in cache.holdout or cache.train]
 
 
-def conclude(
-    config: Config[SampleStage], stage: SampleStage, folder: Path, source: Path, reference: Path | None, where: Path, how: dict[str, Any] | None,
-    started: float,
-) -> None:  # fmt: skip
-    """Measure, show, write ``sample.json``, and raise :class:`QualityGateError` when the reference is better."""
-    others = measured(reference) if reference is not None else None
-    ours = measured(where, others)
-    names = list(next(iter(ours.panels.values())))
+def conclude(job: Job, how: dict[str, Any] | None) -> None:
+    """Measure the clips, print and log the result, and write ``sample.json``. ``how``: how samples were made.
+
+    Raise :class:`QualityGateError` when the reference is better.
+    """
+    others = measure_clips(job.reference) if job.reference is not None else None
+    ours = measure_clips(job.clips, others)
     table([[name, *(f"{panel[key]:.3f}" for key in SHOWN)] for name, panel in ours.panels.items()], ["clip", *SHOWN])
-    results: dict[str, Any] = {
-        "summary": f"{len(ours.panels)} clips measured",
-        "where": str(where),
-        "sharpness": ours.panels,
-    }
+    summary = f"{len(ours.panels)} clips measured"
+    results: dict[str, Any] = {"where": str(job.clips), "sharpness": ours.panels}
     if how is not None:
         results["sampling"] = how
-        results["summary"] += f", sampled by {how['scheduler']}"
-    if learned := clip_scores(config, where):
+        summary += f", sampled by {how['scheduler']}"
+    if learned := clip_scores(job.config, job.clips):
         results["learned"] = learned
-    comparison: dict[str, Any] | None = None
-    if others is not None:
-        comparison = against(ours, others, stage.fail_on)
-        results |= {"reference": str(reference), "comparison": comparison}
-        results["summary"] += (
-            f", worse than the reference: {', '.join(comparison['kinds'])}"
-            if comparison["worse"]
-            else ", as good as the reference"
-        )
-        for note in remarks(ours, others):
-            echo(f"note: {note}")
-        table(changes_rows(comparison), ["channel", "change", "from", "to", "z"])
-        echo(comparison["line"])
-    with open_tracker(config, "sample", folder) as tracker:
-        tracker.log(0, {f"sample/{key}": value for key, value in mean(ours.panels).items()})
-        tracker.table(
-            "sample/sharpness", ["clip", *names], [[name, *panel.values()] for name, panel in ours.panels.items()]
-        )
-        if comparison is not None:
-            tracker.table("sample/comparison", ["channel", "change", "from", "to", "z"], changes_rows(comparison))
-    folder.mkdir(parents=True, exist_ok=True)
-    record = record_stage(folder, "sample", config, {"source": str(source)}, results, started=started)
-    echo(f"{results['summary']}\nclips:  {where}\nrecord: {record}")
+    comparison = compare_with_reference(job, ours, others) if others is not None else None
+    if comparison is not None:
+        results |= {"reference": str(job.reference), "comparison": comparison}
+        worse = f"worse than the reference: {', '.join(comparison['kinds'])}"
+        summary += f", {worse if comparison['worse'] else 'as good as the reference'}"
+    log_result(job, ours, comparison)
+    job.run.mkdir(parents=True, exist_ok=True)
+    inputs = {"source": str(job.source.path)}
+    results = {"summary": summary} | results
+    record = record_stage(job.run, "sample", job.config, inputs, results, started=job.started)
+    echo(f"{summary}\nclips:  {job.clips}\nrecord: {record}")
     if comparison is not None and comparison["worse"]:
         lines = [finding["line"] for finding in comparison["findings"] if finding["kind"] in comparison["kinds"]]
+        verdict = "blurrier" if comparison["blurrier"] else "worse"
         raise QualityGateError(
-            f"{source} is {'blurrier' if comparison['blurrier'] else 'worse'} than {reference} ({comparison['pairing']}):\n  "
-            + "\n  ".join(lines),
-            f"The clips are kept in {where}; the figures are in {record}.",
+            f"{job.source.path} is {verdict} than {job.reference} ({comparison['pairing']}):\n  " + "\n  ".join(lines),
+            f"The clips are kept in {job.clips}; the metrics are in {record}.",
         )
 
 
-def measured(place: Path, like: Scored | None = None) -> Scored:
+def compare_with_reference(job: Job, ours: Scored, others: Scored) -> dict[str, Any]:
+    """Compare the clips with those of the reference, print the changes, and return the comparison."""
+    comparison = against(ours, others, job.config.stage.fail_on)
+    for note in comparison_notes(ours, others):
+        echo(f"note: {note}")
+    table(changes_rows(comparison), CHANGE_COLUMNS)
+    echo(comparison["line"])
+    return comparison
+
+
+def log_result(job: Job, ours: Scored, comparison: dict[str, Any] | None) -> None:
+    """Log the metrics and the comparison to the tracker."""
+    names = list(next(iter(ours.panels.values())))
+    rows = [[name, *panel.values()] for name, panel in ours.panels.items()]
+    with open_tracker(job.config, "sample", job.run) as tracker:
+        tracker.log(0, {f"sample/{key}": value for key, value in mean(ours.panels).items()})
+        tracker.table("sample/sharpness", ["clip", *names], rows)
+        if comparison is not None:
+            tracker.table("sample/comparison", CHANGE_COLUMNS, changes_rows(comparison))
+
+
+def measure_clips(place: Path, like: Scored | None = None) -> Scored:
+    """Measure the clips at ``place``, at the sizes of ``like``. Raise :class:`DataError` for clips that are too small."""
     try:
         return score(place, like)
     except ValueError as error:
@@ -206,7 +243,7 @@ def measured(place: Path, like: Scored | None = None) -> Scored:
 
 
 def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str, float]]:
-    """Learned scores by clip, when ``sampling.clip_model`` names a CLIP model on disk."""
+    """Return learned scores by clip; an empty dictionary when ``sampling.clip_model`` names no CLIP model on disk."""
     if config.sampling.clip_model is None:
         return {}
     from cogflow.sharpness.learned import ClipScores
@@ -223,19 +260,20 @@ def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str,
     return found
 
 
-def remarks(ours: Scored, others: Scored) -> list[str]:
-    """What a reader of the verdict should know."""
-    said = list(ours.notes)
+def comparison_notes(ours: Scored, others: Scored) -> list[str]:
+    """Return what limits the comparison: rescaled clips, codecs, different frame rates."""
+    notes = list(ours.notes)
     if not (ours.raw and others.raw):
-        said.append(
-            "measured on videos that went through a codec, which softens and adds noise of its own; raw frames tell more"
+        notes.append(
+            "the videos went through a codec, which softens them and adds noise; raw frames are measured more exactly"
         )
     if rates_differ(ours, others):
-        said.append(f"the frame rates differ: {', '.join(IN_TIME)} are not judged")
-    return said
+        notes.append(f"the frame rates differ: {', '.join(IN_TIME)} are not judged")
+    return notes
 
 
 def changes_rows(comparison: dict[str, Any]) -> list[list[str]]:
+    """Return the comparison's table: one row per metric, in the order of :data:`CHANGE_COLUMNS`."""
     return [
         [name, *(f"{one[key]:+.3f}" for key in ("size", "low", "high", "z"))]
         for name, one in comparison["changes"].items()

@@ -1,8 +1,10 @@
-"""The transformer that training starts with, and its weights, which stream in: from the pipeline folder of ``model.path``, or from
-whatever ``stage.start`` names (a run, a checkpoint, a SAT or DeepSpeed folder, a diffusers folder).
+"""The transformer that training starts with, and its weights, which stream in: from the pipeline folder of
+``model.path``, or from whatever ``stage.start`` names (a run, a checkpoint, a SAT or DeepSpeed folder, a diffusers
+folder).
 
-The model is made without weights; then one tensor after another is read from its mapped file and copied to where training keeps it. Under
-ZeRO-3 that is a share on each rank, and only rank 0 reads: no rank and no node ever holds the model in host memory, let alone twice.
+The model is made without weights; then one tensor after another is read from its mapped file and copied to where
+training keeps it. Under ZeRO-3 that is a share on each rank, and only rank 0 reads: no rank and no node ever holds the
+model in host memory, let alone twice.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ FACTS = ("scaling_factor", "snr_shift_scale", "invert_scale_latents", "predictio
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Where weights come from, by diffusers' names. ``facts``: what is known of their training."""
+    """Weights by diffusers' names, and where they come from. ``facts``: the recorded facts of their training."""
 
     place: Path
     tensors: TensorSource
@@ -45,10 +47,11 @@ class InitialWeights:
 def build(
     config: Config[TrainStage], source: Path, dtype: torch.dtype, device: torch.device, facts: Mapping[str, Any]
 ) -> Any:
-    """The transformer of the pipeline folder ``source``, in ``dtype`` on ``device`` (its share of each weight under ZeRO-3). Collective.
+    """The transformer of the pipeline folder ``source``, in ``dtype`` on ``device`` (its share of each weight under
+    ZeRO-3). Collective.
 
-    ``facts``: of the VAE and scheduler in ``source``. Raises :class:`ConversionError` for tensors that are not those of its
-    config.json, and :class:`ConfigError` when ``stage.start`` was trained for other facts.
+    ``facts``: of the VAE and scheduler in ``source``. Raises :class:`ConversionError` for tensors that are not those of
+    its config.json, and :class:`ConfigError` when ``stage.start`` was trained for other facts.
     """
     stage = config.stage
     shape_of = read_json(source / "transformer" / "config.json")
@@ -67,8 +70,9 @@ def make(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """The transformer that ``config`` (a ``config.json`` of diffusers) describes, with the values of ``tensors``, which must be its own.
-    Collective."""
+    """The transformer that ``config`` (a ``config.json`` of diffusers) describes, with the values of ``tensors``, which
+    must be its own. Collective.
+    """
     with sharded_init(deepspeed, stage, dtype), _no_random_weights():
         transformer = (
             CogVideoXTransformer3DModel.from_config(config) if deepspeed.zero_stage == 3 else _without_weights(config)
@@ -79,7 +83,10 @@ def make(
 
 
 def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
-    """Those that ``stage.start`` names, else ``source``'s own; found and checked, not read."""
+    """Return the weights that ``stage.start`` names, else those of the pipeline folder ``source``. No tensor is read.
+
+    Raise :class:`CheckpointError` for a path without a transformer, and :class:`ConfigError` for a LoRA.
+    """
     start = config.stage.start
     if start is None:
         return InitialWeights(source / "transformer", WeightsFolder(source / "transformer"), {})

@@ -1,7 +1,8 @@
 """Read checkpoints that other programs wrote: SAT's folders and files, its VAE, and DeepSpeed checkpoints.
 
-SAT and DeepSpeed write the same files: a folder with ``latest``, and one folder per step with ``mp_rank_00_model_states.pt``. The names
-of the tensors tell them apart (:func:`layout_of`). :mod:`cogflow.artifacts.identify` decides which reader a path needs.
+SAT and DeepSpeed write the same files: a folder with ``latest``, and one folder per step with
+``mp_rank_00_model_states.pt``. The names of the tensors tell them apart (:func:`layout_of`).
+:mod:`cogflow.artifacts.identify` decides which reader a path needs.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ Layout = Literal["sat", "vae", "zero"]
 class ForeignWeights:
     """Weights of another program, opened but not read.
 
-    ``layout``: ``sat``; ``vae`` (SAT's VAE, names without prefix); ``zero`` (a DeepSpeed checkpoint of diffusers' names). ``origin``:
-    the folder or file that was opened. ``files``: those that hold tensors. ``weights``: model or ema. ``yamls``: training_config.yaml,
-    model_config.json (JSON is YAML) and configs/*.yaml beside ``origin`` and one level up, the nearest first. ``metadata``: small plain
-    values that the files hold beside the weights. ``notes``: choices that the reader made, for the user.
+    ``layout``: ``sat``; ``vae`` (SAT's VAE, names without prefix); ``zero`` (a DeepSpeed checkpoint of diffusers'
+    names). ``origin``: the folder or file that was opened. ``files``: those that hold tensors. ``weights``: model or
+    ema. ``yamls``: training_config.yaml, model_config.json (JSON is YAML) and configs/*.yaml beside ``origin`` and one
+    level up, the nearest first. ``metadata``: small plain values that the files hold beside the weights. ``notes``:
+    choices that the reader made, for the user.
     """
 
     layout: Layout
@@ -61,14 +63,15 @@ class ForeignWeights:
 
 
 def read_step_folder(folder: Path, weights: str, masters: str, notes: Iterable[str] = ()) -> ForeignWeights:
-    """Open a step folder of SAT or DeepSpeed: one that holds ``mp_rank_00_model_states.pt``, or ZeRO-3's sharded model states.
+    """Open a step folder of SAT or DeepSpeed: one that holds ``mp_rank_00_model_states.pt``, or ZeRO-3's sharded model
+    states.
 
-    ``weights``: auto (the model), model, or ema (SAT's ``<step>-ema`` beside it). ``masters``: ``fp32``, the master weights in ZeRO's
-    optimizer states; ``bf16``, the weights as stored, whatever their dtype; auto: fp32 for DeepSpeed's own folders that hold master
-    weights, as stored for all others.
+    ``weights``: auto (the model), model, or ema (SAT's ``<step>-ema`` beside it). ``masters``: ``fp32``, the master
+    weights in ZeRO's optimizer states; ``bf16``, the weights as stored, whatever their dtype; auto: fp32 for
+    DeepSpeed's own folders that hold master weights, as stored for all others.
 
-    Raise :class:`CheckpointError` for files that are missing, broken or of unknown tensors, :class:`ConversionError` for
-    model-parallel parts that cannot be joined.
+    Raise :class:`CheckpointError` for files that are missing, broken or of unknown tensors, :class:`ConversionError`
+    for model-parallel parts that cannot be joined.
     """
     said = list(notes)
     folder, weights = _model_or_ema(folder, weights, said)

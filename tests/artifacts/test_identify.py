@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -300,3 +301,9 @@ def test_golden_sat_folders_are_sat_checkpoints() -> None:
     for name in ("2b", "5b-i2v", "1.5-5b-i2v", "5b-lora"):
         found = identify(GOLDEN / "sat" / name)
         assert (found.kind, found.step, found.root.name) == (ArtifactKind.SAT_CHECKPOINT, 500, "500"), name
+
+
+def test_the_docs_list_the_rules_in_order(repository: Path) -> None:
+    rows = [line for line in (repository / "docs" / "artifacts.md").read_text().splitlines() if line.startswith("| `")]
+    listed = [tuple(re.findall(r"`(\w+)`", row.split("|")[1])) for row in rows]
+    assert listed == [tuple(kind.value for kind in rule.kinds) for rule in PRECEDENCE]

@@ -70,5 +70,5 @@ def test_both_guilty_fields_are_named_mended_and_proven(flow: Path, cogflow: Com
 
 def test_a_place_that_is_nothing_and_no_model_exit_2(cogflow: Command, tmp_path: Path) -> None:
     words = ["stage=diagnose", f"run.root={tmp_path}", "tracking.wandb=disabled"]
-    assert "neither a pipeline folder" in cogflow(*words, f"stage.candidate={tmp_path}", code=2).stderr
+    assert "is nothing that cogflow knows" in cogflow(*words, f"stage.candidate={tmp_path}", code=2).stderr
     assert "does not exist" in cogflow(*words, f"stage.candidate={tmp_path / 'nowhere'}", code=2).stderr

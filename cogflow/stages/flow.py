@@ -16,7 +16,7 @@ from cogflow.runtime.console import echo, table
 from cogflow.sampling import gallery
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.html_report import write_report
-from cogflow.tracking.stage_record import write_record
+from cogflow.tracking.stage_record import write_stage_record
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training import sequence
 
@@ -53,7 +53,7 @@ def close(config: Config[FlowStage], folder: Path, started: float) -> None:
     with open_tracker(config, "flow", folder) as tracker:
         tracker.table("flow/stages", ["stage", "result", "seconds", "where"], rows)
         place = tracker.url_or_dir
-    write_record(folder, "flow", config, {}, results, started=started)
+    write_stage_record(folder, "flow", config, {}, results, started=started)
     report = write_report(folder)
     echo("")
     table(rows, ["stage", "result", "seconds", "where"])

@@ -22,7 +22,7 @@ from cogflow.runtime.progress import progress
 from cogflow.runtime.stop_signals import StopRequest
 from cogflow.sampling import gallery
 from cogflow.tracking.html_report import write_report
-from cogflow.tracking.stage_record import write_record
+from cogflow.tracking.stage_record import write_stage_record
 from cogflow.tracking.tracker import Tracker, open_tracker
 from cogflow.training import checkpoint, policy, retention, sequence, speed
 from cogflow.training.failures import translate_errors
@@ -169,7 +169,7 @@ def finish(
     summary = f"{stage.steps} steps of {clips} clips"
     inputs = {"model": str(prepared.source), "data": cache.fingerprint}
     results = {"summary": summary, "where": str(last), "samples": str(samples) if samples else None, "wandb": wandb}
-    write_record(folder, "train", config, inputs, results, started=started)
+    write_stage_record(folder, "train", config, inputs, results, started=started)
     report = write_report(folder)
     echo(
         f"checkpoint: {last}\nsamples:    {samples or 'none (stage.sample_every=0)'}\nreport:     {report}\nW&B:        {wandb}"

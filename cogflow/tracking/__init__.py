@@ -1,1 +1,1 @@
-"""What a run leaves behind for people: lines, bars, metrics.jsonl, Weights & Biases, and report.html."""
+"""Record a run: metrics.jsonl, events.jsonl, stage records, Weights & Biases, and report.html."""

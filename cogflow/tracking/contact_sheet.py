@@ -1,15 +1,20 @@
-"""Contact sheets: some frames of every clip on one picture, one row a clip."""
+"""Draw contact sheets: some frames of every clip on one picture, one row a clip."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SMALLEST = 144  # pixels; narrower frames are enlarged by a whole factor, each pixel staying a sharp square
+if TYPE_CHECKING:
+    import torch
+
+    Clip: TypeAlias = np.ndarray | torch.Tensor
+
+SMALLEST = 144  # pixels; narrower frames are enlarged by a whole factor, so that each pixel is a sharp square
 WIDEST = 384  # pixels; wider frames are reduced
 GAP = 6
 LABEL = 24
@@ -17,7 +22,7 @@ INK, PAPER = (235, 235, 238), (22, 23, 26)
 
 
 def pick(total: int, count: int) -> list[int]:
-    """``count`` frame numbers of ``total``, evenly from the first to the last; all of them when there are no more."""
+    """Return ``count`` of ``total`` frame numbers, evenly from the first to the last; all when there are not more."""
     if count >= total:
         return list(range(total))
     if count == 1:
@@ -26,15 +31,15 @@ def pick(total: int, count: int) -> list[int]:
 
 
 def enlarge(frame: np.ndarray, factor: int) -> np.ndarray:
-    """uint8 ``[H, W, 3]`` with every pixel repeated ``factor`` times in both directions."""
+    """Return uint8 ``[H, W, 3]`` with every pixel repeated ``factor`` times in both directions."""
     return frame.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def contact_sheet(clips: Mapping[str, Any], columns: int) -> Image.Image:
-    """``clips`` maps a label to uint8 ``[T, H, W, 3]`` (numpy or torch, H and W alike in all) -> an RGB picture.
+def contact_sheet(clips: Mapping[str, Clip], columns: int) -> Image.Image:
+    """Return an RGB picture of ``clips``: label to uint8 ``[T, H, W, 3]`` (numpy or torch, the same H and W in all).
 
-    Each clip is a row: its label above ``columns`` frames, evenly from the first to the last. Raises ``ValueError`` on other
-    shapes or types, on no clips, and on ``columns`` < 1.
+    Each clip is a row: its label above ``columns`` frames, evenly from the first to the last. Raises ``ValueError``
+    for other shapes or types, for no clips, and for ``columns`` < 1.
     """
     arrays = {label: _array(label, clip) for label, clip in clips.items()}
     if not arrays or columns < 1:
@@ -51,7 +56,7 @@ def contact_sheet(clips: Mapping[str, Any], columns: int) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     for row, (label, array) in enumerate(arrays.items()):
         top = GAP + row * (LABEL + cell_h + GAP)
-        pen.text((GAP, top + 1), _fit(pen, font, label, sheet.width - 2 * GAP), fill=INK, font=font)
+        pen.text((GAP, top + 1), _shorten(pen, font, label, sheet.width - 2 * GAP), fill=INK, font=font)
         for column, index in enumerate(pick(len(array), count)):
             cell = Image.fromarray(enlarge(array[index], factor))
             if scale < 1.0:
@@ -60,14 +65,17 @@ def contact_sheet(clips: Mapping[str, Any], columns: int) -> Image.Image:
     return sheet
 
 
-def _array(label: str, clip: Any) -> np.ndarray:
-    array = np.asarray(clip.detach().cpu() if hasattr(clip, "detach") else clip)
+def _array(label: str, clip: Clip) -> np.ndarray:
+    array = clip if isinstance(clip, np.ndarray) else clip.detach().cpu().numpy()
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
         raise ValueError(f"{label}: a clip must be uint8 [T, H, W, 3], not {array.dtype} {list(array.shape)}")
     return array
 
 
-def _fit(pen: ImageDraw.ImageDraw, font: Any, text: str, width: int) -> str:
+def _shorten(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str, width: int
+) -> str:
+    """Return ``text`` on one line, cut off at ``width`` pixels."""
     text = " ".join(text.split())
     if pen.textlength(text, font=font) <= width:
         return text

@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl: one JSON object a line, appended, readable while the run goes on and after a kill."""
+"""Write and read ``metrics.jsonl`` and ``events.jsonl``: one JSON object a line, complete also after a kill."""
 
 from __future__ import annotations
 
@@ -8,97 +8,160 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat, TypeAlias
 
+from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import storage_errors, write_text
+from cogflow.files.record_io import JsonObject, JsonValue, parse_record, record_values
+from cogflow.records.event_records import EVENT_KINDS, Event
 
-TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/", "checkpoint/")
-"""Names that belong to a step of training. On resume, lines that hold one are dropped beyond the checkpoint's step."""
+METRICS = "metrics.jsonl"
+"""Scalars by step."""
 
 EVENTS = "events.jsonl"
-"""Beside metrics.jsonl: what is not a scalar (videos, images, tables, artifacts, alerts), one JSON object a line with its ``kind``."""
+"""What is not a scalar: videos, images, tables, artifacts and alerts, with their ``kind``."""
+
+TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/", "checkpoint/")
+"""Prefixes of names that belong to a step of training. On resume, lines with one beyond the checkpoint are dropped."""
+
+Number: TypeAlias = int | float | None
+"""A JSON number; None for NaN and infinity, which JSON does not have."""
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """One line of ``metrics.jsonl``.
+
+    ``time``: seconds since the epoch. ``values``: by flat name such as ``train/loss``.
+    """
+
+    step: int
+    time: float
+    values: dict[str, Number]
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the line belongs to a step of training."""
+        return any(name.startswith(TRAINING) for name in self.values)
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return the line as its JSON object."""
+        return {"step": self.step, "time": self.time, **self.values}
 
 
 class MetricsLog:
-    """Appends scalars to ``path``. Opening mends a last line that a kill has torn."""
+    """Appends scalars to ``path``. Opening it removes a last line that a kill has cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_tail(path)
+        drop_incomplete_line(path)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line ``{"step", "time", **values}``. Values may be Python, numpy or torch scalars; NaN and infinities become null."""
-        line = {"step": int(step), "time": round(time.time(), 3)} | {
-            name: number(value) for name, value in values.items()
-        }
-        append_line(self.path, line)
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Append one line. Values may be Python, numpy or torch scalars; NaN and infinity become null."""
+        numbers = {name: to_number(value) for name, value in values.items()}
+        append_line(self.path, MetricsLine(int(step), round(time.time(), 3), numbers).as_json())
 
     def rewind(self, step: int) -> int:
-        """Forget what training logged beyond ``step``: those steps are about to run again. Returns how many lines went."""
-        lines = read_lines(self.path)
-        kept = [line for line in lines if not (_of_training(line) and line.get("step", 0) > step)]
+        """Remove training's lines beyond ``step``, whose steps will run again. Return how many lines were removed."""
+        lines = read_metrics(self.path)
+        kept = [line for line in lines if not (line.is_training and line.step > step)]
         if len(kept) < len(lines):
-            write_text(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+            write_metrics(self.path, kept)
         return len(lines) - len(kept)
 
-    def read(self) -> list[dict[str, Any]]:
-        """All whole lines, in the order they were written."""
-        return read_lines(self.path)
+    def read(self) -> list[MetricsLine]:
+        """Return all complete lines in the order they were written."""
+        return read_metrics(self.path)
 
 
-def _of_training(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith(TRAINING) for name in line)
-
-
-def number(value: Any) -> int | float | None:
-    """``value`` as a JSON number; ``None`` when it is not finite (JSON knows no NaN) or no number at all."""
+def to_number(value: SupportsFloat) -> Number:
+    """Return ``value`` as a JSON number; None when it is not finite or cannot be converted."""
     if isinstance(value, bool | int):
         return int(value)
     try:
-        value = float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) else None
+    return number if math.isfinite(number) else None
 
 
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Append ``line`` with a single write, so that a reader sees all of it or, after a kill, a torn end.
+def append_line(path: Path, line: JsonObject) -> None:
+    """Append ``line`` with a single write: a reader sees all of it or, after a kill, an incomplete end.
 
-    What a full disk took of it is taken back. Raises :class:`~cogflow.errors.StorageError`.
+    What a full disk took of the line is removed again. Raises :class:`~cogflow.errors.StorageError`.
     """
     left = memoryview(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
     with storage_errors(path), path.open("ab", buffering=0) as file:
-        whole = file.seek(0, os.SEEK_END)
+        end = file.seek(0, os.SEEK_END)
         try:
             while left:
                 left = left[file.write(left) :]
         except OSError:
             with contextlib.suppress(OSError):
-                file.truncate(whole)
+                file.truncate(end)
             raise
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of ``path``, one a line; lines that are torn or no object are left out. No file: none."""
+def read_metrics(path: Path) -> list[MetricsLine]:
+    """Return the lines of ``metrics.jsonl``. Lines that are cut off or without a step are left out. No file: none."""
+    found = []
+    for line in read_lines(path):
+        step, written = line.get("step"), line.get("time")
+        if not isinstance(step, int):
+            continue
+        numbers: dict[str, Number] = {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "time") and (value is None or isinstance(value, int | float))
+        }
+        found.append(MetricsLine(step, float(written) if isinstance(written, int | float) else 0.0, numbers))
+    return found
+
+
+def write_metrics(path: Path, lines: Iterable[MetricsLine]) -> None:
+    """Write ``lines`` to ``path`` in one step."""
+    write_text(path, "".join(json.dumps(line.as_json(), allow_nan=False) + "\n" for line in lines))
+
+
+def append_event(path: Path, event: Event) -> None:
+    """Append ``event``. NaN and infinity in its cells must be replaced before."""
+    append_line(path, record_values(event))
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return the events of ``events.jsonl``. Lines that are cut off, damaged or of an unknown kind are left out."""
+    found = []
+    for line in read_lines(path):
+        kind = EVENT_KINDS.get(str(line.get("kind")))
+        if kind is not None:
+            with contextlib.suppress(CogflowError):
+                found.append(parse_record(json.dumps(line), kind, str(path)))
+    return found
+
+
+def read_lines(path: Path) -> list[dict[str, JsonValue]]:
+    """Return the JSON objects of ``path``, one a line.
+
+    Lines that are cut off or no object are left out. No file: none.
+    """
     if not path.is_file():
         return []
-    return list(_objects(path.read_bytes().split(b"\n")))
-
-
-def _objects(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
-    for line in lines:
+    found = []
+    for line in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict):
-            yield value
+            found.append(value)
+    return found
 
 
-def _drop_torn_tail(path: Path) -> None:
-    """Cut what follows the last line break, lest the next line be glued to it and both be lost."""
+def drop_incomplete_line(path: Path) -> None:
+    """Remove what follows the last line break: the next line would be joined to it, and both would be lost."""
     if not path.is_file():
         return
     with path.open("r+b") as file:

@@ -1,128 +1,104 @@
-"""Which curves the report shows, in which order and under which names."""
+"""Choose the curves that the report shows, their order and their names."""
 
 from __future__ import annotations
 
-from cogflow.tracking.curves import Chart, Line, chart
+from cogflow.tracking.curves import Chart, ChartSpec, Line, draw_chart
 from cogflow.tracking.run_data import RunData
 
 QUARTERS = ("1st (least noise)", "2nd", "3rd", "4th (most)")
+"""Quarters of the noise schedule."""
+BY_QUARTER = "quarters of the noise schedule"
 
 
 def loss_charts(run: RunData) -> list[Chart]:
+    """Return the chart of the training and the held-out loss."""
     lines = [
         Line("training", run.curve("train/loss"), 1, smooth=True),
         Line("held out", run.curve("heldout/loss"), 2, dots=True),
     ]
-    return _present(chart("Loss", lines, width=660, height=520, until=run.last_step))
+    return _draw(ChartSpec("Loss", lines, width=660, height=520, until=run.last_step))
 
 
 def sharpness_charts(run: RunData) -> list[Chart]:
-    # The least range of each is about what its metric falls by when a Gaussian of one pixel blurs the samples.
-    rows = (
+    """Return a chart for each main metric of the validation samples."""
+    # The least range is about the change of the metric when a Gaussian of one pixel blurs the samples.
+    metrics = (
         ("Wavelet ratio", "wavelet_ratio", "log, higher is sharper", 3, 0.4),
         ("Blur effect", "blur_effect", "1 − blur, higher is sharper", 4, 0.1),
         ("Contrast", "contrast", "of the luma", 1, 0.05),
     )
-    shape = {"width": 480, "height": 145}
-    return _present(
+    return _draw(
         *(
-            chart(
+            ChartSpec(
                 title,
                 [Line("validation samples", run.curve(f"sharpness/{name}"), colour, dots=True)],
-                **shape,
+                width=480,
+                height=145,
                 note=note,
                 reference=True,
                 until=run.last_step,
                 least=least,
             )
-            for title, name, note, colour, least in rows
+            for title, name, note, colour, least in metrics
         )
     )
 
 
 def other_charts(run: RunData) -> list[Chart]:
-    def quarters(prefix: str, **style: bool) -> list[Line]:
+    """Return charts of the losses by timestep, the gradient norm, the learning rate, the step time and the memory."""
+
+    def by_quarter(prefix: str, *, smooth: bool = False, dots: bool = False) -> list[Line]:
         return [
-            Line(label, run.curve(f"{prefix}/loss_q{number}"), number, **style)
+            Line(label, run.curve(f"{prefix}/loss_q{number}"), number, dots=dots, smooth=smooth)
             for number, label in enumerate(QUARTERS, 1)
         ]
 
-    def one(title: str, name: str, note: str = "", *, smooth: bool = False) -> Chart | None:
-        return chart(
-            title,
-            [Line(name.partition("/")[2].replace("_", " "), run.curve(name), smooth=smooth)],
-            note=note,
-            height=180,
-            until=run.last_step,
-        )
+    def single(title: str, name: str, note: str = "", *, smooth: bool = False) -> ChartSpec:
+        line = Line(name.partition("/")[2].replace("_", " "), run.curve(name), smooth=smooth)
+        return ChartSpec(title, [line], note=note, height=180, until=run.last_step)
 
-    return _present(
-        chart(
-            "Training loss by timestep",
-            quarters("train", smooth=True),
-            note="quarters of the noise schedule",
-            height=240,
-            until=run.last_step,
-        ),
-        chart(
-            "Held-out loss by timestep",
-            quarters("heldout", dots=True),
-            note="quarters of the noise schedule",
-            height=240,
-            until=run.last_step,
-        ),
-        one("Gradient norm", "train/grad_norm", "before clipping", smooth=True),
-        one("Learning rate", "train/lr"),
-        one("Step time", "train/step_time", "seconds", smooth=True),
-        one("Memory", "train/memory_gb", "peak, GB"),
+    training, heldout = by_quarter("train", smooth=True), by_quarter("heldout", dots=True)
+    return _draw(
+        ChartSpec("Training loss by timestep", training, note=BY_QUARTER, height=240, until=run.last_step),
+        ChartSpec("Held-out loss by timestep", heldout, note=BY_QUARTER, height=240, until=run.last_step),
+        single("Gradient norm", "train/grad_norm", "before clipping", smooth=True),
+        single("Learning rate", "train/lr"),
+        single("Step time", "train/step_time", "seconds", smooth=True),
+        single("Memory", "train/memory_gb", "peak, GB"),
     )
 
 
 def watch_charts(run: RunData) -> list[Chart]:
-    """What the watch saw at each validation, and what the loss hides at each step: the share of fine latent detail that is recovered."""
-    names = [name for name in run.metrics if name.startswith("watch/") and name not in ("watch/level", "watch/score")]
-    # The four that moved most, blur first: there are more channels than colours.
-    names.sort(
-        key=lambda name: (
-            name not in ("watch/blur", "watch/soft"),
-            -max((abs(value) for _, value in run.curve(name).finite), default=0),
-        )
-    )
+    """Return charts of the quality watch at each validation, and of the recovered share of fine detail at each step."""
+    changes = [name for name in run.metrics if name.startswith("watch/") and name not in ("watch/level", "watch/score")]
+
+    def order(name: str) -> tuple[bool, float]:
+        # Blur first, then the metrics that changed most: there are more metrics than colours.
+        largest = max((abs(value) for _, value in run.curve(name).finite), default=0)
+        return name not in ("watch/blur", "watch/soft"), -largest
+
     lines = [
         Line(name.partition("/")[2].replace("_", " "), run.curve(name), colour, dots=True)
-        for colour, name in enumerate(names[:4], 1)
+        for colour, name in enumerate(sorted(changes, key=order)[:4], 1)
     ]
-    levels = [Line("level", run.curve("watch/level"), 2, dots=True)]
-    high = [
+    recovered = [
         Line(label, run.curve(f"spectrum/high_q{number}"), number, smooth=True)
         for number, label in enumerate(QUARTERS, 1)
     ]
-    trend = [Line("z", run.curve("spectrum/z"), 3, smooth=True)]
-    until, height = run.last_step, 180
-    return _present(
-        chart(
-            "Watch",
-            lines,
-            note="change against step 0, in deviations of nothing wrong",
-            height=height,
-            until=until,
-            least=6.0,
-        ),
-        chart(
-            "Watch level", levels, note="0 quiet, 1 learning, 2 warning, 3 alarm", height=height, until=until, least=3.0
-        ),
-        chart(
-            "Fine detail recovered",
-            high,
-            note="share of the latents' finest band in the x0 prediction",
-            height=height,
-            until=until,
-        ),
-        chart(
-            "Trend of fine detail", trend, note="z of its change, at every step", height=height, until=until, least=6.0
-        ),
+    level = Line("level", run.curve("watch/level"), 2, dots=True)
+    trend = Line("z", run.curve("spectrum/z"), 3, smooth=True)
+
+    def spec(title: str, lines: list[Line], note: str, least: float = 0.0) -> ChartSpec:
+        return ChartSpec(title, lines, height=180, note=note, until=run.last_step, least=least)
+
+    return _draw(
+        spec("Quality watch", lines, "change against step 0, in standard deviations of the noise model", 6.0),
+        spec("Level of the quality watch", [level], "0 quiet, 1 learning, 2 warning, 3 alarm", 3.0),
+        spec("Fine detail recovered", recovered, "share of the latents' finest band in the x0 prediction"),
+        spec("Trend of fine detail", [trend], "z of its change, at every step", 6.0),
     )
 
 
-def _present(*charts: Chart | None) -> list[Chart]:
-    return [one for one in charts if one is not None]
+def _draw(*specs: ChartSpec) -> list[Chart]:
+    """Draw the charts that have a finite value."""
+    return [drawn for drawn in map(draw_chart, specs) if drawn is not None]

@@ -1,21 +1,25 @@
-"""What lies in a run folder, read leniently: whatever is missing, torn or of another shape is left out."""
+"""Read what a run folder holds for its report. Files that are missing, cut off or damaged are left out."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from cogflow.tracking.metrics_log import EVENTS, read_lines
+from cogflow.errors import CogflowError
+from cogflow.files.record_io import read_record
+from cogflow.records.event_records import AlertEvent, ArtifactEvent, TableEvent
+from cogflow.records.run_records import StageRecord
+from cogflow.records.sample_records import SampleRecord, SamplesRecord
+from cogflow.tracking.metrics_log import EVENTS, METRICS, read_events, read_metrics
 
-ORDER = ("prepare", "train", "sample", "export", "assemble", "diagnose", "benchmark", "flow")
+ORDER = ("pretrain", "prepare", "train", "sample", "export", "assemble", "diagnose", "benchmark", "flow")
+"""Stages in the order that the report lists them."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """A named curve: ``values[i]`` at ``steps[i]``, steps rising; ``None`` where the value was not finite."""
+    """A named curve: ``values[i]`` at ``steps[i]``, steps rising; None where the value was not finite."""
 
     name: str
     steps: list[int]
@@ -23,6 +27,7 @@ class Points:
 
     @property
     def finite(self) -> list[tuple[int, float]]:
+        """The points with a finite value, as (step, value)."""
         return [(step, value) for step, value in zip(self.steps, self.values, strict=True) if value is not None]
 
     def __bool__(self) -> bool:
@@ -30,151 +35,145 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ValidationSample:
+    """One sample of a validation. ``video``: None when the file is missing. ``sharpness``: finite metrics by name."""
+
     id: str
     text: str
     seed: int
-    video: Path | None  # None: the file is not there
+    video: Path | None
     sharpness: dict[str, float]
 
     @property
     def key(self) -> tuple[str, int]:
+        """(prompt id, seed): the same in every validation of a run."""
         return self.id, self.seed
 
 
 @dataclass(frozen=True)
-class Validation:
-    """One ``samples/step-*`` folder."""
+class ValidationFolder:
+    """One ``samples/step-*`` folder. ``sheet``: its contact sheet; None when the file is missing."""
 
     step: int
     folder: Path
-    width: int
-    height: int
-    samples: dict[tuple[str, int], Sample]
+    record: SamplesRecord
+    samples: dict[tuple[str, int], ValidationSample]
     sheet: Path | None
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunData:
-    folder: Path
-    records: list[dict[str, Any]]  # <stage>.json in the order the stages run
-    metrics: dict[str, Points]
-    last_step: int | None
-    validations: list[Validation]  # by step
-    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    alerts: list[dict[str, Any]] = field(default_factory=list)
-    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    """What is in a run folder.
 
-    def record(self, stage: str) -> dict[str, Any] | None:
-        return next((record for record in self.records if record["stage"] == stage), None)
+    ``records``: in the order that the stages run. ``validations``: by step. ``tables``: the newest of each key.
+    ``last_step``: the last step that training logged; None before the first.
+    """
+
+    folder: Path
+    records: list[StageRecord] = field(default_factory=list)
+    metrics: dict[str, Points] = field(default_factory=dict)
+    last_step: int | None = None
+    validations: list[ValidationFolder] = field(default_factory=list)
+    tables: dict[str, TableEvent] = field(default_factory=dict)
+    alerts: list[AlertEvent] = field(default_factory=list)
+    artifacts: list[ArtifactEvent] = field(default_factory=list)
+
+    def record(self, stage: str) -> StageRecord | None:
+        """Return the record of ``stage``; None when the stage has not run."""
+        return next((record for record in self.records if record.stage == stage), None)
 
     def curve(self, name: str) -> Points:
+        """Return the curve of a metric; an empty one when it was never logged."""
         return self.metrics.get(name, Points(name, [], []))
 
 
 def read_run(folder: Path) -> RunData:
-    metrics, last = _metrics(folder / "metrics.jsonl")
-    tables: dict[str, dict[str, Any]] = {}
-    alerts: list[dict[str, Any]] = []
-    artifacts: dict[str, dict[str, Any]] = {}
-    for event in read_lines(folder / EVENTS):
-        kind = event.get("kind")
-        if kind == "table" and isinstance(event.get("rows"), list) and isinstance(event.get("columns"), list):
-            tables[str(event.get("key"))] = event
-        elif kind == "alert":
+    """Read the run folder ``folder``."""
+    metrics, last_step = _read_curves(folder / METRICS)
+    tables: dict[str, TableEvent] = {}
+    alerts: list[AlertEvent] = []
+    artifacts: dict[str, ArtifactEvent] = {}
+    for event in read_events(folder / EVENTS):
+        if isinstance(event, TableEvent):
+            tables[event.key] = event
+        elif isinstance(event, AlertEvent):
             alerts.append(event)
-        elif kind == "artifact" and "name" in event:
-            artifacts.pop(event["name"], None)
-            artifacts[event["name"]] = event
+        elif isinstance(event, ArtifactEvent):
+            artifacts.pop(event.name, None)
+            artifacts[event.name] = event
     return RunData(
         folder=folder,
-        records=_records(folder),
+        records=_read_stage_records(folder),
         metrics=metrics,
-        last_step=last,
-        validations=_validations(folder / "samples"),
+        last_step=last_step,
+        validations=_read_validations(folder / "samples"),
         tables=tables,
         alerts=alerts,
         artifacts=list(artifacts.values()),
     )
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
+def _read_stage_records(folder: Path) -> list[StageRecord]:
     found = []
     for path in sorted(folder.glob("*.json")):
-        record = read_object(path)
-        if record and record.get("stage") == path.stem and isinstance(record.get("results"), dict):
+        try:
+            record = read_record(path, StageRecord)
+        except CogflowError:
+            continue
+        if record.stage == path.stem:
             found.append(record)
     place = {stage: index for index, stage in enumerate(ORDER)}
-    return sorted(found, key=lambda record: (place.get(record["stage"], len(place) - 1.5), record["stage"]))
+    return sorted(found, key=lambda record: (place.get(record.stage, len(place) - 1.5), record.stage))
 
 
-def _metrics(path: Path) -> tuple[dict[str, Points], int | None]:
-    """Curves by name. Where a step was logged twice (a resumed run), the newer value stands."""
+def _read_curves(path: Path) -> tuple[dict[str, Points], int | None]:
+    """Return curves by name, and training's last step.
+
+    Where a resumed run logged a step twice, the newer value counts.
+    """
     values: dict[str, dict[int, float | None]] = {}
-    last = None
-    for line in read_lines(path):
-        step = line.get("step")
-        if not isinstance(step, int):
-            continue
-        for name, value in line.items():
-            if (
-                name in ("step", "time")
-                or isinstance(value, bool)
-                or not (value is None or isinstance(value, int | float))
-            ):
+    last_step: int | None = None
+    for line in read_metrics(path):
+        for name, value in line.values.items():
+            if isinstance(value, bool):
                 continue
             finite = value is not None and math.isfinite(value)
-            values.setdefault(name, {})[step] = float(value) if finite and value is not None else None
+            values.setdefault(name, {})[line.step] = float(value) if finite and value is not None else None
             if name.startswith("train/"):
-                last = step if last is None else max(last, step)
-    return {name: Points(name, sorted(at), [at[step] for step in sorted(at)]) for name, at in values.items()}, last
+                last_step = line.step if last_step is None else max(last_step, line.step)
+    curves = {name: Points(name, sorted(at), [at[step] for step in sorted(at)]) for name, at in values.items()}
+    return curves, last_step
 
 
-def _validations(folder: Path) -> list[Validation]:
+def _read_validations(folder: Path) -> list[ValidationFolder]:
     found = []
-    for path in folder.glob("*/samples.json"):
-        if path.parent.name.startswith("."):  # a folder that is being written
+    for path in folder.glob(f"step-*/{SamplesRecord.file_name}"):
+        try:
+            record = read_record(path, SamplesRecord)
+        except CogflowError:
             continue
-        facts = read_object(path)
-        if not facts or not isinstance(facts.get("step"), int) or not isinstance(facts.get("samples"), list):
+        if record.step is None:
             continue
-        samples = [_sample(path.parent, entry) for entry in facts["samples"] if isinstance(entry, dict)]
+        samples = [_read_sample(path.parent, sample) for sample in record.samples]
         sheet = path.parent / "contact.png"
         found.append(
-            Validation(
-                step=facts["step"],
+            ValidationFolder(
+                step=record.step,
                 folder=path.parent,
-                width=int(facts.get("width") or 0),
-                height=int(facts.get("height") or 0),
+                record=record,
                 samples={sample.key: sample for sample in samples},
                 sheet=sheet if sheet.is_file() else None,
-                facts={name: value for name, value in facts.items() if name != "samples"},
             )
         )
     return sorted(found, key=lambda validation: validation.step)
 
 
-def _sample(folder: Path, entry: dict[str, Any]) -> Sample:
-    name = str(entry.get("video") or "")
-    video = folder / Path(name).name if name else None  # the name alone: a record never leads out of its folder
-    sharpness = entry.get("sharpness")
-    return Sample(
-        id=str(entry.get("id", "")),
-        text=str(entry.get("text", "")),
-        seed=int(entry.get("seed") or 0),
-        video=video if video and video.is_file() else None,
-        sharpness={
-            name: float(value)
-            for name, value in (sharpness.items() if isinstance(sharpness, dict) else ())
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        },
+def _read_sample(folder: Path, sample: SampleRecord) -> ValidationSample:
+    video = folder / Path(sample.video).name  # the name alone: a record never names a file outside its folder
+    return ValidationSample(
+        id=sample.id,
+        text=sample.text,
+        seed=sample.seed,
+        video=video if sample.video and video.is_file() else None,
+        sharpness={name: value for name, value in sample.sharpness.items() if math.isfinite(value)},
     )

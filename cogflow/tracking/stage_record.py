@@ -1,4 +1,4 @@
-"""<run>/<stage>.json: what a stage was given, what it ran on, and what came of it."""
+"""Write ``<run>/<stage>.json``: inputs, settings, versions, machine and results of a stage."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import cogflow
 from cogflow.config.schema import AnyConfig
-from cogflow.files.atomic_write import write_json
-from cogflow.tracking.secrets import scrub
+from cogflow.files.record_io import JsonObject, JsonValue, write_record
+from cogflow.records.run_records import MachineRecord, StageRecord
+from cogflow.tracking.secrets import scrub, scrub_text
 
 PACKAGES = (
     "torch",
@@ -33,53 +33,53 @@ PACKAGES = (
 )
 
 
-def write_record(
+def write_stage_record(
     folder: Path,
     stage: str,
     config: AnyConfig,
-    inputs: Mapping[str, Any],
-    results: Mapping[str, Any],
+    inputs: JsonObject,
+    results: JsonObject,
     *,
     started: float | None = None,
     status: str = "done",
 ) -> Path:
-    """Write ``folder/<stage>.json`` atomically and return its path.
+    """Write ``folder/<stage>.json`` in one step and return its path.
 
-    ``inputs`` names what the stage read, with hashes. ``results`` is what came of it; the report's closing table shows its
-    ``summary`` (one short line) and ``where`` (a path) when they are there. ``started`` is ``time.time()`` at the stage's start
-    (without it: of the process). ``status``: done, stopped or failed. Secrets are replaced by ``***``.
+    ``inputs`` names what the stage read, with hashes. ``results``: the report's closing table shows its ``summary``
+    (one short line) and ``where`` (a path). ``started``: ``time.time()`` at the stage's start; by default at the
+    process's start. ``status``: done, stopped or failed. Secrets are replaced by ``***``.
     """
     finished = time.time()
-    begun = process_start() if started is None else started
-    record = {
-        "stage": stage,
-        "status": status,
-        "started": _stamp(begun),
-        "finished": _stamp(finished),
-        "seconds": round(finished - begun, 3),
-        "command": command_line(),
-        "folder": str(folder),
-        "inputs": plain(inputs),
-        "results": plain(results),
-        "settings": plain(config),
-        "versions": versions(),
-        "machine": machine(),
-    }
+    begun = PROCESS_START if started is None else started
+    record = StageRecord(
+        stage=stage,
+        status=status,
+        started=_utc(begun),
+        finished=_utc(finished),
+        seconds=round(finished - begun, 3),
+        command=scrub_text(command_line()),
+        folder=str(folder),
+        inputs=scrub(to_json_object(inputs)),
+        results=scrub(to_json_object(results)),
+        settings=scrub(to_json_object(asdict(config))),
+        versions=package_versions(),
+        machine=describe_machine(),
+    )
     path = folder / f"{stage}.json"
-    write_json(path, scrub(record))
+    write_record(path, record)
     return path
 
 
 def command_line() -> str:
-    """The command that started this process, as one would type it again."""
+    """Return the command that started this process, as a user would type it."""
     argv = list(sys.argv)
-    if argv and argv[0].endswith(os.path.join("cogflow", "__main__.py")):
+    if argv and Path(argv[0]).parts[-2:] == ("cogflow", "__main__.py"):
         return shlex.join(["python", "-m", "cogflow", *argv[1:]])
     return shlex.join(argv)
 
 
-def versions() -> dict[str, str]:
-    """Versions of cogflow, Python and the packages that matter; packages that are absent are left out."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of cogflow, Python and :data:`PACKAGES`; packages that are not installed are left out."""
     found = {"cogflow": cogflow.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -90,40 +90,45 @@ def versions() -> dict[str, str]:
     return found | ({"commit": commit} if commit else {})
 
 
-def machine() -> dict[str, Any]:
-    """What the work ran on, without the machine's or the user's name."""
-    facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
-    facts["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
-    torch = sys.modules.get("torch")  # a stage that never needed torch shall not load it for its record
+def describe_machine() -> MachineRecord:
+    """Return what the work runs on."""
+    torch = sys.modules.get("torch")  # a stage that does not need torch shall not load it for its record
+    gpus: list[str] | None = None
     if torch is not None and torch.cuda.is_available():
-        facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return facts
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return MachineRecord(
+        system=f"{platform.system()} {platform.machine()}",
+        cpus=os.cpu_count(),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        gpus=gpus,
+    )
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON types: dataclasses become dicts, paths strings, numpy and torch scalars numbers, the rest ``str``."""
+def to_json(value: object) -> JsonValue:
+    """Return ``value`` as JSON types: dataclasses as objects, numpy and torch scalars as numbers, the rest by ``str``."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return to_json(asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(key): to_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(inner) for inner in value]
+        return [to_json(inner) for inner in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "shape", None) in ((), [], None):
-        return plain(item())
+        return to_json(item())
     return str(value)
 
 
-def process_start() -> float:
-    """``time.time()`` at which this process began; on systems that do not tell, when this module was loaded."""
-    return _STARTED
+def to_json_object(values: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return ``values`` with each value as :func:`to_json` gives it."""
+    return {str(name): to_json(value) for name, value in values.items()}
 
 
 def _process_start() -> float:
+    """Return ``time.time()`` at which this process began; the present time on systems without ``/proc``."""
     try:
-        # Field 22 of /proc/self/stat counts clock ticks since boot; the name in field 2 may hold spaces, so split behind it.
+        # Field 22 of /proc/self/stat counts clock ticks since boot. Field 2, a name, may hold spaces: split after it.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
@@ -131,30 +136,26 @@ def _process_start() -> float:
         return time.time()
 
 
-_STARTED = _process_start()
+PROCESS_START = _process_start()
 
 
-def _stamp(moment: float) -> str:
+def _utc(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that cogflow runs from, marked when files differ from it; ``None`` when installed."""
+    """Return the commit of the checkout that cogflow runs from, marked when files differ; None when installed."""
     source = Path(cogflow.__file__).resolve().parent.parent
     if not (source / ".git").exists():
         return None
     try:
-        git = ["git", "-C", str(source)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = _git(source, "rev-parse", "HEAD")
+        changes = _git(source, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changed.stdout.strip() else "")
+    return commit + ("+changes" if changes else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

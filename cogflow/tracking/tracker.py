@@ -1,43 +1,53 @@
-"""Where a stage puts what it measures and makes: metrics.jsonl and events.jsonl always, Weights & Biases beside them."""
+"""Log what a stage measures and makes: to metrics.jsonl and events.jsonl always, to Weights & Biases beside them."""
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import SupportsFloat
 
 from cogflow.config.schema import AnyConfig
-from cogflow.files.atomic_write import write_json
+from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
+from cogflow.files.manifest import MANIFEST
+from cogflow.files.record_io import read_record, record_values, write_record
+from cogflow.records.event_records import AlertEvent, ArtifactEvent, Cell, Event, MediaEvent, TableEvent
+from cogflow.records.run_records import RunToken
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
-from cogflow.tracking.metrics_log import EVENTS, MetricsLog, append_line, number
+from cogflow.tracking.metrics_log import EVENTS, METRICS, MetricsLog, append_line, drop_incomplete_line, to_number
 from cogflow.tracking.secrets import scrub
-from cogflow.tracking.stage_record import command_line, plain, versions
+from cogflow.tracking.stage_record import command_line, package_versions, to_json
 from cogflow.tracking.wandb_mode import choose_mode
-from cogflow.tracking.wandb_run import WandbRun
+from cogflow.tracking.wandb_run import WandbRun, WandbSettings
+
+MAX_NAME = 128
+"""Characters of an artifact's name that W&B takes."""
+ALERT_WORDS = {"INFO": "note", "WARN": "warning", "ERROR": "error"}
 
 
 def open_tracker(config: AnyConfig, stage: str, folder: Path) -> Tracker:
-    """The tracker of ``stage`` for the run in ``folder``; use it as a context manager. Off rank 0 it does nothing.
+    """Return the tracker of ``stage`` for the run in ``folder``, to use as a context manager.
+
+    Off rank 0 it does nothing.
 
     W&B: project and entity from the config, group = run.name, job type = stage, one run per run folder and stage (a
-    second process goes on with the same id), files below ``folder/wandb``. ``WANDB_MODE`` wins over ``tracking.wandb``.
-    No trouble with W&B is ever raised.
+    second process continues the same id), files below ``folder/wandb``. ``WANDB_MODE`` overrides ``tracking.wandb``.
+    Errors of W&B are never raised.
     """
     return MainTracker(config, stage, Path(folder)) if ranks.is_main() else Tracker()
 
 
 class Tracker:
-    """What every stage talks to. This one takes everything and does nothing: the tracker of ranks other than 0."""
+    """The interface that stages use. This base class does nothing: it is the tracker of ranks other than 0."""
 
     @property
     def url_or_dir(self) -> str:
+        """W&B's page of this run when online, else the folder of its files; empty when W&B is off."""
         return ""
 
     def __enter__(self) -> Tracker:
@@ -46,28 +56,42 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        """End the W&B run, as failed when an exception ends the block."""
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Log scalars at ``step`` under flat names such as ``train/loss``; Python, numpy or torch.
+
+        NaN is null in ``metrics.jsonl``.
+        """
 
     def rewind(self, step: int) -> None:
-        pass
+        """On resume from ``step``: remove training's lines beyond it, whose steps will run again."""
 
     def video(self, step: int, key: str, path: Path, caption: str = "") -> None:
-        pass
+        """Log an mp4 under ``key`` at ``step``."""
 
     def image(self, step: int, key: str, path: Path) -> None:
-        pass
+        """Log a png or jpg under ``key`` at ``step``."""
 
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        pass
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Log a table; the report shows the newest of each key.
+
+        Cells: text, numbers, None, paths of videos or pictures.
+        """
 
     def artifact(self, name: str, type: str, files: Path | Iterable[Path], uses: Sequence[str] = ()) -> None:
-        pass
+        """Record a product of this stage, a folder or files, as a version of ``<run.name>-<name>``.
+
+        ``uses``: names of this run's artifacts that it was made from. W&B uploads the files when they have at most
+        ``tracking.upload_mb`` together; otherwise it records their paths.
+        """
 
     def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
-        pass
+        """Warn the user on the console, in the report and on W&B. ``level``: INFO, WARN or ERROR.
+
+        ``picture``: png or jpg that shows what is meant. W&B's alerts are text, so it is logged as an image
+        ``alerts/frames``.
+        """
 
 
 class MainTracker(Tracker):
@@ -77,99 +101,94 @@ class MainTracker(Tracker):
         folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.folder = stage, folder
         self._config = config
-        self._metrics = MetricsLog(folder / "metrics.jsonl")
-        MetricsLog(folder / EVENTS)  # mends a torn end
+        self._metrics = MetricsLog(folder / METRICS)
+        drop_incomplete_line(folder / EVENTS)
+        settings = to_json(config)
+        assert isinstance(settings, dict)
         self._run = WandbRun(
-            mode=choose_mode(config.tracking.wandb),
-            folder=folder,
-            run_id=f"{_run_token(folder)}-{stage}",
-            project=config.tracking.project,
-            entity=config.tracking.entity,
-            group=config.run.name,
-            job_type=stage,
-            config=scrub(plain(config) | {"command": command_line(), "versions": versions()}),
+            WandbSettings(
+                mode=choose_mode(config.tracking.wandb),
+                folder=folder,
+                run_id=f"{_run_token(folder)}-{stage}",
+                project=config.tracking.project,
+                entity=config.tracking.entity,
+                group=config.run.name,
+                job_type=stage,
+                config=scrub(settings | {"command": command_line(), "versions": package_versions()}),
+            )
         )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(int(kind is not None))
+        self._run.finish(int(kind is not None))
 
     @property
     def url_or_dir(self) -> str:
-        """W&B's page of this run when online, else the folder of its files; empty when W&B is off."""
-        return self._run.place
+        return self._run.url_or_dir
 
-    def close(self, exit_code: int = 0) -> None:
-        """End the W&B run; 0 marks it as finished, anything else as failed."""
-        self._run.finish(exit_code)
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Scalars at ``step`` under flat names such as ``train/loss``; Python, numpy or torch; NaN is null in metrics.jsonl."""
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         self._metrics.log(step, values)
-        self._run.log(step, {name: scalar for name, value in values.items() if (scalar := _scalar(value)) is not None})
+        scalars = {name: scalar for name, value in values.items() if (scalar := _scalar(value)) is not None}
+        self._run.log(step, scalars)
 
     def rewind(self, step: int) -> None:
-        """On resume from ``step``: forget the training lines beyond it, which are about to come again."""
         self._metrics.rewind(step)
 
     def video(self, step: int, key: str, path: Path, caption: str = "") -> None:
-        """An mp4 under ``key`` at ``step``."""
-        self._event("video", step=step, key=key, path=self._relative(path), caption=caption)
-        if self._config.tracking.videos and (media := self._run.media("video", path, caption)) is not None:
-            self._run.log(step, {key: media})
+        self._write_event(MediaEvent("video", step, key, self._relative(path), caption, self.stage, _now()))
+        self._log_media(step, key, "video", path, caption)
 
     def image(self, step: int, key: str, path: Path) -> None:
-        """A png or jpg under ``key`` at ``step``."""
-        self._event("image", step=step, key=key, path=self._relative(path))
-        if self._config.tracking.videos and (media := self._run.media("image", path)) is not None:
-            self._run.log(step, {key: media})
+        self._write_event(MediaEvent("image", step, key, self._relative(path), None, self.stage, _now()))
+        self._log_media(step, key, "image", path)
 
-    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table; the newest under a key is the one the report shows. Cells: text, numbers, ``None``, paths of videos or pictures."""
-        cells = [[self._relative(cell) if isinstance(cell, Path) else plain(cell) for cell in row] for row in rows]
-        self._event("table", key=key, columns=list(columns), rows=cells)
-        shown = [[cell if isinstance(cell, Path) else plain(cell) for cell in row] for row in rows]
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        cells = [[self._cell(value) for value in row] for row in rows]
+        self._write_event(TableEvent(key, list(columns), cells, stage=self.stage, time=_now()))
+        shown = [[value if isinstance(value, Path) else to_json(value) for value in row] for row in rows]
         if (media := self._run.table(columns, shown)) is not None:
             self._run.log(self._run.last_step, {key: media})
 
     def artifact(self, name: str, type: str, files: Path | Iterable[Path], uses: Sequence[str] = ()) -> None:
-        """Record a product of this stage: a folder, a file, or several files, as a version of ``<run.name>-<name>``.
-
-        ``uses`` names the artifacts of this run that it was made from. Up to ``tracking.upload_mb`` the files belong to the
-        W&B artifact, beyond that it only points to them.
-        """
-        members = _members(files)
+        members = _artifact_files(files)
         total = sum(path.stat().st_size for path in members.values())
-        upload = total <= self._config.tracking.upload_mb * 1e6
-        inputs = [self._artifact_name(used) for used in uses]
-        facts: dict[str, Any] = {"files": len(members), "bytes": total, "uses": inputs, "stage": self.stage}
-        if isinstance(files, Path):
-            facts["path"] = self._relative(files)
-        if "manifest.json" in members:
-            facts["manifest_sha256"] = hash_file(members["manifest.json"])
-        self._event("artifact", name=self._artifact_name(name), type=type, **facts)
-        self._run.artifact(self._artifact_name(name), type, members, facts, upload=upload, uses=inputs)
+        event = ArtifactEvent(
+            name=self._artifact_name(name),
+            type=type,
+            files=len(members),
+            bytes=total,
+            uses=[self._artifact_name(used) for used in uses],
+            path=self._relative(files) if isinstance(files, Path) else None,
+            manifest_sha256=hash_file(members[MANIFEST]) if MANIFEST in members else None,
+            stage=self.stage,
+            time=_now(),
+        )
+        self._write_event(event)
+        self._run.artifact(event, members, upload=total <= self._config.tracking.upload_mb * 1e6)
 
     def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
-        """Tell whoever watches: a line on the console, the report, W&B. ``level``: INFO, WARN or ERROR.
-
-        ``picture`` (png or jpg) shows what is meant; W&B's alerts are text, so it gets it as an image ``alerts/frames`` beside.
-        """
-        echo(f"{'note' if level == 'INFO' else 'warning' if level == 'WARN' else 'error'}: {title}: {text}")
-        shown = {} if picture is None else {"picture": self._relative(picture)}
-        self._event("alert", title=title, text=text, level=level, **shown)
-        if (
-            picture is not None
-            and self._config.tracking.videos
-            and (media := self._run.media("image", picture, f"{title}: {text}")) is not None
-        ):
-            self._run.log(self._run.last_step, {"alerts/frames": media})
+        echo(f"{ALERT_WORDS.get(level, 'error')}: {title}: {text}")
+        shown = None if picture is None else self._relative(picture)
+        self._write_event(AlertEvent(title, text, level, shown, stage=self.stage, time=_now()))
+        if picture is not None:
+            self._log_media(self._run.last_step, "alerts/frames", "image", picture, f"{title}: {text}")
         self._run.alert(title, text, level)
 
-    def _event(self, kind: str, **facts: Any) -> None:
-        line = {"kind": kind, "stage": self.stage, "time": round(time.time(), 3)} | facts
-        append_line(self.folder / EVENTS, scrub(_finite(line)))
+    def _write_event(self, event: Event) -> None:
+        append_line(self.folder / EVENTS, scrub(record_values(event)))
+
+    def _log_media(self, step: int, key: str, kind: str, path: Path, caption: str = "") -> None:
+        if self._config.tracking.videos and (media := self._run.media(kind, path, caption)) is not None:
+            self._run.log(step, {key: media})
+
+    def _cell(self, value: object) -> Cell:
+        if isinstance(value, Path):
+            return self._relative(value)
+        cell = to_json(value)
+        if isinstance(cell, float):
+            return to_number(cell)
+        return cell if cell is None or isinstance(cell, str | int) else str(cell)
 
     def _relative(self, path: Path) -> str:
         path, folder = Path(path).resolve(), self.folder.resolve()
@@ -177,24 +196,27 @@ class MainTracker(Tracker):
 
     def _artifact_name(self, name: str) -> str:
         prefix = f"{self._config.run.name}-"
-        whole = name if name.startswith(prefix) else prefix + name
-        return re.sub(r"[^\w.\-]", "-", whole, flags=re.ASCII)[:128]
+        full = name if name.startswith(prefix) else prefix + name
+        return re.sub(r"[^\w.\-]", "-", full, flags=re.ASCII)[:MAX_NAME]
+
+
+def _now() -> float:
+    return round(time.time(), 3)
 
 
 def _run_token(folder: Path) -> str:
-    """A random name that belongs to this run folder: another folder of the same name is another run to W&B."""
-    path = folder / "wandb" / "id.json"
+    """Return a random name of this run folder. Another folder of the same name is another run to W&B."""
+    path = folder / "wandb" / RunToken.file_name
     try:
-        return str(json.loads(path.read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_record(path, RunToken).id
+    except CogflowError:
         token = secrets.token_hex(4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"id": token})
+        write_record(path, RunToken(token))
         return token
 
 
-def _members(files: Path | Iterable[Path]) -> dict[str, Path]:
-    """Name inside the artifact -> file. Hidden files are partial writes and stay out."""
+def _artifact_files(files: Path | Iterable[Path]) -> dict[str, Path]:
+    """Return the files by their name inside the artifact. Hidden files are partial writes and are left out."""
     if not isinstance(files, Path):
         return {path.name: path for path in map(Path, files)}
     if files.is_file():
@@ -203,21 +225,11 @@ def _members(files: Path | Iterable[Path]) -> dict[str, Path]:
     return {name: path for name, path in inside.items() if not any(part.startswith(".") for part in name.split("/"))}
 
 
-def _scalar(value: Any) -> Any:
-    exact = number(value)
-    if exact is not None:
-        return exact
+def _scalar(value: SupportsFloat) -> float | None:
+    number = to_number(value)
+    if number is not None:
+        return number
     try:
-        return float(value)  # NaN and infinities: W&B shows them, JSON cannot
+        return float(value)  # NaN and infinity: W&B shows them, JSON cannot
     except (TypeError, ValueError):
         return None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value

@@ -1,4 +1,4 @@
-"""Whether W&B is asked to go online, by the settings, the environment and the credentials that are there."""
+"""Choose W&B's mode from the settings, the environment and the credentials that are present."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from cogflow.runtime.console import echo
 
 
 def choose_mode(wanted: str) -> str:
-    """offline, online or disabled: ``WANDB_MODE`` (or ``WANDB_DISABLED``) wins over ``wanted``; online without a key is offline."""
+    """Return offline, online or disabled. ``WANDB_MODE`` and ``WANDB_DISABLED`` override ``wanted``.
+
+    Online without a key becomes offline, with a warning.
+    """
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return "disabled"
     mode = (os.environ.get("WANDB_MODE") or wanted).strip().lower()
@@ -20,13 +23,13 @@ def choose_mode(wanted: str) -> str:
         echo(f"warning: W&B mode {mode!r} is none of online, offline, disabled; going on offline")
         return "offline"
     if mode == "online" and not has_key():
-        echo("warning: W&B is to be online, but no key is set (WANDB_API_KEY or `wandb login`); going on offline")
+        echo("warning: W&B should be online, but no key is set (WANDB_API_KEY or `wandb login`); going on offline")
         return "offline"
     return mode
 
 
 def has_key() -> bool:
-    """Whether W&B will find credentials without asking for them."""
+    """Return whether W&B finds credentials without asking for them."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     hosts = _hosts()
@@ -42,7 +45,10 @@ def has_key() -> bool:
 
 
 def _hosts() -> list[str]:
-    """The hosts whose keys W&B takes. Its own server goes by two names, and older keys stand under the older one."""
+    """Return the hosts whose keys W&B uses.
+
+    Its own server has two names; older keys are stored under the older name.
+    """
     named = os.environ.get("WANDB_BASE_URL")
     if named:
         return [urlsplit(named).netloc]

@@ -1,39 +1,42 @@
-"""The one place that calls Weights & Biases. Whatever it raises becomes one warning; the work goes on without it."""
+"""Call Weights & Biases. Every error becomes one warning, and the work continues without W&B."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cogflow.files.record_io import JsonObject
+from cogflow.records.event_records import ArtifactEvent
 from cogflow.runtime.console import echo
-from cogflow.tracking.wandb_service import Caller, NoAnswer, end_service, within
+from cogflow.tracking.wandb_service import NoAnswerError, WandbCaller, call_within, end_service
 
 INIT_SECONDS = 30.0
-"""How long an online run may take to be accepted before it goes on offline."""
+"""Time in which W&B must accept an online run; after that the run continues offline."""
 
 FINISH_SECONDS = 300.0
-"""How long the last uploads may take. What is not sent by then stays on disk for ``wandb sync``."""
+"""Time for the last uploads. What is not sent by then stays on disk for ``wandb sync``."""
 
 USE_SECONDS = 30.0
-"""How long W&B may look for an input artifact on its server."""
+"""Time in which W&B must find an input artifact on its server."""
 
 CALL_SECONDS = 30.0
-"""How long its service may take for a row, a picture or an alert: it only takes them over, whatever the network does."""
+"""Time in which W&B's service must take a row, a picture or an alert. It takes them whatever the network does."""
 
 ARTIFACT_SECONDS = 120.0
-"""How long it may take for an artifact, of which it asks its server."""
+"""Time in which W&B's service must take an artifact, for which it asks its server."""
 
-MOST_FAILURES = 3
-"""After this many failed calls W&B is left alone."""
+MAX_FAILURES = 3
+"""After this many failed calls W&B is not called any more."""
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, str | bool | float] = {
     "silent": True,
     "console": "off",
-    # Neither code nor git remotes nor the command's raw words are taken: our records say what is needed, without secrets.
+    # Code, git remotes and the raw command are not sent: cogflow's own records hold what is needed, without secrets.
     "disable_code": True,
     "disable_git": True,
     "x_disable_meta": True,
@@ -42,116 +45,94 @@ SETTINGS: dict[str, Any] = {
     "login_timeout": 5.0,
     "finish_timeout": FINISH_SECONDS,
 }
-"""Those that the installed W&B knows are set."""
+"""Settings of W&B. Those that the installed version does not know are left out."""
+
+MEDIA_KINDS = {".mp4": "video", ".webm": "video", ".png": "image", ".jpg": "image"}
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class WandbSettings:
+    """One W&B run. ``mode``: online, offline or disabled. ``folder``: where its files go, below ``wandb/``."""
+
+    mode: str
+    folder: Path
+    run_id: str
+    project: str
+    entity: str | None
+    group: str
+    job_type: str
+    config: JsonObject
+
+
 class WandbRun:
-    """One W&B run that may be absent: ``run`` is ``None`` when W&B is disabled or has failed."""
+    """One W&B run, which may be absent: ``run`` is None when W&B is disabled or has failed."""
 
-    alive = 0
-    """Runs of this process that have begun and not ended."""
+    active = 0
+    """Runs of this process that have started and not ended."""
 
-    def __init__(
-        self,
-        *,
-        mode: str,
-        folder: Path,
-        run_id: str,
-        project: str,
-        entity: str | None,
-        group: str,
-        job_type: str,
-        config: dict[str, Any],
-    ) -> None:
+    def __init__(self, settings: WandbSettings) -> None:
         self.run: Any = None
         self.online = False
-        self._failures = 0
         self.last_step = 0
+        self._failures = 0
         self._axes: set[str] = set()
-        if mode == "disabled":
+        if settings.mode == "disabled":
             return
-        self._caller = Caller()
-
-        def start(online: bool, run_id: str = run_id) -> Any:
-            import wandb
-
-            # Read anew: W&B remembers the address that held when it was first asked for anything.
-            address = {"base_url": os.environ["WANDB_BASE_URL"]} if os.environ.get("WANDB_BASE_URL") else {}
-            known = {name: value for name, value in (SETTINGS | address).items() if name in wandb.Settings.model_fields}
-            return wandb.init(
-                mode="online" if online else "offline",
-                dir=str(folder),
-                id=run_id,
-                resume="allow",
-                reinit="create_new",  # flow's stages share a process: never be handed another stage's open run
-                project=project,
-                entity=entity,
-                group=group,
-                job_type=job_type,
-                name=f"{group} {job_type}",
-                config=config,
-                settings=wandb.Settings(**known),
-            )
-
-        if mode == "online":
-            self.run = self._try("could not be reached; going on offline", lambda: start(True))
+        self._caller = WandbCaller()
+        if settings.mode == "online":
+            start = partial(_start, settings, online=True, run_id=settings.run_id)
+            self.run = self._try("could not be reached; going on offline", start)
             self.online = self.run is not None
         if self.run is None:
-            again = self._free(run_id) if mode == "online" else run_id
-            self.run = self._try("could not start; going on without it", lambda: start(False, again))
+            run_id = self._offline_id(settings.run_id) if settings.mode == "online" else settings.run_id
+            start = partial(_start, settings, online=False, run_id=run_id)
+            self.run = self._try("could not start; going on without it", start)
         if self.run is not None:
-            WandbRun.alive += 1
-            self.last_step = self._try("did not tell its step", lambda: int(self.run.step)) or 0
-            self.define("train", "heldout", "sharpness", "samples")
-
-    def _free(self, run_id: str) -> str:
-        """An id to go on with offline: W&B's service holds on to the one that could not go online until it is ended."""
-        if WandbRun.alive:  # ending it would end other stages' runs, too
-            return f"{run_id}-offline"
-        end_service(at_once=True)
-        return run_id
+            WandbRun.active += 1
+            self.last_step = self._try("did not give its step", lambda: int(self.run.step)) or 0
+            self.define_axes("train", "heldout", "sharpness", "samples")
 
     @property
-    def place(self) -> str:
+    def url_or_dir(self) -> str:
         """The run's page when online, else the folder of its files; empty without a run."""
         if self.run is None:
             return ""
         run = self.run
-        return (
-            self._try("did not tell its place", lambda: str((self.online and run.url) or run.settings.sync_dir)) or ""
-        )
+        found = self._try("did not give its place", lambda: str((self.online and run.url) or run.settings.sync_dir))
+        return found or ""
 
-    def define(self, *prefixes: str) -> None:
-        """Draw what is named ``prefix/...`` over our ``step``, not over W&B's own count of calls."""
+    def define_axes(self, *prefixes: str) -> None:
+        """Draw values named ``prefix/...`` over cogflow's ``step``, not over W&B's own count of calls."""
         fresh = [prefix for prefix in prefixes if prefix not in self._axes]
         if not fresh:
             return
 
-        def declare() -> None:
+        def define() -> None:
             if not self._axes:
                 self.run.define_metric("step", hidden=True)
             for prefix in fresh:
                 self._axes.add(prefix)
                 self.run.define_metric(f"{prefix}/*", step_metric="step")
 
-        self.call("did not take the step axis", declare)
+        self.call("did not take the step axis", define)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Record ``values`` (scalars or W&B media) at ``step``. It is handed over: training does not wait for it."""
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log ``values`` (scalars or W&B media) at ``step``. The call is queued: training does not wait for it."""
         if self.run is None:
             return
-        self.define(*{name.partition("/")[0] for name in values if "/" in name})
-        # W&B drops rows that go back. After a rewind our steps do, so its count runs on by one while "step" tells the truth.
+        self.define_axes(*{name.partition("/")[0] for name in values if "/" in name})
+        # W&B drops rows whose count goes back. After a rewind cogflow's steps do, so W&B's count continues by one and
+        # "step" holds the real step.
         self.last_step = step if step >= self.last_step else self.last_step + 1
-        self._look_back()
+        self._report_queued_failures()
         if (run := self.run) is not None:
             count = self.last_step
-            self._caller.hand("did not take a row", lambda: run.log({"step": step} | values, step=count))
+            self._caller.queue("did not take a row", lambda: run.log({"step": step} | dict(values), step=count))
 
     def media(self, kind: str, path: Path, caption: str = "") -> Any:
-        """``path`` as W&B's Video or Image, or ``None``."""
+        """Return ``path`` as W&B's Video or Image; None on failure. ``kind``: video or image."""
 
         def wrap() -> Any:
             import wandb
@@ -162,77 +143,72 @@ class WandbRun:
 
         return self.call(f"did not take {path.name}", wrap)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-        """A W&B table; cells that are paths of videos or pictures become playable."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+        """Return a W&B table; None on failure. Cells that are paths of videos or pictures become playable."""
 
-        def cell(value: Any) -> Any:
-            if isinstance(value, Path):
-                kind = {".mp4": "video", ".webm": "video", ".png": "image", ".jpg": "image"}.get(value.suffix.lower())
-                return self.media(kind, value) if kind and value.is_file() else str(value)
-            return value
+        def cell(value: object) -> Any:
+            if not isinstance(value, Path):
+                return value
+            kind = MEDIA_KINDS.get(value.suffix.lower())
+            return self.media(kind, value) if kind and value.is_file() else str(value)
 
         def build() -> Any:
             import wandb
 
-            return wandb.Table(
-                columns=list(columns), data=[[cell(value) for value in row] for row in rows], allow_mixed_types=True
-            )
+            data = [[cell(value) for value in row] for row in rows]
+            return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
 
         return self.call("did not take a table", build)
 
-    def artifact(
-        self,
-        name: str,
-        kind: str,
-        files: dict[str, Path],
-        metadata: dict[str, Any],
-        *,
-        upload: bool,
-        uses: Sequence[str],
-    ) -> None:
-        """Record ``files`` (name inside the artifact -> path) as a version of ``name``; by reference when not to be uploaded."""
+    def artifact(self, event: ArtifactEvent, files: Mapping[str, Path], *, upload: bool) -> None:
+        """Record ``files`` (path by name inside the artifact) as a version of ``event.name``.
+
+        Without ``upload`` W&B records their paths alone.
+        """
 
         def build() -> None:
             import wandb
 
-            artifact = wandb.Artifact(name, kind, metadata=metadata)
+            artifact = wandb.Artifact(event.name, event.type, metadata=_artifact_metadata(event))
             for inside, path in files.items():
                 if upload:
                     artifact.add_file(str(path), name=inside, policy="immutable", skip_cache=True)
                 else:
                     artifact.add_reference(path.resolve().as_uri(), name=inside, checksum=False)
-            if self.online:  # offline, W&B refuses to take an input: the lineage stands in the metadata
-                for used in uses:
-                    self._try(
-                        f"did not find the input {used}",
-                        partial(within, USE_SECONDS, partial(self.run.use_artifact, f"{used}:latest")),
-                    )
+            if self.online:  # offline, W&B refuses inputs; the metadata names them
+                for used in event.uses:
+                    use = partial(self.run.use_artifact, f"{used}:latest")
+                    self._try(f"did not find the input {used}", partial(call_within, USE_SECONDS, use))
             self.run.log_artifact(artifact)
 
-        self.call(f"did not take the artifact {name}", build, ARTIFACT_SECONDS)
+        self.call(f"did not take the artifact {event.name}", build, ARTIFACT_SECONDS)
 
     def alert(self, title: str, text: str, level: str) -> None:
+        """Send an alert. ``level``: INFO, WARN or ERROR."""
         self.call("did not take an alert", lambda: self.run.alert(title=title, text=text, level=level))
 
     def finish(self, exit_code: int) -> None:
-        run, place = self.run, self.place
+        """End the run; 0 marks it as finished, anything else as failed."""
+        run, place = self.run, self.url_or_dir
         if run is None:
             return
-        folder = self._try("did not tell its place", lambda: str(run.settings.sync_dir)) or ""
+        folder = self._try("did not give its place", lambda: str(run.settings.sync_dir)) or ""
         began = time.monotonic()
         self.call("did not finish", lambda: run.finish(exit_code=exit_code), FINISH_SECONDS + CALL_SECONDS)
-        self._let_go()
-        if self.online and time.monotonic() - began >= SETTINGS["finish_timeout"]:
-            echo(
-                f"warning: W&B did not take everything in {time.monotonic() - began:.0f} s; to upload the rest: wandb sync {folder}"
-            )
+        self._drop_run()
+        seconds = time.monotonic() - began
+        if self.online and seconds >= float(SETTINGS["finish_timeout"]):
+            echo(f"warning: W&B did not take everything in {seconds:.0f} s; to upload the rest: wandb sync {folder}")
         if not self.online and place:
             echo(f"W&B offline: {place} (to upload it: wandb sync {place})")
 
     def call(self, failure: str, action: Callable[[], T], seconds: float | None = None) -> T | None:
-        """``action()``, or ``None`` and a warning. Once too much has failed, or one took longer than ``seconds`` (default
-        ``CALL_SECONDS``), nothing is called any more."""
-        self._look_back()
+        """Return ``action()``, or None after a warning.
+
+        After too many failures, or when a call takes longer than ``seconds`` (default ``CALL_SECONDS``), nothing is
+        called any more.
+        """
+        self._report_queued_failures()
         if self.run is None:
             return None
         hung = False
@@ -240,47 +216,91 @@ class WandbRun:
         def bounded() -> T:
             nonlocal hung
             try:
-                return self._caller.ask(action, CALL_SECONDS if seconds is None else seconds)
-            except NoAnswer:
+                return self._caller.call(action, CALL_SECONDS if seconds is None else seconds)
+            except NoAnswerError:
                 hung = True
                 raise
 
         result = self._try(failure, bounded)
-        self._judge(hung)
+        self._give_up_if_failing(hung)
         return result
 
-    def _look_back(self) -> None:
-        """Say what became of the rows that were handed over."""
+    def _offline_id(self, run_id: str) -> str:
+        """Return an id to continue with offline: W&B's service keeps the id that could not go online until it ends."""
+        if WandbRun.active:  # ending the service would end other stages' runs, too
+            return f"{run_id}-offline"
+        end_service(at_once=True)
+        return run_id
+
+    def _report_queued_failures(self) -> None:
+        """Warn of the queued rows that failed."""
         if self.run is None:
             return
-        errors = self._caller.failed(CALL_SECONDS)
+        errors = self._caller.failures(CALL_SECONDS)
         for failure, error in errors:
-            self._failed(failure, error)
-        self._judge(any(isinstance(error, NoAnswer) for _, error in errors))
+            self._warn(failure, error)
+        self._give_up_if_failing(any(isinstance(error, NoAnswerError) for _, error in errors))
 
-    def _judge(self, hung: bool) -> None:
-        """Leave W&B alone when it hangs, or has failed too often."""
-        if not hung and self._failures < MOST_FAILURES:
+    def _give_up_if_failing(self, hung: bool) -> None:
+        """Stop calling W&B when it hangs or has failed too often."""
+        if not hung and self._failures < MAX_FAILURES:
             return
         why = "does not answer" if hung else "failed too often"
         echo(f"warning: W&B {why} and is left alone; metrics.jsonl and report.html hold everything")
-        self._let_go()
-        if not WandbRun.alive:  # ending it would end other stages' runs, too
+        self._drop_run()
+        if not WandbRun.active:  # ending the service would end other stages' runs, too
             end_service(at_once=hung)
 
-    def _let_go(self) -> None:
-        WandbRun.alive -= self.run is not None
+    def _drop_run(self) -> None:
+        WandbRun.active -= self.run is not None
         self._caller.close()
         self.run = None
 
     def _try(self, failure: str, action: Callable[[], T]) -> T | None:
         try:
             return action()
-        except Exception as error:  # noqa: BLE001 - a service beside the work must never end the work, whatever it raises
-            self._failed(failure, error)
+        except Exception as error:  # noqa: BLE001 - an optional service must never end the work, whatever it raises
+            self._warn(failure, error)
             return None
 
-    def _failed(self, failure: str, error: Exception) -> None:
+    def _warn(self, failure: str, error: Exception) -> None:
         self._failures += 1
         first = (str(error).strip().splitlines() or [""])[0][:200]
         echo(f"warning: W&B {failure} ({type(error).__name__}: {first})")
+
+
+def _start(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
+    """Return the started run of W&B."""
+    import wandb
+
+    # W&B keeps the address from its first use in the process, so the present one is passed.
+    address = {"base_url": os.environ["WANDB_BASE_URL"]} if os.environ.get("WANDB_BASE_URL") else {}
+    known = {name: value for name, value in (SETTINGS | address).items() if name in wandb.Settings.model_fields}
+    return wandb.init(
+        mode="online" if online else "offline",
+        dir=str(settings.folder),
+        id=run_id,
+        resume="allow",
+        reinit="create_new",  # flow's stages share a process: each needs its own run
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        job_type=settings.job_type,
+        name=f"{settings.group} {settings.job_type}",
+        config=dict(settings.config),
+        settings=wandb.Settings(**known),
+    )
+
+
+def _artifact_metadata(event: ArtifactEvent) -> dict[str, str | int | list[str]]:
+    metadata: dict[str, str | int | list[str]] = {
+        "files": event.files,
+        "bytes": event.bytes,
+        "uses": event.uses,
+        "stage": event.stage,
+    }
+    if event.path is not None:
+        metadata["path"] = event.path
+    if event.manifest_sha256 is not None:
+        metadata["manifest_sha256"] = event.manifest_sha256
+    return metadata

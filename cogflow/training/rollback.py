@@ -16,7 +16,7 @@ from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.config.schema import RollbackConfig
 from cogflow.errors import CheckpointError
 from cogflow.files.atomic_write import write_json
-from cogflow.tracking.metrics_log import EVENTS, TRAINING, read_lines
+from cogflow.tracking.metrics_log import EVENTS, METRICS, read_metrics, write_metrics
 
 FILE = "rollback.json"
 ASIDE = "rolled-back"
@@ -109,13 +109,9 @@ def with_ratio(folder: Path, ratio: float) -> list[Rollback]:
 def set_aside(folder: Path, target: Path, step: int) -> None:
     """Move checkpoints and samples beyond ``step`` into ``target``, and copy the lines of metrics that will be rewound."""
     target.mkdir(parents=True, exist_ok=True)
-    lines = [
-        line
-        for line in read_lines(folder / "metrics.jsonl")
-        if line.get("step", 0) > step and any(n.startswith(TRAINING) for n in line)
-    ]
+    lines = [line for line in read_metrics(folder / METRICS) if line.is_training and line.step > step]
     if lines:
-        (target / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_metrics(target / METRICS, lines)
     if (folder / EVENTS).is_file():
         shutil.copyfile(folder / EVENTS, target / EVENTS)
     for kind in ("checkpoints", "samples"):

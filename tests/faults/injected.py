@@ -142,8 +142,8 @@ def _act(action: str, fault: str, fired: Path) -> Callable[[Any], Any]:
 
 def _services() -> list[int]:
     """W&B's service that this process started: it must be there."""
-    from cogflow.tracking.wandb_service import children
+    from cogflow.tracking.wandb_service import service_pids
 
-    if not (found := children()):
+    if not (found := service_pids()):
         raise RuntimeError("no service of W&B to kill")
     return found

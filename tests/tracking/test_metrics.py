@@ -1,4 +1,4 @@
-"""metrics.jsonl survives NaN, kills and resumes."""
+"""Test that metrics.jsonl and events.jsonl stay readable after NaN, kills and resumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogflow.tracking.metrics_log import MetricsLog, read_lines
+from cogflow.records.event_records import AlertEvent, ArtifactEvent, Event, MediaEvent, TableEvent
+from cogflow.tracking.metrics_log import MetricsLog, append_event, read_events, read_lines, read_metrics, write_metrics
 
 
 def test_a_line_holds_step_time_and_flat_names(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_a_line_holds_step_time_and_flat_names(tmp_path: Path) -> None:
     assert line == {"step": 3, "train/loss": 0.5, "train/lr": 0.25, "train/clips": 7, "train/ok": 1}
 
 
-def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.log(1, {"train/loss": math.nan, "train/grad_norm": torch.tensor(math.inf)})
 
@@ -31,7 +32,7 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     assert line["train/loss"] is None and line["train/grad_norm"] is None
 
 
-def test_rewind_forgets_training_beyond_the_step_and_nothing_else(tmp_path: Path) -> None:
+def test_rewind_removes_only_training_lines_beyond_the_step(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.log(96, {"prepare/clips": 96})
     for step in range(1, 6):
@@ -40,17 +41,17 @@ def test_rewind_forgets_training_beyond_the_step_and_nothing_else(tmp_path: Path
     for name in ("sharpness/contrast", "spectrum/z", "watch/level", "ema/heldout_loss", "validation/seconds"):
         log.log(5, {name: 1.0})
     assert log.rewind(3) == 8
-    assert [(line["step"], *(set(line) - {"step", "time"})) for line in log.read()] == [
+    assert [(line.step, *line.values) for line in log.read()] == [
         (96, "prepare/clips"),
         (1, "train/loss"),
         (2, "train/loss"),
         (3, "train/loss"),
     ]
     log.log(4, {"train/loss": 4.0})
-    assert log.read()[-1]["step"] == 4
+    assert log.read()[-1].step == 4
 
 
-def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_loses_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).log(1, {"train/loss": 1.0})
     with path.open("ab") as file:
@@ -61,5 +62,40 @@ def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
     assert all(json.loads(text) for text in path.read_text().splitlines())
 
 
-def test_no_file_reads_as_no_lines(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.jsonl") == []
+    assert read_metrics(tmp_path / "none.jsonl") == []
+    assert read_events(tmp_path / "none.jsonl") == []
+
+
+def test_written_lines_are_read_as_they_were(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.log(1, {"train/loss": 0.5, "train/clips": 8})
+    log.log(2, {"train/loss": math.nan})
+    lines = log.read()
+    write_metrics(tmp_path / "copy.jsonl", lines)
+    assert read_metrics(tmp_path / "copy.jsonl") == lines
+    assert (tmp_path / "copy.jsonl").read_bytes() == log.path.read_bytes()
+    assert [line.values for line in lines] == [{"train/loss": 0.5, "train/clips": 8}, {"train/loss": None}]
+
+
+def test_events_are_read_by_kind_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    events: list[Event] = [
+        MediaEvent("video", 3, "samples/a", "samples/a.mp4", "a star", "train", 1.5),
+        MediaEvent("image", 3, "sheet", "sheet.png", None, "train", 1.5),
+        TableEvent("t", ["a", "b"], [["x", 1], [None, 0.5]], stage="train", time=2.0),
+        AlertEvent("title", "text", "ERROR", "a.png", stage="train", time=3.0),
+        ArtifactEvent("demo-clips", "dataset", 1, 2, ["demo-data"], "cache", "ab", stage="prepare", time=4.0),
+    ]
+    for event in events:
+        append_event(path, event)
+    with path.open("a") as file:
+        file.write('{"kind": "unknown"}\n{"kind": "alert", "title": 5, "text": ""}\n{"kind": "al')
+    assert read_events(path) == events
+
+
+def test_an_event_without_a_version_is_read(tmp_path: Path) -> None:
+    line = {"kind": "alert", "stage": "train", "time": 1.0, "title": "soft", "text": "x", "level": "WARN"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_events(tmp_path / "events.jsonl") == [AlertEvent("soft", "x", stage="train", time=1.0)]

@@ -52,6 +52,6 @@ def test_wide_frames_are_reduced() -> None:
         {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((2, 4, 6, 3), np.uint8)},
     ],
 )
-def test_what_is_no_clip_is_refused(clips: dict[str, np.ndarray]) -> None:
-    with pytest.raises(ValueError):
+def test_other_shapes_and_types_are_refused(clips: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="contact sheet|a clip must be uint8"):
         contact_sheet(clips, columns=2)

@@ -1,4 +1,4 @@
-"""What reaches W&B's own file, and that W&B's trouble reaches nobody."""
+"""Test what W&B's own file holds, and that errors of W&B never end the work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from PIL import Image
 from cogflow.config.schema import Config, TrackingConfig
 from cogflow.data.video import write_video
 from cogflow.tracking import wandb_run
-from cogflow.tracking.metrics_log import read_lines
+from cogflow.tracking.metrics_log import read_lines, read_metrics
 from cogflow.tracking.tracker import Tracker, open_tracker
 from cogflow.tracking.wandb_mode import choose_mode
 
 
 def steps(folder: Path) -> list[int]:
-    return [line["step"] for line in read_lines(folder / "metrics.jsonl")]
+    return [line.step for line in read_metrics(folder / "metrics.jsonl")]
 
 
 def test_an_alert_shows_its_picture(tmp_path: Path, config: Config, recorded) -> None:
@@ -80,7 +80,7 @@ def test_an_offline_run_holds_everything(
             assert b"k" * 40 not in path.read_bytes() and b"s" * 30 not in path.read_bytes(), f"{path} holds a secret"
 
 
-def test_a_second_process_goes_on_with_the_same_id(tmp_path: Path, config: Config, recorded) -> None:
+def test_a_second_process_continues_the_same_id(tmp_path: Path, config: Config, recorded) -> None:
     folder = tmp_path / "demo"
     with open_tracker(config, "train", folder) as tracker:
         for step in (1, 2, 3):
@@ -98,7 +98,7 @@ def test_a_second_process_goes_on_with_the_same_id(tmp_path: Path, config: Confi
     assert steps(folder) == [1, 2, 3, 4]
 
 
-def test_going_back_within_a_process_loses_no_row(tmp_path: Path, config: Config, recorded) -> None:
+def test_a_rewind_within_a_process_loses_no_row(tmp_path: Path, config: Config, recorded) -> None:
     with open_tracker(config, "train", tmp_path) as tracker:
         for step in (1, 2, 3, 2, 3):
             tracker.log(step, {"train/loss": float(step)})
@@ -117,13 +117,13 @@ def test_a_large_artifact_is_recorded_by_its_paths(tmp_path: Path, config: Confi
     assert entry.ref == product.as_uri() and not entry.local_path
 
 
-def test_a_failing_stage_marks_its_run_and_its_error_goes_on(tmp_path: Path, config: Config, recorded) -> None:
+def test_a_failing_stage_marks_its_run_as_failed_and_raises(tmp_path: Path, config: Config, recorded) -> None:
     with pytest.raises(ZeroDivisionError), open_tracker(config, "train", tmp_path):
         raise ZeroDivisionError
     assert recorded(tmp_path, "train")[0].exit_code == 1
 
 
-def test_w_and_b_that_cannot_start_stops_nothing(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
+def test_the_stage_continues_when_wandb_cannot_start(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
     def broken(**_: object) -> None:
         raise RuntimeError("no service")
 
@@ -136,7 +136,7 @@ def test_w_and_b_that_cannot_start_stops_nothing(tmp_path: Path, config: Config,
     assert capsys.readouterr().out.count("warning: W&B") == 1
 
 
-def test_w_and_b_that_fails_on_the_way_is_left_alone(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
+def test_wandb_is_not_called_after_several_failures(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
     class Broken:
         step = 0
 
@@ -153,7 +153,7 @@ def test_w_and_b_that_fails_on_the_way_is_left_alone(tmp_path: Path, config: Con
     assert printed.count("warning: W&B") <= 5 and "left alone" in printed
 
 
-def test_an_unreachable_server_makes_the_run_offline_promptly(
+def test_an_unreachable_server_makes_the_run_offline_in_time(
     tmp_path: Path, config: Config, monkeypatch, capsys, recorded
 ) -> None:
     with socket.socket() as taken:  # bound but not listening: the port refuses
@@ -170,7 +170,7 @@ def test_an_unreachable_server_makes_the_run_offline_promptly(
     assert steps(tmp_path) == [1] and recorded(tmp_path, "train")[-1].history[0]["train/loss"] == 1.0
 
 
-def test_online_without_a_key_warns_and_never_asks(monkeypatch, tmp_path: Path, capsys) -> None:
+def test_online_without_a_key_becomes_offline_with_a_warning(monkeypatch, tmp_path: Path, capsys) -> None:
     assert choose_mode("online") == "offline" and "no key" in capsys.readouterr().out
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "k" * 40)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -179,7 +179,7 @@ def test_online_without_a_key_warns_and_never_asks(monkeypatch, tmp_path: Path, 
     assert choose_mode("online") == "offline"
 
 
-def test_the_variable_wins(monkeypatch, capsys) -> None:
+def test_the_environment_variable_overrides_the_setting(monkeypatch, capsys) -> None:
     assert choose_mode("offline") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -190,7 +190,7 @@ def test_the_variable_wins(monkeypatch, capsys) -> None:
     assert choose_mode("online") == "offline" and "sometimes" in capsys.readouterr().out
 
 
-def test_disabled_still_writes_our_own_files(tmp_path: Path, config: Config, monkeypatch) -> None:
+def test_disabled_wandb_still_writes_the_run_files(tmp_path: Path, config: Config, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with open_tracker(config, "train", tmp_path) as tracker:
         tracker.log(1, {"train/loss": 1.0})

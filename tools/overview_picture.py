@@ -1,4 +1,4 @@
-"""One picture of a whole run, for a README: ``python -m cogflow.tracking.picture RUN OUT.png``."""
+"""Draw one picture of a whole run, for a README: ``python -m tools.overview_picture RUN OUT.png``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from cogflow.errors import DataError, UserError
 from cogflow.tracking.contact_sheet import enlarge, pick
-from cogflow.tracking.curves import SMOOTH_FROM, running_mean
-from cogflow.tracking.run_data import RunData, Sample, Validation, read_run
+from cogflow.tracking.curves import SMOOTH_FROM, running_mean, smoothing_span
+from cogflow.tracking.run_data import RunData, ValidationFolder, ValidationSample, read_run
 
 PROMPTS = 4
 FRAMES = 3
@@ -27,12 +27,12 @@ BLUE, ORANGE, GREEN, PURPLE = "#2a63d4", "#d0661b", "#14857a", "#9a3fb3"
 DOTTED: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markersize": 3}
 
 
-def write_picture(folder: Path, output: Path) -> Path:
-    """Draw the run in ``folder`` to ``output`` (PNG) and return it.
+def draw_overview(folder: Path, output: Path) -> Path:
+    """Draw the run in ``folder`` to ``output`` (PNG) and return the path.
 
-    Left: up to four prompts, each with frames of its first and its last validation sample, every pixel enlarged to a sharp
-    square. Right: the loss over the steps, and below it the sharpness of the samples. Raises :class:`DataError` when the run
-    has no validation samples.
+    Left: up to four prompts, each with frames of its first and its last validation sample, every pixel enlarged to a
+    sharp square. Right: the loss over the steps, and below it the sharpness of the samples. Raises :class:`DataError`
+    when the run has no validation samples.
     """
     run = read_run(folder)
     pairs = _pairs(run)
@@ -46,15 +46,15 @@ def write_picture(folder: Path, output: Path) -> Path:
     figure = Figure(figsize=(13.0, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     areas: Any = figure.subfigures(1, 2, width_ratios=(2.05, 1.0), wspace=0.0)
-    _frames(areas[0], pairs, first, last)
-    _curves(areas[1], run)
+    _draw_frames(areas[0], pairs, first, last)
+    _draw_curves(areas[1], run)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, format="png", facecolor="white")
     return output
 
 
-def _pairs(run: RunData) -> list[tuple[Sample, Sample]]:
-    """The same prompt at the first and at the last validation, spread over the prompts."""
+def _pairs(run: RunData) -> list[tuple[ValidationSample, ValidationSample]]:
+    """Return samples of the same prompt at the first and at the last validation, spread over the prompts."""
     if not run.validations:
         return []
     first, last = run.validations[0], run.validations[-1]
@@ -66,7 +66,12 @@ def _pairs(run: RunData) -> list[tuple[Sample, Sample]]:
     return [(first.samples[keys[index]], last.samples[keys[index]]) for index in pick(len(keys), PROMPTS)]
 
 
-def _frames(area: SubFigure, pairs: list[tuple[Sample, Sample]], first: Validation, last: Validation) -> None:
+def _draw_frames(
+    area: SubFigure,
+    pairs: list[tuple[ValidationSample, ValidationSample]],
+    first: ValidationFolder,
+    last: ValidationFolder,
+) -> None:
     alone = first is last
     columns = FRAMES if alone else 2 * FRAMES
     axes = area.subplots(len(pairs), columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.30})
@@ -74,7 +79,7 @@ def _frames(area: SubFigure, pairs: list[tuple[Sample, Sample]], first: Validati
     for row, (before, after) in zip(axes, pairs, strict=True):
         cells = [after] if alone else [before, after]
         for block, sample in enumerate(cells):
-            frames = _read(sample)
+            frames = _read_frames(sample)
             for slot in range(FRAMES):
                 axis = row[block * FRAMES + slot]
                 axis.axis("off")
@@ -86,7 +91,7 @@ def _frames(area: SubFigure, pairs: list[tuple[Sample, Sample]], first: Validati
                         interpolation="nearest" if frame.shape[1] < 384 else "antialiased",
                     )
                 if block == len(cells) - 1 and slot == FRAMES - 1 and not alone:
-                    # A wider gap between the two validations than between frames.
+                    # The gap between the two validations is wider than between frames.
                     for other in row[FRAMES:]:
                         box = other.get_position()
                         other.set_position((box.x0 + 0.008, box.y0, box.width, box.height))
@@ -97,14 +102,14 @@ def _frames(area: SubFigure, pairs: list[tuple[Sample, Sample]], first: Validati
         area.text(box.x0, 1 - 0.10 / area.bbox.height * 150, label, fontsize=11, fontweight="bold", color=INK, va="top")
 
 
-def _read(sample: Sample) -> list[np.ndarray]:
+def _read_frames(sample: ValidationSample) -> list[np.ndarray]:
     if sample.video is None:
         return []
     with av.open(str(sample.video)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def _curves(area: SubFigure, run: RunData) -> None:
+def _draw_curves(area: SubFigure, run: RunData) -> None:
     above, below = area.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.28})
     area.subplots_adjust(
         left=0.165, right=0.97, top=1 - 0.42 / area.bbox.height * 150, bottom=0.52 / area.bbox.height * 150
@@ -117,7 +122,7 @@ def _curves(area: SubFigure, run: RunData) -> None:
             above.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
         above.plot(
             steps,
-            running_mean(values, max(5.0, len(values) / 30)) if dense else values,
+            running_mean(values, smoothing_span(values)) if dense else values,
             color=BLUE,
             linewidth=1.6,
             label="training",
@@ -125,11 +130,11 @@ def _curves(area: SubFigure, run: RunData) -> None:
         above.set_ylim(0, 1.08 * float(np.quantile(values + [value for _, value in heldout], 0.995)))
     if heldout:
         above.plot(*zip(*heldout, strict=True), color=ORANGE, label="held out", **DOTTED)
-    _dress(above, "Loss")
+    _style(above, "Loss")
     if above.lines:
         above.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=INK)
-    _dress(below, "Sharpness of the samples against the first")
-    # Both as natural logarithms of a ratio: the wavelet ratio is one already.
+    _style(below, "Sharpness of the samples, compared with the first")
+    # Both are drawn as natural logarithms of a ratio. The wavelet ratio is one already.
     wavelet, blur = run.curve("sharpness/wavelet_ratio").finite, run.curve("sharpness/blur_effect").finite
     if wavelet:
         below.plot(
@@ -151,7 +156,7 @@ def _curves(area: SubFigure, run: RunData) -> None:
     below.set_xlabel("training step", fontsize=8.5, color=SOFT)
 
 
-def _dress(axis: Axes, title: str) -> None:
+def _style(axis: Axes, title: str) -> None:
     axis.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=5)
     axis.grid(axis="y", color=LINE, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -163,10 +168,10 @@ def _dress(axis: Axes, title: str) -> None:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("usage: python -m cogflow.tracking.picture RUN OUT.png", file=sys.stderr)
+        print("usage: python -m tools.overview_picture RUN OUT.png", file=sys.stderr)
         return 2
     try:
-        print(write_picture(Path(arguments[0]), Path(arguments[1])))
+        print(draw_overview(Path(arguments[0]), Path(arguments[1])))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

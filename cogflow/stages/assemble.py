@@ -24,7 +24,7 @@ from cogflow.config.build import show
 from cogflow.config.schema import AssembleStage, Config
 from cogflow.errors import CheckpointError, PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
-from cogflow.files.record_io import record_values
+from cogflow.files.record_io import JsonObject, record_values
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import FAMILY
 from cogflow.records.pipeline_records import AssemblyRecord, VerifyRecord
@@ -245,7 +245,7 @@ def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | Non
         upload(job, inputs, results)
 
 
-def upload(job: Job, inputs: Mapping[str, object], results: Mapping[str, object]) -> None:
+def upload(job: Job, inputs: JsonObject, results: JsonObject) -> None:
     """Upload the pipeline to the hub and add the address to ``<run>/assemble.json``."""
     stage = job.config.stage
     if stage.push_to_hub is None:

@@ -8,11 +8,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cogflow.config.schema import AnyConfig
 from cogflow.files.atomic_write import write_text
-from cogflow.files.record_io import JsonObject
 from cogflow.tracking import report_sections as sections
 from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts, watch_charts
 from cogflow.tracking.run_data import RunData, read_run
-from cogflow.tracking.stage_record import write_stage_record
+from cogflow.tracking.stage_record import NamedValues, write_stage_record
 
 REPORT = "report.html"
 
@@ -21,8 +20,8 @@ def record_stage(
     folder: Path,
     stage: str,
     config: AnyConfig,
-    inputs: JsonObject,
-    results: JsonObject,
+    inputs: NamedValues,
+    results: NamedValues,
     *,
     started: float | None = None,
 ) -> Path:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeAlias
 
 import cogflow
 from cogflow.config.schema import AnyConfig
-from cogflow.files.record_io import JsonObject, JsonValue, write_record
+from cogflow.files.record_io import JsonValue, write_record
 from cogflow.records.run_records import MachineRecord, StageRecord
 from cogflow.tracking.secrets import scrub, scrub_text
 
@@ -32,13 +33,16 @@ PACKAGES = (
     "wandb",
 )
 
+NamedValues: TypeAlias = Mapping[str, object]
+"""Inputs or results by name. The values are anything that :func:`to_json` converts."""
+
 
 def write_stage_record(
     folder: Path,
     stage: str,
     config: AnyConfig,
-    inputs: JsonObject,
-    results: JsonObject,
+    inputs: NamedValues,
+    results: NamedValues,
     *,
     started: float | None = None,
     status: str = "done",
@@ -120,7 +124,7 @@ def to_json(value: object) -> JsonValue:
     return str(value)
 
 
-def to_json_object(values: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def to_json_object(values: NamedValues) -> dict[str, JsonValue]:
     """Return ``values`` with each value as :func:`to_json` gives it."""
     return {str(name): to_json(value) for name, value in values.items()}
 

@@ -12,7 +12,7 @@ from benchmarks.output import RESULTS, new_parser, report
 from benchmarks.peers import cogvideo_export
 from cogflow.benchmarking.export_cost import compare_export, export_result, make_source, weights_file
 from cogflow.errors import ConfigError
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 
 CONVERTER = Path("tools") / "convert_weight_sat2hf.py"
 
@@ -22,7 +22,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = new_parser("export", __doc__)
     parser.add_argument("--vs", type=Path, required=True, help="a clone of zai-org/CogVideo")
     parser.add_argument("--vs-python", default=sys.executable, help="the interpreter of the clone's own environment")
-    parser.add_argument("--model", choices=list(FAMILY), default="tiny", help="default: %(default)s")
+    parser.add_argument("--model", choices=list(MODEL_SPECS), default="tiny", help="default: %(default)s")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for small machines")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not (clone / CONVERTER).is_file():
         raise ConfigError(f"--vs {clone} holds no {CONVERTER}.", "Name a clone of zai-org/CogVideo.")
     source = make_source(given.folder, given.model, given.layers)
-    member = FAMILY[given.model]
+    member = MODEL_SPECS[given.model]
     sizes = [str(given.layers or member.layers), str(member.heads), str(member.rotary)]
     script = [given.vs_python, str(Path(cogvideo_export.__file__)), str(clone)]
     converter = [*script, str(weights_file(source)), str(given.folder / "peer"), *sizes]

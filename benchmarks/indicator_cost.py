@@ -13,7 +13,7 @@ import torch
 from benchmarks.output import new_parser, report
 from cogflow.benchmarking.results import BenchmarkResult
 from cogflow.models import loading, tiny
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.runtime import ranks
 from cogflow.sharpness import spectrum
 from cogflow.sharpness.trend import Trend

@@ -17,17 +17,18 @@ from benchmarks.output import add_size_options, new_parser, report
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import device_name
 from cogflow.data.shapes import draw, scenes
-from cogflow.sharpness import artefacts, edges, spatial, temporal, tone
+from cogflow.sharpness import frame_metrics
+from cogflow.sharpness.filters import wavelet_bands
 from cogflow.sharpness.frames import (
     finite_share,
-    pooled,
+    pool_2x2,
     repeated_share,
-    spatial_places,
+    spatial_indices,
     to_float,
     to_luma,
-    triple_places,
+    triple_indices,
 )
-from cogflow.sharpness.metrics import METRICS, chunks, measure, measure_batch
+from cogflow.sharpness.metrics import METRICS, measure, measure_batch, split_chunks
 
 ALL_METRICS = "all metrics"
 WARM_UP = 1
@@ -105,29 +106,30 @@ def drawn_clip(frames: int, height: int, width: int) -> Tensor:
 
 def metric_parts(clip: Tensor) -> dict[str, Callable[[], Any]]:
     """Return the parts of the metrics, each on the frames that it uses, converted beforehand."""
-    shown = to_float(torch.stack([clip[place] for place in spatial_places(len(clip))]))
+    shown = to_float(torch.stack([clip[place] for place in spatial_indices(len(clip))]))
     luma = to_luma(shown)
-    small, red, blue = (pooled(pooled(one)) for one in (luma, shown[..., 0], shown[..., 2]))
-    triples = to_luma(to_float(torch.stack([clip[start : start + 3] for start in triple_places(len(clip))])))
+    small, red, blue = (pool_2x2(pool_2x2(one)) for one in (luma, shown[..., 0], shown[..., 2]))
+    triples = to_luma(to_float(torch.stack([clip[start : start + 3] for start in triple_indices(len(clip))])))
 
     def each(work: Callable[..., Any], *tensors: Tensor) -> Callable[[], Any]:
-        return lambda: [work(*group) for group in zip(*(list(chunks(tensor)) for tensor in tensors), strict=True)]
+        return lambda: [work(*group) for group in zip(*(list(split_chunks(tensor)) for tensor in tensors), strict=True)]
 
     return {
         "frames to luma": lambda: [
-            to_luma(to_float(one)) for one in chunks(torch.stack([clip[place] for place in spatial_places(len(clip))]))
+            to_luma(to_float(one))
+            for one in split_chunks(torch.stack([clip[place] for place in spatial_indices(len(clip))]))
         ],
-        "edge_sharpness, reblur": each(edges.log_slopes, luma),
-        "wavelet_ratio, detail, grain": each(lambda one: spatial.noise_deviation(spatial.bands(one)[0][2]), luma),
-        "blur_effect": each(spatial.blur_effect, luma),
+        "edge_sharpness, reblur": each(frame_metrics.edge_log_slopes, luma),
+        "wavelet_ratio, detail, grain": each(lambda one: frame_metrics.noise_deviation(wavelet_bands(one)[0][2]), luma),
+        "blur_effect": each(frame_metrics.blur_effect, luma),
         "contrast, haze, saturation": lambda: (
-            tone.contrast(small),
-            tone.dark_level(small),
-            tone.saturation(red, blue, small),
+            frame_metrics.contrast(small),
+            frame_metrics.dark_level(small),
+            frame_metrics.saturation(red, blue, small),
         ),
-        "clipped": each(tone.clipped, shown),
-        "artefacts": each(artefacts.grid, luma),
-        "motion, temporal_sharpness": each(temporal.energies, triples),
+        "clipped": each(frame_metrics.clipped, shown),
+        "artefacts": each(frame_metrics.block_grid, luma),
+        "motion, temporal_sharpness": each(frame_metrics.temporal_energies, triples),
         "repeated, finite": lambda: (repeated_share(clip[None]), finite_share(clip[None])),
     }
 

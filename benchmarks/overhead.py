@@ -31,8 +31,7 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
 from cogflow.files.paths import run_folder
 from cogflow.models import loading, tiny
-from cogflow.models.inputs import Inputs
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import TransformerInputs, rotary_tables
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
 from cogflow.tracking.tracker import Tracker, open_tracker
@@ -148,7 +147,9 @@ def compare_size(
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
     clips: Any = RandomClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(config.with_stage(train), engine, None, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
+    trainer = Trainer(
+        config.with_stage(train), engine, None, clips, alphas, TransformerInputs(scaling_factor=0.7), device, dtype
+    )
     waits: list[float] = []
 
     def log(done: int, values: dict[str, float]) -> None:

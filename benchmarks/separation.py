@@ -25,7 +25,7 @@ from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.errors import DataError
 from cogflow.runtime.progress import progress
 from cogflow.sharpness.metrics import METRICS, Metrics, measure
-from cogflow.sharpness.verdict import DERIVED, changes_of, compare
+from cogflow.sharpness.verdict import DERIVED, compare, metric_changes
 
 MetricsByContent = dict[str, list[dict[str, Metrics]]]
 """Content name -> for each variant: degradation name -> metrics."""
@@ -161,7 +161,7 @@ def separation_of(measured: MetricsByContent) -> Separation:
 def paired_changes(measured: MetricsByContent, name: str) -> list[dict[str, float]]:
     """Return the changes of variant j under ``name`` against variant i, clean, i != j, of every content."""
     return [
-        changes_of(variants[j][name], variants[i][CLEAN])
+        metric_changes(variants[j][name], variants[i][CLEAN])
         for variants in measured.values()
         for i, j in product(range(len(variants)), repeat=2)
         if i != j
@@ -177,7 +177,7 @@ def defects_of(measured: MetricsByContent, name: str) -> list[set[str]]:
         if i != j
     ]
     findings = [compare(changed, clean).findings for changed, clean in pairs]
-    return [{finding.kind for finding in pair if finding.level == "alarm"} for pair in findings]
+    return [{finding.defect for finding in pair if finding.level == "alarm"} for pair in findings]
 
 
 def shares(verdicts: Sequence[set[str]]) -> dict[str, float]:
@@ -193,7 +193,7 @@ def _share_of_changed(verdicts: Sequence[set[str]], clean: Sequence[set[str]]) -
 
 def median_change(measured: MetricsByContent, name: str, metric: str) -> float:
     """Return the median change of the same clip under ``name``."""
-    changes = [changes_of(row[name], row[CLEAN])[metric] for variants in measured.values() for row in variants]
+    changes = [metric_changes(row[name], row[CLEAN])[metric] for variants in measured.values() for row in variants]
     return float(np.median(changes))
 
 
@@ -201,7 +201,8 @@ def unpaired_auc(measured: MetricsByContent, name: str) -> dict[str, float]:
     """Return metric -> probability that a degraded clip of one content scores below a clean clip of another."""
     first = next(iter(measured.values()))[0][CLEAN]  # changes from any fixed clip are in the order of the values
     degraded, clean = (
-        [changes_of(row[which], first) for variants in measured.values() for row in variants] for which in (name, CLEAN)
+        [metric_changes(row[which], first) for variants in measured.values() for row in variants]
+        for which in (name, CLEAN)
     )
     return _auc_by_metric(degraded, clean)
 
@@ -211,7 +212,9 @@ def monotone_share(measured: MetricsByContent) -> float:
     clip on."""
     falls = []
     for variants in measured.values():
-        by_sigma = [[changes_of(row[f"gauss {sigma:g}"], row[CLEAN])["blur"] for sigma in SIGMAS] for row in variants]
+        by_sigma = [
+            [metric_changes(row[f"gauss {sigma:g}"], row[CLEAN])["blur"] for sigma in SIGMAS] for row in variants
+        ]
         middle = [0.0, *np.median(by_sigma, axis=0)]
         falls.append(all(later < earlier for earlier, later in zip(middle, middle[1:], strict=False)))
     return float(np.mean(falls))
@@ -221,13 +224,13 @@ def noise_deviations(measured: MetricsByContent) -> dict[str, dict[str, float]]:
     """Return metric -> deviation of its change when frames are re-rounded ("rounding"), between variants, and between
     contents."""
     between = [
-        changes_of(one[0][CLEAN], other[0][CLEAN])
+        metric_changes(one[0][CLEAN], other[0][CLEAN])
         for first, one in measured.items()
         for second, other in measured.items()
         if first < second
     ] or paired_changes(measured, CLEAN)
     rounded = [
-        changes_of(row["rounding"], row[CLEAN])
+        metric_changes(row["rounding"], row[CLEAN])
         for variants in measured.values()
         for row in variants
         if "rounding" in row

@@ -31,7 +31,7 @@ from cogflow.benchmarking.timed_turns import idle_hooks
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
 from cogflow.models import loading, tiny
-from cogflow.models.inputs import Inputs
+from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks
 from cogflow.training import engine as engines
 from cogflow.training.ema import EMA
@@ -138,7 +138,7 @@ def count_step(config: Config[TrainStage], reuse: int | None = None) -> dict[str
     ema = EMA(engine, stage.ema_decay, every=stage.ema_every) if stage.ema_decay else None
     clips: Any = RandomClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(config, engine, ema, clips, alphas, Inputs(scaling_factor=0.7), device, dtype)
+    trainer = Trainer(config, engine, ema, clips, alphas, TransformerInputs(scaling_factor=0.7), device, dtype)
     collectives = Collectives()
     watched: list[tuple[Any, str]] = [(engine, "forward"), (engine, "backward"), (engine, "step")]
     for owner, name in [*watched, (ema, "after")] if ema else watched:

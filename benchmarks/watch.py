@@ -26,9 +26,9 @@ from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.errors import DataError
 from cogflow.runtime.progress import progress
 from cogflow.sharpness.metrics import METRICS, Metrics
-from cogflow.sharpness.quality_watch import IN_BLUR_UNITS, QualityWatch, WatchVerdict, blur_value
-from cogflow.sharpness.verdict import changes_of
-from cogflow.sharpness.watch_noise_model import MEASURED, WatchNoise
+from cogflow.sharpness.noise_model import WATCH_NOISE, WatchNoise
+from cogflow.sharpness.quality_watch import IN_BLUR_UNITS, QualityWatch, WatchVerdict, blur_composite
+from cogflow.sharpness.verdict import metric_changes
 
 BLURRED = "gauss 1"
 DAMAGES = ("gauss 0.8", BLURRED)
@@ -113,8 +113,8 @@ def main(words: Sequence[str] | None = None) -> None:
             "Give more or larger clips.",
         )
     with progress(len(TRIALS), "trials") as bar:
-        rates = run_trials(measured, MEASURED, given.share, advance=bar.advance)
-    report(watch_result(rates, len(measured), calibrate(measured, MEASURED)), given.output)
+        rates = run_trials(measured, WATCH_NOISE, given.share, advance=bar.advance)
+    report(watch_result(rates, len(measured), calibrate(measured, WATCH_NOISE)), given.output)
 
 
 def watch_result(rates: Sequence[tuple[Trial, AlarmRates]], contents: int, noise: WatchNoise) -> BenchmarkResult:
@@ -177,7 +177,7 @@ def run_trial(
         for _ in range(trial.rounds // (VALIDATIONS * SPLITS)):
             for verdict in simulation.run([CLEAN] * VALIDATIONS):
                 levels[verdict.level] += 1
-                defects.update(finding.kind for finding in verdict.findings if finding.level == "alarm")
+                defects.update(finding.defect for finding in verdict.findings if finding.level == "alarm")
         for damage in damages:
             for _ in range(trial.damaged // SPLITS):
                 soft = [_is_soft_alarm(verdict) for verdict in simulation.run([damage] * 3)]
@@ -195,29 +195,29 @@ def run_trial(
 
 
 def _is_soft_alarm(verdict: WatchVerdict) -> bool:
-    return any(finding.kind == "soft" and finding.level == "alarm" for finding in verdict.findings)
+    return any(finding.defect == "soft" and finding.level == "alarm" for finding in verdict.findings)
 
 
 def calibrate(measured: MetricsByContent, noise: WatchNoise, blur: str = BLURRED) -> WatchNoise:
     """Return ``noise`` with deviations, unit and gain measured on these contents; ``blur`` is the degradation whose
     blur value is -1."""
     clean = [[row[CLEAN] for row in variants] for variants in measured.values()]
-    own = np.array([[blur_value(metrics) for metrics in variants] for variants in clean])
-    taken = own - np.array([[blur_value(row[blur]) for row in variants] for variants in measured.values()])
+    own = np.array([[blur_composite(metrics) for metrics in variants] for variants in clean])
+    taken = own - np.array([[blur_composite(row[blur]) for row in variants] for variants in measured.values()])
     unit = float(np.median(taken))
     slope, at_zero = np.polyfit(own.ravel() / unit, taken.ravel() / unit, 1)
-    drifts = {}
-    for name, drift in noise.drifts.items():
+    prompt_noise = {}
+    for name, one in noise.prompt_noise.items():
         scale = unit if name in IN_BLUR_UNITS else 1.0
         # Changes from one fixed clip: on a metric's scale they differ from the values by a constant.
-        values = np.array([[changes_of(row, clean[0][0])[name] for row in variants] for variants in clean]) / scale
+        values = np.array([[metric_changes(row, clean[0][0])[name] for row in variants] for variants in clean]) / scale
         means = values.mean(axis=1)
         rest = values - means[:, None]
         variants_deviation = np.sqrt(2 * np.square(rest).sum() / (rest.size - len(rest)))
-        drifts[name] = replace(
-            drift, contents=max(LEAST, float(means.std(ddof=1))), variants=max(LEAST, float(variants_deviation))
+        prompt_noise[name] = replace(
+            one, contents=max(LEAST, float(means.std(ddof=1))), variants=max(LEAST, float(variants_deviation))
         )
-    return replace(noise, drifts=drifts, unit=unit, gain=(float(at_zero), float(slope)))
+    return replace(noise, prompt_noise=prompt_noise, unit=unit, gain=(float(at_zero), float(slope)))
 
 
 def metric_array(measured: MetricsByContent, degradation: str, metrics: Sequence[str]) -> np.ndarray:
@@ -251,7 +251,7 @@ class WatchSimulation:
         base = self.random.integers(0, variants, prompts)
         lasting = self._draw_drift()
         watch = QualityWatch(
-            self._to_metrics(self.values[CLEAN][which, base]), self._reconstruction_bound(), nulls=self.noise
+            self._to_metrics(self.values[CLEAN][which, base]), self._reconstruction_bound(), noise=self.noise
         )
         verdicts = []
         for step, name in enumerate(damage, start=1):

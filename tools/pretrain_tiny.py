@@ -21,8 +21,7 @@ from transformers import T5EncoderModel
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import tiny
-from cogflow.models.loading import encode_prompts, load_text_encoder, load_tokenizer
-from cogflow.models.onednn import by_onednn
+from cogflow.models.loading import encode_prompts, load_text_encoder, load_tokenizer, use_onednn_convolutions
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
 from tools import tiny_quality
@@ -82,7 +81,7 @@ def pretrain(settings: RecipeSettings, folder: Path) -> None:
 
     echo("2/4 autoencoder")
     torch.manual_seed(settings.seed)
-    vae = by_onednn(tiny.new_vae())
+    vae = use_onednn_convolutions(tiny.new_vae())
     vae_settings = VAESettings().scaled(settings.vae_steps)
     train_vae(vae, vae_settings, settings.seed, state / "vae.pt", log)
     size = (vae_settings.frames, vae_settings.height, vae_settings.width)
@@ -157,8 +156,8 @@ def make_sampler(pipeline: CogVideoXPipeline, steps: int) -> tiny_quality.Sample
             use_dynamic_cfg=True,
             guidance_scale=6.0,
             output_type="np",
-            num_frames=tiny.FACTS.frames,
-            max_sequence_length=tiny.FACTS.text_tokens,
+            num_frames=tiny.SPEC.frames,
+            max_sequence_length=tiny.SPEC.text_tokens,
             generator=torch.Generator().manual_seed(seed),
         ).frames[0]
         return np.asarray((video * 255).round().astype("uint8"))

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 from scipy.ndimage import gaussian_filter
 
 from cogflow.data.shapes import BASE_COLOURS, BASE_SHAPES, Scene, draw, scenes
-from cogflow.models.tiny import FACTS
+from cogflow.models.tiny import SPEC
 from cogflow.sharpness.metrics import measure
 from tools.recognise_shapes import recognise
 
@@ -25,7 +25,7 @@ SampleFunction = Callable[[str, int], np.ndarray]
 
 def draw_clips(wanted: list[Scene]) -> torch.Tensor:
     """Return the drawn clips, float ``[n, 3, frames, height, width]`` in -1..1."""
-    drawn = np.stack([draw(scene, FACTS.frames, FACTS.height, FACTS.width) for scene in wanted])
+    drawn = np.stack([draw(scene, SPEC.frames, SPEC.height, SPEC.width) for scene in wanted])
     return torch.from_numpy(drawn).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cogflow.data.shapes import COLOURS, GROUNDS, MOTIONS, SHAPES, Scene
-from cogflow.models.tiny import FACTS, new_text_encoder
+from cogflow.models.tiny import SPEC, new_text_encoder
 
 PLAIN = (
     "a video of the {w} in front of {v}; an animal, a person and two cars; day and night; slow and fast; "
@@ -96,7 +96,7 @@ def train_text_encoder(tokenizer: Any, steps: int, seed: int, log: Callable[[dic
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 7])
     encoder = new_text_encoder(len(tokenizer))
-    head = nn.Linear(FACTS.text_width, len(tokenizer))
+    head = nn.Linear(SPEC.text_width, len(tokenizer))
     known = all_captions()
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-3)
@@ -107,7 +107,7 @@ def train_text_encoder(tokenizer: Any, steps: int, seed: int, log: Callable[[dic
         texts = [known[i] for i in rng.integers(0, len(known), 48)]
         texts += [" ".join(rng.choice(WORDS, rng.integers(2, 10))) for _ in range(14)] + ["", ""]
         ids = tokenizer(
-            texts, padding="max_length", max_length=FACTS.text_tokens, truncation=True, return_tensors="pt"
+            texts, padding="max_length", max_length=SPEC.text_tokens, truncation=True, return_tensors="pt"
         ).input_ids
         masked = ids.masked_fill(torch.from_numpy(rng.random(ids.shape) < 0.15) & (ids > 2), unknown)
         logits = head(encoder(masked)[0])

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cogflow.data.shapes import draw, scenes
-from cogflow.models.rotary import rotary_tables
-from cogflow.models.tiny import FACTS, new_scheduler
+from cogflow.models.tiny import SPEC, new_scheduler
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.runtime.progress import progress
 from cogflow.training.objective import noised, velocity_loss
 
@@ -78,11 +78,11 @@ def encode_clips(
         with progress(count, "clips") as bar:
             for scene in drawn:
                 clip = (
-                    torch.from_numpy(draw(scene, FACTS.frames, FACTS.height, FACTS.width)).permute(3, 0, 1, 2).float()
+                    torch.from_numpy(draw(scene, SPEC.frames, SPEC.height, SPEC.width)).permute(3, 0, 1, 2).float()
                     / 127.5
                     - 1.0
                 )
-                latents.append(vae.encode(clip[None]).latent_dist.mode()[0].transpose(0, 1) * FACTS.scaling_factor)
+                latents.append(vae.encode(clip[None]).latent_dist.mode()[0].transpose(0, 1) * SPEC.scaling_factor)
                 bar.advance()
         beside = state_file.with_suffix(".tmp")
         save_file({"latents": torch.stack(latents)}, beside)
@@ -106,7 +106,7 @@ def train_transformer(
     distinct = sorted({*captions, ""})
     place = {text: index for index, text in enumerate(distinct)}
     which = torch.tensor([place[text] for text in captions])
-    tables = {length: embed(distinct, length) for length in (FACTS.text_tokens, PIPELINE_TOKENS)}
+    tables = {length: embed(distinct, length) for length in (SPEC.text_tokens, PIPELINE_TOKENS)}
     alphas = new_scheduler().alphas_cumprod
     _, frames, _, height, width = latents.shape
     rotary = rotary_tables(transformer, frames, height, width, latents.device)
@@ -132,7 +132,7 @@ def train_transformer(
         texts = which[chosen].masked_fill(
             torch.from_numpy(rng.random(settings.batch) < settings.text_dropout), place[""]
         )
-        length = PIPELINE_TOKENS if step % settings.long_every == settings.long_every - 1 else FACTS.text_tokens
+        length = PIPELINE_TOKENS if step % settings.long_every == settings.long_every - 1 else SPEC.text_tokens
         timesteps = torch.from_numpy(draw_timesteps(rng, settings))
         x0 = latents[chosen]
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))

@@ -26,7 +26,7 @@ from cogflow.assemble.expectations import (
 )
 from cogflow.assemble.stored_files import dtype_contradictions, tensor_problems
 from cogflow.files.record_io import JsonValue
-from cogflow.models.family import FAMILY, Family
+from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.records.pipeline_records import ContradictionRecord
 from cogflow.records.training_records import TrainedWith
 
@@ -58,7 +58,7 @@ def check_components(
     *,
     found: Sequence[ContradictionRecord] = (),
     force: Sequence[str] = (),
-    family: Family | None = None,
+    family: ModelSpec | None = None,
 ) -> ConsistencyResult:
     """Check the components against each other and against what the transformer requires.
 
@@ -136,10 +136,10 @@ def _between_components(components: Mapping[str, PipelineComponent]) -> Iterator
         )
 
 
-def _against_family(transformer: PipelineComponent, family: Family | None) -> Iterator[ContradictionRecord]:
+def _against_family(transformer: PipelineComponent, family: ModelSpec | None) -> Iterator[ContradictionRecord]:
     """Yield a family other than the named one, and settings that differ from the family's or from the checkpoint's."""
     recorded = transformer.training.family
-    if family is not None and recorded in FAMILY and recorded != family.name:
+    if family is not None and recorded in MODEL_SPECS and recorded != family.name:
         yield ContradictionRecord(
             key="transformer.family",
             value=recorded,

@@ -14,7 +14,7 @@ from cogflow.assemble.components import PipelineComponent
 from cogflow.config.build import show
 from cogflow.errors import PipelineError
 from cogflow.files.record_io import JsonValue
-from cogflow.models.family import FAMILY, Family
+from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.records.pipeline_records import ContradictionRecord
 from cogflow.records.training_records import TrainedWith
 
@@ -43,7 +43,7 @@ ARCHITECTURE = {
     "use_learned_positional_embeddings": "learned_positions",
     "ofs_embed_dim": "ofs_embed_dim",
 }
-"""Key of the transformer's config -> field of :class:`cogflow.models.family.Family`."""
+"""Key of the transformer's config -> field of :class:`cogflow.models.family.ModelSpec`."""
 
 POSITIONS = ("use_rotary_positional_embeddings", "use_learned_positional_embeddings")
 
@@ -56,19 +56,19 @@ class Expectation:
     source: str
 
 
-def family_of(transformer: PipelineComponent) -> Family | None:
+def family_of(transformer: PipelineComponent) -> ModelSpec | None:
     """Return the family member that the transformer's record or architecture names, or ``None``.
 
     The position flags are compared first and then left out: a flag may be the setting that is wrong.
     """
     recorded = transformer.training.family
-    if recorded in FAMILY:
-        return FAMILY[recorded]
+    if recorded in MODEL_SPECS:
+        return MODEL_SPECS[recorded]
     for left_out in ((), POSITIONS):
         keys = [key for key in ARCHITECTURE if key not in left_out]
         matching = [
             member
-            for member in FAMILY.values()
+            for member in MODEL_SPECS.values()
             if all(transformer.settings.get(key) == getattr(member, ARCHITECTURE[key]) for key in keys)
         ]
         if len(matching) == 1:
@@ -76,7 +76,7 @@ def family_of(transformer: PipelineComponent) -> Family | None:
     return None
 
 
-def expectations(transformer: PipelineComponent, family: Family | None) -> dict[str, Expectation]:
+def expectations(transformer: PipelineComponent, family: ModelSpec | None) -> dict[str, Expectation]:
     """Return the required value of each setting of :data:`TRAINED` and of ``max_sequence_length`` that is known.
 
     The record of the transformer's training (``trained_with`` of export.json) is preferred to the facts of the family.

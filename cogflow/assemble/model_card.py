@@ -110,12 +110,12 @@ def _ladder_table(run: Path | None) -> tuple[list[str], list[Row]]:
     if run is None:
         return [], []
     # Imported here: the statistics take a tenth of the memory of an assembly, and most assemblies have no run.
-    from cogflow.ladder import store
-    from cogflow.ladder.ladder_report import COLUMNS, cells
-    from cogflow.ladder.rungs import work_out
+    from cogflow.ladder.ladder_record import read_ladder
+    from cogflow.ladder.ladder_report import COLUMNS, table_cells
+    from cogflow.ladder.rung_findings import evaluate_ladder
 
-    rows, _ = work_out(store.read(run))
-    return COLUMNS, [cells(row) for row in rows]
+    rows, _ = evaluate_ladder(read_ladder(run))
+    return COLUMNS, [table_cells(row) for row in rows]
 
 
 def _training_rows(run: Path | None) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from cogflow.assemble.components import COMPONENT_SUFFIXES, STEMS, PipelineCompo
 from cogflow.errors import CogflowError, format_list
 from cogflow.files.hashing import Advance, hash_with_cache
 from cogflow.files.manifest import MANIFEST
-from cogflow.models.family import Family
+from cogflow.models.family import ModelSpec
 from cogflow.models.loading import DTYPES
 from cogflow.records.pipeline_records import ContradictionRecord
 from cogflow.weights.strict_loading import expected_shapes, meta_model
@@ -185,7 +185,7 @@ def stored_dtypes(component: PipelineComponent) -> dict[str, int]:
 
 
 def dtype_contradictions(
-    components: Mapping[str, PipelineComponent], family: Family | None
+    components: Mapping[str, PipelineComponent], family: ModelSpec | None
 ) -> Iterator[ContradictionRecord]:
     """Yield the transformer in the other 16-bit dtype than it was trained in, and fp16 components of a bf16 model.
 

@@ -29,7 +29,7 @@ from cogflow.records.ladder_records import ToleranceRecord
 from cogflow.records.pipeline_records import PipelineSampling, VerifiedSample, VerifyRecord
 from cogflow.records.sample_records import SampleRecord, SamplesRecord
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
-from cogflow.sampling.records import FRAMES, newest
+from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples
 from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -64,7 +64,7 @@ class Reference:
 
     def frames(self) -> dict[str, torch.Tensor]:
         """Return uint8 frames ``[T, H, W, 3]`` by sample name."""
-        return load_file(self.folder / FRAMES)
+        return load_file(self.folder / FRAMES_FILE)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def find_reference(runs: Iterable[Path], transformer: PipelineComponent) -> tupl
     reasons: list[str] = []
     hashes: set[str] = set()
     for run in runs:
-        folder = newest(RunLayout(run).samples)
-        if folder is None or not (folder / FRAMES).is_file():
+        folder = newest_samples(RunLayout(run).samples)
+        if folder is None or not (folder / FRAMES_FILE).is_file():
             reasons.append(f"{run} has no samples with raw frames")
             continue
         record = read_record(folder / SAMPLES_RECORD, SamplesRecord)
@@ -186,7 +186,7 @@ def verify(
     if on_compared is not None:
         on_compared(comparison)
     if comparison.failed:
-        save_file(found, folder / f"verify-{FRAMES}")
+        save_file(found, folder / f"verify-{FRAMES_FILE}")
         raise _other_frames(reference, comparison)
     return VerifyRecord(
         "passed",
@@ -254,7 +254,7 @@ def sample_in_fresh_process(folder: Path, record: SamplesRecord, images: Path | 
         request = _request(folder, record, images, work)
         (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
         _run_script(work)
-        return load_file(work / FRAMES)
+        return load_file(work / FRAMES_FILE)
 
 
 def _name(sample: SampleRecord) -> str:
@@ -296,7 +296,7 @@ def _request(folder: Path, record: SamplesRecord, images: Path | None, work: Pat
         "dtype": record.dtype,
         "device": record.device,
         "noise": str(work / "noise.safetensors"),
-        "frames": str(work / FRAMES),
+        "frames": str(work / FRAMES_FILE),
         "samples": samples,
         "call": call,
     }

@@ -24,7 +24,7 @@ from cogflow.data.clips import SETTINGS
 from cogflow.data.encode import CLIPS, TEXTS
 from cogflow.files.atomic_write import write_json
 from cogflow.models import loading as components
-from cogflow.models.inputs import Inputs, takes_image
+from cogflow.models.transformer_inputs import TransformerInputs, takes_image
 from cogflow.planning import transformer_size
 from cogflow.planning.plan import plan
 from cogflow.runtime import ranks
@@ -58,7 +58,7 @@ def measure_loading(config: Config[BenchmarkStage], folder: Path) -> BenchmarkRe
     described, _ = transformer_size.config_of(config.model)
     dtype = components.resolve_dtype(config.model, device)
     write_random_cache(place, data, described, dtype)
-    batches = _Batches(LatentCache(place), Inputs.of(described, {"scaling_factor": 0.7}), stage.batch_size)
+    batches = _Batches(LatentCache(place), TransformerInputs.of(described, {"scaling_factor": 0.7}), stage.batch_size)
     turns: list[dict[str, float]] = []
     with progress(1 + stage.repeats, "turns") as bar:
         for turn in range(1 + stage.repeats):
@@ -101,7 +101,7 @@ def measure_loading(config: Config[BenchmarkStage], folder: Path) -> BenchmarkRe
 class _Batches:
     """Batches by number, of clips in an order that reads neighbours from different shards, as a shuffled epoch does."""
 
-    def __init__(self, clips: LatentCache, inputs: Inputs, batch_size: int) -> None:
+    def __init__(self, clips: LatentCache, inputs: TransformerInputs, batch_size: int) -> None:
         self.clips, self.inputs, self.batch_size = clips, inputs, batch_size
 
     def chosen(self, number: int) -> list[int]:

@@ -19,7 +19,7 @@ from cogflow.export.to_sat import PUBLISHED_VAE
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import tiny
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.models.loading import DTYPES
 from cogflow.runtime.progress import progress
 from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model
@@ -50,7 +50,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
 
     ``layers``: fewer layers of the transformer, and fewer of T5 in proportion. Memory: a pool of values and one tensor.
     """
-    member = FAMILY[family]
+    member = MODEL_SPECS[family]
     facts = of_family(family)
     count = layers or member.layers
     facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=count)})
@@ -72,7 +72,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
 
 def vae_config(family: str) -> dict[str, Any]:
     """Return the ``config.json`` of the VAE of ``family``; the tiny model has a small one."""
-    member = FAMILY[family]
+    member = MODEL_SPECS[family]
     config = {
         "_class_name": "AutoencoderKLCogVideoX",
         **PUBLISHED_VAE,

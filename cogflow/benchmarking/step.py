@@ -24,7 +24,7 @@ from cogflow.benchmarking.step_profile import ProfilePart, profile_step
 from cogflow.benchmarking.timed_turns import StepTimes, TimedTurns, step_times
 from cogflow.config.schema import BenchmarkStage, Config, TrainStage
 from cogflow.models import loading, tiny
-from cogflow.models.inputs import Inputs
+from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.planning import flops, transformer_size
 from cogflow.planning.plan import Plan, kept, plan
 from cogflow.runtime import ranks
@@ -172,7 +172,7 @@ def make_trainer(
     latents = ((data.frames - 1) // own.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
     clips: Any = RandomClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    inputs = Inputs.of(own, {"scaling_factor": 0.7})
+    inputs = TransformerInputs.of(own, {"scaling_factor": 0.7})
     trainer = Trainer(config, engine, None, clips, alphas, inputs, device, dtype)
     memory_log.follow(transformer)
     return trainer

@@ -20,7 +20,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "tiny"  # key of cogflow.models.family.FAMILY, or auto (export and assemble)
+    name: str = "tiny"  # key of cogflow.models.family.MODEL_SPECS, or auto (export and assemble)
     path: str | None = None  # diffusers pipeline folder to start from; tiny brings its own
     dtype: str = "auto"  # auto | fp32 | bf16 | fp16; auto: the family's on a GPU, fp32 on a CPU
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogflow.models.inputs import SIGMA_MEAN, SIGMA_STD
+from cogflow.models.transformer_inputs import SIGMA_MEAN, SIGMA_STD
 
 VERSION = 1
 """Raised when the same frame would give other tensors; part of each clip's key."""

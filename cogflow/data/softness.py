@@ -16,7 +16,7 @@ from PIL import Image
 from cogflow.config.schema import DataConfig
 from cogflow.data.buckets import sized
 from cogflow.data.clips import Clip, corner, scaled_size
-from cogflow.sharpness.dataset import resolution, two_groups
+from cogflow.sharpness.effective_resolution import resolution, two_groups
 from cogflow.sharpness.metrics import METRICS, change, measure
 
 SMALLEST = 32  # pixels; smaller clips are not measured

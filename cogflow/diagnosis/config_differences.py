@@ -15,7 +15,7 @@ from cogflow.diagnosis.severity import IGNORED, OTHER, SEVERITY
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.models.code_check import CONFIGS
-from cogflow.models.family import Family
+from cogflow.models.family import ModelSpec
 from cogflow.weights.tensor_source import WeightsFolder
 
 CALLED = ("use_dynamic_cfg", "guidance_scale", "steps", "max_sequence_length")
@@ -144,7 +144,7 @@ def _expected(candidate: DiagnosisInput, reference: DiagnosisInput, known: set[s
 
 
 def _architecture(
-    side: DiagnosisInput, transformer: PipelineComponent, family: Family | None, known: set[str]
+    side: DiagnosisInput, transformer: PipelineComponent, family: ModelSpec | None, known: set[str]
 ) -> Iterator[DiagnosisFinding]:
     for key, field in ARCHITECTURE.items() if family is not None else ():
         mine, wanted = transformer.settings.get(key), getattr(family, field)

@@ -18,12 +18,12 @@ from cogflow.errors import ConfigError, PipelineError
 from cogflow.export.origin import find_transformer
 from cogflow.files.record_io import read_record
 from cogflow.models.code_check import CONFIGS
-from cogflow.models.family import FAMILY, Family
+from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.models.loading import model_folder
 from cogflow.records.pipeline_records import AssemblyRecord, PipelineSampling, TransformerOrigin
 from cogflow.records.sample_records import SamplesRecord
 from cogflow.records.training_records import ModelIdentity, TrainedWith
-from cogflow.sampling import gallery
+from cogflow.sampling.sample_record import newest_samples
 
 DIAGNOSED = (ArtifactKind.PIPELINE, ArtifactKind.RUN, ArtifactKind.EXPORT, ArtifactKind.CHECKPOINT)
 """Kinds of artifact that can be diagnosed."""
@@ -43,7 +43,7 @@ class DiagnosisInput:
     role: str
     place: Path | None
     parts: dict[str, PipelineComponent]
-    family: Family | None
+    family: ModelSpec | None
     expected: dict[str, Expectation]
     sampling: PipelineSampling | None = None
     run: Path | None = None
@@ -75,7 +75,7 @@ def resolve(
     itself. Raise :class:`ConfigError`, :class:`CheckpointError` or :class:`PipelineError` for a path that cannot be
     diagnosed, and when neither place nor model is given.
     """
-    if place is None and model.name not in FAMILY and other is not None and other.expected:
+    if place is None and model.name not in MODEL_SPECS and other is not None and other.expected:
         return DiagnosisInput(role, None, {}, other.family, other.expected)
     if place is None:
         return _declared(model, role)
@@ -128,12 +128,12 @@ def _not_diagnosed(artifact: Artifact, role: str) -> PipelineError:
 
 
 def _declared(model: ModelConfig, role: str) -> DiagnosisInput:
-    family = FAMILY.get(model.name)
+    family = MODEL_SPECS.get(model.name)
     if family is None:
         raise ConfigError(
             f"There is nothing to compare the candidate with: stage.{role} is not given and model={model.name} "
             "declares nothing.",
-            f"Give stage.{role}=FOLDER, or model= one of {', '.join(FAMILY)}.",
+            f"Give stage.{role}=FOLDER, or model= one of {', '.join(MODEL_SPECS)}.",
         )
     declared = PipelineComponent("transformer", Path(), "", {})
     return DiagnosisInput(role, None, {}, family, expectations(declared, family))
@@ -175,7 +175,7 @@ def _of_parts(
 
 def _recorded(run: Path) -> PipelineSampling | None:
     """Return how the run's newest samples were made, or ``None``."""
-    newest = gallery.newest(RunLayout(run).samples)
+    newest = newest_samples(RunLayout(run).samples)
     if newest is None:
         return None
     record = read_record(newest / SAMPLES_RECORD, SamplesRecord)

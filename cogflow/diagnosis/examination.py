@@ -21,10 +21,10 @@ from cogflow.diagnosis.rendering import Mix, Rendered, Renderer, mix_of, swapped
 from cogflow.diagnosis.sample_quality import compare_rungs, compare_trainings
 from cogflow.diagnosis.swaps import SAME, Suspect, Tried, attempt, psnr, shown, suspects_of, try_swaps
 from cogflow.diagnosis.weight_differences import compare_weights
-from cogflow.diagnosis.weight_evidence import weigh_evidence
+from cogflow.diagnosis.weight_evidence import EvidenceProbe, weigh_evidence
 from cogflow.errors import QualityGateError
-from cogflow.models.loading import SAFETENSORS_ONLY
-from cogflow.models.onednn import by_onednn
+from cogflow.ladder.schedule_probe import ProbeClip
+from cogflow.models.loading import SAFETENSORS_ONLY, use_onednn_convolutions
 from cogflow.records.pipeline_records import PipelineSampling, VerifyRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
@@ -128,10 +128,12 @@ class Examination:
         )
         latents, captions = self._clips()
         embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions)
-        return weigh_evidence(
-            self.candidate, transformer.to(self.device).eval(), latents, list(embeds[:-1]), factors=self.stage.scaling_factors,
-            shifts=self.stage.snr_shift_scales, device=self.device, dtype=torch.float32,
-        )  # fmt: skip
+        clips = [
+            ProbeClip(clip, text, f"evidence:{index}")
+            for index, (clip, text) in enumerate(zip(latents, embeds[:-1], strict=True))
+        ]
+        probe = EvidenceProbe(transformer.to(self.device).eval(), clips, self.device, torch.float32)
+        return weigh_evidence(self.candidate, probe, self.stage.scaling_factors, self.stage.snr_shift_scales)
 
     def renderer(self) -> Renderer:
         if self._render is None:
@@ -258,7 +260,9 @@ class Examination:
         vae = AutoencoderKLCogVideoX.from_pretrained(
             side.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY
         )
-        return probe_latents.drawn(by_onednn(vae.eval().requires_grad_(False)), self._data(), self.stage.clips)
+        return probe_latents.drawn(
+            use_onednn_convolutions(vae.eval().requires_grad_(False)), self._data(), self.stage.clips
+        )
 
     def _data(self) -> DataConfig:
         family = self.candidate.family

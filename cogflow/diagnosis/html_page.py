@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
 from cogflow.files.atomic_write import write_text
-from cogflow.ladder import crops as sheets
+from cogflow.ladder import crop_sheet as sheets
 from cogflow.tracking.contact_sheet import GAP, INK, LABEL, PAPER, enlarge
 
 Frames = Mapping[str, Mapping[str, torch.Tensor]]
@@ -39,7 +39,7 @@ def write_page(folder: Path, found: Mapping[str, Any], frames: Frames) -> Page:
         whole, crops = folder / "diagnosis" / "frames.png", folder / "diagnosis" / "crops.png"
         whole.parent.mkdir(parents=True, exist_ok=True)
         side_by_side(frames).save(whole)
-        sheets.save(
+        sheets.write_crop_sheet(
             crops,
             {name: {side: torch.nan_to_num(video) for side, video in sides.items()} for name, sides in frames.items()},
         )

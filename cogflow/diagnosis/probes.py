@@ -14,9 +14,9 @@ from cogflow.assemble.components import STEMS
 from cogflow.diagnosis.config_differences import dtype_of
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.precision import Probe
-from cogflow.diagnosis.weight_evidence import velocity, whole_patches
-from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts
-from cogflow.models.onednn import by_onednn
+from cogflow.ladder.schedule_probe import predict_velocity
+from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts, use_onednn_convolutions
+from cogflow.models.transformer_inputs import pad_latent_frames
 from cogflow.sampling.noise import noise_for
 from cogflow.weights.tensor_source import WeightsFolder
 
@@ -44,7 +44,7 @@ def probes_of(
     }
     length, factor = embeds.shape[0], float(side.parts["vae"].settings.get("scaling_factor") or 1.0)
     patch = side.parts["transformer"].settings.get("patch_size_t") or 1
-    scaled = (factor * whole_patches(latents, patch).float()).transpose(0, 1)[None].to(device)
+    scaled = factor * pad_latent_frames(latents.float().transpose(0, 1), patch)[None].to(device)
     noisy = LEVEL * scaled + math.sqrt(1 - LEVEL**2) * noise_for(0, "precision", scaled.shape).to(device)
 
     def encode(model: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -60,10 +60,10 @@ def probes_of(
         ),
         "transformer": (
             lambda: CogVideoXTransformer3DModel.from_pretrained(folders["transformer"], **FP32),
-            lambda model, dtype: velocity(model, noisy, embeds, TIMESTEP, device, dtype),
+            lambda model, dtype: predict_velocity(model, noisy, embeds, TIMESTEP, dtype),
         ),
         "vae": (
-            lambda: by_onednn(AutoencoderKLCogVideoX.from_pretrained(folders["vae"], **FP32)),
+            lambda: use_onednn_convolutions(AutoencoderKLCogVideoX.from_pretrained(folders["vae"], **FP32)),
             lambda model, dtype: model.decode(latents[None].to(device, dtype)).sample,
         ),
     }

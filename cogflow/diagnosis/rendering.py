@@ -18,8 +18,7 @@ from cogflow.assemble.components import PipelineComponent
 from cogflow.config.schema import SamplingConfig
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.models.code_check import CONFIGS
-from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts
-from cogflow.models.onednn import by_onednn
+from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts, use_onednn_convolutions
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.sharpness.metrics import Metrics, measure
@@ -155,7 +154,7 @@ class Renderer:
             choice.part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY, **dict(choice.fields)
         )
         vae.enable_slicing()
-        return by_onednn(vae.eval().requires_grad_(False))
+        return use_onednn_convolutions(vae.eval().requires_grad_(False))
 
     def _scheduler(self, mix: Mix) -> Any:
         choice = mix.choices["scheduler"]

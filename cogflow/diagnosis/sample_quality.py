@@ -9,7 +9,7 @@ from cogflow.diagnosis.swaps import psnr, shown
 from cogflow.sharpness.metrics import METRICS
 from cogflow.sharpness.verdict import compare
 
-TOLD = 4  # channels that changed most
+TOLD = 4  # metrics that changed most
 BY_EYE = 60.0
 """dB from which frames differ by rounding alone, and the panel is not asked what it would call that."""
 
@@ -25,9 +25,9 @@ def compare_trainings(found: Rendered, other: Rendered) -> StepResult:
         DiagnosisFinding(
             "rungs",
             "transformer",
-            one.kind,
+            one.defect,
             rung=4,
-            confidence=0.6 if one.kind in LOST else 0.3,
+            confidence=0.6 if one.defect in LOST else 0.3,
             why=why.format(one.line()),
         )
         for one in compare(found.panels, other.panels).findings
@@ -54,7 +54,7 @@ def compare_rungs(candidate: DiagnosisInput, found: Rendered | None, goal: Rende
     )[:TOLD]
     lines = [f"rung {candidate.rung}: {len(goal.frames)} samples against how they should look: {shown(overall)}"]
     changes = {name: verdict.changes[name].size for name in moved}
-    kinds = [finding.kind for finding in verdict.findings if finding.level == "alarm"] if overall < BY_EYE else []
+    kinds = [finding.defect for finding in verdict.findings if finding.level == "alarm"] if overall < BY_EYE else []
     if overall < BY_EYE:
         lines.append(", ".join(f"{name} {size:+.3g}" for name, size in changes.items()))
         lines += [finding.line() for finding in verdict.findings if finding.level == "alarm"]

@@ -168,7 +168,7 @@ def kinds_of(found: Rendered | None, goal: Rendered) -> list[str]:
     """What the panel calls it; exact pairs, so that rounding is the null."""
     if found is None:
         return []
-    return [finding.kind for finding in compare(found.panels, goal.panels).findings if finding.level == "alarm"]
+    return [finding.defect for finding in compare(found.panels, goal.panels).findings if finding.level == "alarm"]
 
 
 def shown(value: float) -> str:

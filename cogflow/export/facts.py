@@ -16,7 +16,7 @@ from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export import shape_claims, yaml_claims
 from cogflow.export.claims import Claim, Fact, same, settle, shown
 from cogflow.export.shape_claims import Infos
-from cogflow.models.family import FAMILY, Family
+from cogflow.models.family import MODEL_SPECS, ModelSpec
 
 Yamls = Sequence[tuple[Path, Mapping[str, Any]]]
 
@@ -88,7 +88,7 @@ def gather(infos: Infos, yamls: Yamls, family: str = "auto", given: Mapping[str,
     """The facts of a SAT transformer.
 
     ``infos``: its tensors, without ``model.diffusion_model.``. ``yamls``: (path, content) of each yaml found. ``family``: auto
-    or a key of FAMILY. ``given``: the user's own facts; null counts as not given. Raises :class:`ConversionError` listing
+    or a key of MODEL_SPECS. ``given``: the user's own facts; null counts as not given. Raises :class:`ConversionError` listing
     every contradiction with both values and both sources, :class:`ConfigError` listing what is unsettled and how to give it.
     """
     if not any(name.startswith("transformer.layers.") for name in infos):
@@ -148,7 +148,7 @@ def of_family(name: str) -> Facts:
     """The facts of a member at its published size, from the family table alone: for weights whose names say nothing of SAT."""
     member = _member(name)
     if member is None:
-        raise ConfigError("model=auto is no member of the family.", f"Choose one of {', '.join(FAMILY)}.")
+        raise ConfigError("model=auto is no member of the family.", f"Choose one of {', '.join(MODEL_SPECS)}.")
     values, _ = settle(_family_claims(member))
     origin = f"model={name}"
     values["hidden"] = Fact(member.heads * member.head_dim, origin)
@@ -158,19 +158,19 @@ def of_family(name: str) -> Facts:
     return Facts({key: values[key] for key in KINDS if key in values}, name)
 
 
-def _member(family: str) -> Family | None:
+def _member(family: str) -> ModelSpec | None:
     if family == "auto":
         return None
-    if family not in FAMILY:
-        raise ConfigError(f"model={family} is unknown.", f"Choose auto or {', '.join(FAMILY)}.")
-    return FAMILY[family]
+    if family not in MODEL_SPECS:
+        raise ConfigError(f"model={family} is unknown.", f"Choose auto or {', '.join(MODEL_SPECS)}.")
+    return MODEL_SPECS[family]
 
 
-def position(member: Family) -> str:
+def position(member: ModelSpec) -> str:
     return "sincos" if not member.rotary else "learned+rotary" if member.learned_positions else "rotary"
 
 
-def _family_claims(member: Family | None) -> list[Claim]:
+def _family_claims(member: ModelSpec | None) -> list[Claim]:
     """Traits must agree; sizes and the dtype, which finetuning may change, only fill gaps."""
     if member is None:
         return []
@@ -211,7 +211,7 @@ def _named(values: Mapping[str, Fact]) -> str | None:
     """The one member with the same architecture and schedule. The table names the result and decides nothing."""
     matches = [
         member.name
-        for member in FAMILY.values()
+        for member in MODEL_SPECS.values()
         if all(same(values[key].value, getattr(member, key)) for key in _NAMING)
         and values["position"].value == position(member)
     ]
@@ -288,7 +288,11 @@ def _refuse(problems: list[str], missing: list[str], family: str) -> None:
             "Mend or remove the yaml that is wrong, or choose another model= or stage.facts.",
         )
     if missing:
-        whole = "" if family != "auto" else f", or model= one of {', '.join(name for name in FAMILY if name != 'tiny')}"
+        whole = (
+            ""
+            if family != "auto"
+            else f", or model= one of {', '.join(name for name in MODEL_SPECS if name != 'tiny')}"
+        )
         names = [f"stage.facts.{key}" if key in KINDS else key for key in missing]
         raise ConfigError(
             f"Neither the checkpoint's shapes nor a yaml of SAT settles: {', '.join(missing)}.",

@@ -19,7 +19,7 @@ from cogflow.export.to_diffusers import Report, describe, refuse_nonfinite
 from cogflow.files.atomic_write import require_space, write_json, write_text
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import publish_folder
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.models.loading import dtype_name
 from cogflow.weights.cast_statistics import TensorStatistics
 from cogflow.weights.tensor_source import read_json
@@ -137,7 +137,7 @@ def _settings(
             f"{origin.place} does not tell what SAT's yaml needs: {' and '.join(missing)}.",
             "Give them; 5B models have 1.0 and 0.7, 2B 3.0 and 1.15258426.",
         )
-    plain = FAMILY["cogvideox-5b"].scheduler_config()
+    plain = MODEL_SPECS["cogvideox-5b"].scheduler_config()
     return transformer, plain | scheduler | {"snr_shift_scale": shift}, PUBLISHED_VAE | vae | {"scaling_factor": scale}
 
 

@@ -1,94 +1,117 @@
-"""The ladder told: on the terminal, in metrics.jsonl, in W&B, in the report."""
+"""Report the ladder: on the terminal, in metrics.jsonl, in W&B and in the run's report."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from cogflow.ladder import store
-from cogflow.ladder.comparison import NAMES, Row, RungFinding
-from cogflow.ladder.rungs import work_out
+from cogflow.ladder.ladder_record import read_ladder, write_ladder
+from cogflow.ladder.rung import Rung
+from cogflow.ladder.rung_findings import evaluate_ladder
+from cogflow.records.ladder_records import ChangeInterval, DecodingVariant, LadderFinding, LadderRecord, LadderRow
 from cogflow.runtime import ranks
 from cogflow.runtime.console import table
 from cogflow.tracking.tracker import Tracker
 
-COLUMNS = ["rung", "clips", "against", "pairs", "blur", "contrast", "grain", "PSNR", "verdict"]
-LOGGED = ("blur", "contrast", "grain", "motion", "artefacts")
+SHOWN_CHANGES = ("blur", "contrast", "grain")
+COLUMNS = ["rung", "clips", "against", "pairs", *SHOWN_CHANGES, "PSNR", "verdict"]
+LOGGED_CHANGES = ("blur", "contrast", "grain", "motion", "artefacts")
 SHEETS = ("clips", "samples")
+TITLE_LENGTH = 63  # characters of an alert's title
 
 
-def tell(tracker: Tracker, folder: Path, step: int = 0) -> list[RungFinding]:
-    """Work out the table and the findings of ``folder/ladder.json`` from its panels, write them back, tell them, and return the findings.
+def report_ladder(tracker: Tracker, folder: Path, step: int = 0) -> list[LadderFinding]:
+    """Evaluate ``folder/ladder.json``, write table and findings back, report them, and return the findings.
 
     The table goes to the terminal and to W&B (``ladder/rungs``), numbers to ``metrics.jsonl`` at ``step`` (``ladder/rung2_blur``, ...).
-    A finding that was not told before is an alert. Rank 0 only; elsewhere it does nothing.
+    A finding that was not reported before is an alert. Rank 0 only; other ranks do nothing.
     """
     if not ranks.is_main():
         return []
-    ladder = store.read(folder)
-    told = {
-        (one.get("rung"), one.get("kind"), one.get("level"), one.get("field"), one.get("channel"))
-        for one in ladder["findings"]
-    }
-    rows, findings = work_out(ladder)
-    lines = [cells(row) for row in rows] + variant_cells(ladder.get("variants", {}))
-    ladder |= {"findings": [one.as_dict() for one in findings], "table": [row.as_dict() for row in rows]}
-    store.save(folder, ladder)
+    ladder = read_ladder(folder)
+    reported = {_key(finding) for finding in ladder.findings}
+    rows, findings = evaluate_ladder(ladder)
+    write_ladder(folder, dataclasses.replace(ladder, findings=findings, table=rows))
     if not rows:
         return []
+    lines = [table_cells(row) for row in rows]
+    if ladder.rungs.roundtrip is not None:
+        lines += decoder_cells(ladder.rungs.roundtrip.variants)
     table(lines, COLUMNS)
     tracker.table("ladder/rungs", COLUMNS, lines)
-    tracker.log(step, numbers(rows))
+    tracker.log(step, logged_values(rows))
     for name in SHEETS:
         if (path := folder / "ladder" / f"{name}.png").is_file():
             tracker.image(step, f"ladder/{name}", path)
-    alerted = "watch" in ladder["rungs"].get("4", {}).get("facts", {})  # the watch sends its own alerts, with pictures
-    for one in findings:
-        if one.rung == 4 and alerted:
-            continue
-        if (one.rung, one.kind, one.level, one.field, one.channel) not in told:
-            title = f"rung {one.rung} ({NAMES[one.rung]}): {one.kind.replace('_', ' ')}"
-            tracker.alert(title[:63], one.line, "ERROR" if one.level == "alarm" else "WARN")
+    for finding in findings:
+        if _key(finding) not in reported and not _is_alerted_by_watch(ladder, finding):
+            title = f"rung {finding.rung} ({Rung(finding.rung).title}): {finding.defect.replace('_', ' ')}"
+            level = "ERROR" if finding.level == "alarm" else "WARN"
+            tracker.alert(title[:TITLE_LENGTH], finding.line, level)
     return findings
 
 
-def cells(row: Row) -> list[Any]:
-    """One row of the table as it is shown; changes as the median and its 95 % interval."""
-    shown = [str(row.changes[name]) if name in row.changes else "" for name in ("blur", "contrast", "grain")]
-    against = "" if row.against is None else f"{row.against} {NAMES[row.against]}"
-    pairs = "" if row.against is None else str(row.pairs) if row.paired else "as groups"
+def table_cells(row: LadderRow) -> list[str | int]:
+    """Return one row of the table as it is shown; changes as the median and its 95 % interval."""
+    against = "" if row.against is None else f"{row.against} {Rung(row.against).title}"
+    pairs = str(row.pairs) if row.paired else "as groups"
     return [
-        f"{row.rung} {NAMES[row.rung]}",
+        f"{row.rung} {row.name}",
         row.count,
         against,
-        pairs,
-        *shown,
+        "" if row.against is None else pairs,
+        *(_interval_text(row.changes.get(name)) for name in SHOWN_CHANGES),
         "" if row.psnr is None else f"{row.psnr:.1f} dB",
         row.verdict,
     ]
 
 
-def variant_cells(variants: Mapping[str, Any]) -> list[list[Any]]:
-    """A row for each precision and tiling of the VAE."""
-    rows: list[list[Any]] = []
-    for name, one in (variants.get("2") or {}).items():
-        psnr, finite = one.get("psnr"), one.get("finite")
-        verdict = one.get("failed") or (
-            "" if finite is None or finite == 1 else f"{100 * (1 - finite):.2g} % of the values are no numbers"
-        )
-        shown = f"{psnr:.1f} dB" if psnr is not None else ""
-        rows.append(
-            [f"2 in {name}", 1, "2 in fp32", "1", "", "", "", shown, verdict or ("in use" if one.get("chosen") else "")]
-        )
-    return rows
+def decoder_cells(decoders: Mapping[str, DecodingVariant]) -> list[list[str | int]]:
+    """Return a row of the table for each precision and tiling of the VAE."""
+    rung = Rung.ROUNDTRIP.value
+    return [
+        [
+            f"{rung} in {name}",
+            1,
+            f"{rung} in fp32",
+            "1",
+            *("" for _ in SHOWN_CHANGES),
+            "" if trial.psnr is None else f"{trial.psnr:.1f} dB",
+            _decoder_verdict(trial),
+        ]
+        for name, trial in decoders.items()
+    ]
 
 
-def numbers(rows: list[Row]) -> dict[str, float]:
-    """Flat names for metrics.jsonl."""
+def logged_values(rows: list[LadderRow]) -> dict[str, float]:
+    """Return flat names and values for metrics.jsonl."""
     values: dict[str, float] = {}
     for row in rows:
-        values |= {f"ladder/rung{row.rung}_{name}": row.changes[name].size for name in LOGGED if name in row.changes}
+        prefix = f"ladder/rung{row.rung}"
+        values |= {f"{prefix}_{name}": row.changes[name].size for name in LOGGED_CHANGES if name in row.changes}
         if row.psnr is not None:
-            values[f"ladder/rung{row.rung}_psnr"] = row.psnr
+            values[f"{prefix}_psnr"] = row.psnr
     return values
+
+
+def _key(finding: LadderFinding) -> tuple[int, str, str, str, str]:
+    """Return a key that is equal for findings that differ in size and wording only."""
+    return finding.rung, finding.defect, finding.level, finding.field, finding.metric
+
+
+def _interval_text(change: ChangeInterval | None) -> str:
+    return "" if change is None else f"{change.size:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+
+
+def _decoder_verdict(trial: DecodingVariant) -> str:
+    if trial.failed:
+        return trial.failed
+    if trial.finite is not None and trial.finite != 1:
+        return f"{100 * (1 - trial.finite):.2g} % of the values are not finite"
+    return "in use" if trial.chosen else ""
+
+
+def _is_alerted_by_watch(ladder: LadderRecord, finding: LadderFinding) -> bool:
+    """Return whether the quality watch sends the alert, with pictures."""
+    return finding.rung == Rung.TUNED and ladder.rungs.tuned is not None and ladder.rungs.tuned.watch is not None

@@ -1,8 +1,8 @@
-"""The ceiling of what samples can reach: all measured clips, moved by what the VAE's round trip does to those that went through it.
+"""The VAE reconstruction bound of what samples can reach: all measured clips, changed by what the VAE's round trip does to some of them.
 
-The round trip is dear and a few clips go through it; every prepared clip has a panel. What the VAE does to a clip varies little over clips,
-what clips look like varies much: the ceiling's place is known far better from all of them. Of 8 clips at 480x720 a blur of one pixel leaves
-the interval between samples and ceiling at the first validation in 58 of 100 runs, of all clips in 79.
+The round trip is expensive, so a few clips go through it; every prepared clip has metrics. What the VAE does to a clip varies little over
+clips, and what clips look like varies much, so the bound is known far better from all of them. With 8 clips at 480x720 a blur of one pixel
+leaves the interval between samples and bound at the first validation in 58 of 100 runs, with all clips in 79.
 """
 
 from __future__ import annotations
@@ -11,33 +11,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from cogflow.ladder import store
-from cogflow.sharpness.metrics import METRICS, Metrics, change, moved
-
-Panels = Mapping[str, Metrics]
+from cogflow.ladder.ladder_record import read_ladder
+from cogflow.sharpness.metrics import METRICS, Metrics, change, shift_value
 
 
-def read(folder: Path) -> dict[str, dict[str, float]]:
-    """The ceiling of the run in ``folder``, from the rungs 1 and 2 of its ladder; a panel by clip. Empty without a round trip that is
-    finite; the round trip's own panels where the clips were not measured at preparation."""
-    rungs = store.read(folder)["rungs"]
-    trip, clips = rungs.get("2", {}).get("panels") or {}, (rungs.get("2", {}).get("facts") or {}).get("clips") or {}
-    return project(rungs.get("1", {}).get("panels") or {}, trip, clips)
+def read_reconstruction_bound(folder: Path) -> dict[str, Metrics]:
+    """Return the bound of the run in ``folder`` from its ladder, metrics by clip name.
 
-
-def project(every: Panels, trip: Panels, before: Panels) -> dict[str, dict[str, float]]:
-    """``every`` clip's panel moved by the mean change from ``before`` to ``trip``, the panels of some of them without and with the VAE."""
-    sound = [name for name in trip if name in before and trip[name]["finite"] == 1]
-    whole = {name: panel for name, panel in every.items() if set(METRICS) <= set(panel)}
-    if len(sound) < len(trip) or not sound:
+    Empty without a round trip whose values are all finite. The round trip's own metrics where the clips were not measured at preparation.
+    """
+    rungs = read_ladder(folder).rungs
+    if rungs.roundtrip is None:
         return {}
-    if len(whole) <= len(trip):
-        return {name: dict(panel) for name, panel in trip.items()}
-    by = {
-        channel: fmean(change(channel, trip[name][channel], before[name][channel]) for name in sound)
-        for channel in METRICS
+    prepared = rungs.clip.metrics if rungs.clip is not None else {}
+    return project_clips(prepared, after=rungs.roundtrip.metrics, before=rungs.roundtrip.clips)
+
+
+def project_clips(
+    prepared: Mapping[str, Metrics], after: Mapping[str, Metrics], before: Mapping[str, Metrics]
+) -> dict[str, Metrics]:
+    """Return the metrics of all ``prepared`` clips, shifted by the mean change from ``before`` to ``after``: those of some clips without and
+    with the VAE."""
+    finite = [name for name in after if name in before and after[name]["finite"] == 1]
+    complete = {name: metrics for name, metrics in prepared.items() if set(METRICS) <= set(metrics)}
+    if len(finite) < len(after) or not finite:
+        return {}
+    if len(complete) <= len(after):
+        return {name: dict(metrics) for name, metrics in after.items()}
+    shifts = {
+        metric: fmean(change(metric, after[name][metric], before[name][metric]) for name in finite)
+        for metric in METRICS
     }
     return {
-        name: {channel: moved(channel, panel[channel], by[channel]) for channel in METRICS}
-        for name, panel in whole.items()
+        name: {metric: shift_value(metric, metrics[metric], shifts[metric]) for metric in METRICS}
+        for name, metrics in complete.items()
     }

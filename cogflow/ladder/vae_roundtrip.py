@@ -1,13 +1,12 @@
-"""Rung 2: clips through the VAE and back, by the very path that training and sampling use. It is the ceiling of what a sample can reach."""
+"""The roundtrip rung: clips through the VAE and back, decoded as training's samples are. It bounds what a sample can reach."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -19,23 +18,33 @@ from cogflow.data.clips import ClipError, read_clip
 from cogflow.data.encode import clip_key
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
-from cogflow.ladder import crops, store
+from cogflow.ladder.crop_sheet import FramesByTitle, write_crop_sheet
+from cogflow.ladder.ladder_record import read_ladder, write_rung
+from cogflow.ladder.rung import Rung
 from cogflow.models.loading import dtype_name
+from cogflow.records.ladder_records import DecodingVariant, RoundtripIdentity, RoundtripRung
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
-from cogflow.sampling.sampler import Sampler, decoder
-from cogflow.sharpness.metrics import measure as panel_of
+from cogflow.sampling.sampler import Sampler
+from cogflow.sharpness.metrics import Metrics, measure
 
-Panel = dict[str, float]
-SCALED = 2  # clips whose first frame is decoded at other scales, too
-VARIED = 3  # latent frames of the first clip that are decoded in other precisions, too; an odd number, as a clip has
+SCALED_CLIPS = 2  # clips whose first frame is decoded at other scales, too
+TRIAL_FRAMES = (
+    3  # latent frames of the first clip that are decoded in other precisions, too; an odd number, as clips have
+)
 FACTORS = (0.5, 0.607, 0.8, 1.25, 1.6465, 2.0)
-"""Scales at which latents are tried beside their own: 0.607 and 1.6465 are 0.7 over 1.15258426 and back, the rest are about it."""
+"""Factors on the latents that are tried beside 1: 0.607 and 1.6465 are 0.7 / 1.15258426 and its inverse, the others surround them."""
+HIGHEST_PSNR = 100.0  # dB, instead of infinity
+CLIPS_SHEET = Path("ladder", "clips.png")
 
 
 @dataclass(frozen=True)
-class Read:
-    """One clip: its frames as the loader gives them (0..1), a few source frames and their places, and its cached latents, not scaled."""
+class RoundtripClip:
+    """A clip to send through the VAE.
+
+    ``frames``: as the loader returns them, 0..1, ``[T, H, W, 3]``; ``source``: a few source frames, and ``source_at`` their indices;
+    ``mean``: the cached latents, not scaled, ``[channels, frames, h, w]``.
+    """
 
     name: str
     frames: torch.Tensor
@@ -43,79 +52,105 @@ class Read:
     source_at: tuple[int, ...]
     mean: torch.Tensor
 
+    def scaled_latents(self, scaling_factor: float) -> torch.Tensor:
+        """Return fp32 ``[frames, channels, h, w]``, as a sampler returns latents."""
+        return scaling_factor * self.mean.float().transpose(0, 1)
 
-def measure(
+
+def measure_roundtrip(
     folder: Path, config: AnyConfig, cache: LatentCache, sampler: Sampler, scaling_factor: float
-) -> dict[str, Panel]:
-    """Decode cached latents times ``scaling_factor`` (training's own) with ``sampler``; the panel of each decoded clip by its name.
+) -> dict[str, Metrics]:
+    """Decode cached latents times ``scaling_factor`` (training's own) with ``sampler``; return the metrics of each decoded clip by its name.
 
     ``folder`` is the run's. Every rank calls it and gets the same; rank 0 works. ``config.sampling.roundtrip_clips`` clips, evenly spread
-    over the prepared ones; 0 turns it off (empty result, as when no clip file is left). Writes rung 2 of ``folder/ladder.json`` with
-    PSNR per clip and the variants of precision and tiling; a resumed run whose ladder has it already for the same cache, VAE and factor
-    reads it from there. Call it once before the first validation.
+    over the prepared clips, are decoded; 0 turns it off. The result is empty then, and where no clip file is left. The roundtrip rung of
+    ``folder/ladder.json`` is written with PSNR per clip and trials of scale, precision and tiling. A resumed run whose ladder has it
+    already for the same cache, VAE and factor reads it from there. Call it once before the first validation.
     """
-    return ranks.broadcast(_measure(folder, config, cache, sampler, scaling_factor) if ranks.is_main() else None)
+    metrics = _measure(folder, config, cache, sampler, scaling_factor) if ranks.is_main() else None
+    shared: dict[str, Metrics] = ranks.broadcast(metrics)
+    return shared
+
+
+def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the PSNR in dB of frames in 0..1, at most 100; 0 for other shapes. A value that is not finite counts as the largest error."""
+    if frames.shape != reference.shape:
+        return 0.0
+    error = float(torch.where(frames.isfinite(), frames - reference, 1.0).double().square().mean())
+    return HIGHEST_PSNR if error == 0 else round(min(HIGHEST_PSNR, -10 * math.log10(error)), 3)
+
+
+def clips_folder(folder: Path, config: AnyConfig) -> Path:
+    """Return the folder of the clips of the run in ``folder``."""
+    return Path(config.data.path).expanduser() if config.data.path is not None else folder / "data"
+
+
+def decoder_name(dtype: str, tiling: bool) -> str:
+    """Return the name of a decoder trial, such as "fp32, tiled"."""
+    return dtype + (", tiled" if tiling else "")
 
 
 def _measure(
     folder: Path, config: AnyConfig, cache: LatentCache, sampler: Sampler, scaling_factor: float
-) -> dict[str, Panel]:
-    identity = {
-        "cache": cache.fingerprint, "vae": cache.model_hashes.get("vae"), "scaling_factor": scaling_factor,
-        "vae_scaling_factor": float(sampler.vae.config.scaling_factor), "dtype": dtype_name(sampler.vae.dtype),
-        "tiling": bool(sampler.vae.use_tiling), "device": sampler.device.type, "wanted": config.sampling.roundtrip_clips,
-    }  # fmt: skip
-    known = store.read(folder)["rungs"].get("2")
-    if known is not None and known["facts"].get("identity") == identity:
-        return dict(known["panels"])
-    panels: dict[str, Panel] = {}
-    clips: dict[str, Panel] = {}
+) -> dict[str, Metrics]:
+    identity = RoundtripIdentity(
+        cache=cache.fingerprint,
+        vae=cache.model_hashes.get("vae"),
+        scaling_factor=scaling_factor,
+        vae_scaling_factor=float(sampler.vae.config.scaling_factor),
+        dtype=dtype_name(sampler.vae.dtype),
+        tiling=bool(sampler.vae.use_tiling),
+        device=sampler.device.type,
+        wanted=config.sampling.roundtrip_clips,
+    )
+    known = read_ladder(folder).rungs.roundtrip
+    if known is not None and known.identity == identity:
+        return known.metrics
+    decoded_metrics: dict[str, Metrics] = {}
+    clip_metrics: dict[str, Metrics] = {}
     psnrs: dict[str, float] = {}
-    varied: list[tuple[Read, torch.Tensor]] = []
-    shown: dict[str, crops.Rungs] = {}
-    for read in _read(folder, config, cache):
-        latents = scaling_factor * read.mean.float().transpose(0, 1)
-        decoded = sampler.decode(latents)
-        clips[read.name], panels[read.name] = panel_of(read.frames), panel_of(decoded)
-        psnrs[read.name] = psnr(decoded, read.frames)
-        at = list(read.source_at)
-        shown[read.name] = {"source": read.source, "clip": read.frames[at], "roundtrip": decoded[at]}
-        if len(varied) < SCALED:
-            varied.append((read, latents))
-    facts: dict[str, Any] = {
-        "identity": identity,
-        "psnr": psnrs,
-        "clips": clips,
-        "non_finite": [n for n, p in panels.items() if p["finite"] < 1],
-    }
-    facts["scales"] = _scales(sampler, varied)
-    store.put(folder, 2, panels, facts, variants=_variants(sampler, varied))
-    if shown:
-        worst = min(psnrs, key=lambda name: psnrs[name] if math.isfinite(psnrs[name]) else -1.0)
-        crops.save(folder / "ladder" / "clips.png", {worst: shown[worst]})
+    first_clips: list[RoundtripClip] = []
+    pictures: dict[str, FramesByTitle] = {}
+    for clip in _read_clips(folder, config, cache):
+        decoded = sampler.decode(clip.scaled_latents(scaling_factor))
+        clip_metrics[clip.name] = measure(clip.frames)
+        decoded_metrics[clip.name] = measure(decoded)
+        psnrs[clip.name] = psnr(decoded, clip.frames)
+        shown = list(clip.source_at)
+        pictures[clip.name] = {
+            Rung.SOURCE.title: clip.source,
+            Rung.CLIP.title: clip.frames[shown],
+            Rung.ROUNDTRIP.title: decoded[shown],
+        }
+        if len(first_clips) < SCALED_CLIPS:
+            first_clips.append(clip)
+    rung = RoundtripRung(
+        metrics=decoded_metrics,
+        identity=identity,
+        psnr=psnrs,
+        clips=clip_metrics,
+        non_finite=[name for name, metrics in decoded_metrics.items() if metrics["finite"] < 1],
+        scales=_try_scales(sampler, first_clips, scaling_factor),
+        variants=_try_decoders(sampler, first_clips, scaling_factor),
+    )
+    write_rung(folder, Rung.ROUNDTRIP, rung)
+    worst = _lowest(psnrs)
+    if worst is not None:
+        write_crop_sheet(folder / CLIPS_SHEET, {worst: pictures[worst]})
     sampler.finish()
-    return panels
+    return decoded_metrics
 
 
-def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
-    """In dB, of frames in 0..1, at most 100; 0 for other shapes; what is not finite counts as the largest error."""
-    if one.shape != other.shape:
-        return 0.0
-    error = float(torch.where(one.isfinite(), one - other, 1.0).double().square().mean())
-    return 100.0 if error == 0 else round(min(100.0, -10 * math.log10(error)), 3)
+def _lowest(psnrs: Mapping[str, float]) -> str | None:
+    return min(psnrs, key=lambda name: psnrs[name], default=None)
 
 
-def clips_folder(folder: Path, config: AnyConfig) -> Path:
-    """Where the clips of the run in ``folder`` lie."""
-    return Path(config.data.path).expanduser() if config.data.path is not None else folder / "data"
-
-
-def _read(folder: Path, config: AnyConfig, cache: LatentCache) -> Iterator[Read]:
-    """Clips evenly spread over the cache. One whose file is gone or another by now is passed over with a line, and the next one taken."""
-    # With buckets the clips of the samples' size, since samples are held against them; of all sizes where there is none.
+def _read_clips(folder: Path, config: AnyConfig, cache: LatentCache) -> Iterator[RoundtripClip]:
+    """Yield clips evenly spread over the cache. A clip whose file is gone or changed gives a note, and the next clip is taken."""
+    # With buckets only clips of the samples' size are comparable with samples; clips of all sizes where there is none of that size.
     size = f"{config.data.frames}x{config.data.height}x{config.data.width}"
-    places = [index for index in range(len(cache)) if cache.bucket(index) in (None, size)] or list(range(len(cache)))
-    wanted = min(config.sampling.roundtrip_clips, len(places))
+    indices = [index for index in range(len(cache)) if cache.bucket(index) in (None, size)] or list(range(len(cache)))
+    wanted = min(config.sampling.roundtrip_clips, len(indices))
     if not wanted:
         return
     try:
@@ -123,73 +158,74 @@ def _read(folder: Path, config: AnyConfig, cache: LatentCache) -> Iterator[Read]
     except CogflowError as error:
         echo(f"note: no round trip of the clips: {error.message.splitlines()[0]}")
         return
-    order = sorted(range(len(places)), key=lambda place: (place * wanted % len(places) >= wanted, place))
     done, missed = 0, 0
-    for index in (places[place] for place in order):
+    for index in _spread_first(indices, wanted):
         if done == wanted or missed == 2 * wanted:
             break
-        entry = cache.entry(index)
         try:
-            path = paths[entry.name]
-            content = hash_file(path)
-            data = sized(config.data, cache.bucket(index))
-            if clip_key(content, data, cache.model_hashes["vae"], cache.image_variants) != cache.clip_of(index):
-                raise ClipError("it is not the file that was prepared")
-            clip = read_clip(path, data, content)
+            clip = _read_clip(config, cache, index, paths)
         except (KeyError, OSError, ClipError) as error:
             missed += 1
-            echo(
-                f"note: {entry.name} has no round trip: {error.reason if isinstance(error, ClipError) else 'its file is gone'}"
-            )
+            reason = error.reason if isinstance(error, ClipError) else "its file is gone"
+            echo(f"note: {cache.entry(index).name} has no round trip: {reason}")
             continue
         done += 1
-        yield Read(entry.name, clip.frames.float() / 255, clip.source, clip.source_at, entry.mean)
+        yield clip
 
 
-def _variants(sampler: Sampler, varied: list[tuple[Read, torch.Tensor]]) -> dict[str, Any]:
-    """Each precision, and tiling, against fp32 without tiles, frame by frame: PSNR and the share of finite values."""
-    if not varied:
-        return {}
-    found: dict[str, Any] = {}
-    settled, plain = sampler.vae, decoder(sampler.loaded_vae, "fp32", tiling=False)
-    chosen = (dtype_name(settled.dtype), bool(settled.use_tiling))
-    # Half precision is slow on a CPU, fp16 most of all.
-    ways = [("bf16", False), *([("fp16", False)] if sampler.device.type == "cuda" else []), ("fp32", True)]
-    try:
-        sampler.vae = plain
-        latents = varied[0][1][:VARIED]
-        reference = sampler.decode(latents)
-        for dtype, tiling in ways + ([chosen] if chosen not in (*ways, ("fp32", False)) else []):
-            sampler.vae = decoder(sampler.loaded_vae, dtype, tiling)
-            try:
-                frames = sampler.decode(latents)
-            except RuntimeError as error:  # a precision that this device has no kernel for
-                found[variant_name(dtype, tiling)] = {
-                    "chosen": (dtype, tiling) == chosen,
-                    "failed": str(error).splitlines()[0][:200],
-                }
-                continue
-            found[variant_name(dtype, tiling)] = {
-                "chosen": (dtype, tiling) == chosen,
-                "psnr": psnr(frames, reference),
-                "finite": float(frames.isfinite().float().mean()),
-            }
-    finally:
-        if sampler.vae is not settled:
-            sampler.vae.to("cpu")
-        sampler.vae = settled
-    return found
+def _spread_first(indices: Sequence[int], wanted: int) -> list[int]:
+    """Return ``indices`` with ``wanted`` evenly spread indices first."""
+    order = sorted(range(len(indices)), key=lambda place: (place * wanted % len(indices) >= wanted, place))
+    return [indices[place] for place in order]
 
 
-def variant_name(dtype: str, tiling: bool) -> str:
-    return dtype + (", tiled" if tiling else "")
+def _read_clip(config: AnyConfig, cache: LatentCache, index: int, paths: Mapping[str, Path]) -> RoundtripClip:
+    """Read a cached clip's file. Raise ``KeyError``, ``OSError`` or :class:`ClipError` where it is gone or is not what was prepared."""
+    entry = cache.entry(index)
+    path = paths[entry.name]
+    content = hash_file(path)
+    data = sized(config.data, cache.bucket(index))
+    if clip_key(content, data, cache.model_hashes["vae"], cache.image_variants) != cache.clip_of(index):
+        raise ClipError("it is not the file that was prepared")
+    clip = read_clip(path, data, content)
+    return RoundtripClip(entry.name, clip.frames.float() / 255, clip.source, clip.source_at, entry.mean)
 
 
-def _scales(sampler: Sampler, varied: list[tuple[Read, torch.Tensor]]) -> dict[str, float]:
-    """Median PSNR of a clip's first frame, which has a latent of its own, decoded at several scales; ``"1"`` is the one it has."""
+def _try_scales(sampler: Sampler, clips: Sequence[RoundtripClip], scaling_factor: float) -> dict[str, float]:
+    """Return the median PSNR of the clips' first frame, which has a latent frame of its own, by the factor on its latents."""
     found: dict[str, list[float]] = {}
-    for read, latents in varied:
+    for clip in clips:
+        first = clip.scaled_latents(scaling_factor)[:1]
         for factor in (1.0, *FACTORS):
-            frames = sampler.decode(factor * latents[:1])
-            found.setdefault(f"{factor:g}", []).append(psnr(frames, read.frames[: len(frames)]))
+            frames = sampler.decode(factor * first)
+            found.setdefault(f"{factor:g}", []).append(psnr(frames, clip.frames[: len(frames)]))
     return {factor: median(values) for factor, values in found.items()}
+
+
+def _try_decoders(
+    sampler: Sampler, clips: Sequence[RoundtripClip], scaling_factor: float
+) -> dict[str, DecodingVariant]:
+    """Compare each precision, and tiling, with fp32 without tiles on the first clip, frame by frame."""
+    if not clips:
+        return {}
+    latents = clips[0].scaled_latents(scaling_factor)[:TRIAL_FRAMES]
+    reference_decoder = ("fp32", False)
+    chosen = (dtype_name(sampler.vae.dtype), bool(sampler.vae.use_tiling))
+    # Half precision is slow on a CPU, fp16 most of all.
+    decoders = [("bf16", False), *([("fp16", False)] if sampler.device.type == "cuda" else []), ("fp32", True)]
+    if chosen not in (*decoders, reference_decoder):
+        decoders.append(chosen)
+    with sampler.decoding_in(*reference_decoder):
+        reference = sampler.decode(latents)
+    trials = {}
+    for dtype, tiling in decoders:
+        is_chosen = (dtype, tiling) == chosen
+        try:
+            with sampler.decoding_in(dtype, tiling):
+                frames = sampler.decode(latents)
+        except RuntimeError as error:  # the device has no kernel for this precision
+            trial = DecodingVariant(is_chosen, failed=str(error).splitlines()[0][:200])
+        else:
+            trial = DecodingVariant(is_chosen, psnr(frames, reference), float(frames.isfinite().float().mean()))
+        trials[decoder_name(dtype, tiling)] = trial
+    return trials

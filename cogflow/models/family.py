@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelSpec:
     """One member. Sizes are in frames and pixels; ``text_tokens`` is the length captions are padded to."""
 
     name: str
@@ -60,15 +60,15 @@ class Family:
         return asdict(self)
 
 
-_5B = Family(
+_5B = ModelSpec(
     name="cogvideox-5b", layers=42, heads=48, head_dim=64, in_channels=16, patch_size_t=None, rotary=True, learned_positions=False,
     ofs_embed_dim=None, text_tokens=226, text_width=4096, frames=49, height=480, width=720, fps=8, dtype="bf16", scaling_factor=0.7,
     invert_scale_latents=False, snr_shift_scale=1.0,
 )  # fmt: skip
 
 
-def _like_5b(**changes: Any) -> Family:
-    return Family(**{**asdict(_5B), **changes})
+def _like_5b(**changes: Any) -> ModelSpec:
+    return ModelSpec(**{**asdict(_5B), **changes})
 
 
 _1_5 = {
@@ -81,7 +81,7 @@ _1_5 = {
     "invert_scale_latents": True,
 }
 
-FAMILY: dict[str, Family] = {
+MODEL_SPECS: dict[str, ModelSpec] = {
     member.name: member
     for member in (
         _like_5b(

@@ -11,9 +11,9 @@ from pathlib import Path
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 
-FACTS = FAMILY["tiny"]
+SPEC = MODEL_SPECS["tiny"]
 
 
 def folder() -> Path:
@@ -27,28 +27,28 @@ def new_vae() -> AutoencoderKLCogVideoX:
         block_out_channels=(8, 16, 32, 64),
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=FACTS.latent_channels,
-        sample_height=FACTS.height,
-        sample_width=FACTS.width,
-        scaling_factor=FACTS.scaling_factor,
+        latent_channels=SPEC.latent_channels,
+        sample_height=SPEC.height,
+        sample_width=SPEC.width,
+        scaling_factor=SPEC.scaling_factor,
     )
 
 
 def new_transformer() -> CogVideoXTransformer3DModel:
     """3 million parameters, random."""
     return CogVideoXTransformer3DModel(
-        num_attention_heads=FACTS.heads,
-        attention_head_dim=FACTS.head_dim,
-        in_channels=FACTS.in_channels,
-        out_channels=FACTS.latent_channels,
+        num_attention_heads=SPEC.heads,
+        attention_head_dim=SPEC.head_dim,
+        in_channels=SPEC.in_channels,
+        out_channels=SPEC.latent_channels,
         time_embed_dim=64,
-        text_embed_dim=FACTS.text_width,
-        num_layers=FACTS.layers,
-        sample_width=FACTS.width // 8,
-        sample_height=FACTS.height // 8,
-        sample_frames=FACTS.frames,
-        patch_size=FACTS.patch_size,
-        max_text_seq_length=FACTS.text_tokens,
+        text_embed_dim=SPEC.text_width,
+        num_layers=SPEC.layers,
+        sample_width=SPEC.width // 8,
+        sample_height=SPEC.height // 8,
+        sample_frames=SPEC.frames,
+        patch_size=SPEC.patch_size,
+        max_text_seq_length=SPEC.text_tokens,
         use_rotary_positional_embeddings=True,
     )
 
@@ -58,7 +58,7 @@ def new_text_encoder(vocab_size: int) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=vocab_size,
-            d_model=FACTS.text_width,
+            d_model=SPEC.text_width,
             d_kv=16,
             d_ff=128,
             num_layers=2,
@@ -73,4 +73,4 @@ def new_text_encoder(vocab_size: int) -> T5EncoderModel:
 
 
 def new_scheduler() -> CogVideoXDDIMScheduler:
-    return CogVideoXDDIMScheduler(**FACTS.scheduler_config())
+    return CogVideoXDDIMScheduler(**SPEC.scheduler_config())

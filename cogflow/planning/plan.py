@@ -13,7 +13,7 @@ from cogflow.config.problems import fail
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.planning import (
     clip_counts,
     disk,
@@ -223,7 +223,7 @@ def dtype_of(config: Config[TrainStage]) -> str:
     if config.model.dtype != "auto":
         return config.model.dtype
     on_cpu = config.model.name == "tiny" and not torch.cuda.is_available()
-    return "fp32" if on_cpu or config.model.name not in FAMILY else FAMILY[config.model.name].dtype
+    return "fp32" if on_cpu or config.model.name not in MODEL_SPECS else MODEL_SPECS[config.model.name].dtype
 
 
 def sampling_of(config: Config[TrainStage]) -> Sampling:

@@ -129,7 +129,7 @@ class BaseRung:
 class WatchFinding:
     """A finding of the quality watch."""
 
-    kind: str
+    defect: str
     level: str
     metric: str
     size: Measured
@@ -207,10 +207,10 @@ class LadderRow:
 
 @dataclass(frozen=True)
 class LadderFinding:
-    """Something is wrong at ``rung``. ``field``: of a config, where one is at fault."""
+    """A defect at ``rung``. ``level``: warning or alarm; ``field``: of a config, where one is at fault."""
 
     rung: int
-    kind: str
+    defect: str
     level: str
     line: str
     metric: str = ""
@@ -239,9 +239,9 @@ class LadderRecord(Record):
         if "2" in rungs:
             rungs["2"]["variants"] = values.get("variants", {}).get("2", {})
         if (watch := rungs.get("4", {}).get("watch")) is not None:
-            rungs["4"]["watch"] = [_metric_named(one) for one in watch]
-        return {**values, "rungs": rungs, "findings": [_metric_named(one) for one in values.get("findings", [])]}
+            rungs["4"]["watch"] = [_renamed(one) for one in watch]
+        return {**values, "rungs": rungs, "findings": [_renamed(one) for one in values.get("findings", [])]}
 
 
-def _metric_named(finding: dict[str, Any]) -> dict[str, Any]:
-    return {"metric": finding.get("channel", ""), **finding}
+def _renamed(finding: dict[str, Any]) -> dict[str, Any]:
+    return {"metric": finding.get("channel", ""), "defect": finding["kind"], **finding}

@@ -15,7 +15,7 @@ from cogflow.artifacts.identify import CONTACT_SHEET, PICTURE_SUFFIXES, VIDEO_SU
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout
 from cogflow.data.video import read_video
 from cogflow.errors import DataError
-from cogflow.sampling import gallery
+from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples, read_sample_record
 
 MEDIA = (ArtifactKind.VIDEOS, ArtifactKind.FRAMES)
 """Kinds of artifact that are clips themselves."""
@@ -41,7 +41,7 @@ def clips_of(artifact: Artifact) -> Path | None:
     """
     if artifact.kind in MEDIA:
         return artifact.root
-    return gallery.newest(RunLayout(artifact.root).samples) if artifact.kind is ArtifactKind.RUN else None
+    return newest_samples(RunLayout(artifact.root).samples) if artifact.kind is ArtifactKind.RUN else None
 
 
 def read_clips(place: Path) -> Iterator[ReadClip]:
@@ -50,9 +50,9 @@ def read_clips(place: Path) -> Iterator[ReadClip]:
     Where cogflow kept the raw frames of its own samples, those are read and not the videos. Raise :class:`DataError`
     for files that cannot be read.
     """
-    raw = place / gallery.FRAMES
+    raw = place / FRAMES_FILE
     if raw.is_file():
-        fps = float(gallery.read_record(place).get("fps", 0)) if (place / SAMPLES_RECORD).is_file() else 0.0
+        fps = float(read_sample_record(place).get("fps", 0)) if (place / SAMPLES_RECORD).is_file() else 0.0
         for name, frames in load_file(raw).items():
             yield ReadClip(name, frames, fps, raw=True)
         return

@@ -3,6 +3,7 @@ for, by SAT's samplers, so that they can be compared with CogVideo's own code (d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from PIL import Image
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import PipelineError
 from cogflow.models.loading import DTYPES, dtype_name
-from cogflow.sampling import sat
+from cogflow.sampling import sat_samplers
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sat_schedule import schedule_of
@@ -63,7 +64,7 @@ class Sampler:
     ) -> None:  # fmt: skip
         diffusers_logging.disable_progress_bar()
         from_image = transformer.config.in_channels != vae.config.latent_channels
-        if from_image and (not images or settings.sampler in sat.SOLVERS):
+        if from_image and (not images or settings.sampler in sat_samplers.SOLVERS):
             raise PipelineError(
                 f"The transformer takes {transformer.config.in_channels} channels: it makes videos from an image, "
                 + (
@@ -76,7 +77,9 @@ class Sampler:
             )
         if settings.sampler in SCHEDULERS:
             scheduler = SCHEDULERS[settings.sampler].from_config(scheduler.config)
-        self.schedule = schedule_of(scheduler.config, settings.steps) if settings.sampler in sat.SOLVERS else None
+        self.schedule = (
+            schedule_of(scheduler.config, settings.steps) if settings.sampler in sat_samplers.SOLVERS else None
+        )
         self.loaded_vae = vae
         vae = decoder(vae, settings.vae_dtype, settings.vae_tiling)
         kind = ImageToVideo if from_image else CogVideoXPipeline
@@ -90,10 +93,12 @@ class Sampler:
     def about(self) -> dict[str, Any]:
         """How samples are made, for records."""
         settings = self.settings
-        by_sat = settings.sampler in sat.SOLVERS
+        by_sat = settings.sampler in sat_samplers.SOLVERS
         return {
             "sampler": settings.sampler,
-            "scheduler": f"SAT {sat.SOLVERS[settings.sampler]}" if by_sat else type(self.pipeline.scheduler).__name__,
+            "scheduler": f"SAT {sat_samplers.SOLVERS[settings.sampler]}"
+            if by_sat
+            else type(self.pipeline.scheduler).__name__,
             "unconditional": "zeros" if by_sat else "empty caption",
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
@@ -146,15 +151,15 @@ class Sampler:
         settings = self.settings
         embeds = request.embeds[None].to(self.device)
         # As in diffusers' pipeline, a scale of 1 or less means no guidance at all.
-        uncond = sat.zeros_for_uncond(embeds) if settings.guidance_scale > 1 else None
-        trajectory = sat.steps(
-            sat.Velocity(self.transformer, embeds, uncond, dtype=self.dtype), self.noise(request).to(self.device), self.schedule,
+        uncond = sat_samplers.zeros_for_uncond(embeds) if settings.guidance_scale > 1 else None
+        trajectory = sat_samplers.steps(
+            sat_samplers.Velocity(self.transformer, embeds, uncond, dtype=self.dtype), self.noise(request).to(self.device), self.schedule,
             settings.sampler, scale=settings.guidance_scale, dynamic=settings.use_dynamic_cfg,
             noises=step_generator(request.seed, request.prompt.id),
         )  # fmt: skip
-        return sat.final(self._stoppable(trajectory))
+        return sat_samplers.final(self._stoppable(trajectory))
 
-    def _stoppable(self, trajectory: Iterable[sat.SolverStep]) -> Iterator[sat.SolverStep]:
+    def _stoppable(self, trajectory: Iterable[sat_samplers.SolverStep]) -> Iterator[sat_samplers.SolverStep]:
         for step in trajectory:
             self._give_up_if_asked()
             yield step
@@ -176,6 +181,18 @@ class Sampler:
         video = self.vae.decode(scaled).sample[0]
         video = torch.where(video.isfinite(), video, torch.nan)
         return (video.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu()
+
+    @contextlib.contextmanager
+    def decoding_in(self, dtype: str, tiling: bool) -> Iterator[None]:
+        """Decode with the VAE in another ``dtype`` (fp32, bf16 or fp16) and ``tiling`` inside the block."""
+        chosen = self.vae
+        self.vae = decoder(self.loaded_vae, dtype, tiling)
+        try:
+            yield
+        finally:
+            if self.vae is not chosen:
+                self.vae.to("cpu")
+            self.vae = chosen
 
     def finish(self) -> None:
         """Give the VAE's memory on the device back."""

@@ -57,12 +57,12 @@ class SatSchedule:
         return 1 + scale * (1 - math.cos(math.pi * done**EXPONENT)) / 2
 
 
-def visited(steps: int, count: int = 1000) -> list[int]:
+def visited_timesteps(steps: int, count: int = 1000) -> list[int]:
     """The ascending timesteps of ``steps`` steps: evenly from ``count - 1`` down towards 0, cut to whole numbers."""
     return [int(t) for t in np.linspace(count - 1, 0, steps, endpoint=False)][::-1]
 
 
-def table(
+def alpha_table(
     shift: float, beta_start: float, beta_end: float, timesteps: list[int] | None = None, count: int = 1000
 ) -> torch.Tensor:
     """fp32 sqrt(alpha_bar) at ascending ``timesteps`` (all by default), rescaled so that the last is 0 and the first unchanged.
@@ -87,9 +87,9 @@ def make_schedule(steps: int, shift: float, beta_start: float = 0.00085, beta_en
             f"SAT's samplers take {FEWEST} to {MOST} steps, not {steps}.",
             "Set sampling.steps, or another sampling.sampler.",
         )
-    timesteps = visited(steps)
-    alphas = table(shift, beta_start, beta_end, timesteps).flip(0)
-    whole = table(shift, beta_start, beta_end)
+    timesteps = visited_timesteps(steps)
+    alphas = alpha_table(shift, beta_start, beta_end, timesteps).flip(0)
+    whole = alpha_table(shift, beta_start, beta_end)
     quantized = whole[(alphas[None] - whole[:, None]).abs().argmin(dim=0)]
     return SatSchedule(tuple(timesteps[::-1]), torch.cat([alphas, alphas.new_ones(1)]), quantized)
 

@@ -26,7 +26,8 @@ from cogflow.errors import CheckpointError, PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.files.record_io import JsonObject, record_values
 from cogflow.models.code_check import CONFIGS
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
+from cogflow.records.ladder_records import ExportedRung
 from cogflow.records.pipeline_records import AssemblyRecord, VerifyRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
@@ -62,7 +63,7 @@ def assemble(job: Job) -> None:
     components = override_settings(components, stage.set)
     hashes = hash_files(components, rehash=stage.rehash)
     contradictions = [one for component in components.values() for one in changed_files(component, hashes)]
-    family = FAMILY.get(job.config.model.name)
+    family = MODEL_SPECS.get(job.config.model.name)
     checks = check_components(components, problems, found=contradictions, force=stage.force, family=family)
     echo_manual_decisions(checks, components)
 
@@ -191,18 +192,18 @@ def training_run(transformer: PipelineComponent) -> Path | None:
 def store_last_rung(reference: Reference, comparison: Comparison) -> None:
     """Store the last rung of the sharpness ladder of the reference's run: the folder's samples beside the run's own."""
     # Imported here: an assembly without samples does not need the memory of the statistics.
-    from cogflow.ladder import sample_rungs
+    from cogflow.ladder.sample_rungs import record_exported_rung
     from cogflow.sharpness.metrics import measure
 
-    facts = {
-        "psnr": {sample.name: sample.psnr for sample in comparison.samples},
-        "allowed": asdict(comparison.tolerance),
-        "failed": comparison.failed,
-        "dtype": comparison.dtype,
-        "step": reference.record.step,
-    }
-    metrics = {name: measure(frames) for name, frames in comparison.found.items()}
-    sample_rungs.exported(reference.run, comparison.found, comparison.expected, metrics, facts)
+    exported = ExportedRung(
+        metrics={name: measure(frames) for name, frames in comparison.found.items()},
+        psnr={sample.name: sample.psnr for sample in comparison.samples},
+        allowed=comparison.tolerance,
+        failed=comparison.failed,
+        dtype=comparison.dtype,
+        step=reference.record.step,
+    )
+    record_exported_rung(reference.run, exported, comparison.found, comparison.expected)
 
 
 def report_ladder(tracker: Tracker, reference: Reference | None) -> None:
@@ -210,7 +211,7 @@ def report_ladder(tracker: Tracker, reference: Reference | None) -> None:
     from cogflow.ladder import ladder_report
 
     if reference is not None:
-        ladder_report.tell(tracker, reference.run, reference.record.step or 0)
+        ladder_report.report_ladder(tracker, reference.run, reference.record.step or 0)
 
 
 def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | None) -> None:

@@ -13,7 +13,7 @@ from cogflow.config.schema import Config, FlowStage
 from cogflow.files.paths import run_folder
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
-from cogflow.sampling import gallery
+from cogflow.sampling.sample_record import newest_samples
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.html_report import write_report
 from cogflow.tracking.stage_record import write_stage_record
@@ -48,7 +48,7 @@ def run(config: Config[FlowStage]) -> None:
 def close(config: Config[FlowStage], folder: Path, started: float) -> None:
     """Write ``flow.json`` and the report, print the closing table and the places."""
     rows = closing_rows(folder)
-    pipeline, samples = folder / "pipeline", gallery.newest(folder / "samples")
+    pipeline, samples = folder / "pipeline", newest_samples(folder / "samples")
     results: dict[str, Any] = {"summary": f"{len(rows)} stages", "where": str(pipeline), "table": rows}
     with open_tracker(config, "flow", folder) as tracker:
         tracker.table("flow/stages", ["stage", "result", "seconds", "where"], rows)

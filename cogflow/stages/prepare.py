@@ -22,7 +22,7 @@ from cogflow.files.hashing import hash_file
 from cogflow.files.paths import run_folder
 from cogflow.ladder import clip_rungs
 from cogflow.ladder import ladder_report as ladder
-from cogflow.models import inputs, loading
+from cogflow.models import loading, transformer_inputs
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import Watchdog, enter_phase
@@ -46,8 +46,8 @@ def run(config: Config[PrepareStage]) -> None:
     dtype = loading.resolve_dtype(config.model, device)
     hashes = ranks.run_on_main(lambda: model_hashes(model, dtype))
     max_length = caption_length(model)
-    transformer = inputs.read_transformer_config(model)
-    inputs.check_sizes(
+    transformer = transformer_inputs.read_transformer_config(model)
+    transformer_inputs.check_sizes(
         transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)}
     )
 
@@ -70,7 +70,7 @@ def run(config: Config[PrepareStage]) -> None:
             model_hashes=hashes,
             max_length=max_length,
             report=progress,
-            images=config.data.image_variants if inputs.takes_image(transformer) else 0,
+            images=config.data.image_variants if transformer_inputs.takes_image(transformer) else 0,
         )
         enter_phase("telling what was prepared")
         if ranks.is_main():
@@ -100,7 +100,7 @@ def model_hashes(model: Path, text_dtype: torch.dtype) -> dict[str, str]:
 
 def caption_length(model: Path) -> int:
     """Tokens that captions are padded to, as the transformer's own config says."""
-    return int(inputs.read_transformer_config(model)["max_text_seq_length"])
+    return int(transformer_inputs.read_transformer_config(model)["max_text_seq_length"])
 
 
 def _hash_folder(folder: Path) -> str:
@@ -142,8 +142,8 @@ def _tell(
         )
         listed = [path for path in (result.folder / "index.json", result.folder / QUARANTINE) if path.is_file()]
         tracker.artifact(f"{config.run.name}-clips", "dataset", listed)
-        clip_rungs.gather(folder, result.folder, config.data)
-        findings = ladder.tell(tracker, folder)
+        clip_rungs.record_clip_rungs(folder, result.folder, config.data)
+        findings = ladder.report_ladder(tracker, folder)
     results = {
         "summary": summary,
         "where": str(result.folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,19 @@ from cogflow.models import loading
 from cogflow.models.code_check import refuse_code
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
-from cogflow.sampling import gallery
+from cogflow.sampling.clip_comparison import (
+    TEMPORAL_DEFECTS,
+    ClipComparison,
+    MeasuredClips,
+    compare_clips,
+    mean_metrics,
+    measure_clips,
+    rates_differ,
+)
 from cogflow.sampling.clip_files import MEDIA, clips_of, read_clips
 from cogflow.sampling.prompts import prompts_for
+from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.sampler import Sampler, requests
-from cogflow.sampling.score import IN_TIME, Scored, against, mean, rates_differ, score
 from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 from cogflow.weights.tensor_source import weights_fingerprint
@@ -153,7 +161,7 @@ def sample(job: Job) -> dict[str, Any]:
         "weights_sha256": weights_fingerprint(transformer.state_dict().items()),
     }
     wanted = requests(prompts, embeds, config.sampling.seeds)
-    record = gallery.sample_into(job.clips, sampler, wanted, fps=data.fps, facts=facts, title="samples")
+    record = write_samples(job.clips, sampler, wanted, fps=data.fps, facts=facts, title="samples")
     how: dict[str, Any] = record["sampling"]
     return how
 
@@ -183,11 +191,13 @@ def conclude(job: Job, how: dict[str, Any] | None) -> None:
 
     Raise :class:`QualityGateError` when the reference is better.
     """
-    others = measure_clips(job.reference) if job.reference is not None else None
-    ours = measure_clips(job.clips, others)
-    table([[name, *(f"{panel[key]:.3f}" for key in SHOWN)] for name, panel in ours.panels.items()], ["clip", *SHOWN])
-    summary = f"{len(ours.panels)} clips measured"
-    results: dict[str, Any] = {"where": str(job.clips), "sharpness": ours.panels}
+    others = measure_or_refuse(job.reference) if job.reference is not None else None
+    ours = measure_or_refuse(job.clips, others)
+    table(
+        [[name, *(f"{metrics[key]:.3f}" for key in SHOWN)] for name, metrics in ours.metrics.items()], ["clip", *SHOWN]
+    )
+    summary = f"{len(ours.metrics)} clips measured"
+    results: dict[str, Any] = {"where": str(job.clips), "sharpness": ours.metrics}
     if how is not None:
         results["sampling"] = how
         summary += f", sampled by {how['scheduler']}"
@@ -195,49 +205,49 @@ def conclude(job: Job, how: dict[str, Any] | None) -> None:
         results["learned"] = learned
     comparison = compare_with_reference(job, ours, others) if others is not None else None
     if comparison is not None:
-        results |= {"reference": str(job.reference), "comparison": comparison}
-        worse = f"worse than the reference: {', '.join(comparison['kinds'])}"
-        summary += f", {worse if comparison['worse'] else 'as good as the reference'}"
+        results |= {"reference": str(job.reference), "comparison": asdict(comparison)}
+        worse = f"worse than the reference: {', '.join(comparison.defects)}"
+        summary += f", {worse if comparison.worse else 'as good as the reference'}"
     log_result(job, ours, comparison)
     job.run.mkdir(parents=True, exist_ok=True)
     inputs = {"source": str(job.source.path)}
     results = {"summary": summary} | results
     record = record_stage(job.run, "sample", job.config, inputs, results, started=job.started)
     echo(f"{summary}\nclips:  {job.clips}\nrecord: {record}")
-    if comparison is not None and comparison["worse"]:
-        lines = [finding["line"] for finding in comparison["findings"] if finding["kind"] in comparison["kinds"]]
-        verdict = "blurrier" if comparison["blurrier"] else "worse"
+    if comparison is not None and comparison.worse:
+        verdict = "blurrier" if comparison.blurrier else "worse"
         raise QualityGateError(
-            f"{job.source.path} is {verdict} than {job.reference} ({comparison['pairing']}):\n  " + "\n  ".join(lines),
+            f"{job.source.path} is {verdict} than {job.reference} ({comparison.pairing}):\n  "
+            + "\n  ".join(comparison.failing_lines),
             f"The clips are kept in {job.clips}; the metrics are in {record}.",
         )
 
 
-def compare_with_reference(job: Job, ours: Scored, others: Scored) -> dict[str, Any]:
+def compare_with_reference(job: Job, ours: MeasuredClips, others: MeasuredClips) -> ClipComparison:
     """Compare the clips with those of the reference, print the changes, and return the comparison."""
-    comparison = against(ours, others, job.config.stage.fail_on)
+    comparison = compare_clips(ours, others, job.config.stage.fail_on)
     for note in comparison_notes(ours, others):
         echo(f"note: {note}")
     table(changes_rows(comparison), CHANGE_COLUMNS)
-    echo(comparison["line"])
+    echo(comparison.line)
     return comparison
 
 
-def log_result(job: Job, ours: Scored, comparison: dict[str, Any] | None) -> None:
+def log_result(job: Job, ours: MeasuredClips, comparison: ClipComparison | None) -> None:
     """Log the metrics and the comparison to the tracker."""
-    names = list(next(iter(ours.panels.values())))
-    rows = [[name, *panel.values()] for name, panel in ours.panels.items()]
+    names = list(next(iter(ours.metrics.values())))
+    rows = [[name, *metrics.values()] for name, metrics in ours.metrics.items()]
     with open_tracker(job.config, "sample", job.run) as tracker:
-        tracker.log(0, {f"sample/{key}": value for key, value in mean(ours.panels).items()})
+        tracker.log(0, {f"sample/{key}": value for key, value in mean_metrics(ours.metrics).items()})
         tracker.table("sample/sharpness", ["clip", *names], rows)
         if comparison is not None:
             tracker.table("sample/comparison", CHANGE_COLUMNS, changes_rows(comparison))
 
 
-def measure_clips(place: Path, like: Scored | None = None) -> Scored:
+def measure_or_refuse(place: Path, like: MeasuredClips | None = None) -> MeasuredClips:
     """Measure the clips at ``place``, at the sizes of ``like``. Raise :class:`DataError` for clips that are too small."""
     try:
-        return score(place, like)
+        return measure_clips(place, like)
     except ValueError as error:
         raise DataError(str(error), "Give frames of at least 24 pixels each way.") from error
 
@@ -260,7 +270,7 @@ def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str,
     return found
 
 
-def comparison_notes(ours: Scored, others: Scored) -> list[str]:
+def comparison_notes(ours: MeasuredClips, others: MeasuredClips) -> list[str]:
     """Return what limits the comparison: rescaled clips, codecs, different frame rates."""
     notes = list(ours.notes)
     if not (ours.raw and others.raw):
@@ -268,13 +278,13 @@ def comparison_notes(ours: Scored, others: Scored) -> list[str]:
             "the videos went through a codec, which softens them and adds noise; raw frames are measured more exactly"
         )
     if rates_differ(ours, others):
-        notes.append(f"the frame rates differ: {', '.join(IN_TIME)} are not judged")
+        notes.append(f"the frame rates differ: {', '.join(TEMPORAL_DEFECTS)} are not judged")
     return notes
 
 
-def changes_rows(comparison: dict[str, Any]) -> list[list[str]]:
+def changes_rows(comparison: ClipComparison) -> list[list[str]]:
     """Return the comparison's table: one row per metric, in the order of :data:`CHANGE_COLUMNS`."""
     return [
-        [name, *(f"{one[key]:+.3f}" for key in ("size", "low", "high", "z"))]
-        for name, one in comparison["changes"].items()
+        [name, *(f"{value:+.3f}" for value in (one.size, one.low, one.high, one.z))]
+        for name, one in comparison.changes.items()
     ]

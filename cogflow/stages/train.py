@@ -12,7 +12,7 @@ from cogflow.data import buckets
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
-from cogflow.models import inputs, loading
+from cogflow.models import loading, transformer_inputs
 from cogflow.planning import plan_report as planning
 from cogflow.planning.plan import kept
 from cogflow.runtime import ranks
@@ -20,7 +20,7 @@ from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import Watchdog
 from cogflow.runtime.progress import progress
 from cogflow.runtime.stop_signals import StopRequest
-from cogflow.sampling import gallery
+from cogflow.sampling.sample_record import newest_samples
 from cogflow.tracking.html_report import write_report
 from cogflow.tracking.stage_record import write_stage_record
 from cogflow.tracking.tracker import Tracker, open_tracker
@@ -84,8 +84,8 @@ def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
         raise ConfigError(
             "The prepared clips were made with other settings: " + "; ".join(problems), "Run stage=prepare again."
         )
-    transformer = inputs.read_transformer_config(loading.model_folder(config.model))
-    if inputs.takes_image(transformer) != bool(cache.image_variants):
+    transformer = transformer_inputs.read_transformer_config(loading.model_folder(config.model))
+    if transformer_inputs.takes_image(transformer) != bool(cache.image_variants):
         of = (
             "without first frames, for text to video"
             if not cache.image_variants
@@ -95,7 +95,7 @@ def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
             f"The prepared clips were made {of}; the model is not for that.",
             "Run stage=prepare again, with this model.",
         )
-    inputs.check_sizes(transformer, buckets.sizes(config.data))
+    transformer_inputs.check_sizes(transformer, buckets.sizes(config.data))
     return cache
 
 
@@ -164,7 +164,7 @@ def finish(
         return
     stage = prepared.stage
     last = RunLayout(folder).checkpoints / step_name(stage.steps)
-    samples = gallery.newest(RunLayout(folder).samples)
+    samples = newest_samples(RunLayout(folder).samples)
     clips = stage.batch_size * stage.gradient_accumulation * ranks.world_size() // config.parallel.sequence
     summary = f"{stage.steps} steps of {clips} clips"
     inputs = {"model": str(prepared.source), "data": cache.fingerprint}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cogflow.data.cache import LatentCache
-from cogflow.models.inputs import Inputs
+from cogflow.models.transformer_inputs import TransformerInputs
 
 TRAIN_TIMESTEPS = 1000
 HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
@@ -47,7 +47,7 @@ class Batch:
 
 
 def training_batch(
-    cache: LatentCache, chosen: Sequence[int], key: Sequence[int], first_slot: int, *, inputs: Inputs, text_dropout: float,
+    cache: LatentCache, chosen: Sequence[int], key: Sequence[int], first_slot: int, *, inputs: TransformerInputs, text_dropout: float,
     image_dropout: float = 0.0,
 ) -> Batch:  # fmt: skip
     """Clips ``chosen`` with noise, timesteps, posterior samples, noised first frames and dropout drawn from ``key`` and each clip's slot.
@@ -72,7 +72,7 @@ def training_batch(
     )
 
 
-def heldout_batch(cache: LatentCache, chosen: Sequence[tuple[int, int]], *, inputs: Inputs) -> Batch:
+def heldout_batch(cache: LatentCache, chosen: Sequence[tuple[int, int]], *, inputs: TransformerInputs) -> Batch:
     """Pairs of (clip, timestep) with the posterior's mean, the first of the noised first frames, and a noise of the pair alone."""
     latents, noises, embeds, images = [], [], [], []
     for index, timestep in chosen:

@@ -10,7 +10,7 @@ import torch
 
 from cogflow.config.schema import AnyConfig, TrainStage
 from cogflow.errors import MemoryExhausted, RankLost
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import BEAT_SECONDS, SILENT_BEATS, Watchdog, blocking_ranks
 
@@ -83,7 +83,7 @@ def less_memory(config: AnyConfig) -> str:
             ways.append(
                 f"stage.batch_size={half} stage.gradient_accumulation={accumulation} (the same clips in a step)"
             )
-        sequence, family = 2 * config.parallel.sequence, FAMILY.get(config.model.name)
+        sequence, family = 2 * config.parallel.sequence, MODEL_SPECS.get(config.model.name)
         if ranks.world_size() % sequence == 0 and family is not None and family.heads % sequence == 0:
             accumulation = 2 * stage.gradient_accumulation
             ways.append(

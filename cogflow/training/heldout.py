@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cogflow.data.cache import LatentCache
-from cogflow.models.inputs import Inputs
+from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks
 from cogflow.training import metric_table
 from cogflow.training.batch import HELDOUT_TIMESTEPS, Batch, heldout_batch
@@ -19,7 +19,7 @@ def heldout_table(
     cache: LatentCache,
     compute: Callable[[Batch], torch.Tensor],
     batch_size: int,
-    inputs: Inputs,
+    inputs: TransformerInputs,
     device: torch.device,
     place: RankPlacement,
 ) -> torch.Tensor | None:

@@ -13,8 +13,7 @@ from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
-from cogflow.models.inputs import Inputs
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import TransformerInputs, rotary_tables
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import enter_phase
 from cogflow.sampling.sampler import Interrupted
@@ -44,7 +43,7 @@ class Trainer:
 
     def __init__(
         self, config: Config[TrainStage], engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
-        inputs: Inputs, device: torch.device, dtype: torch.dtype,
+        inputs: TransformerInputs, device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.stage: TrainStage = config.stage
         self.engine, self.ema, self.cache = engine, ema, cache

@@ -15,7 +15,7 @@ from cogflow.files.atomic_write import LEFTOVER, remove_leftovers
 from cogflow.runtime import ranks
 from cogflow.training.checkpoint import read_trainer
 
-SHARP = ("quiet", "learning")
+SHARP = ("good", "learning")
 """Levels of the watch at which nothing is wrong."""
 
 

@@ -15,8 +15,8 @@ import torch
 from cogflow.config.parallel import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.config.schema import AnyConfig
-from cogflow.models.inputs import read_transformer_config
 from cogflow.models.loading import model_folder
+from cogflow.models.transformer_inputs import read_transformer_config
 from cogflow.runtime import ranks
 from cogflow.training.ulysses import ASKED, SequenceShard, UlyssesProcessor, gathered
 

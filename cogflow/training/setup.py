@@ -13,7 +13,7 @@ from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.models import loading
-from cogflow.models.inputs import Inputs
+from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Request, Sampler, requests
@@ -59,7 +59,7 @@ class TrainingSetup:
         self.engine = Engine(transformer, config.deepspeed, self.stage, self.dtype)
         self.ema = self._averages()
         factor = float(vae.config.scaling_factor)
-        given = Inputs.of(transformer.config, vae.config)
+        given = TransformerInputs.of(transformer.config, vae.config)
         self.trainer = Trainer(
             config, self.engine, self.ema, cache, scheduler.alphas_cumprod, given, self.device, self.dtype
         )

@@ -148,8 +148,8 @@ class StepMonitor:
         clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
         found = spectrum.bands(table[metric_table.LOSS_ROWS :])
         reading = self.trend.update(done, found, clips)
-        for move in reading.moves:
-            hooks.warn(f"fine detail: {move.kind} ({move.level})", move.line())
+        for change in reading.changes:
+            hooks.warn(f"fine detail: {change.defect} ({change.level})", change.line())
         return metric_table.bands(table, "spectrum", found) | {
             f"spectrum/{name}": value for name, value in reading.values.items()
         }

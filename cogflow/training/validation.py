@@ -19,11 +19,15 @@ from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_folders
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.ladder import ladder_report as ladder_report
-from cogflow.ladder import reconstruction_bound, vae_roundtrip
-from cogflow.ladder import sample_rungs as rungs
+from cogflow.ladder import sample_rungs, vae_roundtrip
+from cogflow.ladder.causes import describe_finding
+from cogflow.ladder.reconstruction_bound import read_reconstruction_bound
+from cogflow.ladder.rung import Rung
+from cogflow.ladder.schedule_probe import record_schedule_probe
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
-from cogflow.sampling import gallery
+from cogflow.sampling import sample_folder
+from cogflow.sampling.sample_record import read_sample_record
 from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.metrics import METRICS
 from cogflow.sharpness.quality_watch import LEVELS, QualityWatch, WatchVerdict
@@ -40,7 +44,7 @@ SAME = ("sampling", "height", "width", "frames", "dtype")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a validation showed. ``line`` tells what is wrong; empty at the levels quiet and learning."""
+    """What a validation showed. ``line`` tells what is wrong; empty at the levels good and learning."""
 
     step: int
     level: str
@@ -66,7 +70,7 @@ class Validation:
         )
         self.watch: QualityWatch | None = None
         self.base: dict[str, Any] | None = None
-        self.ceiling: dict[str, dict[str, float]] | None = None
+        self.reconstruction_bound: dict[str, dict[str, float]] | None = None
         self.last: WatchVerdict | None = None
         self.outcome: Outcome | None = None
         self.stop: Callable[[], bool] | None = None
@@ -85,14 +89,14 @@ class Validation:
     def __call__(self, done: int) -> Outcome | None:
         """Sample after ``done`` steps and judge; ``None`` where there is nothing to judge by. Collective."""
         began = time.perf_counter()
-        self._ceiling()
+        self._measure_bound()
         if done == 0:
             self._schedule()
         target = RunLayout(self.folder).samples / step_name(done)
         record = self._sample(done, target)
         reading = None
         if ranks.is_main():
-            gallery.drop_frames(RunLayout(self.folder).samples, keep=target)
+            sample_folder.remove_older_frames(RunLayout(self.folder).samples, keep=target)
             self._tell_samples(done, target, record, began)
             before = self.last
             reading = self._judge(done, record)
@@ -108,26 +112,24 @@ class Validation:
         folders = [path for path in step_folders(RunLayout(self.folder).samples) if step_of(path) <= step]
         if not ranks.broadcast(bool(folders)):
             return
-        self._ceiling()
+        self._measure_bound()
         reading = None
         if ranks.is_main():
             for folder in folders:
                 if (folder / SAMPLES_RECORD).is_file():
-                    record = gallery.read_record(folder)
+                    record = read_sample_record(folder)
                     reading = self._judge(int(record["step"]), record)
         self._share(reading)
 
-    def _ceiling(self) -> None:
-        if self.ceiling is None:
-            vae_roundtrip.measure(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
-            self.ceiling = ranks.broadcast(reconstruction_bound.read(self.folder) if ranks.is_main() else None)
+    def _measure_bound(self) -> None:
+        if self.reconstruction_bound is None:
+            vae_roundtrip.measure_roundtrip(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
+            self.reconstruction_bound = ranks.broadcast(
+                read_reconstruction_bound(self.folder) if ranks.is_main() else None
+            )
 
     def _schedule(self) -> None:
-        sampler = self.sampler()
-        rungs.schedule_evidence(
-            self.folder, self.engine.module, sampler.pipeline.scheduler, self.cache, self.scaling_factor,
-            device=sampler.device, dtype=sampler.dtype,
-        )  # fmt: skip
+        record_schedule_probe(self.folder, self.sampler(), self.cache, self.scaling_factor)
         self.engine.settle()
 
     def _sample(self, done: int, target: Path) -> dict[str, Any]:
@@ -139,25 +141,24 @@ class Validation:
             }
             sampler = self.sampler()
             sampler.stop = self.stop
-            return gallery.sample_into(
+            return sample_folder.write_samples(
                 target, sampler, self.wanted, fps=self.config.data.fps, facts=facts, title=f"samples at step {done}"
             )
 
     def _tell_samples(self, done: int, target: Path, record: dict[str, Any], began: float) -> None:
-        self.tracker.log(done, {**gallery.mean_sharpness(record), "validation/seconds": time.perf_counter() - began})
+        self.tracker.log(
+            done, {**sample_folder.mean_sharpness(record), "validation/seconds": time.perf_counter() - began}
+        )
         self.tracker.image(done, "samples/contact_sheet", target / "contact.png")
         for sample in record["samples"]:
             self.tracker.video(done, f"samples/{sample['name']}", target / sample["video"], sample["text"])
 
     def _rungs(self, done: int, record: dict[str, Any], reading: WatchVerdict | None) -> None:
         if done == 0:
-            pipeline = self.sampler().pipeline
-            rungs.base(
-                self.folder, record, family=self.config.model.name, scheduler=pipeline.scheduler, vae=pipeline.vae
-            )
+            sample_rungs.record_base_rung(self.folder, record, self.config.model.name, self.sampler())
         else:
-            rungs.tuned(self.folder, record, reading.findings if reading is not None else None)
-        ladder_report.tell(self.tracker, self.folder, done)
+            sample_rungs.record_tuned_rung(self.folder, record, reading.findings if reading is not None else None)
+        ladder_report.report_ladder(self.tracker, self.folder, done)
 
     def _judge(self, done: int, record: dict[str, Any]) -> WatchVerdict | None:
         """Let the watch see ``record``; the first record is what all others are held against. Rank 0 only."""
@@ -166,7 +167,12 @@ class Validation:
             echo(f"note: the samples of step {done} have no {', '.join(sorted(missing))}: the watch leaves them out")
             return None
         if done == 0:
-            self.base, self.watch, self.last, self.quiet = record, QualityWatch(panels, self.ceiling or None), None, 0
+            self.base, self.watch, self.last, self.quiet = (
+                record,
+                QualityWatch(panels, self.reconstruction_bound or None),
+                None,
+                0,
+            )
             return None
         if self.watch is None or self.base is None:
             echo("note: no samples from before the first step: the watch has nothing to hold these against")
@@ -188,16 +194,15 @@ class Validation:
             reading.step,
             {"watch/level": float(LEVELS.index(reading.level)), "watch/score": reading.score + 0.0, **values},
         )
-        known = {(finding.kind, finding.level) for finding in before.findings} if before is not None else set()
-        fresh = [finding for finding in reading.findings if (finding.kind, finding.level) not in known]
+        known = {(finding.defect, finding.level) for finding in before.findings} if before is not None else set()
+        fresh = [finding for finding in reading.findings if (finding.defect, finding.level) not in known]
         if not fresh:
             return
         picture = self._picture(reading.step, target)
         for finding in fresh:
-            title = f"step {reading.step}: {finding.kind.replace('_', ' ')}"
-            self.tracker.alert(
-                title[:63], finding.line(), "ERROR" if finding.level == "alarm" else "WARN", picture=picture
-            )
+            title = f"step {reading.step}: {finding.defect.replace('_', ' ')}"
+            level = "ERROR" if finding.level == "alarm" else "WARN"
+            self.tracker.alert(title[:63], describe_finding(finding, Rung.TUNED), level, picture=picture)
 
     def _picture(self, done: int, target: Path) -> Path | None:
         """The sheets of step 0 and of now above each other, as ``watch/step-....png``."""
@@ -227,13 +232,13 @@ class Validation:
                 if reading.level not in SHARP
                 else []
             )
-            line = "; ".join(finding.line() for finding in bad)
+            line = "; ".join(describe_finding(finding, Rung.TUNED) for finding in bad)
             mine = Outcome(
                 reading.step,
                 reading.level,
                 float(reading.score),
                 line,
-                tuple(finding.kind for finding in reading.findings),
+                tuple(finding.defect for finding in reading.findings),
             )
         outcome, self.quiet = ranks.broadcast((mine, self.quiet))
         self.outcome = outcome or self.outcome

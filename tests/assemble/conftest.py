@@ -15,9 +15,9 @@ from cogflow.config.schema import SamplingConfig
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import loading
-from cogflow.models.family import FAMILY
-from cogflow.sampling.gallery import sample_into
+from cogflow.models.family import MODEL_SPECS
 from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.weights.tensor_source import weights_fingerprint
 from tools.tiny_text import make_tokenizer
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16, scaling_factor=0.7
     ).save_pretrained(base / "vae")  # fmt: skip
-    CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config()).save_pretrained(base / "scheduler")
+    CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config()).save_pretrained(base / "scheduler")
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, time_embed_dim=8, text_embed_dim=8, num_layers=1,
         sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=TOKENS, use_rotary_positional_embeddings=True,
@@ -78,7 +78,7 @@ def _run(run: Path, base: Path, transformer: CogVideoXTransformer3DModel) -> Non
         frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     facts = {"step": 4, "weights": "model", "weights_sha256": weights}
-    sample_into(
+    write_samples(
         run / "samples" / "step-000004", sampler, requests(prompts, embeds, [0]), fps=8.0, facts=facts, title="samples"
     )
 

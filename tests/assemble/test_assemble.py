@@ -21,8 +21,9 @@ from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import check_manifest, write_manifest
 from cogflow.models import loading
 from cogflow.records.pipeline_records import VerifiedSample
-from cogflow.sampling import gallery
+from cogflow.sampling import sample_folder
 from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sample_record import read_sample_record
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.stages import assemble
 
@@ -176,7 +177,7 @@ def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
     scheduler = loading.load_scheduler(work.base)
     assert isinstance(scheduler, CogVideoXDPMScheduler)
     samples = work.run / "samples" / "step-000004"
-    record = gallery.read_record(samples)
+    record = read_sample_record(samples)
     transformer = loading.load_transformer(work.run / "export", torch.float32).eval()
     embeds = loading.encode_prompts(
         loading.load_tokenizer(work.base), loading.load_text_encoder(work.base), [CAPTION, ""], TOKENS
@@ -186,7 +187,7 @@ def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
         frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     facts = {key: record[key] for key in ("step", "weights", "weights_sha256")}
-    gallery.sample_into(
+    sample_folder.write_samples(
         samples, sampler, requests([Prompt("circle", CAPTION)], embeds, [0]), fps=8.0, facts=facts, title="samples"
     )
     assemble.run(work.config(verify=True))

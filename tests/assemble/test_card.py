@@ -19,9 +19,11 @@ from cogflow.assemble.verification import sampling_settings
 from cogflow.errors import PipelineError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import check_manifest, write_manifest
-from cogflow.ladder import store
-from cogflow.models.family import FAMILY
-from cogflow.sampling import gallery
+from cogflow.ladder.ladder_record import write_rung
+from cogflow.ladder.rung import Rung
+from cogflow.models.family import MODEL_SPECS
+from cogflow.records.ladder_records import BaseRung, TunedRung
+from cogflow.sampling.sample_record import read_sample_record
 from cogflow.stages import assemble
 
 RECORD = {
@@ -60,10 +62,10 @@ def told(work: Work) -> Work:
     )
     write_manifest(work.run / "export")
     (work.run / "train.json").write_text(json.dumps(RECORD))
-    record = gallery.read_record(work.run / "samples" / "step-000004")
-    panels = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
-    store.put(work.run, 3, panels, {"step": 0})
-    store.put(work.run, 4, panels, {"step": 4})
+    record = read_sample_record(work.run / "samples" / "step-000004")
+    metrics = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
+    write_rung(work.run, Rung.BASE, BaseRung(metrics, step=0))
+    write_rung(work.run, Rung.TUNED, TunedRung(metrics, step=4, weights="model"))
     return work
 
 
@@ -97,9 +99,9 @@ def test_samples_of_other_weights_stay_behind(told: Work) -> None:
     assert "## Training" in card and "## Samples" not in card and not (told.run / "pipeline" / "samples").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
 def test_without_a_run_the_family_says_sampling_settings(name: str, work: Work) -> None:
-    member = FAMILY[name]
+    member = MODEL_SPECS[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
         "max_text_seq_length": member.text_tokens
     }

@@ -19,7 +19,7 @@ from cogflow.errors import PipelineError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import write_manifest
 from cogflow.files.publish import publish_folder
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.records.pipeline_records import TransformerOrigin
 from cogflow.stages import assemble
 
@@ -172,9 +172,9 @@ def _error(work: Work, export: bool, **stage: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", list(FAMILY))
+@pytest.mark.parametrize("name", list(MODEL_SPECS))
 def test_a_foreign_transformer_is_held_to_the_facts_of_its_family(name: str) -> None:
-    member = FAMILY[name]
+    member = MODEL_SPECS[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()}
     transformer = PipelineComponent("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)
     assert family_of(transformer) == member
@@ -184,7 +184,7 @@ def test_a_foreign_transformer_is_held_to_the_facts_of_its_family(name: str) -> 
 
 
 def test_an_export_that_names_a_family_must_have_its_positions() -> None:
-    member = FAMILY["cogvideox-5b"]
+    member = MODEL_SPECS["cogvideox-5b"]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
         "use_rotary_positional_embeddings": False, "out_channels": 16, "text_embed_dim": 4096, "temporal_compression_ratio": 4,
         "max_text_seq_length": 226,
@@ -304,10 +304,10 @@ def test_a_tokenizer_that_is_too_short_and_one_that_knows_too_much(work: Work) -
     assert "stage.set.tokenizer.model_max_length=16" in message
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
 def test_positions_of_a_foreign_transformer_are_those_of_its_family(name: str) -> None:
     """Nobody says what it is: everything but the flag does."""
-    member = FAMILY[name]
+    member = MODEL_SPECS[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()}
     settings["use_rotary_positional_embeddings"] = not settings["use_rotary_positional_embeddings"]
     part = PipelineComponent("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)

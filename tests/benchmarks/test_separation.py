@@ -103,4 +103,4 @@ def test_the_watch_on_clips_in_a_folder(tmp_path: Path) -> None:
     results = json.loads(output.read_text())
     still, bounded = results["rows"][0], results["rows"][-1]
     assert (still["drift"], still["alarms"], still["within"]["gauss 1"]) == (0.0, 0, still["damaged"])
-    assert bounded["clips"] == 256 and set(results["noise"]["drifts"]) >= {"blur", "clipped"}
+    assert bounded["clips"] == 256 and set(results["noise"]["prompt_noise"]) >= {"blur", "clipped"}

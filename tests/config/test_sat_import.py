@@ -14,7 +14,7 @@ from cogflow.config.build import build, known_keys
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, FlowStage, TrainStage
 from cogflow.errors import ConfigError
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 
 SAT = Path(__file__).parent / "sat"
 GOLDEN = Path(__file__).parent.parent / "golden" / "sat"
@@ -80,9 +80,9 @@ def test_the_tables_name_keys_that_exist() -> None:
 
 
 def test_the_models_are_the_family() -> None:
-    assert set(sat_recipe.MODELS) == set(FAMILY) - {"tiny"}
+    assert set(sat_recipe.MODELS) == set(MODEL_SPECS) - {"tiny"}
     for name, facts in sat_recipe.MODELS.items():
-        one = FAMILY[name]
+        one = MODEL_SPECS[name]
         patch = [one.patch_size_t, one.patch_size, one.patch_size] if one.patch_size_t else one.patch_size
         assert facts == {
             "layers": one.layers, "heads": one.heads, "width": one.heads * one.head_dim, "in_channels": one.in_channels, "patch": patch,

@@ -13,7 +13,7 @@ from cogflow.config.compose import compose, configs_folder, groups
 from cogflow.config.help import comments
 from cogflow.config.schema import STAGES, AssembleStage, Config, ExportStage, FlowStage, TrainStage
 from cogflow.data import shapes
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 
 PLACES = ["model.path=/model", "data.path=/clips"]
 """What the real models and your own clips need beside the yaml files."""
@@ -65,15 +65,15 @@ def test_each_experiment_works_with_each_stage(stage: str, experiment: str) -> N
 
 def test_the_lists_agree() -> None:
     """What the check knows, the tables it must not import, and the yaml files."""
-    assert set(check.MODELS) == {*FAMILY, "auto"} == set(groups()["model"])
+    assert set(check.MODELS) == {*MODEL_SPECS, "auto"} == set(groups()["model"])
     assert set(check.COLOURS) == set(shapes.COLOURS)
     assert set(check.SHAPES) == set(shapes.SHAPES)
     assert set(check.MOTIONS) == set(shapes.MOTIONS)
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILY) - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(set(MODEL_SPECS) - {"tiny"}))
 def test_a_model_brings_its_native_size(name: str) -> None:
-    data, facts = compose([f"model={name}", "stage=train", *PLACES]).data, FAMILY[name]
+    data, facts = compose([f"model={name}", "stage=train", *PLACES]).data, MODEL_SPECS[name]
     assert (data.frames, data.height, data.width, data.fps) == (facts.frames, facts.height, facts.width, facts.fps)
 
 

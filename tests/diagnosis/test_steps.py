@@ -16,8 +16,9 @@ from cogflow.diagnosis.diagnosis_input import DiagnosisInput, resolve
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.diagnosis.html_page import write_page
 from cogflow.diagnosis.precision import Probe, compare_precision
-from cogflow.diagnosis.weight_evidence import weigh_evidence
+from cogflow.diagnosis.weight_evidence import EvidenceProbe, weigh_evidence
 from cogflow.errors import CheckpointError, ConfigError
+from cogflow.ladder.schedule_probe import ProbeClip
 from cogflow.models import loading, tiny
 from tests.diagnosis.faults import World
 from tests.scenarios import sabotage
@@ -63,7 +64,7 @@ def test_an_overflow_is_found_where_the_file_says_fp16(tmp_path: Path, overflows
 
 
 @pytest.fixture(scope="module")
-def asked() -> dict[str, Any]:
+def probe() -> EvidenceProbe:
     """The shipped transformer, and latents and embeddings of four drawn clips."""
     latents, captions = probe_latents.drawn(loading.load_vae(tiny.folder()), DataConfig(), 4)
     tokenizer, encoder = loading.load_tokenizer(tiny.folder()), loading.load_text_encoder(tiny.folder())
@@ -71,7 +72,8 @@ def asked() -> dict[str, Any]:
     transformer = CogVideoXTransformer3DModel.from_pretrained(
         tiny.folder() / "transformer", torch_dtype=torch.float32
     ).eval()
-    return {"transformer": transformer, "latents": latents, "embeds": embeds}
+    clips = [ProbeClip(*pair, f"evidence:{index}") for index, pair in enumerate(zip(latents, embeds, strict=True))]
+    return EvidenceProbe(transformer, clips, CPU, torch.float32)
 
 
 def with_fields(side: DiagnosisInput, scaling_factor: float, shift: float) -> DiagnosisInput:
@@ -95,23 +97,21 @@ def with_fields(side: DiagnosisInput, scaling_factor: float, shift: float) -> Di
     ],
 )
 def test_the_weights_know_what_they_were_trained_with(
-    world: World, asked: dict[str, Any], factor: float, shift: float, named: list[str]
+    world: World, probe: EvidenceProbe, factor: float, shift: float, named: list[str]
 ) -> None:
     side = with_fields(resolve(world.base, AUTO, "candidate"), factor, shift)
-    result = weigh_evidence(side, **asked, factors=[], shifts=[], device=CPU, dtype=torch.float32)
+    result = weigh_evidence(side, probe, factors=[], shifts=[])
     assert [one.name for one in result.findings] == named
     assert all(one.reference == {"scaling_factor": 0.7, "snr_shift_scale": 1.0}[one.name] for one in result.findings)
     assert result.facts["scaling_factor"]["best"] == 0.7 and result.facts["snr_shift_scale"]["best"] == 1.0
 
 
 @pytest.mark.parametrize("over_time", [{}, {"patch_size_t": 2, "patch_bias": False}])
-def test_weights_that_know_nothing_stay_silent(world: World, asked: dict[str, Any], over_time: dict[str, Any]) -> None:
+def test_weights_that_know_nothing_stay_silent(world: World, probe: EvidenceProbe, over_time: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    fresh = CogVideoXTransformer3DModel.from_config({**asked["transformer"].config, **over_time}).eval()
+    fresh = CogVideoXTransformer3DModel.from_config({**probe.transformer.config, **over_time}).eval()
     side = with_fields(resolve(world.base, AUTO, "candidate"), 1.15258426, 3.0)
-    result = weigh_evidence(
-        side, **{**asked, "transformer": fresh}, factors=[], shifts=[], device=CPU, dtype=torch.float32
-    )
+    result = weigh_evidence(side, dataclasses.replace(probe, transformer=fresh), factors=[], shifts=[])
     assert (
         result.findings == []
         and result.facts["scaling_factor"]["best"] is None

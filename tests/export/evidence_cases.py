@@ -12,7 +12,7 @@ import torch
 
 from cogflow.export import sat_components
 from cogflow.export.facts import Facts, gather, read_yamls
-from cogflow.models.family import Family
+from cogflow.models.family import ModelSpec
 from cogflow.weights.tensor_source import TensorInfo
 from cogflow.weights.torch_file import TorchFile
 
@@ -67,7 +67,7 @@ def shaped(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype = t
     return {name: TensorInfo(name, shape, dtype, Path("mp_rank_00_model_states.pt")) for name, shape in shapes}
 
 
-def published(member: Family, time_embed_dim: int = 512) -> dict[str, TensorInfo]:
+def published(member: ModelSpec, time_embed_dim: int = 512) -> dict[str, TensorInfo]:
     """SAT's names and shapes of a member at its full size, as far as they say something (no MLP, no biases)."""
     width, patch, area = (
         member.heads * member.head_dim,

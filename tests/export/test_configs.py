@@ -23,14 +23,14 @@ from cogflow.export import diffusers_configs, sat_yaml, text_encoder_table, tran
 from cogflow.export.facts import Facts, gather, gather_vae, of_family, read_yamls
 from cogflow.export.mapping_plan import make_plan
 from cogflow.models import tiny
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.records.pipeline_records import TransformerOrigin
 from cogflow.records.training_records import TrainedWith
 from tests.export.evidence_cases import EVERY, KEPT, components, facts, infos, published, yamls
 
 GIVEN = os.environ.get("COGFLOW_GOLDEN")
 MORE = sorted(path.parent for path in Path(GIVEN).glob("*/latest")) if GIVEN else []
-PUBLISHED = [name for name in FAMILY if name != "tiny"]
+PUBLISHED = [name for name in MODEL_SPECS if name != "tiny"]
 
 SCHEDULER = {
     "_class_name": "CogVideoXDDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
@@ -126,7 +126,7 @@ def test_the_text_encoder_is_built_from_its_shapes() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_get_the_published_values(name: str) -> None:
-    member = FAMILY[name]
+    member = MODEL_SPECS[name]
     known = gather(published(member), [], family=name)
     config = diffusers_configs.transformer_config(known)
     assert {key: config[key] for key in ARCHITECTURE} == {
@@ -155,7 +155,7 @@ def test_the_family_table_alone_gives_the_shipped_tiny_model() -> None:
     shipped = CogVideoXTransformer3DModel.load_config(tiny.folder() / "transformer")
     assert diffusers_configs.published(written) == diffusers_configs.published(shipped)
     for name in PUBLISHED:
-        known = gather(published(FAMILY[name]), [], family=name)
+        known = gather(published(MODEL_SPECS[name]), [], family=name)
         assert diffusers_configs.transformer_config(of_family(name)) == diffusers_configs.transformer_config(known)
     with pytest.raises(ConfigError, match="auto"):
         of_family("auto")
@@ -201,7 +201,7 @@ def pipeline(known: Facts, autoencoder: Facts, training: TransformerOrigin) -> d
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_an_export_passes_the_pipeline_checks(name: str) -> None:
     """And fails them with another model's scheduler, so that passing says something."""
-    known = gather(published(FAMILY[name]), [], family=name)
+    known = gather(published(MODEL_SPECS[name]), [], family=name)
     mini = components(KEPT / "5b-i2v").vae
     assert mini is not None
     autoencoder = gather_vae(mini.tensors, [], family=name)
@@ -209,7 +209,7 @@ def test_an_export_passes_the_pipeline_checks(name: str) -> None:
     parts = pipeline(known, autoencoder, training)
     parts["vae"].settings["block_out_channels"] = [128, 256, 256, 512]  # the checkpoint's has two levels, to be small
     checks = check_components(parts, [])
-    assert checks.expected["scaling_factor"] == FAMILY[name].scaling_factor
+    assert checks.expected["scaling_factor"] == MODEL_SPECS[name].scaling_factor
     parts["scheduler"].settings["snr_shift_scale"] = 2.0
     with pytest.raises(PipelineError, match=r"snr_shift_scale is 2.0 .*; the transformer was trained with"):
         check_components(parts, [])

@@ -23,7 +23,7 @@ from cogflow.export.origin import open_origin
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.export.to_sat import export_sat
 from cogflow.files.manifest import check_manifest
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.runtime.progress import progress
 from cogflow.weights.torch_file import TorchFile
 

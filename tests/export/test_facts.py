@@ -11,7 +11,7 @@ import torch
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.export.facts import KINDS, gather, gather_vae, read_yamls
 from cogflow.export.yaml_claims import transformer_claims
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from tests.export.evidence_cases import (
     EVERY,
     KEPT,
@@ -236,9 +236,9 @@ def test_given_facts_are_checked() -> None:
     assert facts("1.5-5b-i2v", given={"invert_scale_latents": False, "layers": None})["invert_scale_latents"] is False
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
 def test_a_published_model_needs_its_name_alone_and_is_known_by_its_facts(name: str) -> None:
-    member = FAMILY[name]
+    member = MODEL_SPECS[name]
     named = gather(published(member), [], family=name)
     assert (
         named.family == name

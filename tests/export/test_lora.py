@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from cogflow.errors import ConversionError
 from cogflow.export import lora, sat_components, transformer_table
 from cogflow.export.mapping_plan import Converted, make_plan
-from cogflow.models.rotary import rotary_tables
 from cogflow.models.tiny import new_vae
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.tensor_source import RenamedTensors
 
 QKV = "transformer.layers.1.attention.query_key_value"

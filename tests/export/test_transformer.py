@@ -14,7 +14,7 @@ from cogflow.errors import ConversionError
 from cogflow.export import positions, transformer_table
 from cogflow.export.algebra import invert
 from cogflow.export.mapping_plan import Converted, differences, make_plan, unrestored
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.tensor_source import TensorSource
 
 UNUSED = "transformer.position_embeddings.weight"

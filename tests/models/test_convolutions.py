@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from cogflow.models import tiny
-from cogflow.models.onednn import by_onednn
+from cogflow.models.loading import use_onednn_convolutions
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch comes without oneDNN")
 
@@ -30,7 +30,7 @@ def test_clips_and_latents_are_the_same_to_rounding(
     )
     names = list(vae.state_dict())
     before = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
-    assert by_onednn(vae) is vae and list(vae.state_dict()) == names
+    assert use_onednn_convolutions(vae) is vae and list(vae.state_dict()) == names
     called, real = [], torch.nn.Conv3d._conv_forward
 
     def noting(*args: Any) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_clips_and_latents_are_the_same_to_rounding(
 def test_gradients_go_the_usual_way(vae: AutoencoderKLCogVideoX) -> None:
     clip = torch.randn(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for one in (vae, by_onednn(vae)):
+    for one in (vae, use_onednn_convolutions(vae)):
         given = clip.clone().requires_grad_()
         one.encode(given).latent_dist.mean.square().sum().backward()
         gradients.append(given.grad)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 
 
 @pytest.mark.parametrize("patch_size_t", [None, 2])

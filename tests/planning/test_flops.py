@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogflow.config.schema import ModelConfig
 from cogflow.models import tiny
-from cogflow.models.family import FAMILY
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.family import MODEL_SPECS
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.planning import flops, transformer_size
 
 PARAMETERS = {
@@ -30,7 +30,7 @@ def test_the_meta_device_counts_every_parameter(name: str) -> None:
 
 
 def test_the_lists_agree() -> None:
-    assert set(PARAMETERS) == set(FAMILY) - {"tiny"}
+    assert set(PARAMETERS) == set(MODEL_SPECS) - {"tiny"}
 
 
 @pytest.mark.parametrize(

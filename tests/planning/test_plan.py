@@ -13,11 +13,11 @@ import pytest
 from cogflow.config.compose import compose, groups
 from cogflow.config.schema import Config
 from cogflow.errors import ConfigError
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.planning import advice, clip_counts, plan_report
 from cogflow.planning.plan import Plan, plan
 
-MODELS = sorted(set(FAMILY) - {"tiny"})
+MODELS = sorted(set(MODEL_SPECS) - {"tiny"})
 
 
 def config(*words: str) -> Config:
@@ -35,7 +35,7 @@ def test_every_model_with_every_way_of_sharing(model: str, deepspeed: str) -> No
     one = made(
         f"model={model}", "data=folder", f"deepspeed={deepspeed}", "stage.plan_gpus=8", "stage.plan_memory_gb=80"
     )
-    assert one.dtype == FAMILY[model].dtype and one.setting.gpus == 8 and one.setting.local == 8
+    assert one.dtype == MODEL_SPECS[model].dtype and one.setting.gpus == 8 and one.setting.local == 8
     assert min(one.gpu.parts.values()) >= 0 and one.gpu.peak > 1e9 and one.host.peak > 1e9 and one.seconds > 0.1
     text = "\n".join(plan_report.lines(one))
     assert f"{one.shape.parameters:,} parameters" in text and f"{one.tokens.total:,} tokens" in text and "ZeRO" in text

@@ -13,10 +13,11 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import SamplingConfig
 from cogflow.errors import ConfigError, PipelineError
 from cogflow.models import loading, tiny
-from cogflow.models.family import FAMILY
-from cogflow.sampling import gallery, sat
+from cogflow.models.family import MODEL_SPECS
+from cogflow.sampling import sample_folder, sat_samplers
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sample_record import read_sample_record
 from cogflow.sampling.sampler import Request, Sampler, decoder
 from cogflow.sampling.sat_schedule import make_schedule
 
@@ -49,7 +50,7 @@ def vae() -> AutoencoderKLCogVideoX:
 def sampler(
     vae: AutoencoderKLCogVideoX, choice: str, model: CogVideoXTransformer3DModel | None = None, **settings: object
 ) -> Sampler:
-    scheduler = CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config())
+    scheduler = CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config())
     how = SamplingConfig(**{"sampler": choice, "steps": 4, **settings})  # type: ignore[arg-type]
     cpu, fp32 = torch.device("cpu"), torch.float32
     return Sampler(
@@ -67,7 +68,7 @@ def sampler(
 
 
 def test_every_choice_is_known() -> None:
-    assert set(RAN) == set(SAMPLERS) and set(sat.SOLVERS) < set(SAMPLERS)
+    assert set(RAN) == set(SAMPLERS) and set(sat_samplers.SOLVERS) < set(SAMPLERS)
     assert SamplingConfig().sampler == "default"
 
 
@@ -90,7 +91,7 @@ def test_they_differ_and_default_is_the_pipelines_own(vae: AutoencoderKLCogVideo
 
 
 def test_default_calls_the_pipeline_as_anybody_would(vae: AutoencoderKLCogVideoX) -> None:
-    model, scheduler = transformer().eval(), CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config())
+    model, scheduler = transformer().eval(), CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config())
     plain = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=model, scheduler=scheduler)
     plain.set_progress_bar_config(disable=True)
     found = plain(
@@ -104,10 +105,12 @@ def test_default_calls_the_pipeline_as_anybody_would(vae: AutoencoderKLCogVideoX
 def test_sat_samplers_are_those_of_the_module(vae: AutoencoderKLCogVideoX) -> None:
     model = transformer().eval()
     embeds = REQUEST.embeds[None]
-    run = sat.Velocity(model, embeds, sat.zeros_for_uncond(embeds))
+    run = sat_samplers.Velocity(model, embeds, sat_samplers.zeros_for_uncond(embeds))
     noises = step_generator(3, "a")
     noise = noise_for(3, "a", (1, 3, 16, 4, 4))
-    wanted = sat.final(sat.steps(run, noise, make_schedule(4, 1.0), "sat_dpm", scale=6.0, dynamic=True, noises=noises))
+    wanted = sat_samplers.final(
+        sat_samplers.steps(run, noise, make_schedule(4, 1.0), "sat_dpm", scale=6.0, dynamic=True, noises=noises)
+    )
     assert torch.equal(sampler(vae, "sat_dpm", model).latents(REQUEST), wanted[0])
 
 
@@ -171,8 +174,8 @@ def test_noise_between_steps_is_a_function_of_seed_and_prompt() -> None:
 
 def test_the_record_says_which_one_ran(vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
     one = sampler(vae, "sat_ddim", steps=2)
-    record = gallery.sample_into(tmp_path / "samples", one, [REQUEST], fps=8.0, facts={}, title="samples")
-    assert record["sampling"] == gallery.read_record(tmp_path / "samples")["sampling"]
+    record = sample_folder.write_samples(tmp_path / "samples", one, [REQUEST], fps=8.0, facts={}, title="samples")
+    assert record["sampling"] == read_sample_record(tmp_path / "samples")["sampling"]
     assert record["sampling"] == {
         "sampler": "sat_ddim", "scheduler": "SAT VideoDDIMSampler", "unconditional": "zeros", "steps": 2, "guidance_scale": 6.0,
         "use_dynamic_cfg": True, "vae_dtype": "fp32", "vae_tiling": False,

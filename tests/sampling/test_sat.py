@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from cogflow.errors import ConfigError, DataError, PipelineError
 from cogflow.export.mapping_plan import Converted, make_plan
 from cogflow.export.transformer_table import table as names_table
-from cogflow.models.family import FAMILY
-from cogflow.sampling import sat
-from cogflow.sampling.sat_schedule import make_schedule, schedule_of, table, visited
+from cogflow.models.family import MODEL_SPECS
+from cogflow.sampling import sat_samplers
+from cogflow.sampling.sat_schedule import alpha_table, make_schedule, schedule_of, visited_timesteps
 from tests.export.golden_sets import KEPT, GoldenSet, sets
 
 GOLDEN = KEPT.parent
@@ -62,15 +62,15 @@ def shift(name: str) -> float:
     raise AssertionError(f"{name} has no yaml of a model")
 
 
-def velocity(name: str, model: Any = None) -> sat.Velocity:
+def velocity(name: str, model: Any = None) -> sat_samplers.Velocity:
     values = recorded(name)
     image = values.get("concat_latents")
     if "first_image_latents" in values:
         first, frames = values["first_image_latents"], values["init_noise"].shape[1]
         image = torch.cat([first, torch.zeros_like(first).expand(-1, frames - 1, -1, -1, -1)], dim=1)
     embeds = values["text_embeds"]
-    return sat.Velocity(
-        model or network(name), embeds, sat.zeros_for_uncond(embeds), image=image, ofs=values.get("ofs")
+    return sat_samplers.Velocity(
+        model or network(name), embeds, sat_samplers.zeros_for_uncond(embeds), image=image, ofs=values.get("ofs")
     )
 
 
@@ -86,10 +86,12 @@ def noises(name: str) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def follow(name: str, solver: str, model: Any = None) -> list[sat.SolverStep]:
+def follow(name: str, solver: str, model: Any = None) -> list[sat_samplers.SolverStep]:
     schedule = make_schedule(len(recorded(name)["ddim.timesteps"]), shift(name))
     start = recorded(name)["init_noise"]
-    return list(sat.steps(velocity(name, model), start, schedule, solver, scale=6.0, dynamic=True, noises=noises(name)))
+    return list(
+        sat_samplers.steps(velocity(name, model), start, schedule, solver, scale=6.0, dynamic=True, noises=noises(name))
+    )
 
 
 @pytest.mark.parametrize(("name", "solver"), CASES)
@@ -120,7 +122,7 @@ def test_schedules_are_the_recorded_ones(name: str) -> None:
 def test_tables_are_sats(scale: float) -> None:
     values = load_file(GOLDEN / "sampler-schedules.safetensors")
     key = f"alphas_cumprod_sqrt.shift_scale_{scale}"
-    torch.testing.assert_close(table(scale, 0.00085, 0.012), values[key], rtol=0, atol=1e-6)
+    torch.testing.assert_close(alpha_table(scale, 0.00085, 0.012), values[key], rtol=0, atol=1e-6)
     for steps in (8, 50):
         schedule = make_schedule(steps, scale)
         torch.testing.assert_close(schedule.alphas[:-1], values[f"{key}.steps_{steps}"], rtol=0, atol=1e-6)
@@ -129,9 +131,9 @@ def test_tables_are_sats(scale: float) -> None:
 
 @pytest.mark.parametrize(("steps", "equal"), [(8, True), (20, True), (50, True), (30, False), (51, False)])
 def test_timesteps_equal_diffusers_where_the_count_divides_1000(steps: int, equal: bool) -> None:
-    scheduler = CogVideoXDDIMScheduler(**FAMILY["cogvideox-5b"].scheduler_config())
+    scheduler = CogVideoXDDIMScheduler(**MODEL_SPECS["cogvideox-5b"].scheduler_config())
     scheduler.set_timesteps(steps)
-    assert (visited(steps)[::-1] == scheduler.timesteps.tolist()) is equal
+    assert (visited_timesteps(steps)[::-1] == scheduler.timesteps.tolist()) is equal
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def test_another_sampler_and_other_weights_both_show() -> None:
     """diffusers' DDIM on SAT's weights, and SAT's DDIM on slightly changed weights: neither passes for SAT's own run."""
     name = "2b"
     wanted = recorded(name)["ddim.latents"][-1]
-    scheduler = CogVideoXDDIMScheduler(**FAMILY["cogvideox-2b"].scheduler_config())
+    scheduler = CogVideoXDDIMScheduler(**MODEL_SPECS["cogvideox-2b"].scheduler_config())
     scheduler.set_timesteps(8)
     x, run, schedule = recorded(name)["init_noise"], velocity(name), make_schedule(8, shift(name))
     for index, timestep in enumerate(scheduler.timesteps):
@@ -159,15 +161,19 @@ def constant(latents: torch.Tensor, timestep: int) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [2, 3, 7])
 def test_as_many_noises_as_sat_draws(steps: int) -> None:
     schedule, start = make_schedule(steps, 1.0), torch.ones(1, 1, 1, 2, 2)
-    given = iter([torch.ones_like(start)] * (sat.draws("sat_dpm", steps) + 1))
+    given = iter([torch.ones_like(start)] * (sat_samplers.draws("sat_dpm", steps) + 1))
     assert torch.isfinite(
-        sat.final(sat.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=given))
+        sat_samplers.final(
+            sat_samplers.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=given)
+        )
     ).all()
     assert len(list(given)) == 1
-    few = [torch.ones_like(start)] * (sat.draws("sat_dpm", steps) - 1)
+    few = [torch.ones_like(start)] * (sat_samplers.draws("sat_dpm", steps) - 1)
     with pytest.raises(DataError, match="there are fewer"):
-        sat.final(sat.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=few))
-    assert sat.draws("sat_ddim", steps) == 0
+        sat_samplers.final(
+            sat_samplers.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=few)
+        )
+    assert sat_samplers.draws("sat_ddim", steps) == 0
 
 
 def test_a_generator_settles_the_result() -> None:
@@ -175,7 +181,9 @@ def test_a_generator_settles_the_result() -> None:
 
     def result(solver: str, seed: int) -> torch.Tensor:
         noises = torch.Generator().manual_seed(seed)
-        return sat.final(sat.steps(constant, start, schedule, solver, scale=6.0, dynamic=False, noises=noises))
+        return sat_samplers.final(
+            sat_samplers.steps(constant, start, schedule, solver, scale=6.0, dynamic=False, noises=noises)
+        )
 
     assert torch.equal(result("sat_dpm", 1), result("sat_dpm", 1))
     assert not torch.equal(result("sat_dpm", 1), result("sat_dpm", 2))
@@ -189,7 +197,7 @@ def test_counts_that_sat_cannot_take_are_refused(steps: int) -> None:
 
 
 def test_schedulers_that_sat_does_not_have_are_refused() -> None:
-    config = FAMILY["cogvideox-2b"].scheduler_config()
+    config = MODEL_SPECS["cogvideox-2b"].scheduler_config()
     assert torch.equal(schedule_of(config, 8).alphas, make_schedule(8, 3.0).alphas)
     with pytest.raises(PipelineError, match=r"prediction_type=epsilon \(SAT: v_prediction\)"):
         schedule_of(config | {"prediction_type": "epsilon"}, 8)
@@ -200,7 +208,7 @@ def test_schedulers_that_sat_does_not_have_are_refused() -> None:
 def test_a_model_without_its_image_is_refused() -> None:
     values = recorded("5b-i2v")
     with pytest.raises(PipelineError, match="takes 32 channels, not 16"):
-        sat.Velocity(network("5b-i2v"), values["text_embeds"], None)(values["init_noise"], 999)
+        sat_samplers.Velocity(network("5b-i2v"), values["text_embeds"], None)(values["init_noise"], 999)
 
 
 def test_frames_that_are_no_whole_patches_are_refused() -> None:

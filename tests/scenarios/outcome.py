@@ -40,7 +40,7 @@ class Notice:
 
     step: int
     rung: int | None
-    kind: str
+    defect: str
     level: str
 
 
@@ -85,7 +85,7 @@ def read(folder: Path) -> Outcome:
     alerts = [event for event in read_lines(folder / "events.jsonl") if event["kind"] == "alert"]
     return Outcome(
         losses=curve(lines, "train/loss"), heldout=curve(lines, "heldout/loss"), validations=steps, changes=changes,
-        ladder=[Notice(0, one["rung"], one["kind"], one["level"]) for one in ladder["findings"] if one["rung"] < 4],
+        ladder=[Notice(0, one["rung"], one["defect"], one["level"]) for one in ladder["findings"] if one["rung"] < 4],
         watch=watched(folder), indicator=indicated(lines, alerts), loss_test=loss_test(lines), human=seen(steps, changes, panels),
         table=ladder.get("table", []),
     )  # fmt: skip
@@ -99,11 +99,11 @@ def watched(folder: Path) -> list[Notice]:
     """Replayed from the samples' panels, as a resumed run does it."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/step-*/samples.json"))]
     first, *later = [{one["name"]: one["sharpness"] for one in record["samples"]} for record in records]
-    watch = QualityWatch(first, reconstruction_bound.read(folder) or None)
+    watch = QualityWatch(first, reconstruction_bound.read_reconstruction_bound(folder) or None)
     found = []
     for record, panels in zip(records[1:], later, strict=True):
         reading = watch.update(record["step"], panels)
-        found += [Notice(record["step"], 4, finding.kind, finding.level) for finding in reading.findings]
+        found += [Notice(record["step"], 4, finding.defect, finding.level) for finding in reading.findings]
     return found
 
 

@@ -184,7 +184,7 @@ def told(notices: list[Notice]) -> str:
         if of:
             step = min(notice.step for notice in of)
             kinds = dict.fromkeys(
-                notice.kind + (f" (rung {notice.rung})" if notice.rung is not None else "")
+                notice.defect + (f" (rung {notice.rung})" if notice.rung is not None else "")
                 for notice in of
                 if notice.step == step
             )

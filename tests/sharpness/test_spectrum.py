@@ -49,7 +49,7 @@ def table(predicted: torch.Tensor, truth: torch.Tensor, alpha: float = 0.5) -> t
     return whole
 
 
-def test_the_transform_is_scipys_and_the_bands_divide_its_energy() -> None:
+def test_transform_equals_scipy_and_bands_add_up_to_its_energy() -> None:
     x = latents()
     for size in (1, 2, 3, 13, 60):
         assert torch.allclose(dct_matrix(size) @ dct_matrix(size).T, torch.eye(size, dtype=torch.float64), atol=1e-12)
@@ -62,14 +62,14 @@ def test_the_transform_is_scipys_and_the_bands_divide_its_energy() -> None:
         torch.testing.assert_close(found[:, places].sum(1), x.square().flatten(1).sum(1), rtol=1e-4, atol=1e-3)
 
 
-def test_a_perfect_prediction_recovers_everything_and_none_recovers_nothing() -> None:
+def test_perfect_prediction_recovers_all_and_zero_prediction_nothing() -> None:
     x = latents()
     for (name, quarter), band in bands(table(x, x)).items():
         assert quarter == 1 and (band.recovered, band.energy) == pytest.approx((1.0, 1.0), abs=1e-5), name
     assert all(band.recovered == band.energy == 0.0 for band in bands(table(torch.zeros_like(x), x)).values())
 
 
-def test_blur_takes_the_high_band_only_and_noise_adds_energy_without_recovering() -> None:
+def test_blur_lowers_the_high_band_and_noise_adds_energy_without_recovery() -> None:
     x = latents()
     blurred = {name: band for (name, _), band in bands(table((x + smooth(x)) / 2, x)).items()}
     assert blurred["high"].recovered < 0.6 < 0.9 < blurred["low"].recovered
@@ -82,7 +82,7 @@ def test_blur_takes_the_high_band_only_and_noise_adds_energy_without_recovering(
     )
 
 
-def test_smearing_over_frames_is_seen_in_the_fast_band() -> None:
+def test_smear_over_frames_lowers_the_fast_band() -> None:
     x = latents()
     smeared = (x + x.roll(1, 1) + x.roll(-1, 1)) / 3
     found = {name: band for (name, _), band in bands(table(smeared, x)).items()}
@@ -90,7 +90,7 @@ def test_smearing_over_frames_is_seen_in_the_fast_band() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.99, 0.5, 0.05])
-def test_the_expected_share_is_what_a_filter_that_knows_each_coefficient_recovers(alpha: float) -> None:
+def test_expected_share_equals_the_wiener_filters(alpha: float) -> None:
     generator = torch.Generator().manual_seed(2)
     x = latents()
     x_t = math.sqrt(alpha) * x + math.sqrt(1 - alpha) * torch.randn(x.shape, generator=generator)
@@ -106,7 +106,7 @@ def test_the_expected_share_is_what_a_filter_that_knows_each_coefficient_recover
         assert band.energy == pytest.approx(band.recovered, abs=4e-2), name
 
 
-def test_the_latents_own_numbers_show_a_wrong_scale_and_soft_data() -> None:
+def test_latent_metrics_show_a_wrong_scale_and_soft_data() -> None:
     x = latents()
     plain, scaled, soft = (metrics(table(y, y), "spectrum") for y in (x, 1.15258426 / 0.7 * x, smooth(x)))
     assert plain["spectrum/latent_std"] == pytest.approx(float(x.std(correction=0)), rel=1e-4)
@@ -115,14 +115,14 @@ def test_the_latents_own_numbers_show_a_wrong_scale_and_soft_data() -> None:
     assert soft["spectrum/latent_high"] < 0.3 * plain["spectrum/latent_high"]
 
 
-def test_names_are_flat_and_a_single_frame_has_no_moving_bands() -> None:
+def test_metric_names_are_flat_and_a_single_frame_has_no_moving_bands() -> None:
     x = latents(shape=(2, 1, 4, 8, 12))
     values = metrics(table(x, x), "heldout")
     assert values["heldout/high_q1"] == pytest.approx(1.0, abs=1e-5) and "heldout/high_energy_q1" in values
     assert not [name for name in values if "_q2" in name or name.startswith(("heldout/fast", "heldout/slow"))]
 
 
-def test_nothing_reaches_the_gradient() -> None:
+def test_sums_do_not_touch_the_gradient() -> None:
     x = latents()
     predicted = x.clone().requires_grad_()
     assert not Spectrum().sums(predicted, x, torch.full((len(x),), 0.5)).requires_grad
@@ -134,7 +134,7 @@ def test_bf16_predictions_are_summed_in_fp32() -> None:
     torch.testing.assert_close(rows, Spectrum().sums(x, x, torch.full((len(x),), 0.5)), rtol=1e-2, atol=1.0)
 
 
-def test_the_scale_that_the_model_sees_is_the_factor_between_truth_and_prediction() -> None:
+def test_scale_seen_is_the_factor_between_truth_and_prediction() -> None:
     x = latents()
     moved = table(x / 1.65, x).roll(2, 1)
     assert scale_seen(bands(moved)) == pytest.approx(1.65, rel=1e-4)

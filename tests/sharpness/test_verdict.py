@@ -1,4 +1,4 @@
-"""Each member of the blurry family gets its own name, on drawn clips; clips that are as good get none."""
+"""compare() names each defect on degraded drawn clips, and finds nothing on equal clips."""
 
 from __future__ import annotations
 
@@ -42,48 +42,52 @@ CASES = {
 }
 
 
-def test_every_kind_has_a_case() -> None:
+def test_every_defect_has_a_case_and_every_change_a_noise_model() -> None:
     assert set(CASES) == set(DEFECTS)
     assert set(METRIC_NOISE) == {*METRICS, *DERIVED}
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_each_kind_is_named(kind: str, clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
-    verdict = compare({name: measure(CASES[kind](clip)) for name, clip in clips.items()}, clean)
-    alarms = [finding.kind for finding in verdict.findings if finding.level == "alarm"]
-    assert kind in alarms and verdict.worse and kind.replace("_", " ") in verdict.line()
+@pytest.mark.parametrize("defect", CASES)
+def test_compare_names_the_defect(defect: str, clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
+    verdict = compare({name: measure(CASES[defect](clip)) for name, clip in clips.items()}, clean)
+    alarms = [finding.defect for finding in verdict.findings if finding.level == "alarm"]
+    assert defect in alarms and verdict.worse and defect.replace("_", " ") in verdict.line()
 
 
-def test_the_same_clips_are_not_worse(clean: dict[str, Metrics]) -> None:
+def test_equal_clips_have_no_finding(clean: dict[str, Metrics]) -> None:
     verdict = compare(clean, clean)
     assert verdict.findings == [] and not verdict.worse and "nothing wrong (8 clips, pair by pair)" in verdict.line()
     assert all(one.size == one.low == one.high == one.z == 0 for one in verdict.changes.values())
 
 
 @pytest.mark.parametrize("name", degrade.CONFOUNDS)
-def test_what_is_no_blur_is_not_called_blur(name: str, clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
+def test_confounds_are_not_called_blur(name: str, clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
     verdict = compare({key: measure(degrade.CONFOUNDS[name](clip)) for key, clip in clips.items()}, clean)
-    assert not {"soft", "over_sharpened"} & {finding.kind for finding in verdict.findings}
+    assert not {"soft", "over_sharpened"} & {finding.defect for finding in verdict.findings}
 
 
-def test_sharper_reads_both_ways(clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
+def test_exchanging_soft_and_sharp_clips_reports_over_sharpening(
+    clips: dict[str, np.ndarray], clean: dict[str, Metrics]
+) -> None:
     soft = {name: measure(degrade.gauss(1.0)(clip)) for name, clip in clips.items()}
-    assert [finding.kind for finding in compare(clean, soft).findings if finding.channel in ("blur", "sharp")] == [
+    assert [finding.defect for finding in compare(clean, soft).findings if finding.metric in ("blur", "sharp")] == [
         "over_sharpened"
     ]
 
 
-def test_other_names_are_compared_as_groups(clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
-    others = {f"other {name}": panel for name, panel in clean.items()}
+def test_clips_with_other_names_are_compared_as_groups(clips: dict[str, np.ndarray], clean: dict[str, Metrics]) -> None:
+    others = {f"other {name}": metrics for name, metrics in clean.items()}
     verdict = compare(clean, others)
     assert verdict.findings == [] and verdict.pairing == "8 clips against 8 others, mean against mean"
     very_soft = {name: measure(degrade.gauss(3.0)(clip)) for name, clip in clips.items()}
     unpaired, paired = compare(very_soft, others), compare(very_soft, clean)
-    assert "soft" in {finding.kind for finding in unpaired.findings}
+    assert "soft" in {finding.defect for finding in unpaired.findings}
     assert abs(unpaired.changes["blur"].z) < abs(paired.changes["blur"].z)
 
 
-def test_one_pair_and_an_interval(clean: dict[str, Metrics], clips: dict[str, np.ndarray]) -> None:
+def test_one_pair_can_be_compared_and_several_give_an_interval(
+    clean: dict[str, Metrics], clips: dict[str, np.ndarray]
+) -> None:
     soft = measure(
         np.stack([gaussian_filter(frame.astype(float), (1.5, 1.5, 0)) for frame in clips["0"]]).astype(np.uint8)
     )
@@ -93,11 +97,11 @@ def test_one_pair_and_an_interval(clean: dict[str, Metrics], clips: dict[str, np
     assert several.low < several.size < several.high < 0
 
 
-def test_nothing_to_compare_is_an_error(clean: dict[str, Metrics]) -> None:
+def test_compare_refuses_empty_input(clean: dict[str, Metrics]) -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
         compare({}, clean)
 
 
-def test_a_finding_is_a_sentence() -> None:
-    line = Finding("washed_out", "alarm", "contrast", -0.41, -8.1, rung=2, since=40).line()
-    assert line == "alarm: washed out at rung 2 (lost contrast or colour): contrast -0.41, z -8.1, since step 40"
+def test_finding_line_gives_level_defect_metric_size_and_step() -> None:
+    line = Finding("washed_out", "alarm", "contrast", -0.41, -8.1, since=40).line()
+    assert line == "alarm: washed out (contrast or colour is lost): contrast -0.41, z -8.1, since step 40"

@@ -61,7 +61,7 @@ def test_a_spoilt_run_stops_with_a_checkpoint_a_verdict_and_a_picture(stopped: P
         step: json.loads((stopped / f"checkpoints/step-00000{step}/trainer.json").read_text())["validation"]
         for step in (2, 4)
     }
-    assert verdict[2]["level"] in ("quiet", "learning") and verdict[2]["score"] == 0.0
+    assert verdict[2]["level"] in ("good", "learning") and verdict[2]["score"] == 0.0
     assert verdict[4]["level"] == "alarm" and verdict[4]["score"] < -3 and verdict[4]["kinds"]
     alerts = [event for event in events(stopped, "alert") if "picture" in event]
     assert alerts and all(len(event["title"]) < 64 and (stopped / event["picture"]).is_file() for event in alerts)

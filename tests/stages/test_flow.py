@@ -108,13 +108,13 @@ def test_the_ladder_has_every_rung_and_a_healthy_one_has_no_finding(flow: Path) 
     assert set(ladder["rungs"]) == {"0", "1", "2", "3", "4", "5"} and ladder["findings"] == []
     assert [row["against"] for row in ladder["table"]] == [None, 0, 1, 2, 3, 4]
     assert all(
-        row["pairs"] == len(ladder["rungs"][str(row["rung"])]["panels"])
+        row["pairs"] == len(ladder["rungs"][str(row["rung"])]["metrics"])
         for row in ladder["table"]
         if row["rung"] in (2, 4, 5)
     )
-    errors = ladder["rungs"]["3"]["facts"]["schedule"]["errors"]
+    errors = ladder["rungs"]["3"]["schedule"]["errors"]
     assert errors["1"] < 0.8 * errors["3"]
-    assert ladder["rungs"]["5"]["facts"]["failed"] is False and ladder["table"][5]["psnr"] > 50
+    assert ladder["rungs"]["5"]["failed"] is False and ladder["table"][5]["psnr"] > 50
     assert {"ladder/rung2_blur", "ladder/rung2_psnr", "ladder/rung5_psnr"} <= set().union(
         *map(set, lines(flow, "ladder/rung2_blur"))
     )

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
-from cogflow.sampling.score import against, score
+from cogflow.sampling.clip_comparison import compare_clips, measure_clips
 from tests.conftest import Command
 
 
@@ -40,7 +40,7 @@ def test_blurred_videos_exit_3_and_sharp_ones_0(tmp_path: Path, cogflow: Command
     done = cogflow(*common, f"stage.source={soft}", f"stage.reference={sharp}", code=3)
     assert "blurrier" in done.stderr and "soft" in done.stderr
     found = comparison(tmp_path)
-    assert found["worse"] and found["blurrier"] and "soft" in found["kinds"] and found["changes"]["blur"]["high"] < 0
+    assert found["worse"] and found["blurrier"] and "soft" in found["defects"] and found["changes"]["blur"]["high"] < 0
     assert "worse than the reference: soft" in (tmp_path / "compared/report.html").read_text()
     assert len(json.loads((tmp_path / "compared/sample.json").read_text())["results"]["sharpness"]) == 4
     # Sharper than the reference is no fault.
@@ -56,7 +56,7 @@ def test_what_is_worse_has_its_name(tmp_path: Path, cogflow: Command) -> None:
     ):
         done = cogflow(*common, f"stage.source={place}", code=3)
         found = comparison(tmp_path)
-        assert found["kinds"][0] == kind and not found["blurrier"], found["line"]
+        assert found["defects"][0] == kind and not found["blurrier"], found["line"]
         assert kind.replace("_", " ") in done.stderr
     # Only what is asked for makes the exit code.
     cogflow(*common, f"stage.source={tmp_path / 'pale'}", "stage.fail_on=[soft]")
@@ -66,22 +66,22 @@ def test_what_is_worse_has_its_name(tmp_path: Path, cogflow: Command) -> None:
 
 def test_sizes_are_made_equal_before_sharpness_is_compared(tmp_path: Path) -> None:
     large, small = clips(tmp_path / "large"), clips(tmp_path / "small", height=64)
-    reference = score(large)
-    enlarged = score(small, reference)
-    assert enlarged.notes[0] == "clip-0: 96x64 brought to 192x128" and enlarged.common_size == (128, 192)
-    assert "soft" in against(enlarged, reference, ["soft"])["kinds"]
+    reference = measure_clips(large)
+    enlarged = measure_clips(small, reference)
+    assert enlarged.notes[0] == "clip-0: 96x64 resized to 192x128" and enlarged.common_size == (128, 192)
+    assert "soft" in compare_clips(enlarged, reference, ["soft"]).defects
     # The other way round the larger ones lose what the smaller never had.
-    assert not against(score(large, score(small)), score(small), ["soft"])["worse"]
+    assert not compare_clips(measure_clips(large, measure_clips(small)), measure_clips(small), ["soft"]).worse
 
 
 def test_raw_frames_of_samples_are_taken_where_they_are_kept(flow: Path, tmp_path: Path, cogflow: Command) -> None:
-    ours = score(flow / "samples/step-000004")
+    ours = measure_clips(flow / "samples/step-000004")
     recorded = {
         one["name"]: one["sharpness"]
         for one in json.loads((flow / "samples/step-000004/samples.json").read_text())["samples"]
     }
-    assert ours.raw and ours.panels.keys() == recorded.keys()
-    for name, panel in ours.panels.items():
+    assert ours.raw and ours.metrics.keys() == recorded.keys()
+    for name, panel in ours.metrics.items():
         assert panel["wavelet_ratio"] == pytest.approx(recorded[name]["wavelet_ratio"], abs=0.02)
     done = cogflow(
         "stage=sample",

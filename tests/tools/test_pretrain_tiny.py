@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
-from cogflow.models.onednn import by_onednn
+from cogflow.models.loading import use_onednn_convolutions
 from cogflow.models.tiny import folder
 from tools import tiny_quality, tiny_text
 from tools.pretrain_tiny import main, make_sampler
@@ -56,7 +56,7 @@ def test_the_shipped_model_is_small_and_has_the_settings_of_5b() -> None:
 def test_the_shipped_model_reaches_its_recorded_quality() -> None:
     """Measure the round trip, and whether samples show what their prompts name, on fewer clips than the record."""
     pipeline = CogVideoXPipeline.from_pretrained(folder(), torch_dtype=torch.float32)
-    by_onednn(pipeline.vae)
+    use_onednn_convolutions(pipeline.vae)
     assert tiny_quality.measure_roundtrip(pipeline.vae, 16)["psnr_mean_db"] > 26
     followed = tiny_quality.measure_prompt_following(make_sampler(pipeline, 20), 1)
     assert {name: share for name, share in followed.items() if name.startswith("follows") and share < 0.85} == {}

@@ -15,7 +15,7 @@ from diffusers import CogVideoXTransformer3DModel
 from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import QualityGateError
 from cogflow.models import tiny
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.runtime import ranks
 from cogflow.training import ulysses
 from cogflow.training.recomputation import recompute

@@ -11,7 +11,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
 from cogflow.data.cache import LatentCache
-from cogflow.models.inputs import OFS, Inputs
+from cogflow.models.transformer_inputs import OFS, TransformerInputs
 from cogflow.training.batch import heldout_batch, training_batch
 from tests.faults.conftest import World, server_says
 from tests.faults.server import Server
@@ -104,8 +104,8 @@ def test_two_ranks_train_what_one_does_and_the_export_loads_and_runs_in_diffuser
 
 def test_what_stands_beside_the_latents(i2v: Variant) -> None:
     """The first latent frame is the image's own latents, from one of the stored noises, unless it is dropped; all others are zero."""
-    cache, given = LatentCache(i2v.root / "prepared/cache"), Inputs.of(*configs(i2v.model))
-    assert given == Inputs(0.7, image_factor=1 / 0.7, patch_size_t=2, ofs=True)
+    cache, given = LatentCache(i2v.root / "prepared/cache"), TransformerInputs.of(*configs(i2v.model))
+    assert given == TransformerInputs(0.7, image_factor=1 / 0.7, patch_size_t=2, ofs=True)
     batch = training_batch(cache, range(4), (0, 1), 0, inputs=given, text_dropout=0.0, image_dropout=0.0)
     assert batch.image is not None and batch.latents.shape == batch.image.shape == (4, 4, 16, 8, 12)
     assert torch.equal(batch.latents[:, 0], batch.latents[:, 1]), (
@@ -150,4 +150,4 @@ def test_learned_positions_hold_for_one_size_alone(server: Server, tmp_path: Pat
         "data.height=48",
     ]
     done = server.run(*words)
-    assert done.code == 2 and "learned positions of 9x64x96 alone" in done.text, done.text[-2000:]
+    assert done.code == 2 and "learned positions of 9x64x96 only" in done.text, done.text[-2000:]

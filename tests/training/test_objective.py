@@ -7,7 +7,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from safetensors.torch import load_file
 
-from cogflow.models.family import FAMILY
+from cogflow.models.family import MODEL_SPECS
 from cogflow.training.objective import noised, velocity_loss
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -30,7 +30,7 @@ def test_every_value_of_the_loss_is_sats(variant: str) -> None:
     golden = {
         name.removeprefix("loss."): value for name, value in load_file(GOLDEN / f"loss-{variant}.safetensors").items()
     }
-    alphas = CogVideoXDDIMScheduler(**FAMILY[VARIANTS[variant]].scheduler_config()).alphas_cumprod
+    alphas = CogVideoXDDIMScheduler(**MODEL_SPECS[VARIANTS[variant]].scheduler_config()).alphas_cumprod
     timesteps = golden["idx"]
     assert relative(alphas[timesteps].sqrt(), golden["alphas_cumprod_sqrt"]) < 1e-5
     assert relative(1 / (1 - alphas[timesteps]), golden["weight"]) < 1e-5
@@ -44,7 +44,7 @@ def test_every_value_of_the_loss_is_sats(variant: str) -> None:
 
 def test_the_wrong_shift_would_not_pass() -> None:
     golden = load_file(GOLDEN / "loss-5b.safetensors")
-    alphas = CogVideoXDDIMScheduler(**FAMILY["cogvideox-2b"].scheduler_config()).alphas_cumprod
+    alphas = CogVideoXDDIMScheduler(**MODEL_SPECS["cogvideox-2b"].scheduler_config()).alphas_cumprod
     assert (
         relative(
             noised(golden["loss.x0"], golden["loss.noise"], alphas, golden["loss.idx"]), golden["loss.noised_input"]
@@ -54,7 +54,7 @@ def test_the_wrong_shift_would_not_pass() -> None:
 
 
 def test_the_loss_is_the_plain_error_of_v_and_finite_at_the_last_timestep() -> None:
-    alphas = CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config()).alphas_cumprod
+    alphas = CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config()).alphas_cumprod
     generator = torch.Generator().manual_seed(0)
     x0, noise, v = (torch.randn(3, 3, 16, 4, 6, generator=generator) for _ in range(3))
     timesteps = torch.tensor([0, 500, 999])
@@ -68,7 +68,7 @@ def test_the_loss_is_the_plain_error_of_v_and_finite_at_the_last_timestep() -> N
 
 
 def test_the_loss_is_computed_in_fp32_for_a_bf16_prediction() -> None:
-    alphas = CogVideoXDDIMScheduler(**FAMILY["tiny"].scheduler_config()).alphas_cumprod
+    alphas = CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config()).alphas_cumprod
     x0 = torch.zeros(1, 3, 16, 4, 6)
     losses = velocity_loss(torch.ones(1, 3, 16, 4, 6, dtype=torch.bfloat16), x0, x0, alphas, torch.tensor([999]))
     assert losses.per_sample.dtype == torch.float32 and float(losses.mean) == 1.0

@@ -13,7 +13,7 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
 from cogflow.export import diffusers_configs, facts
 from cogflow.models.loading import DTYPES
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.training import deepspeed_start
 
 MODELS = {

@@ -15,7 +15,7 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.planning.plan import kept, plan
 from cogflow.training import recomputation, speed
 from cogflow.training.recomputation import ATTENTION, recompute

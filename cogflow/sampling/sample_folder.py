@@ -18,18 +18,16 @@ from cogflow.files.publish import publish_folder
 from cogflow.models.loading import dtype_name
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
-from cogflow.sampling.records import FRAMES as FRAMES
-from cogflow.sampling.records import newest as newest
-from cogflow.sampling.records import read_record as read_record
+from cogflow.sampling.sample_record import FRAMES_FILE
 from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.metrics import measure
 from cogflow.tracking.contact_sheet import contact_sheet
 
-LATENTS = "latents.safetensors"
+LATENTS_FILE = "latents.safetensors"
 SHEET_COLUMNS = 5
 
 
-def sample_into(
+def write_samples(
     target: Path, sampler: Sampler, wanted: Sequence[Request], *, fps: float, facts: dict[str, Any], title: str
 ) -> dict[str, Any]:
     """Sample ``wanted`` over all ranks and publish the folder ``target``; returns its ``samples.json`` on every rank.
@@ -64,11 +62,11 @@ def mean_sharpness(record: dict[str, Any]) -> dict[str, float]:
     return {f"sharpness/{name}": sum(panel[name] for panel in panels) / len(panels) for name in panels[0]}
 
 
-def drop_frames(folder: Path, keep: Path) -> None:
+def remove_older_frames(folder: Path, keep: Path) -> None:
     """Remove the raw frames of all validations but ``keep``: large, and only the newest are compared with an export."""
     for step_folder in step_folders(folder):
         if step_folder != keep:
-            (step_folder / FRAMES).unlink(missing_ok=True)
+            (step_folder / FRAMES_FILE).unlink(missing_ok=True)
 
 
 def _sample_share(
@@ -107,7 +105,7 @@ def _sample_share(
 
 def _merge(partial: Path, record: dict[str, Any]) -> None:
     """One file of latents, one of frames, one sheet, one record. The manifest is made when the folder is published."""
-    for kind, final in (("latents", LATENTS), ("frames", FRAMES)):
+    for kind, final in (("latents", LATENTS_FILE), ("frames", FRAMES_FILE)):
         parts = sorted(partial.glob(f"{kind}-*.part"))
         merged = {name: tensor for part in parts for name, tensor in load_file(part).items()}
         save_file(merged, partial / final)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from cogflow.errors import DataError, PipelineError
-from cogflow.models.rotary import rotary_tables
+from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.sampling.sat_schedule import SatSchedule
 
 Noises: TypeAlias = torch.Generator | Iterable[torch.Tensor]

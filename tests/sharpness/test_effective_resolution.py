@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from skimage import data
 
 from cogflow.data.shapes import COLOURS, MOTION_NAMES, SHAPES, Scene, draw
-from cogflow.sharpness.dataset import resolution, two_groups
+from cogflow.sharpness.effective_resolution import resolution, two_groups
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea")
 
@@ -45,7 +45,7 @@ def drawn(number: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_a_photograph_is_whole_and_one_scaled_up_is_not(name: str) -> None:
+def test_scaled_up_photographs_are_distinguished_from_the_originals(name: str) -> None:
     clip = photograph(name)
     as_is = resolution(clip)
     assert not as_is.scaled_up and as_is.effective == clip.shape[1:3]
@@ -56,7 +56,7 @@ def test_a_photograph_is_whole_and_one_scaled_up_is_not(name: str) -> None:
             assert 0.7 / factor < seen.effective[0] / clip.shape[1] < 1.6 / factor
 
 
-def test_shallow_focus_is_not_scaling_up() -> None:
+def test_shallow_focus_is_not_called_scaled_up() -> None:
     clip = photograph("astronaut")
     soft = gaussian_filter(clip.astype(float), (0, 3, 3, 0))
     rows, columns = np.mgrid[: clip.shape[1], : clip.shape[2]]
@@ -64,13 +64,13 @@ def test_shallow_focus_is_not_scaling_up() -> None:
     assert not resolution((focus * clip + (1 - focus) * soft).round().astype(np.uint8)).scaled_up
 
 
-def test_drawn_clips_are_whole_and_scaled_up_from_a_quarter_they_are_not() -> None:
+def test_drawn_clips_are_called_scaled_up_only_when_they_are() -> None:
     clips = [drawn(number) for number in range(8)]
     assert not any(resolution(clip).scaled_up for clip in clips)
     assert all(resolution(scaled(clip, 4, Image.Resampling.BICUBIC)).scaled_up for clip in clips)
 
 
-def test_shapes_and_dtypes() -> None:
+def test_resolution_does_not_depend_on_dtype_and_refuses_small_frames() -> None:
     clip = drawn(1)
     ours = resolution(clip)
     assert resolution(torch.from_numpy(clip)) == ours
@@ -80,7 +80,7 @@ def test_shapes_and_dtypes() -> None:
         resolution(np.zeros((2, 16, 64, 3), np.uint8))
 
 
-def test_a_secretly_blurred_half_is_found() -> None:
+def test_two_groups_finds_the_blurred_half() -> None:
     values = {}
     for number in range(32):
         clip = drawn(number)
@@ -95,7 +95,7 @@ def test_a_secretly_blurred_half_is_found() -> None:
     assert two_groups({name: value for name, value in values.items() if int(name) % 2 == 0}) is None
 
 
-def test_one_group_is_seldom_taken_for_two() -> None:
+def test_two_groups_rarely_splits_one_distribution() -> None:
     """False alarms on sets from one distribution: normal, skewed, heavy-tailed."""
     random = np.random.default_rng(0)
     draws: dict[str, Callable[[int], list[float]]] = {

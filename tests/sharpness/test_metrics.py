@@ -1,4 +1,4 @@
-"""The panel's numbers are those of the libraries it follows, and do not depend on dtype, batch or device; nothing makes them NaN."""
+"""Metrics equal the libraries they follow, are independent of dtype, batch and device, and are always finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import blur_effect
 
 from cogflow.data.shapes import draw, scenes
-from cogflow.sharpness import METRICS, artefacts, change, edges, measure, measure_batch, spatial
+from cogflow.sharpness import METRICS, change, measure, measure_batch
+from cogflow.sharpness.filters import wavelet_bands
+from cogflow.sharpness.frame_metrics import block_grid, edge_log_slope, noise_deviation
+from cogflow.sharpness.frame_metrics import blur_effect as our_blur_effect
 
 
 @pytest.fixture(scope="module")
@@ -27,111 +30,111 @@ def blurred(clip: np.ndarray, sigma: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (64, 96), (65, 97), (31, 50)])
-def test_wavelet_bands_are_those_of_pywavelets(shape: tuple[int, int]) -> None:
+def test_wavelet_bands_equal_pywavelets(shape: tuple[int, int]) -> None:
     luma = np.random.default_rng(1).random(shape, dtype=np.float32)
     wanted = pywt.wavedec2(luma, "db2", level=3)
-    for level, band in enumerate(spatial.bands(torch.from_numpy(luma)[None])):
+    for level, band in enumerate(wavelet_bands(torch.from_numpy(luma)[None])):
         for ours, theirs in zip(band, wanted[3 - level], strict=True):
             np.testing.assert_allclose(ours[0], theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (64, 96), (65, 97)])
-def test_blur_effect_is_that_of_scikit_image(shape: tuple[int, int]) -> None:
+def test_blur_effect_equals_scikit_image(shape: tuple[int, int]) -> None:
     luma = np.random.default_rng(2).random(shape)
     for sigma in (0, 1, 3):
         soft = gaussian_filter(luma, sigma) if sigma else luma
-        ours = float(spatial.blur_effect(torch.from_numpy(soft).float()[None]))
+        ours = float(our_blur_effect(torch.from_numpy(soft).float()[None]))
         assert ours == pytest.approx(1 - blur_effect(soft), rel=1e-4)
 
 
-def test_grain_is_the_deviation_of_noise() -> None:
+def test_grain_measures_the_deviation_of_noise() -> None:
     random = np.random.default_rng(3)
     ramp = np.linspace(0.3, 0.6, 96)[None, :] + np.zeros((64, 1))
     for deviation in (0.01, 0.04):
         noisy = torch.from_numpy(ramp + random.normal(0, deviation, ramp.shape)).float()[None]
         # The lower quartile over tiles reads a few percent low.
-        assert float(spatial.noise_deviation(spatial.bands(noisy)[0][2])) == pytest.approx(deviation, rel=0.12)
+        assert float(noise_deviation(wavelet_bands(noisy)[0][2])) == pytest.approx(deviation, rel=0.12)
 
 
-def test_an_edge_has_the_slope_of_its_width() -> None:
+def test_edge_slope_is_the_inverse_of_the_edge_width() -> None:
     slopes = []
     for width in (2, 4, 6):
         profile = np.clip((np.arange(96) - 48) / width, 0, 1)
         flat = torch.from_numpy(np.tile(profile, (64, 1))).float()[None]
-        slopes.append(float(edges._log_slope(flat, -1).exp()))
+        slopes.append(float(edge_log_slope(flat, -1).exp()))
         assert slopes[-1] == pytest.approx(1 / width, rel=0.25)  # the window of 7 pixels cuts corners off
     assert slopes[0] > slopes[1] > slopes[2]
 
 
-def test_a_grid_of_blocks_shows_and_a_grid_elsewhere_does_not() -> None:
+def test_block_grid_sees_blocks_on_the_borders_only() -> None:
     picture = np.random.default_rng(4).random((64, 96)) * 0.2
     blocks = np.kron(np.random.default_rng(5).random((8, 12)), np.ones((8, 8))) * 0.2
     on_borders, beside = (
-        float(artefacts.grid(torch.from_numpy(picture + np.roll(blocks, by, (0, 1))).float()[None])) for by in (0, 2)
+        float(block_grid(torch.from_numpy(picture + np.roll(blocks, by, (0, 1))).float()[None])) for by in (0, 2)
     )
     assert on_borders > 0.3 > beside + 0.1
 
 
-def test_more_blur_measures_lower(clips: list[np.ndarray]) -> None:
+def test_more_blur_lowers_every_blur_metric(clips: list[np.ndarray]) -> None:
     for clip in clips:
-        ladder = [measure(clip)] + [measure(blurred(clip, sigma)) for sigma in (0.8, 1.5, 2.5)]
-        for sharper, softer in pairwise(ladder):
-            for channel in ("edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "detail"):
-                assert softer[channel] < sharper[channel], channel
+        rising_blur = [measure(clip)] + [measure(blurred(clip, sigma)) for sigma in (0.8, 1.5, 2.5)]
+        for sharper, softer in pairwise(rising_blur):
+            for metric in ("edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "detail"):
+                assert softer[metric] < sharper[metric], metric
 
 
-def test_bytes_floats_tensors_and_batches_measure_alike(clips: list[np.ndarray]) -> None:
+def test_metrics_do_not_depend_on_dtype_or_batch(clips: list[np.ndarray]) -> None:
     expected = measure(clips[0])
     for same in (clips[0] / 255.0, torch.from_numpy(clips[0]), torch.from_numpy(clips[0]).float() / 255):
         assert measure(same) == pytest.approx(expected, rel=1e-4, abs=1e-5)
     together = measure_batch(np.stack(clips[:3]))
-    for clip, panel in zip(clips, together, strict=False):
-        assert panel == pytest.approx(measure(clip), rel=1e-5, abs=1e-6)
+    for clip, metrics in zip(clips, together, strict=False):
+        assert metrics == pytest.approx(measure(clip), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 0.35, 1.0, float("nan"), float("inf")])
-def test_a_flat_clip_has_numbers(value: float) -> None:
+def test_metrics_of_a_flat_clip_are_finite(value: float) -> None:
     flat = measure(np.full((4, 64, 96, 3), value, dtype=np.float32))
     assert set(flat) == set(METRICS) and all(np.isfinite(number) for number in flat.values())
     assert flat["contrast"] == pytest.approx(0, abs=1e-6) and flat["repeated"] == 1
     assert flat["finite"] == float(np.isfinite(value))
 
 
-def test_some_values_that_are_no_numbers_are_counted(clips: list[np.ndarray]) -> None:
+def test_finite_counts_non_finite_values(clips: list[np.ndarray]) -> None:
     clip = torch.from_numpy(clips[0]).float() / 255
     clip[0, :8] = float("nan")
-    panel = measure(clip)
-    assert panel["finite"] == pytest.approx(1 - 8 / 64 / 5, abs=1e-4) and all(
-        np.isfinite(number) for number in panel.values()
+    metrics = measure(clip)
+    assert metrics["finite"] == pytest.approx(1 - 8 / 64 / 5, abs=1e-4) and all(
+        np.isfinite(number) for number in metrics.values()
     )
 
 
-def test_one_frame_is_enough(clips: list[np.ndarray]) -> None:
-    panel = measure(clips[0][:1])
-    assert panel["motion"] == panel["temporal_sharpness"] == panel["repeated"] == 0
-    assert panel["reblur"] > 0
+def test_a_single_frame_can_be_measured(clips: list[np.ndarray]) -> None:
+    metrics = measure(clips[0][:1])
+    assert metrics["motion"] == metrics["temporal_sharpness"] == metrics["repeated"] == 0
+    assert metrics["reblur"] > 0
 
 
-def test_changes_are_logs_or_differences() -> None:
+def test_change_is_a_log_ratio_or_a_difference() -> None:
     assert change("contrast", 0.2, 0.1) == pytest.approx(np.log(2), abs=0.02)
     assert change("wavelet_ratio", -1.0, -0.5) == -0.5
     assert all(change(name, 0.3, 0.3) == 0 for name in METRICS)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 96), (0, 64, 96, 3), (3, 64, 96, 4), (3, 16, 96, 3)])
-def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_measure_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="frames are"):
         measure(np.zeros(shape, dtype=np.uint8))
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_measure_refuses_other_dtypes() -> None:
     with pytest.raises(ValueError, match="uint8 or floating"):
         measure(np.zeros((3, 64, 96, 3), dtype=np.int64))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_measures_the_same(clips: list[np.ndarray]) -> None:
+def test_metrics_on_a_gpu_equal_those_on_the_cpu(clips: list[np.ndarray]) -> None:
     for clip in clips:
         here = torch.from_numpy(clip)
         for one in (here, here.float() / 255):

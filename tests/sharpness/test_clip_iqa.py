@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cogflow.data.shapes import draw, scenes
-from cogflow.sharpness.learned import PAIRS, ClipScores
+from cogflow.sharpness.clip_iqa import PAIRS, ClipScores
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_scores_are_the_models_own_softmax(folder: Path) -> None:
+def test_scores_equal_the_models_softmax(folder: Path) -> None:
     scores, clip = ClipScores(folder), draw(scenes(1, 0)[0], 9, 64, 96)
     found = scores(clip)
     assert set(found) == set(PAIRS) and all(0 < value < 1 for value in found.values())
@@ -51,11 +51,11 @@ def test_scores_are_the_models_own_softmax(folder: Path) -> None:
     assert found["clip_sharpness"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
-def test_bytes_and_floats_score_alike(folder: Path) -> None:
+def test_scores_do_not_depend_on_dtype(folder: Path) -> None:
     scores, clip = ClipScores(folder), draw(scenes(1, 1)[0], 5, 64, 96)
     assert scores(torch.from_numpy(clip).float() / 255) == pytest.approx(scores(clip), abs=1e-6)
 
 
-def test_a_folder_without_a_model_is_refused_and_nothing_is_fetched(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_raises_and_nothing_is_downloaded(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="model.safetensors"):
         ClipScores(tmp_path)

@@ -1,0 +1,174 @@
+"""The inputs of a CogVideoX transformer beside noised latents and text: image latents, ofs, rotary positions, and the sizes it takes.
+
+Sources: sat/diffusion_video.py (``shared_step``) of zai-org/CogVideo, finetune/models/cogvideox_i2v/lora_trainer.py there, and
+diffusers' ``CogVideoXImageToVideoPipeline.prepare_latents``, which users sample with. Where they disagree the pipeline is followed, so
+that training and sampling see the same (docs/image-to-video.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+from cogflow.errors import ConfigError
+
+OFS = 2.0
+"""The ``ofs`` of 1.5 I2V in SAT's sampling, CogVideo's finetuning and diffusers."""
+SIGMA_MEAN, SIGMA_STD = -3.0, 0.5
+"""Of the logarithm of the noise on the first frame, whose pixels are in [-1, 1] (``add_noise_to_first_frame``)."""
+PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True)
+class TransformerInputs:
+    """Inputs of one model.
+
+    ``scaling_factor``: of the latents; ``image_factor``: of the first frame's latents, ``None`` for text to video; ``patch_size_t``:
+    latent frames of one token, 1 for models that do not patch over time; ``ofs``: whether the model takes one.
+    """
+
+    scaling_factor: float
+    image_factor: float | None = None
+    patch_size_t: int = 1
+    ofs: bool = False
+
+    @classmethod
+    def of(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> TransformerInputs:
+        """Return the inputs that the configs of a transformer and its VAE define.
+
+        ``invert_scale_latents`` (1.5) divides the image's latents by the scaling factor where other models multiply.
+        """
+        factor = float(vae["scaling_factor"])
+        image_factor = 1.0 / factor if vae.get("invert_scale_latents") else factor
+        return cls(
+            scaling_factor=factor,
+            image_factor=image_factor if takes_image(transformer) else None,
+            patch_size_t=transformer.get("patch_size_t") or 1,
+            ofs=transformer.get("ofs_embed_dim") is not None,
+        )
+
+    def padded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return ``latents`` ``[frames, channels, h, w]`` in whole patches over time (:func:`pad_latent_frames`)."""
+        return pad_latent_frames(latents, self.patch_size_t)
+
+    def beside(self, image: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
+        """Return the image channels of ``latents`` ``[frames, channels, h, w]``.
+
+        The scaled latents of ``image`` (``[channels, 1, h, w]``, not scaled) are at the first (padded) frame, zeros at all others; all
+        zeros without an image.
+        """
+        channels = torch.zeros_like(latents)
+        if image is not None:
+            assert self.image_factor is not None
+            channels[0] = self.image_factor * image[:, 0]
+        return channels
+
+    def extra(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return further keyword arguments of the transformer's forward pass."""
+        return {"ofs": torch.full((1,), OFS, device=device, dtype=dtype)} if self.ofs else {}
+
+
+def pad_latent_frames(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
+    """Return ``latents`` ``[frames, channels, h, w]`` in whole patches of ``patch_size_t`` frames: the first frame is repeated in front.
+
+    CogVideo's own finetuning pads like this. Sampling starts with as many frames of noise in front and drops their results.
+    """
+    missing = -len(latents) % patch_size_t
+    return torch.cat([latents[:1].expand(missing, -1, -1, -1), latents]) if missing else latents
+
+
+def rotary_tables(
+    transformer: CogVideoXTransformer3DModel,
+    latent_frames: int,
+    latent_height: int,
+    latent_width: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (cos, sin), each fp32 ``[tokens, head_dim]``, as ``CogVideoXPipeline`` prepares them; ``None`` for sin-cos positions (2B).
+
+    1.0 scales the grid into the native one (``crops``); 1.5 takes the first rows of a larger table (``slice``).
+    """
+    config = transformer.config
+    if not config.use_rotary_positional_embeddings:
+        return None
+    rows, columns = latent_height // config.patch_size, latent_width // config.patch_size
+    base_rows, base_columns = config.sample_height // config.patch_size, config.sample_width // config.patch_size
+    if config.patch_size_t is None:
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim,
+            crops_coords=get_resize_crop_region_for_grid((rows, columns), base_columns, base_rows),
+            grid_size=(rows, columns),
+            temporal_size=latent_frames,
+            device=device,
+        )
+    return get_3d_rotary_pos_embed(
+        embed_dim=config.attention_head_dim,
+        crops_coords=None,
+        grid_size=(rows, columns),
+        temporal_size=-(-latent_frames // config.patch_size_t),
+        grid_type="slice",
+        max_size=(base_rows, base_columns),
+        device=device,
+    )
+
+
+def read_transformer_config(model: Path) -> dict[str, Any]:
+    """Return the transformer's config.json of a pipeline folder. Raise :class:`ConfigError` when it lacks ``max_text_seq_length``."""
+    config_file = model / "transformer" / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        int(config["max_text_seq_length"])
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{config_file} does not say max_text_seq_length", "it should be a CogVideoX transformer's config.json"
+        ) from error
+
+
+def takes_image(transformer: Mapping[str, Any]) -> bool:
+    """Return whether a transformer with this config makes videos from an image."""
+    return bool(transformer.get("in_channels", 16) != transformer.get("out_channels", 16))
+
+
+def check_sizes(transformer: Mapping[str, Any], sizes: Iterable[tuple[int, int, int]]) -> None:
+    """Raise :class:`ConfigError` when :func:`size_problems` finds any."""
+    if problems := size_problems(transformer, sizes):
+        raise ConfigError(
+            "The transformer cannot take clips of these sizes (frames x height x width):\n  " + "\n  ".join(problems),
+            "Give data.frames, data.height, data.width and data.buckets that fit it.",
+        )
+
+
+def size_problems(transformer: Mapping[str, Any], sizes: Iterable[tuple[int, int, int]]) -> list[str]:
+    """Return one line for each of ``sizes`` (frames, height, width of clips in pixels) that the model's positions do not reach.
+
+    Learned positions (5B I2V) exist for one size: diffusers refuses another height or width, and replaces them with computed positions,
+    without a warning, for another number of frames. 1.5 takes its positions from a table of limited size.
+    """
+    learned = bool(transformer.get("use_learned_positional_embeddings"))
+    if not learned and not transformer.get("patch_size_t"):
+        return []
+    ratio = int(transformer.get("temporal_compression_ratio") or 4)
+    rows, columns = int(transformer["sample_height"]), int(transformer["sample_width"])
+    native = ((int(transformer["sample_frames"]) - 1) // ratio + 1, rows, columns)
+    native_height, native_width = PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns
+    problems = []
+    for frames, height, width in sizes:
+        size = f"{frames}x{height}x{width}"
+        grid = ((frames - 1) // ratio + 1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+        if learned and grid != native:
+            native_size = f"{transformer['sample_frames']}x{native_height}x{native_width}"
+            problems.append(f"{size}: the model has learned positions of {native_size} only")
+        elif grid[1:] != native[1:] and (grid[1] > rows or grid[2] > columns):
+            problems.append(
+                f"{size}: the model's positions end at a height of {native_height} and a width of {native_width}"
+            )
+    return problems

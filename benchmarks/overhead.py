@@ -26,7 +26,7 @@ from cogflow.benchmarking.random_model import RandomClips
 from cogflow.benchmarking.results import BenchmarkResult
 from cogflow.benchmarking.step import measure_step
 from cogflow.benchmarking.step_settings import AS_CONFIGURED, COLUMNS, SettingResult, row, summary_line
-from cogflow.benchmarking.timed_turns import TimedTurns
+from cogflow.benchmarking.timed_turns import DataWaits, TimedTurns
 from cogflow.config.compose import compose
 from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
 from cogflow.files.paths import run_folder
@@ -38,7 +38,9 @@ from cogflow.tracking.tracker import Tracker, open_tracker
 from cogflow.training.batch import Batch, training_batch
 from cogflow.training.engine import Engine
 from cogflow.training.loop import Trainer
-from cogflow.training.objective import noised, velocity_loss
+from cogflow.training.objective import Objective, noised, velocity_loss
+from cogflow.training.sequence import RankPlacement
+from cogflow.training.setup import build_step_trainer
 
 CLIPS = 16
 LATENTS = (3, 8, 12)
@@ -147,17 +149,12 @@ def compare_size(
     engine = Engine(transformer, DeepSpeedConfig(zero_stage=config.deepspeed.zero_stage), train, dtype)
     clips: Any = RandomClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(
-        config.with_stage(train), engine, None, clips, alphas, TransformerInputs(scaling_factor=0.7), device, dtype
-    )
-    waits: list[float] = []
-
-    def log(done: int, values: dict[str, float]) -> None:
-        waits.append(values["train/data_wait"])
-        tracker.log(done, values)
-
+    waits = DataWaits(tracker)
+    objective = Objective(engine, alphas, TransformerInputs(scaling_factor=0.7), RankPlacement(), device=device, dtype=dtype)
+    trainer = build_step_trainer(config.with_stage(train), clips, objective, tracker=waits)
     turns = TimedTurns(size.turn, device, advance, bare_steps(engine, trainer, size.batch_size))
-    trainer.run(0, turns.hooks(log))
+    trainer.callbacks.items.append(turns)
+    trainer.run()
     ours, bare = turns.ours[WARM_UP:], turns.theirs[WARM_UP:]
     # Each turn is compared with the bare ones before and after it, so that a drift of the machine favours none.
     sides = list(zip(ours, turns.theirs[WARM_UP - 1 :], bare, strict=False))
@@ -192,19 +189,20 @@ def _transformer(size: Size) -> CogVideoXTransformer3DModel:
 
 def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[None]:
     """Yield after each step of the bare loop, without end."""
-    alphas, dtype = trainer.alphas_cumprod, trainer.dtype
-    batches = [_ready(trainer, number, batch_size) for number in range(max(1, len(trainer.cache.train) // batch_size))]
+    objective, clips = trainer.objective, len(trainer.batches.cache.train)
+    alphas, dtype = objective.alphas_cumprod, objective.dtype
+    batches = [_ready(trainer, number, batch_size) for number in range(max(1, clips // batch_size))]
     frames, _, rows, columns = batches[0].latents.shape[1:]
     tables = rotary_tables(engine.module, frames, rows, columns, device=trainer.device)
     for batch in itertools.cycle(batches):
         x_t = noised(batch.latents, batch.noise, alphas, batch.timesteps)
         v = engine.engine(
-            hidden_states=batch.seen(x_t).to(dtype),
+            hidden_states=batch.model_input(x_t).to(dtype),
             encoder_hidden_states=batch.embeds.to(dtype),
             timestep=batch.timesteps,
             image_rotary_emb=tables,
             return_dict=False,
-            **trainer.inputs.extra(trainer.device, dtype),
+            **objective.inputs.extra(trainer.device, dtype),
         )[0]
         engine.engine.backward(velocity_loss(v, batch.latents, x_t, alphas, batch.timesteps).mean)
         engine.engine.step()
@@ -212,10 +210,10 @@ def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[No
 
 
 def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
-    chosen = [place % len(trainer.cache.train) for place in range(number * batch_size, (number + 1) * batch_size)]
-    return training_batch(trainer.cache, chosen, (0, number), 0, inputs=trainer.inputs, text_dropout=0.1).to(
-        trainer.device
-    )
+    cache, inputs = trainer.batches.cache, trainer.objective.inputs
+    chosen = [place % len(cache.train) for place in range(number * batch_size, (number + 1) * batch_size)]
+    batch = training_batch(cache, chosen, (0, number), 0, inputs=inputs, text_dropout=0.1)
+    return batch.to(trainer.device)
 
 
 def format_overhead(found: Overhead) -> str:

@@ -27,16 +27,18 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.overhead import CLIPS, LATENTS
 from cogflow.benchmarking.random_model import RandomClips
-from cogflow.benchmarking.timed_turns import idle_hooks
 from cogflow.config.compose import compose
 from cogflow.config.schema import Config, TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks
 from cogflow.training import engine as engines
+from cogflow.training.callback import Callback, StepUpdate, TrainingContext
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
-from cogflow.training.loop import Trainer
+from cogflow.training.objective import Objective
+from cogflow.training.sequence import RankPlacement
+from cogflow.training.setup import build_step_trainer
 
 WARM_UP, STEPS = 2, 1
 """Steps that do not count (ZeRO-3 records its prefetching in them), and steps that count."""
@@ -138,21 +140,25 @@ def count_step(config: Config[TrainStage], reuse: int | None = None) -> dict[str
     ema = EMA(engine, stage.ema_decay, every=stage.ema_every) if stage.ema_decay else None
     clips: Any = RandomClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    trainer = Trainer(config, engine, ema, clips, alphas, TransformerInputs(scaling_factor=0.7), device, dtype)
+    placement = RankPlacement(config.parallel.sequence)
+    objective = Objective(engine, alphas, TransformerInputs(scaling_factor=0.7), placement, device=device, dtype=dtype)
+    trainer = build_step_trainer(config, clips, objective, ema=ema)
     collectives = Collectives()
     watched: list[tuple[Any, str]] = [(engine, "forward"), (engine, "backward"), (engine, "step")]
-    for owner, name in [*watched, (ema, "after")] if ema else watched:
+    for owner, name in [*watched, (ema, "after_step")] if ema else watched:
         setattr(owner, name, collectives.during("averages" if owner is ema else name, getattr(owner, name)))
     wire: list[int] = []
 
-    def after(note: str) -> None:
-        # After the barrier every rank has sent all of the step.
-        ranks.barrier()
-        wire.append(sent_over_tcp())
-        collectives.counting = WARM_UP <= len(wire) < stage.steps
+    class SentBytes(Callback):
+        def on_step_end(self, context: TrainingContext, update: StepUpdate) -> None:
+            # After the barrier every rank has sent all of the step.
+            ranks.barrier()
+            wire.append(sent_over_tcp())
+            collectives.counting = WARM_UP <= len(wire) < stage.steps
 
+    trainer.callbacks.items.append(SentBytes())
     with collectives:
-        trainer.run(0, idle_hooks(lambda *_: None, after))
+        trainer.run()
     steps = stage.steps - WARM_UP
     return {
         "operands": {" ".join(key): total / steps for key, total in collectives.bytes.items()},

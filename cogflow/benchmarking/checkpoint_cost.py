@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,10 +22,12 @@ from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.config.schema import BenchmarkStage, Config
 from cogflow.files.atomic_write import sync, sync_tree
 from cogflow.models import loading
+from cogflow.records.training_records import ModelIdentity, TrainedWith, TrainerRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
 from cogflow.training import checkpoint, speed
-from cogflow.training.loader import Loader
+from cogflow.training.batch import Loader
+from cogflow.training.run_identity import training_layout, tunable_settings
 
 SAVE, LOAD, TORCH_SAVE, COPY = "cogflow, a save", "cogflow, verified and loaded", "torch.save + fsync", "cp -r + sync"
 Result = TypeVar("Result")
@@ -53,13 +55,23 @@ def measure_checkpoints(config: Config[BenchmarkStage], folder: Path) -> Benchma
     dtype = loading.resolve_dtype(config.model, device)
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     shutil.rmtree(place, ignore_errors=True)
-    trainer = make_trainer(train_config(config, 1), device, dtype, MemoryLog(device))
-    with Loader(trainer.batch, 1, device) as loader:
+    asked = train_config(config, 1)
+    trainer = make_trainer(asked, device, dtype, MemoryLog(device))
+    with Loader(trainer.batches.batch, 1, device) as loader:
         trainer.train_step(0, loader)
+    record = TrainerRecord(
+        step=1,
+        family=config.model.name,
+        model=ModelIdentity(config.model.name),
+        trained_with=TrainedWith(),
+        identity={},
+        layout=training_layout(asked),
+        settings=tunable_settings(asked.stage),
+    )
     runs: list[CheckpointRun] = []
     with progress(1 + stage.repeats, "saves") as bar:
         for turn in range(1 + stage.repeats):
-            found = _turn(trainer.engine, place, turn + 1)
+            found = _turn(trainer.engine, place, replace(record, step=turn + 1))
             runs += found if turn else []
             bar.advance()
     if not stage.keep:
@@ -87,10 +99,15 @@ def _result(runs: list[CheckpointRun]) -> BenchmarkResult:
     )
 
 
-def _turn(engine: Any, place: Path, step: int) -> list[CheckpointRun]:
+def _turn(engine: Any, place: Path, record: TrainerRecord) -> list[CheckpointRun]:
     """Run a save, a load, ``torch.save`` and ``cp`` of as many bytes."""
-    saved, save = _timed(lambda: checkpoint.save(place / "cogflow", step, engine, None, {"step": step}))
-    _, load = _timed(lambda: (checkpoint.verified(saved.path), checkpoint.load(saved.path, engine, None)))
+    saved, save = _timed(lambda: checkpoint.save(place / "cogflow", record, engine, None))
+
+    def verify_and_load() -> None:
+        checkpoint.verify(saved.path)
+        checkpoint.load(saved.path, record, engine, None)
+
+    _, load = _timed(verify_and_load)
     _, torch_save = _timed(partial(_torch_save, _tensors_of(saved.bytes), place / "torch.pt"))
     _, copy = _timed(lambda: _copy(saved.path, place / "copy"))
     for folder in (saved.path, place / "copy"):
@@ -98,7 +115,7 @@ def _turn(engine: Any, place: Path, step: int) -> list[CheckpointRun]:
     (place / "torch.pt").unlink()
     size = saved.bytes / 1e9
     return [
-        CheckpointRun(SAVE, size, *save, parts=saved.parts),
+        CheckpointRun(SAVE, size, *save, parts=saved.phases),
         CheckpointRun(LOAD, size, *load),
         CheckpointRun(TORCH_SAVE, size, *torch_save),
         CheckpointRun(COPY, size, *copy),

@@ -30,7 +30,7 @@ from cogflow.planning.plan import plan
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
 from cogflow.training.batch import Batch, training_batch
-from cogflow.training.loader import Loader
+from cogflow.training.batch import Loader
 
 CACHED_CLIPS = 64
 """Clips in the cache: at the size of CogVideoX more than a processor's caches hold."""
@@ -142,7 +142,7 @@ def _turn(batches: _Batches, turn: int, device: torch.device) -> dict[str, float
 
         def take(number: int) -> None:
             loader.take(number, 0)
-            loader.go_on()
+            loader.start_prefetch()
 
         found["of the loader, to the device"] = mean_seconds(take)
     found["reading"] = mean_seconds(batches.read)
@@ -171,7 +171,8 @@ def _step_seconds(config: Config[BenchmarkStage], device: torch.device, dtype: t
         trainer = make_trainer(asked, device, dtype, MemoryLog(device))
         with progress(2, "training") as bar:
             turns = TimedTurns(stage.steps, device, bar.advance)
-            trainer.run(0, turns.hooks(lambda *_: None))
+            trainer.callbacks.items.append(turns)
+            trainer.run()
         if (times := step_times(turns.ours[1:], stage.batch_size)) is not None:
             return StepSeconds(times.median, f"a training step of {times.median:.3g} s")
     planned = plan(asked)

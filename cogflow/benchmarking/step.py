@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogflow.benchmarking.device_peak import DevicePeak, measure_device_peak
 from cogflow.benchmarking.random_model import RandomClips, RandomWeights
 from cogflow.benchmarking.step_profile import ProfilePart, profile_step
-from cogflow.benchmarking.timed_turns import StepTimes, TimedTurns, step_times
+from cogflow.benchmarking.timed_turns import DataWaits, StepTimes, TimedTurns, step_times
 from cogflow.config.schema import BenchmarkStage, Config, TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs
@@ -30,9 +30,12 @@ from cogflow.planning.plan import Plan, kept, plan
 from cogflow.runtime import ranks
 from cogflow.training import initial_weights, speed
 from cogflow.training.engine import Engine
-from cogflow.training.loader import Loader
+from cogflow.training.batch import Loader
 from cogflow.training.loop import Trainer
+from cogflow.training.objective import Objective
 from cogflow.training.recomputation import recompute
+from cogflow.training.sequence import RankPlacement
+from cogflow.training.setup import build_step_trainer
 from cogflow.weights.strict_loading import expected_shapes, meta_model
 
 CLIPS = 4
@@ -94,13 +97,16 @@ def measure_step(
     asked = train_config(config, 1 + (1 + stage.repeats) * stage.steps)
     memory_log = MemoryLog(device)
     trainer = make_trainer(asked, device, dtype, memory_log)
-    with Loader(trainer.batch, 1, device) as loader:
+    with Loader(trainer.batches.batch, 1, device) as loader:
         trainer.train_step(0, loader)
     memory_log.after_first_step()
-    waits: list[float] = []
+    waits = DataWaits()
+    trainer.context.tracker = waits
+    trainer.context.step = 1
     turns = TimedTurns(stage.steps, device, advance, other(trainer, stage.batch_size) if other else None)
     start_seconds = time.perf_counter() - began
-    trainer.run(1, turns.hooks(lambda _, values: waits.append(values["train/data_wait"])))
+    trainer.callbacks.items.append(turns)
+    trainer.run()
     memory = memory_log.gigabytes()
     profile = _profile(trainer, asked, peak) if stage.profile else []
     times = step_times(turns.ours[1:], stage.batch_size)
@@ -173,7 +179,9 @@ def make_trainer(
     clips: Any = RandomClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
     inputs = TransformerInputs.of(own, {"scaling_factor": 0.7})
-    trainer = Trainer(config, engine, None, clips, alphas, inputs, device, dtype)
+    placement = RankPlacement(config.parallel.sequence)
+    objective = Objective(engine, alphas, inputs, placement, device=device, dtype=dtype)
+    trainer = build_step_trainer(config, clips, objective)
     memory_log.follow(transformer)
     return trainer
 
@@ -181,7 +189,7 @@ def make_trainer(
 def _profile(trainer: Trainer, config: Config[TrainStage], peak: DevicePeak) -> list[ProfilePart]:
     """Train one more step under the profiler, after one whose batch and whose successor's batch are prefetched."""
     steps = trainer.stage.steps
-    with Loader(trainer.batch, 1, trainer.device) as loader:
+    with Loader(trainer.batches.batch, 1, trainer.device) as loader:
         trainer.train_step(steps, loader)
         return profile_step(
             lambda: trainer.train_step(steps + 1, loader),

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
-from cogflow.runtime import ranks
-from cogflow.training.step_monitor import Hooks
+from cogflow.tracking.tracker import Tracker
+from cogflow.training.callback import Callback, StepUpdate, TrainingContext
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepTimes:
     clips: float
 
 
-class TimedTurns:
+class TimedTurns(Callback):
     """Time every ``steps`` steps as one turn in ``ours``; wait for the device only at the end of a turn.
 
     ``other``: a loop whose next ``steps`` values are taken after each turn, with their time in ``theirs``. ``advance``
@@ -52,8 +52,8 @@ class TimedTurns:
         self._done = 0
         self._clock = self._now()
 
-    def after_step(self, note: str) -> None:
-        """Count one step; the training calls this after each."""
+    def on_step_end(self, context: TrainingContext, update: StepUpdate) -> None:
+        """Count one step."""
         self._done += 1
         if self._done % self.steps:
             return
@@ -63,10 +63,6 @@ class TimedTurns:
                 pass
             self.theirs.append(self._end_turn())
         self.advance(1)
-
-    def hooks(self, log: Callable[[int, dict[str, float]], None]) -> Hooks:
-        """Return hooks of a training that does nothing between steps but ``log`` and :meth:`after_step`."""
-        return idle_hooks(log, self.after_step)
 
     def _end_turn(self) -> Turn:
         wall, cores = self._clock
@@ -79,23 +75,16 @@ class TimedTurns:
         return time.perf_counter(), time.process_time()
 
 
-def idle_hooks(log: Callable[[int, dict[str, float]], None], after_step: Callable[[str], None]) -> Hooks:
-    """Return hooks that neither validate nor save nor stop."""
+class DataWaits(Tracker):
+    """A tracker that keeps the seconds that steps waited for data, and passes metrics on to ``inner``."""
 
-    def nothing(*_: Any) -> None:
-        pass
+    def __init__(self, inner: Tracker | None = None) -> None:
+        self.seconds: list[float] = []
+        self._inner = inner or Tracker()
 
-    return Hooks(
-        log=log,
-        validate=nothing,
-        save=nothing,
-        stopped=nothing,
-        save_weights=nothing,
-        stop=lambda: ranks.any_rank(False),
-        advance=after_step,
-        warn=nothing,
-        not_finite=nothing,
-    )
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self.seconds.append(values["train/data_wait"])
+        self._inner.log(step, values)
 
 
 def step_times(turns: list[Turn], batch_size: int) -> StepTimes | None:

@@ -44,7 +44,9 @@ def measure_validation(config: Config[BenchmarkStage], folder: Path) -> Benchmar
     samples = _sample_times(config, trainer, folder)
     with progress(3, "training") as bar:
         turns = TimedTurns(stage.steps, device, bar.advance)
-        trainer.run(1, turns.hooks(lambda *_: None))
+        trainer.callbacks.items.append(turns)
+        trainer.context.step = 1
+        trainer.run()
     times = step_times(turns.ours[1:], stage.batch_size)
     step = times.median if times else 0.0
     seconds = {part: median(sample[part] for sample in samples) for part in PARTS}
@@ -70,7 +72,7 @@ def _sample_times(config: Config[BenchmarkStage], trainer: Trainer, folder: Path
     transformer = trainer.engine.module
     vae = AutoencoderKLCogVideoX.from_config(vae_config(config.model.name)).eval()
     empty = torch.zeros(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
-    from_image = trainer.inputs.image_factor is not None
+    from_image = trainer.objective.inputs.image_factor is not None
     sampler = Sampler(
         transformer,
         vae,
@@ -81,7 +83,7 @@ def _sample_times(config: Config[BenchmarkStage], trainer: Trainer, folder: Path
         height=data.height,
         width=data.width,
         device=trainer.device,
-        dtype=trainer.dtype,
+        dtype=trainer.objective.dtype,
         images=from_image,
     )
     image = torch.zeros(data.height, data.width, 3, dtype=torch.uint8) if from_image else None

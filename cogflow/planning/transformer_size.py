@@ -15,7 +15,7 @@ from cogflow.config.schema import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.export import diffusers_configs, facts
 from cogflow.models import tiny
-from cogflow.training import parameter_filter
+from cogflow.training import initial_weights
 
 COMPRESSION = 8
 """Pixels per latent, along height and along width."""
@@ -57,7 +57,7 @@ def of_config(config: Mapping[str, Any], freeze: Sequence[str] = ()) -> Transfor
     """The shape of the transformer that a ``config.json`` of diffusers describes; what matches ``freeze`` is not trained."""
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(dict(config))
-    parameter_filter.freeze(model, freeze)
+    initial_weights.freeze(model, freeze)
     parameters = list(model.parameters())
     own = model.config
     return TransformerSize(

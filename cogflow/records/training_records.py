@@ -76,14 +76,15 @@ class TunableSettings:
 class ValidationRecord:
     """The verdict of the quality watch at a validation.
 
-    ``heldout_loss``: None where it was not measured at that step.
+    ``message`` is empty where nothing is wrong. ``defects``: those found at any level. ``heldout_loss``: None where it was
+    not measured at that step.
     """
 
     step: int
     level: str
-    score: float
-    kinds: list[str]
-    line: str
+    score: Measured
+    defects: list[str]
+    message: str
     heldout_loss: Measured | None = None
 
 
@@ -132,10 +133,10 @@ class SkippedSteps:
 
 
 @dataclass(frozen=True)
-class AveragesRecord:
-    """State of :class:`cogflow.training.ema_check.Averages`.
+class EmaCheckRecord:
+    """State of :class:`cogflow.training.evaluation.EmaCheck`.
 
-    ``reported_step``: when it was reported that they are behind.
+    ``first``: the first held-out loss of the model. ``reported_step``: when it was reported that the EMA is behind.
     """
 
     first: Measured | None = None
@@ -145,7 +146,10 @@ class AveragesRecord:
 
 @dataclass(frozen=True)
 class OverfittingRecord:
-    """State of :class:`cogflow.training.overfitting.Overfitting`. ``reported_step``: when overfitting was reported."""
+    """State of :class:`cogflow.training.evaluation.OverfittingCheck`.
+
+    ``reported_step``: when overfitting was reported.
+    """
 
     lowest: HeldoutLoss | None = None
     above: int = 0
@@ -153,12 +157,38 @@ class OverfittingRecord:
 
 
 @dataclass(frozen=True)
+class StepMonitorState:
+    """State of :class:`cogflow.training.step_monitor.StepMonitor`."""
+
+    trend: TrendRecord = field(default_factory=TrendRecord)
+    spikes: SpikeRecord = field(default_factory=SpikeRecord)
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
+
+
+@dataclass(frozen=True)
+class EvaluationState:
+    """State of :class:`cogflow.training.evaluation.Evaluation`. ``last``: result of the newest evaluation."""
+
+    ema_check: EmaCheckRecord = field(default_factory=EmaCheckRecord)
+    overfitting: OverfittingRecord = field(default_factory=OverfittingRecord)
+    last: HeldoutLoss | None = None
+
+
+@dataclass(frozen=True)
+class CallbackStates:
+    """States of the callbacks of the training loop."""
+
+    step_monitor: StepMonitorState = field(default_factory=StepMonitorState)
+    evaluation: EvaluationState = field(default_factory=EvaluationState)
+
+
+@dataclass(frozen=True)
 class TrainerRecord(Record):
     """``trainer.json`` of a checkpoint: how far training was, what it was trained with, and the state of its monitors.
 
     ``identity``: values that a resumed run must share, by setting. ``last_good_step``: step of the last validation
-    without a finding. ``pending``: what is due after ``step`` (validation, evaluation) was not done before the run
-    stopped.
+    without a finding. ``pending``: the run stopped on a signal, and the work due after ``step`` (evaluation, validation)
+    is left to the resumed run.
     """
 
     file_name: ClassVar[str] = "trainer.json"
@@ -174,30 +204,35 @@ class TrainerRecord(Record):
     ema_updates: int = 0
     validation: ValidationRecord | None = None
     last_good_step: int | None = None
-    trend: TrendRecord = field(default_factory=TrendRecord)
-    spikes: SpikeRecord = field(default_factory=SpikeRecord)
-    skipped: SkippedSteps = field(default_factory=SkippedSteps)
-    averages: AveragesRecord = field(default_factory=AveragesRecord)
-    overfitting: OverfittingRecord = field(default_factory=OverfittingRecord)
-    heldout: HeldoutLoss | None = None
+    callbacks: CallbackStates = field(default_factory=CallbackStates)
     pending: bool = False
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 0 names the last good step ``quiet``, pending work ``owed``, and what was reported ``told``."""
-        upgraded = {**values, "last_good_step": values.get("quiet"), "pending": bool(values.get("owed"))}
+        """Convert version 0.
+
+        It names the last good step ``quiet``, pending work ``owed`` and the step of a report ``told``, and does not group
+        the states of callbacks.
+        """
+        known = {"step", "family", "model", "trained_with", "identity", "layout", "settings", "ema_updates"}
+        upgraded = {name: value for name, value in values.items() if name in known}
+        upgraded |= {"last_good_step": values.get("quiet"), "pending": bool(values.get("owed"))}
+        if verdict := values.get("validation"):
+            upgraded["validation"] = {**verdict, "defects": verdict["kinds"], "message": verdict["line"]}
+        monitor = {name: values[name] for name in ("spikes", "skipped") if values.get(name)}
         if trend := values.get("trend"):
-            upgraded["trend"] = {**trend, "reported": trend.get("told", {})}
+            monitor["trend"] = {**trend, "reported": trend.get("told", {})}
+        evaluation: dict[str, Any] = {"last": values.get("heldout")}
         if averages := values.get("averages"):
-            upgraded["averages"] = {**averages, "reported_step": averages.get("told")}
+            evaluation["ema_check"] = {**averages, "reported_step": averages.get("told")}
         if overfitting := values.get("overfitting"):
             lowest = overfitting.get("lowest")
-            upgraded["overfitting"] = {
+            evaluation["overfitting"] = {
                 "lowest": {"step": int(lowest[0]), "loss": lowest[1]} if lowest else None,
                 "above": overfitting.get("above", 0),
                 "reported_step": overfitting.get("told"),
             }
-        return upgraded
+        return {**upgraded, "callbacks": {"step_monitor": monitor, "evaluation": evaluation}}
 
 
 @dataclass(frozen=True)

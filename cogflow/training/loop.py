@@ -1,243 +1,183 @@
-"""The training loop: what happens at each step, in the order in which it happens."""
+"""The training loop: resume, then for each step a batch, forward, backward, update, and the work that is due after it."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from cogflow.config.schema import Config, TrainStage
-from cogflow.data.cache import LatentCache
-from cogflow.data.order import indices
 from cogflow.errors import QualityGateError, Stopped
-from cogflow.models.transformer_inputs import TransformerInputs, rotary_tables
+from cogflow.records.training_records import CallbackStates
 from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import enter_phase
 from cogflow.sampling.sampler import Interrupted
-from cogflow.sharpness import spectrum
 from cogflow.training import metric_table
-from cogflow.training.batch import Batch, training_batch
-from cogflow.training.ema import EMA
-from cogflow.training.engine import Engine
-from cogflow.training.evaluation import Evaluation
-from cogflow.training.guards import MOST_SKIPPED, not_finite_line
-from cogflow.training.heldout import heldout_table
-from cogflow.training.loader import Loader
-from cogflow.training.objective import Losses, noised, velocity_loss
-from cogflow.training.rollback import Rollback, rate_factor
-from cogflow.training.schedule import learning_rate
-from cogflow.training.sequence import RankPlacement
-from cogflow.training.step_monitor import Hooks, StepMonitor, Update
+from cogflow.training.batch import Loader, TrainingBatches
+from cogflow.training.callback import Callbacks, StepUpdate, TrainingContext
+from cogflow.training.checkpointer import Checkpointer
+from cogflow.training.objective import Objective, learning_rate
+from cogflow.training.policy import RollbackRequested, StartPoint
+from cogflow.training.rollback import rate_factor
+from cogflow.training.step_checks import MAX_CONSECUTIVE_SKIPS, not_finite_message
+from cogflow.training.step_monitor import StepMonitor, due
 
-GO_ON = "Run the same command again to go on."
+RESUME_HINT = "Run the same command again to resume."
+
+
+def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> None:
+    """Resume from ``start`` and train to ``stage.steps``; after a rollback resume from its checkpoint and continue. Collective."""
+    context = trainer.context
+    while True:
+        checkpointer.resume(context, start)
+        context.tracker.rewind(context.step)
+        if context.step:
+            echo(f"resuming {context.folder} after step {context.step}")
+        try:
+            trainer.run()
+            return
+        except RollbackRequested as rollback:
+            start = rollback.start
 
 
 class Trainer:
-    """Everything one step needs. ``alphas_cumprod``: fp32 ``[1000]`` of the scheduler the model is trained for.
+    """Runs training steps and the callbacks that are due after them.
 
-    Nothing is read from the device at a step that is not logged: DeepSpeed itself waits for the gradient's norm, and that is all.
+    Only steps that are logged read from the device. DeepSpeed waits for the gradient norm at every step; nothing else waits.
     """
 
     def __init__(
-        self, config: Config[TrainStage], engine: Engine, ema: EMA | None, cache: LatentCache, alphas_cumprod: torch.Tensor,
-        inputs: TransformerInputs, device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        self.stage: TrainStage = config.stage
-        self.engine, self.ema, self.cache = engine, ema, cache
-        self.alphas_cumprod = alphas_cumprod.to(device)
-        self.inputs, self.device, self.dtype = inputs, device, dtype
-        self.log_every, self.ahead = config.tracking.log_every, config.speed.prefetch
-        self.spectrum = spectrum.Spectrum()
-        self.place = RankPlacement(config.parallel.sequence)
-        samples = self.stage.batch_size * self.stage.gradient_accumulation * self.place.data_ranks
-        self.following = StepMonitor(engine, self.log_every, self.stage.steps, samples, device)
-        self.evaluation = Evaluation(engine, ema, self.evaluate)
-        self.rollbacks: Sequence[Rollback] = ()
-        self._rotary: dict[tuple[int, ...], Any] = {}
-        self._own: list[torch.Tensor] = []
+        self,
+        context: TrainingContext,
+        batches: TrainingBatches,
+        objective: Objective,
+        monitor: StepMonitor,
+        callbacks: Callbacks,
+    ) -> None:
+        self.context, self.stage = context, context.stage
+        self.batches, self.objective, self.monitor, self.callbacks = batches, objective, monitor, callbacks
+        self.engine, self.device = context.engine, objective.device
+        self._sample_losses: list[torch.Tensor] = []
 
-    def run(self, start: int, hooks: Hooks, *, owed: bool = False) -> None:
-        """Train from step ``start`` to ``stage.steps``. ``owed``: what is due after ``start`` was left to this run."""
-        stage = self.stage
-        self.following.begin(start)
-        if start == 0 or owed:
-            self._between(start, hooks)
-        with Loader(self.batch, stage.gradient_accumulation, self.device, self.ahead) as loader:
-            for step in range(start, stage.steps):
-                update = self.train_step(step, loader)
-                done = step + 1
+    def run(self) -> None:
+        """Train from ``context.step`` to ``stage.steps``. Raises :class:`Stopped` when a signal asks for the end."""
+        context, stage = self.context, self.stage
+        self.callbacks.on_train_start(context)
+        if context.step == 0 or context.pending:
+            self.run_due_callbacks()
+        with self.loader() as loader:
+            while context.step < stage.steps:
+                self.callbacks.on_step_start(context)
+                update = self.train_step(context.step, loader)
                 if not update.applied:
-                    self._left_out(update, hooks, loader)
-                elif self.ema is not None:
-                    self.ema.after(done, self.engine)
-                self.following.add(update)
-                stop = done < stage.steps and hooks.stop()
-                if stop or self._due(done):
-                    self.following.read(hooks, loader.spent())
-                hooks.advance(self.following.note)
-                if stop:
-                    # Nothing else that is due: the grace time may be short, and the run that goes on does it first.
-                    hooks.stopped(done)
-                    raise Stopped(f"Stopped after step {done} of {stage.steps}; a checkpoint is saved.", GO_ON)
-                self._between(done, hooks)
+                    self.handle_skipped_update(update)
+                context.step = update.step
+                if update.applied and context.ema is not None:
+                    context.ema.after_step(context.step, self.engine)
+                context.stopping = context.step < stage.steps and context.stop_requested()
+                self.callbacks.on_step_end(context, update)
+                if context.stopping:
+                    # Save at once and leave other due work to the resumed run: the time before a kill may be short.
+                    self.callbacks.on_stop(context)
+                    raise Stopped(
+                        f"Stopped after step {context.step} of {stage.steps}; a checkpoint is saved.", RESUME_HINT
+                    )
+                self.run_due_callbacks()
 
-    def train_step(self, step: int, loader: Loader) -> Update:
-        """One update, which a gradient that is not finite on any rank leaves out before anything is changed by it."""
-        stage, name = self.stage, f"step {step + 1}"
+    def train_step(self, step: int, loader: Loader) -> StepUpdate:
+        """Run step ``step`` (from 0). A gradient that is not finite on any rank skips the update: no weight changes."""
+        stage, monitor, name = self.stage, self.monitor, f"step {step + 1}"
         table = metric_table.empty(self.device)
-        self._own, applied, spike = [], False, False
-        rate = learning_rate(step, stage) * rate_factor(self.rollbacks, step)
-        looked_at = (step + 1) % self.log_every == 0
+        self._sample_losses = []
+        applied = spike = False
+        rate = learning_rate(step, stage) * rate_factor(self.context.rollbacks, step)
+        checks_update = monitor.logs_step(step + 1)
         for micro in range(stage.gradient_accumulation):
             enter_phase(f"{name}: waiting for data")
             batch = loader.take(step, micro)
             enter_phase(f"{name}: forward")
-            losses = self.losses(batch)
-            if self.place.counts:
-                table += self.table(losses, batch)
-            self._own.append(losses.per_sample.detach())
+            losses = self.objective.losses(batch)
+            if self.objective.placement.counts:
+                table += self.objective.metric_table(losses, batch)
+            self._sample_losses.append(losses.per_sample.detach())
             enter_phase(f"{name}: backward")
-            loader.go_on()
+            loader.start_prefetch()
             self.engine.backward(losses.mean)
             if micro == stage.gradient_accumulation - 1:
-                # One collective serves the log, the guards and the indicator.
+                # The log, the spike check and the spectra share this one collective.
                 table = ranks.sum_over_ranks(table)
-                spike = stage.on_spike == "skip" and self.following.loss_spikes.is_spike(metric_table.mean_loss(table))
-                if looked_at:
-                    self.following.movement.before()
+                spike = stage.on_spike == "skip" and monitor.is_loss_spike(table)
+                if checks_update:
+                    monitor.update_check.before_step()
             enter_phase(f"{name}: update")
             applied = self.engine.step(rate, skip=spike)
-        norm = self.engine.gradient_norm() if applied else math.inf
-        return Update(
-            step + 1, table, norm, rate, applied, spike, self.following.movement.unchanged() if looked_at else None
+        return StepUpdate(
+            step=step + 1,
+            table=table,
+            gradient_norm=self.engine.gradient_norm() if applied else math.inf,
+            learning_rate=rate,
+            applied=applied,
+            spike=spike,
+            unchanged=monitor.update_check.unchanged_by_step() if checks_update else None,
+            data_wait=loader.take_waited(),
         )
 
-    def table(self, losses: Losses, batch: Batch) -> torch.Tensor:
-        """This rank's figures of ``batch``, on the device: losses, and the prediction's bands against the true latents'."""
-        bands = self.spectrum.sums(losses.x0, batch.latents, self.alphas_cumprod[batch.timesteps])
-        return metric_table.by_quarter(losses.per_sample, bands, batch.timesteps)
+    def handle_skipped_update(self, update: StepUpdate) -> None:
+        """Call ``on_not_finite`` for a step that is not finite; an intended skip (a spike, fp16's search for its loss scale) passes.
 
-    def losses(self, batch: Batch) -> Losses:
-        """Forward pass and objective of ``batch``, which lies on the device."""
-        x_t = noised(batch.latents, batch.noise, self.alphas_cumprod, batch.timesteps)
-        v = self.engine.forward(
-            hidden_states=batch.seen(x_t).to(self.dtype),
-            encoder_hidden_states=batch.embeds.to(self.dtype),
-            timestep=batch.timesteps,
-            image_rotary_emb=self._tables(batch.latents.shape),
-            return_dict=False,
-            **self.inputs.extra(self.device, self.dtype),
-            **self.place.arguments(),
-        )[0]
-        return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
-
-    def evaluate(self) -> torch.Tensor | None:
-        """The table of figures on the held-out clips with the weights of this moment; ``None`` without such clips. Collective."""
-        return heldout_table(
-            self.cache,
-            lambda batch: self.table(self.losses(batch), batch),
-            self.stage.batch_size,
-            self.inputs,
-            self.device,
-            self.place,
-        )
-
-    def state(self) -> dict[str, Any]:
-        """What the followers of the losses know, for a checkpoint's ``trainer.json``."""
-        return self.following.state() | self.evaluation.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state` gave."""
-        self.following.load(state)
-        self.evaluation.load(state)
-
-    def _due(self, done: int) -> bool:
-        """Whether what the steps left on the device is to be read after ``done``: it is logged, or something follows that needs it."""
-        stage = self.stage
-        every = (self.log_every, stage.evaluate_every, stage.sample_every, stage.save_every, stage.weights_every)
-        return done == stage.steps or any(due(done, one, stage.steps) for one in every)
-
-    def _left_out(self, update: Update, hooks: Hooks, loader: Loader) -> None:
-        """A step that changed nothing: a spike that was to be left out, fp16 looking for its loss scale, or a fault."""
-        lost = [not bool(torch.isfinite(own).all()) for own in self._own]
-        if update.spike or not (ranks.any_rank(any(lost)) or self.dtype != torch.float16):
+        Raises :class:`QualityGateError` after MAX_CONSECUTIVE_SKIPS skipped updates in a row.
+        """
+        not_finite = [not bool(torch.isfinite(losses).all()) for losses in self._sample_losses]
+        if update.spike or not (ranks.any_rank(any(not_finite)) or self.objective.dtype != torch.float16):
             return
-        self.following.read(hooks, loader.spent())
-        mine = [name for micro, own in enumerate(lost) if own for name in self._names(update.done - 1, micro)]
-        line = not_finite_line(update.done, ranks.gather(mine[:4]))
-        if self.following.skipped.in_a_row + 1 >= MOST_SKIPPED:
+        self.monitor.read(self.context)
+        names = self._clip_names(update.step - 1, not_finite)
+        message = not_finite_message(update.step, ranks.gather(names[:4]))
+        if self.monitor.skipped.in_a_row + 1 >= MAX_CONSECUTIVE_SKIPS:
             raise QualityGateError(
-                f"{line}. It is the {MOST_SKIPPED}th step in a row that is left out.",
-                "Lower stage.learning_rate or look at the data.",
+                f"{message}. It is the {MAX_CONSECUTIVE_SKIPS}th skipped update in a row.",
+                "Lower stage.learning_rate or check the data.",
             )
-        hooks.not_finite(update.done - 1, line)
+        self.callbacks.on_not_finite(self.context, message)
 
-    def _between(self, done: int, hooks: Hooks) -> None:
-        """What is due after ``done`` steps. A validation comes before the save: its result is known when the checkpoint is kept."""
-        stage = self.stage
-        sampled = due(done, stage.sample_every, stage.steps)
-        before = copy.deepcopy(self.state()) if sampled else {}
-        if due(done, stage.evaluate_every, stage.steps):
-            enter_phase(f"step {done}: held-out loss")
-            self.evaluation(done, self.following.trend, hooks.log, hooks.warn)
-        if done > 0 and (sampled or due(done, stage.evaluate_every, stage.steps)):
-            self.following.moved(done, hooks)
-        if sampled:
-            enter_phase(f"step {done}: validation")
+    def run_due_callbacks(self) -> None:
+        """Evaluate, validate and save where that is due. The validation precedes the save, so that the checkpoint records its result."""
+        context, stage, step = self.context, self.stage, self.context.step
+        validates = due(step, stage.sample_every, stage.steps)
+        states_before = CallbackStates(**self.callbacks.state_dict())
+        if due(step, stage.evaluate_every, stage.steps):
+            enter_phase(f"step {step}: held-out loss")
+            self.callbacks.on_evaluate(context)
+        if validates:
+            enter_phase(f"step {step}: validation")
             try:
-                hooks.validate(done)
+                self.callbacks.on_validate(context)
             except Interrupted:
-                # Nothing of it counts: the run that goes on looks at the held-out clips again, too.
-                self.load(before)
-                if done > 0:
-                    hooks.stopped(done)
-                saved = "a checkpoint is saved" if done > 0 else "nothing is trained yet"
-                raise Stopped(
-                    f"Stopped in the validation after step {done} of {stage.steps}; {saved}.", GO_ON
-                ) from None
-        if done > 0 and due(done, stage.weights_every, stage.steps):
-            enter_phase(f"step {done}: saving weights")
-            hooks.save_weights(done)
-        if done > 0 and (done == stage.steps or (stage.save_every and done % stage.save_every == 0)):
-            enter_phase(f"step {done}: saving")
-            hooks.save(done)
-        self.following.go_on()
+                # The resumed run repeats the whole validation, the held-out losses included.
+                self.callbacks.load_state_dict(states_before)
+                self._stop_in_validation()
+        if step > 0 and due(step, stage.weights_every, stage.steps):
+            enter_phase(f"step {step}: saving weights")
+            self.callbacks.on_save_weights(context)
+        if step > 0 and (step == stage.steps or due(step, stage.save_every, stage.steps)):
+            enter_phase(f"step {step}: saving")
+            self.callbacks.on_save(context)
 
-    def _chosen(self, step: int, micro: int) -> list[int]:
-        stage = self.stage
-        return indices(
-            step, micro, train=self.cache.train, batch_size=stage.batch_size, accumulation=stage.gradient_accumulation,
-            rank=self.place.data_rank, world=self.place.data_ranks, seed=stage.seed, groups=self.cache.groups,
-        )  # fmt: skip
+    def loader(self) -> Loader:
+        """Return a loader of the training batches."""
+        prefetch = self.context.config.speed.prefetch
+        return Loader(self.batches.batch, self.stage.gradient_accumulation, self.device, prefetch)
 
-    def _names(self, step: int, micro: int) -> list[str]:
-        return [self.cache.name_of(index) for index in self._chosen(step, micro)]
+    def _stop_in_validation(self) -> None:
+        step = self.context.step
+        if step > 0:
+            self.callbacks.on_stop(self.context)
+        saved = "a checkpoint is saved" if step > 0 else "nothing is trained yet"
+        raise Stopped(
+            f"Stopped in the validation after step {step} of {self.stage.steps}; {saved}.", RESUME_HINT
+        ) from None
 
-    def batch(self, step: int, micro: int) -> Batch:
-        """What this rank trains on in ``micro`` step of ``step``, on the CPU: a pure function."""
-        stage = self.stage
-        # The slot is counted over accumulation and ranks, so that 2 ranks draw what 1 rank with 2 micro steps draws.
-        first = (micro * self.place.data_ranks + self.place.data_rank) * stage.batch_size
-        return training_batch(
-            self.cache,
-            self._chosen(step, micro),
-            (stage.seed, step),
-            first,
-            inputs=self.inputs,
-            text_dropout=stage.text_dropout,
-            image_dropout=stage.image_dropout,
-        )
-
-    def _tables(self, shape: Sequence[int]) -> Any:
-        key = (shape[1], shape[3], shape[4])
-        if key not in self._rotary:
-            self._rotary[key] = rotary_tables(self.engine.module, *key, device=self.device)
-        return self._rotary[key]
-
-
-def due(done: int, every: int, steps: int) -> bool:
-    """Whether something that happens every ``every`` steps (0: never), before step 1 and after the last, happens after ``done``."""
-    return every > 0 and (done % every == 0 or done == steps)
+    def _clip_names(self, step: int, chosen: Sequence[bool]) -> list[str]:
+        """Return the names of this rank's clips in the micro steps that ``chosen`` marks."""
+        return [name for micro, wanted in enumerate(chosen) if wanted for name in self.batches.clip_names(step, micro)]

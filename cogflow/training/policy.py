@@ -1,146 +1,156 @@
-"""What an alarm over the samples leads to (``stage.on_blur`` = warn, stop or rollback), and a step that is not finite
-(``stage.on_not_finite`` = stop, skip or rollback). All ranks decide alike, because rank 0 does."""
+"""Policies: what follows an alarm over the samples (``stage.on_blur``) and a step that is not finite (``stage.on_not_finite``).
+
+All ranks act alike, because rank 0 decides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name, step_of
 from cogflow.config.schema import TrainStage
 from cogflow.errors import QualityGateError
+from cogflow.records.training_records import RollbackEntry, TrainerRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.training import rollback
+from cogflow.training.callback import Callback, TrainingContext
+from cogflow.training.checkpoint import read_trainer
+from cogflow.training.checkpointer import Checkpointer
 from cogflow.training.retention import last_sharp
-from cogflow.training.run_identity import changed
-from cogflow.training.validation import Outcome
+from cogflow.training.rollback import RollbackRequested, StartPoint
+from cogflow.training.run_identity import changed_settings
+
+RATIO_HINT = "stage.rollback.learning_rate_ratio (such as 0.3)"
 
 
-class GoBack(Exception):
-    """Not an error: the loop, which stands after step ``start``, is to go on from ``path``, with ``rollbacks`` in force."""
+class QualityPolicy(Callback):
+    """Acts on alarms and on steps that are not finite, as ``stage.on_blur`` and ``stage.on_not_finite`` say."""
 
-    def __init__(self, start: int, path: Path, rollbacks: list[rollback.Rollback]) -> None:
-        super().__init__(str(path))
-        self.start, self.path, self.rollbacks = start, path, rollbacks
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self.checkpointer = checkpointer
 
+    def on_validate(self, context: TrainingContext) -> None:
+        """Act on an alarm of this step's validation; return when training continues. Collective.
 
-def act(
-    outcome: Outcome | None, stage: TrainStage, folder: Path, quiet: int | None, save: Callable[[int], None]
-) -> None:
-    """Do what ``stage.on_blur`` says about an alarm; return when training goes on. Collective.
+        Raises :class:`QualityGateError` (stop) with the path of the last sharp checkpoint, or :class:`RollbackRequested`.
+        """
+        stage, outcome = context.stage, context.outcome
+        if outcome is None or outcome.step != context.step or outcome.level != "alarm" or stage.on_blur == "warn":
+            return
+        checkpoints = RunLayout(context.folder).checkpoints
+        sharp = ranks.run_on_main(lambda: last_sharp(checkpoints, context.last_good_step))
+        if stage.on_blur == "stop" or sharp is None:
+            self.checkpointer.on_save(context)
+            raise QualityGateError(
+                f"Step {outcome.step}: {outcome.message}. A checkpoint is saved ({checkpoints / step_name(outcome.step)}).",
+                f"{resume_hint(sharp)} Or resume from here with stage.on_blur=warn.",
+            )
+        request_rollback(context.folder, stage, outcome.step, sharp, outcome.message)
 
-    Raises :class:`QualityGateError` (stop) with the last sharp checkpoint's path, or :class:`GoBack`.
-    """
-    if outcome is None or outcome.level != "alarm" or stage.on_blur == "warn":
-        return
-    sharp = ranks.broadcast(last_sharp(RunLayout(folder).checkpoints, quiet) if ranks.is_main() else None)
-    if stage.on_blur == "stop" or sharp is None:
-        save(outcome.step)
-        where = RunLayout(folder).checkpoints / step_name(outcome.step)
+    def on_not_finite(self, context: TrainingContext, message: str) -> None:
+        """Act on a step after ``context.step`` that changed no weight; return when training continues. Collective.
+
+        Raises :class:`QualityGateError` (stop) once ``context.step`` is saved, or :class:`RollbackRequested` to the newest checkpoint.
+        """
+        stage, step, folder = context.stage, context.step, context.folder
+        if stage.on_not_finite == "skip":
+            context.tracker.alert("an update was skipped", message)
+            return
+        newest = ranks.run_on_main(lambda: next(reversed(step_folders(RunLayout(folder).checkpoints)), None))
+        if stage.on_not_finite == "rollback" and newest is not None:
+            request_rollback(folder, stage, step, newest, message)
+        if step > 0 and (newest is None or step_of(newest) != step):
+            self.checkpointer.on_save(context)
         raise QualityGateError(
-            f"Step {outcome.step}: {outcome.line}. A checkpoint is saved ({where}).",
-            f"{_go_on(sharp)} Or go on from here with stage.on_blur=warn.",
+            f"{message}. {'A checkpoint is saved' if step else 'Nothing was trained yet'}.",
+            "Check the clips, lower stage.learning_rate, or skip such updates with stage.on_not_finite=skip.",
         )
-    _back(folder, stage, outcome.step, sharp, outcome.line)
 
 
-def not_finite(
-    step: int, line: str, stage: TrainStage, folder: Path, save: Callable[[int], None], warn: Callable[[str, str], None]
-) -> None:
-    """Do what ``stage.on_not_finite`` says of the step after ``step``, which changed nothing; return when training goes on. Collective.
+def request_rollback(folder: Path, stage: TrainStage, start: int, checkpoint: Path, reason: str) -> None:
+    """Set aside what came after ``checkpoint`` and raise. Collective.
 
-    Raises :class:`QualityGateError` (stop) once a checkpoint of ``step`` is saved, or :class:`GoBack` to the newest checkpoint.
+    Raises :class:`RollbackRequested`, or :class:`QualityGateError` when the same settings would only repeat the run.
     """
-    if stage.on_not_finite == "skip":
-        warn("a step was left out", line)
-        return
-    newest: Path | None = ranks.broadcast(
-        next(reversed(step_folders(RunLayout(folder).checkpoints)), None) if ranks.is_main() else None
-    )
-    if stage.on_not_finite == "rollback" and newest is not None:
-        _back(folder, stage, step, newest, line)
-    if step > 0 and (newest is None or step_of(newest) != step):
-        save(step)
-    raise QualityGateError(
-        f"{line}. {'A checkpoint is saved' if step else 'Nothing was trained yet'}.",
-        "Look at the clips, lower stage.learning_rate, or pass over such steps with stage.on_not_finite=skip.",
-    )
-
-
-def _back(folder: Path, stage: TrainStage, start: int, sharp: Path, line: str) -> None:
-    """Set aside what came after ``sharp`` and raise: :class:`GoBack`, or :class:`QualityGateError` where going on is no use."""
     ratio = stage.rollback.learning_rate_ratio
 
-    def work() -> tuple[str | None, list[rollback.Rollback]]:
-        refused = rollback.may_go_on(stage.rollback, rollback.read(folder))
-        return refused, rollback.go_back(folder, start, step_of(sharp), 1.0 if refused else ratio, line)
+    def apply() -> tuple[str | None, list[RollbackEntry]]:
+        refused = rollback.refusal(stage.rollback, rollback.read_rollbacks(folder))
+        applied_ratio = 1.0 if refused else ratio
+        return refused, rollback.roll_back(folder, start, step_of(checkpoint), applied_ratio, reason)
 
-    refused, rollbacks = ranks.broadcast(work() if ranks.is_main() else None)
-    aside = folder / rollback.ASIDE / f"{rollbacks[-1].number:02d}"
+    refused, rollbacks = ranks.run_on_main(apply)
+    aside = folder / rollback.SET_ASIDE / f"{rollbacks[-1].number:02d}"
     if refused is not None:
         raise QualityGateError(
-            f"Step {start}: {line}. The run is back at {sharp}; what came later is in {aside}. It stops there: {refused}.",
-            "Lower stage.learning_rate, or give stage.rollback.learning_rate_ratio (such as 0.3), and run the command again.",
+            f"Step {start}: {reason}. The run is rolled back to {checkpoint}; what came later is in {aside}. It stops there: {refused}.",
+            f"Lower stage.learning_rate, or give {RATIO_HINT}, and run the command again.",
         )
     echo(
-        f"warning: step {start}: {line}; going back to {sharp} with {ratio:g} of the learning rate; what came later is in {aside}"
+        f"warning: step {start}: {reason}; rolling back to {checkpoint} with {ratio:g} of the learning rate; what came later is in {aside}"
     )
-    raise GoBack(start, sharp, rollbacks)
+    raise RollbackRequested(StartPoint(checkpoint, read_trainer(checkpoint), rollbacks))
 
 
-def before_resuming(
-    found: Path | None, trainer: dict[str, Any] | None, stage: TrainStage, folder: Path
-) -> list[rollback.Rollback]:
-    """The rollbacks that hold for a run that resumes ``found`` (``trainer``: its trainer.json). Collective.
+def choose_start(found: Path | None, stage: TrainStage, folder: Path) -> StartPoint:
+    """Return where a run starts that would resume ``found``; a run that an alarm stopped may roll back first. Collective.
 
-    Raises :class:`QualityGateError` for a run that stands where an alarm stopped it and would only repeat itself or go on blurred, and
-    :class:`GoBack` when it is to leave that place by ``stage.on_blur=rollback``; a checkpoint that is named (``stage.resume=PATH``) is
-    taken as it is.
+    Raises :class:`QualityGateError` for a run that an alarm stopped and that would repeat itself or continue blurred. A checkpoint that
+    the user names (``stage.resume=PATH``) is taken as it is.
     """
-    if found is None or trainer is None:
-        if ranks.is_main():
-            rollback.forget(folder)
-        ranks.barrier()
-        return []
-    if stage.resume == "auto":
-        _stays_stopped(found, trainer, stage, folder)
-    rollbacks: list[rollback.Rollback] = ranks.broadcast(rollback.finish(folder) if ranks.is_main() else None)
+    if found is None:
+        ranks.run_on_main(lambda: rollback.forget_rollbacks(folder))
+        return StartPoint(None, None, [])
+    record = read_trainer(found)
+    try:
+        if stage.resume == "auto":
+            _check_alarm(found, record, stage, folder)
+        rollbacks = ranks.run_on_main(lambda: rollback.finish_rollback(folder))
+        return StartPoint(found, record, _with_ratio(rollbacks, found, record, stage, folder))
+    except RollbackRequested as requested:
+        return requested.start
+
+
+def _check_alarm(found: Path, record: TrainerRecord, stage: TrainStage, folder: Path) -> None:
+    """Roll back or stop when the newest checkpoint is the one that an alarm stopped."""
+    verdict = record.validation
+    if stage.on_blur == "warn" or verdict is None or verdict.level != "alarm" or verdict.step != record.step:
+        return
+    sharp = ranks.run_on_main(lambda: last_sharp(RunLayout(folder).checkpoints, record.last_good_step))
+    if stage.on_blur == "rollback" and sharp is not None:
+        request_rollback(folder, stage, record.step, sharp, verdict.message)
+    raise QualityGateError(
+        f"An alarm stopped the run at its newest checkpoint {found}: {verdict.message}.",
+        f"{resume_hint(sharp)} Or resume from there with stage.on_blur=warn.",
+    )
+
+
+def _with_ratio(
+    rollbacks: list[RollbackEntry], found: Path, record: TrainerRecord, stage: TrainStage, folder: Path
+) -> list[RollbackEntry]:
+    """Give the last rollback, after which the run had stopped, the learning rate ratio that is configured now."""
     last = rollbacks[-1] if rollbacks else None
-    if last is None or last.learning_rate_ratio != 1.0 or last.to != trainer["step"] or stage.on_blur != "rollback":
+    if last is None or last.learning_rate_ratio != 1.0 or last.to != record.step or stage.on_blur != "rollback":
         return rollbacks
-    if stage.rollback.learning_rate_ratio != 1.0 and len(rollbacks) <= stage.rollback.most:
-        return ranks.broadcast(
-            rollback.with_ratio(folder, stage.rollback.learning_rate_ratio) if ranks.is_main() else None
-        )
-    if not changed(trainer, stage):
+    ratio = stage.rollback.learning_rate_ratio
+    if ratio != 1.0 and len(rollbacks) <= stage.rollback.most:
+        return ranks.run_on_main(lambda: rollback.set_last_ratio(folder, ratio))
+    if not changed_settings(record, stage):
         raise QualityGateError(
-            f"This run went back to {found} after {last.reason} The same settings would repeat the same run.",
-            "Lower stage.learning_rate, give stage.rollback.learning_rate_ratio (such as 0.3), or use stage.on_blur=warn.",
+            f"This run was rolled back to {found} after: {last.reason}. The same settings would repeat the same run.",
+            f"Lower stage.learning_rate, give {RATIO_HINT}, or use stage.on_blur=warn.",
         )
     return rollbacks
 
 
-def _stays_stopped(found: Path, trainer: dict[str, Any], stage: TrainStage, folder: Path) -> None:
-    verdict = trainer.get("validation") or {}
-    if stage.on_blur == "warn" or verdict.get("level") != "alarm" or verdict.get("step") != trainer["step"]:
-        return
-    sharp = ranks.broadcast(
-        last_sharp(RunLayout(folder).checkpoints, trainer.get("quiet")) if ranks.is_main() else None
-    )
-    if stage.on_blur == "rollback" and sharp is not None:
-        _back(folder, stage, int(trainer["step"]), sharp, str(verdict.get("line")))
-    raise QualityGateError(
-        f"The newest checkpoint {found} stands where an alarm stopped the run: {verdict.get('line')}.",
-        f"{_go_on(sharp)} Or go on from there with stage.on_blur=warn.",
-    )
-
-
-def _go_on(sharp: Path | None) -> str:
+def resume_hint(sharp: Path | None) -> str:
+    """Return the advice for a run that an alarm stopped. ``sharp``: its last sharp checkpoint."""
     if sharp is None:
-        return "No checkpoint is known to be sharp: start anew with stage.resume=never and a lower stage.learning_rate."
+        return (
+            "No checkpoint is known to be sharp: start again with stage.resume=never and a lower stage.learning_rate."
+        )
     return (
-        f"The last sharp checkpoint is {sharp}: go on from it with stage.on_blur=rollback and a lower learning rate, such as "
+        f"The last sharp checkpoint is {sharp}: resume from it with stage.on_blur=rollback and a lower learning rate, such as "
         "stage.rollback.learning_rate_ratio=0.3."
     )

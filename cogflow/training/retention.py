@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, those at round numbers, the best by what the watch saw, and the last one known to be sharp."""
+"""Retention: which checkpoints stay (the newest, those at round numbers, the best, the last sharp one), and deletion of the others."""
 
 from __future__ import annotations
 
@@ -7,57 +7,66 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cogflow.artifacts.run_layout import step_folders, step_of
+from cogflow.config.schema import TrainStage
 from cogflow.errors import CheckpointError
 from cogflow.files.atomic_write import LEFTOVER, remove_leftovers
+from cogflow.records.training_records import ValidationRecord
 from cogflow.runtime import ranks
+from cogflow.sharpness.quality_watch import LEVELS
 from cogflow.training.checkpoint import read_trainer
 
-SHARP = ("good", "learning")
-"""Levels of the watch at which nothing is wrong."""
+GOOD_LEVELS = LEVELS[:2]
+"""Levels of the quality watch at which nothing is wrong."""
 
 
-def last_sharp(folder: Path, quiet: int | None) -> Path | None:
-    """The newest checkpoint that is not younger than ``quiet``, the step of the last validation at which nothing was wrong."""
-    paths = [path for path in step_folders(folder) if quiet is not None and step_of(path) <= quiet]
+def last_sharp(folder: Path, last_good_step: int | None) -> Path | None:
+    """Return the newest checkpoint at or before ``last_good_step``, the step of the last validation at which nothing was wrong."""
+    paths = [path for path in step_folders(folder) if last_good_step is not None and step_of(path) <= last_good_step]
     return paths[-1] if paths else None
 
 
-def rank(verdict: Mapping[str, Any] | None) -> tuple[float, float]:
-    """What checkpoints are ordered by, higher is better: the watch's score, then the held-out loss. Nothing known is worst."""
-    if not verdict or verdict.get("score") is None:
+def quality(verdict: ValidationRecord | None) -> tuple[float, float]:
+    """Return the sort key of a checkpoint, higher is better: the watch's score, then the held-out loss. Without a verdict it is lowest."""
+    if verdict is None or math.isnan(verdict.score):
         return -math.inf, -math.inf
-    loss = verdict.get("heldout_loss")
-    return float(verdict["score"]), -math.inf if loss is None else -float(loss)
+    loss = verdict.heldout_loss
+    return verdict.score, -math.inf if loss is None else -loss
 
 
 def to_delete(
     paths: Sequence[Path],
-    verdicts: Mapping[Path, Mapping[str, Any] | None],
+    verdicts: Mapping[Path, ValidationRecord | None],
     *,
     last: int,
     every: int,
     best: int,
     sharp: Path | None,
 ) -> list[Path]:
-    """Those of ``paths`` (oldest first) that nothing keeps. Of equally good ones the newer stays."""
-    judged = [path for path in paths if rank(verdicts.get(path))[0] > -math.inf]
-    judged.sort(key=lambda path: (*rank(verdicts[path]), step_of(path)), reverse=True)
-    round_ones = [path for path in paths if every and step_of(path) % every == 0]
-    kept = {*paths[-max(1, last) :], *round_ones, *judged[:best], *([sharp] if sharp else [])}
+    """Return those of ``paths`` (oldest first) that no rule keeps. Of equally good checkpoints the newer stays."""
+    judged = [path for path in paths if quality(verdicts.get(path))[0] > -math.inf]
+    judged.sort(key=lambda path: (*quality(verdicts[path]), step_of(path)), reverse=True)
+    at_round_numbers = [path for path in paths if every and step_of(path) % every == 0]
+    kept = {*paths[-max(1, last) :], *at_round_numbers, *judged[:best], *([sharp] if sharp else [])}
     return [path for path in paths if path not in kept]
 
 
-def remove_old(folder: Path, *, last: int, every: int, best: int, quiet: int | None) -> None:
-    """Delete what nothing keeps. Called after a new checkpoint was read back whole, so one is always there. Rank 0 works."""
+def remove_old(folder: Path, stage: TrainStage, last_good_step: int | None) -> None:
+    """Delete the checkpoints that no rule keeps. Call it after a new checkpoint was verified. Rank 0 works."""
     if not ranks.is_main():
         return
     paths = step_folders(folder)
-    verdicts = {path: verdict_of(path) for path in paths}
-    for path in to_delete(paths, verdicts, last=last, every=every, best=best, sharp=last_sharp(folder, quiet)):
-        # Out of sight first: a kill in the middle leaves no broken checkpoint to be wondered at.
+    superfluous = to_delete(
+        paths,
+        {path: verdict_of(path) for path in paths},
+        last=stage.keep_last,
+        every=stage.keep_every,
+        best=stage.keep_best,
+        sharp=last_sharp(folder, last_good_step),
+    )
+    for path in superfluous:
+        # Hide it first, so that a kill in the middle leaves no checkpoint that looks broken.
         hidden = folder / f".{path.name}.partial-{os.getpid()}"
         path.rename(hidden)
         _delete(hidden)
@@ -68,17 +77,17 @@ def _delete(path: Path) -> None:
 
 
 def sweep_all(folder: Path) -> None:
-    """Remove what a killed run left half-saved or half-deleted, and put back what it was replacing. Rank 0 works."""
+    """Remove what a killed run left half saved or half deleted, and restore what it was replacing. Rank 0 works."""
     if ranks.is_main() and folder.is_dir():
         for name in {match["name"] for entry in folder.iterdir() if (match := LEFTOVER.match(entry.name))}:
             remove_leftovers(folder / name)
 
 
-def verdict_of(path: Path) -> dict[str, Any] | None:
-    """What its validation said of a checkpoint, of that very step; ``None`` when there was none."""
+def verdict_of(path: Path) -> ValidationRecord | None:
+    """Return the verdict of the validation at a checkpoint's own step; ``None`` when there was none or the record cannot be read."""
     try:
-        trainer = read_trainer(path)
+        record = read_trainer(path)
     except CheckpointError:
         return None
-    verdict = trainer.get("validation")
-    return verdict if isinstance(verdict, dict) and verdict.get("step") == trainer.get("step") else None
+    verdict = record.validation
+    return verdict if verdict is not None and verdict.step == record.step else None

@@ -1,8 +1,8 @@
-"""What a resumed run must share with its checkpoint, and what an export must know of the training."""
+"""What a resumed run must share with its checkpoint, what may change, and what an export must know of the training."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,126 +11,152 @@ import torch
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.errors import CheckpointError
+from cogflow.files.record_io import JsonObject
 from cogflow.models import loading
+from cogflow.records.training_records import RankLayout, TrainedWith, TrainerRecord, TunableSettings
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 
-FIXED = ("seed", "freeze")
-"""Settings of the stage that a resumed run must share with its checkpoint: with others, another run's states would be taken."""
+LAYOUT_SETTINGS = {
+    "batch_size": "stage.batch_size",
+    "gradient_accumulation": "stage.gradient_accumulation",
+    "world_size": "world size",
+    "sequence_parallel": "parallel.sequence",
+    "zero_stage": "deepspeed.zero_stage",
+    "offload_optimizer": "deepspeed.offload_optimizer",
+}
+"""Names of a layout's fields in messages."""
 
-TUNABLE = (
-    "steps", "learning_rate", "schedule", "warmup_steps", "min_lr_ratio", "betas", "eps", "weight_decay", "gradient_clipping",
-    "text_dropout", "ema_decay", "ema_every", "ema_warmup", "on_spike",
-)  # fmt: skip
-"""Settings that may change on resume; said, because the run is then not what one uninterrupted run would be. What only says when
-something is saved, sampled, kept or logged may change without a word."""
+BATCH_FIELDS = ("batch_size", "gradient_accumulation", "world_size", "sequence_parallel")
+"""Fields of a layout that decide the number of clips in a step."""
 
 
-def check_same(trainer: dict[str, Any], config: Config[TrainStage], cache: LatentCache) -> None:
-    """Raise :class:`CheckpointError` listing what differs between a checkpoint and the config that is to resume it."""
-    now = identity(config, cache)
-    for key in changed(trainer, config.stage):
-        then, value = trainer["settings"][key], getattr(config.stage, key)
-        echo(
-            f"warning: stage.{key} is now {value}, it was {then}: from here on this is another run than an uninterrupted one"
-        )
-    then_layout, layout = saved_layout(trainer), layout_of(config)
+def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentCache) -> None:
+    """Raise :class:`CheckpointError` listing what differs between a checkpoint and the config that resumes it. Report what may differ."""
+    stage = config.stage
+    for key in changed_settings(record, stage):
+        then, now = getattr(record.settings, key), getattr(stage, key)
+        echo(f"warning: stage.{key} changes from {then} to {now}: the run now differs from an uninterrupted one")
+    layout = training_layout(config)
     different = [
-        f"{key}: {trainer['identity'].get(key)} then, {value} now"
-        for key, value in now.items()
-        if trainer["identity"].get(key) != value
+        *(
+            f"{key}: {record.identity.get(key)} then, {now} now"
+            for key, now in run_identity(config, cache).items()
+            if record.identity.get(key) != now
+        ),
+        *_batch_differences(record.layout, layout),
     ]
-    if (before := clips_per_step(then_layout)) != (wanted := clips_per_step(layout)):
-        different += [
-            f"{key}: {then_layout[key]} then, {layout[key]} now"
-            for key in (*BATCH, "parallel.sequence")
-            if then_layout[key] != layout[key]
-        ]
-        shared = len({1, then_layout["parallel.sequence"], layout["parallel.sequence"]}) > 1
-        product = "the product of the three" + (", over parallel.sequence" if shared else "")
-        different.append(f"clips in a step, {product}: {before} then, {wanted} now; it settles the order of the data")
-    decay, former = getattr(config.stage, "ema_decay", 0.0), trainer["settings"]["ema_decay"]
-    if bool(former) != bool(decay):
-        different.append(f"stage.ema_decay: {former} then, {decay} now; averages begin with a run")
+    former_decay = record.settings.ema_decay
+    if bool(former_decay) != bool(stage.ema_decay):
+        different.append(f"stage.ema_decay: {former_decay} then, {stage.ema_decay} now; an EMA starts with the run")
     if different:
         raise CheckpointError(
             "The checkpoint was trained with other settings:\n  " + "\n  ".join(different),
-            "Give the same settings again, start anew with stage.resume=never, or use another run.name.",
+            "Give the same settings again, start again with stage.resume=never, or use another run.name.",
         )
-    if then_layout != layout:
-        parts = ", ".join(
-            f"{key} {then_layout[key]} -> {value}" for key, value in layout.items() if then_layout[key] != value
+    if record.layout != layout:
+        changes = ", ".join(
+            f"{LAYOUT_SETTINGS[key]} {then} -> {now}"
+            for key, then, now in _differing(asdict(record.layout), asdict(layout))
         )
         echo(
-            f"note: the checkpoint's states are dealt out anew ({parts}). Clips, noise, weights and the optimizer's states are those of "
-            "the uninterrupted run; sums run in another order, so that losses agree to rounding and no longer to the bit."
+            f"note: the checkpoint's states are resharded ({changes}). Clips, noise, weights and optimizer states are those of the "
+            "uninterrupted run; sums run in another order, so losses agree up to rounding and not to the bit."
         )
 
 
-BATCH = ("stage.batch_size", "stage.gradient_accumulation", "world size")
+def changed_settings(record: TrainerRecord, stage: TrainStage) -> list[str]:
+    """Return the tunable settings whose values differ from those of the checkpoint."""
+    return [key for key, _, _ in _differing(asdict(record.settings), asdict(tunable_settings(stage)))]
 
 
-def layout_of(config: Config[TrainStage]) -> dict[str, Any]:
-    """How the work is dealt out over the ranks: what may change on resume, to rounding."""
+def tunable_settings(stage: TrainStage) -> TunableSettings:
+    """Return the settings that may change on resume. Settings that only decide when something is saved or logged are not recorded."""
+    return TunableSettings(**{field.name: getattr(stage, field.name) for field in fields(TunableSettings)})
+
+
+def training_layout(config: Config[TrainStage]) -> RankLayout:
+    """Return how this process group shards the work."""
+    stage = config.stage
+    return RankLayout(
+        batch_size=stage.batch_size,
+        gradient_accumulation=stage.gradient_accumulation,
+        world_size=ranks.world_size(),
+        sequence_parallel=config.parallel.sequence,
+        zero_stage=config.deepspeed.zero_stage,
+        offload_optimizer=config.deepspeed.offload_optimizer,
+    )
+
+
+def clips_per_step(layout: RankLayout) -> int:
+    """Return the number of clips that one step trains on, over all ranks."""
+    return layout.batch_size * layout.gradient_accumulation * layout.world_size // layout.sequence_parallel
+
+
+def same_states(layout: RankLayout, saved: RankLayout) -> bool:
+    """Return whether DeepSpeed can load states of the layout ``saved`` as they are: the same ranks, ZeRO stage and optimizer."""
+    return (layout.world_size, layout.zero_stage, layout.offload_optimizer) == (
+        saved.world_size,
+        saved.zero_stage,
+        saved.offload_optimizer,
+    )
+
+
+def run_identity(config: Config[TrainStage], cache: LatentCache) -> JsonObject:
+    """Return what a resumed run must share with its checkpoint, by setting: with other values it would be another run."""
     return {
-        "stage.batch_size": config.stage.batch_size,
-        "stage.gradient_accumulation": config.stage.gradient_accumulation,
-        "world size": ranks.world_size(),
-        "parallel.sequence": config.parallel.sequence,
-        "deepspeed.zero_stage": config.deepspeed.zero_stage,
-        "deepspeed.offload_optimizer": config.deepspeed.offload_optimizer,
-    }
-
-
-def saved_layout(trainer: dict[str, Any]) -> dict[str, Any]:
-    """The layout that a checkpoint records; before there was ``parallel.sequence``, no rank shared its batch."""
-    return {"parallel.sequence": 1, **trainer["layout"]}
-
-
-def same_states(trainer: dict[str, Any], config: Config[TrainStage]) -> bool:
-    """Whether DeepSpeed can take a checkpoint's states as they lie: the same ranks, stage and optimizer."""
-    keys = ("world size", "deepspeed.zero_stage", "deepspeed.offload_optimizer")
-    now = layout_of(config)
-    return all(trainer["layout"][key] == now[key] for key in keys)
-
-
-def clips_per_step(layout: dict[str, Any]) -> int:
-    return math.prod(int(layout[key]) for key in BATCH) // int(layout["parallel.sequence"])
-
-
-def changed(trainer: dict[str, Any], stage: Any) -> list[str]:
-    """The tunable settings that a checkpoint was trained with other values of."""
-    return [key for key in TUNABLE if trainer["settings"][key] != getattr(stage, key)]
-
-
-def identity(config: Config[TrainStage], cache: LatentCache) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resumption."""
-    return {
-        **{f"stage.{key}": getattr(config.stage, key) for key in FIXED},
+        "stage.seed": config.stage.seed,
+        "stage.freeze": list(config.stage.freeze),
         "data": cache.fingerprint,
         "model": config.model.name,
         "dtype": loading.dtype_name(loading.resolve_dtype(config.model, ranks.device())),
     }
 
 
-def check_facts(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raise :class:`CheckpointError` when the VAE or the scheduler beside the model is another than the checkpoint was trained with."""
+def check_facts(then: TrainedWith, now: TrainedWith, path: Path) -> None:
+    """Raise :class:`CheckpointError` when the VAE or the scheduler beside the model is not the one that ``path`` was trained with."""
     different = [
-        f"{key}: {then[key]} then, {value} now" for key, value in now.items() if key in then and then[key] != value
+        f"{key}: {former} then, {value} now"
+        for key, former, value in _differing(asdict(then), asdict(now))
+        if former is not None
     ]
     if different:
         raise CheckpointError(
             f"{path} was trained beside another VAE or scheduler:\n  " + "\n  ".join(different),
-            "Give the model.path it was trained from; a change of these in mid-training blurs, and the loss does not tell.",
+            "Give the model.path it was trained from; changing them during training blurs videos, and the loss does not show it.",
         )
 
 
-def trained_with(vae: Any, scheduler: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The facts an export must carry: with other values the same weights give blurred or broken videos."""
-    names = ("snr_shift_scale", "prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
-    return {
-        "scaling_factor": vae.config.scaling_factor,
-        "invert_scale_latents": bool(vae.config.get("invert_scale_latents", False)),
-        **{name: scheduler.config[name] for name in names},
-        "dtype": loading.dtype_name(dtype),
-    }
+def trained_with(vae: Any, scheduler: Any, dtype: torch.dtype, max_sequence_length: int | None = None) -> TrainedWith:
+    """Return the facts that an export must carry. ``max_sequence_length``: text tokens of the transformer."""
+    return TrainedWith(
+        scaling_factor=float(vae.config.scaling_factor),
+        invert_scale_latents=bool(vae.config.get("invert_scale_latents", False)),
+        snr_shift_scale=float(scheduler.config.snr_shift_scale),
+        prediction_type=scheduler.config.prediction_type,
+        timestep_spacing=scheduler.config.timestep_spacing,
+        rescale_betas_zero_snr=scheduler.config.rescale_betas_zero_snr,
+        dtype=loading.dtype_name(dtype),
+        max_sequence_length=max_sequence_length,
+    )
+
+
+def _batch_differences(then: RankLayout, now: RankLayout) -> list[str]:
+    """Return the differences that change the number of clips in a step; none when the number is the same."""
+    before, wanted = clips_per_step(then), clips_per_step(now)
+    if before == wanted:
+        return []
+    different = [
+        f"{LAYOUT_SETTINGS[key]}: {former} then, {value} now"
+        for key, former, value in _differing(asdict(then), asdict(now))
+        if key in BATCH_FIELDS
+    ]
+    divided = ", divided by parallel.sequence" if max(then.sequence_parallel, now.sequence_parallel) > 1 else ""
+    product = f"batch_size x gradient_accumulation x world size{divided}"
+    different.append(f"clips in a step ({product}): {before} then, {wanted} now; it decides the order of the data")
+    return different
+
+
+def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (key, former value, value) of the keys whose values differ."""
+    return [(key, then[key], value) for key, value in now.items() if then[key] != value]

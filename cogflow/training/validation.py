@@ -1,7 +1,7 @@
-"""A validation: every prompt sampled from its fixed noise, the rungs of the ladder, and the watch over what the samples look like.
+"""Validation: sample every prompt from its fixed noise, record the rungs of the sharpness ladder, and update the quality watch.
 
-What the watch knows is a function of the samples so far, so a resumed run replays it from ``samples/step-*/samples.json``. Rank 0
-watches; all ranks get the same :class:`Outcome`.
+The state of the watch is a function of the samples so far: a resumed run replays it from ``samples/step-*/samples.json``. Rank 0 watches, and
+all ranks get the same outcome.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from PIL import Image
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_folders, step_name, step_of
 from cogflow.config.schema import Config, TrainStage
 from cogflow.data.cache import LatentCache
-from cogflow.ladder import ladder_report as ladder_report
-from cogflow.ladder import sample_rungs, vae_roundtrip
+from cogflow.ladder import ladder_report, sample_rungs, vae_roundtrip
 from cogflow.ladder.causes import describe_finding
 from cogflow.ladder.reconstruction_bound import read_reconstruction_bound
 from cogflow.ladder.rung import Rung
@@ -32,183 +30,166 @@ from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.metrics import METRICS
 from cogflow.sharpness.quality_watch import LEVELS, QualityWatch, WatchVerdict
 from cogflow.tracking.html_report import write_report
-from cogflow.tracking.tracker import Tracker
-from cogflow.training.ema import EMA
-from cogflow.training.engine import Engine
-from cogflow.training.retention import SHARP
+from cogflow.training.callback import Callback, TrainingContext, ValidationOutcome
+from cogflow.training.retention import GOOD_LEVELS
 from cogflow.weights.tensor_source import weights_fingerprint
 
-SAME = ("sampling", "height", "width", "frames", "dtype")
-"""What the records of two validations must share for their frames to be comparable."""
+COMPARABLE = ("sampling", "height", "width", "frames", "dtype")
+"""Fields of two sample records that must be equal for their frames to be comparable."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a validation showed. ``line`` tells what is wrong; empty at the levels good and learning."""
+class Validation(Callback):
+    """Samples and watches.
 
-    step: int
-    level: str
-    score: float
-    line: str
-    kinds: tuple[str, ...]
-
-
-class Validation:
-    """Samples and watches. ``sampler`` makes one with the weights of the moment; ``scaling_factor`` is training's own."""
+    ``make_sampler``: returns a sampler of the model in training. It is called once for each validation, because a sampler may copy the VAE.
+    ``scaling_factor``: that of training.
+    """
 
     def __init__(
-        self, config: Config[TrainStage], cache: LatentCache, folder: Path, tracker: Tracker, engine: Engine, ema: EMA | None,
-        sampler: Callable[[], Sampler], wanted: Sequence[Request], scaling_factor: float,
-    ) -> None:  # fmt: skip
-        self.config, self.cache, self.folder, self.tracker = config, cache, folder, tracker
-        self.engine, self.ema, self.sampler, self.wanted, self.scaling_factor = (
-            engine,
-            ema,
-            sampler,
-            wanted,
-            scaling_factor,
-        )
-        self.watch: QualityWatch | None = None
-        self.base: dict[str, Any] | None = None
+        self,
+        config: Config[TrainStage],
+        cache: LatentCache,
+        make_sampler: Callable[[], Sampler],
+        requests: Sequence[Request],
+        scaling_factor: float,
+    ) -> None:
+        self.config, self.cache, self.make_sampler = config, cache, make_sampler
+        self.requests, self.scaling_factor = requests, scaling_factor
         self.reconstruction_bound: dict[str, dict[str, float]] | None = None
-        self.last: WatchVerdict | None = None
-        self.outcome: Outcome | None = None
-        self.stop: Callable[[], bool] | None = None
-        """Whether training is asked to stop: then sampling ends with :class:`~cogflow.sampling.sampler.Interrupted`. Collective."""
-        self.quiet: int | None = None
-        """Step of the last validation at which nothing was wrong; of the samples before the first step, too."""
+        self._watch: QualityWatch | None = None
+        self._base: dict[str, Any] | None = None
+        self._last: WatchVerdict | None = None
 
-    @property
-    def verdict(self) -> dict[str, Any] | None:
-        """What a checkpoint records of the newest validation."""
-        if self.outcome is None:
-            return None
-        one = self.outcome
-        return {"step": one.step, "level": one.level, "score": one.score, "kinds": list(one.kinds), "line": one.line}
+    def on_train_start(self, context: TrainingContext) -> None:
+        if context.step > 0:
+            self.replay(context)
 
-    def __call__(self, done: int) -> Outcome | None:
-        """Sample after ``done`` steps and judge; ``None`` where there is nothing to judge by. Collective."""
+    def on_validate(self, context: TrainingContext) -> None:
+        """Sample, judge, and set ``context.outcome`` where there is something to compare with. Collective."""
         began = time.perf_counter()
-        self._measure_bound()
-        if done == 0:
-            self._schedule()
-        target = RunLayout(self.folder).samples / step_name(done)
-        record = self._sample(done, target)
-        reading = None
+        sampler = self.make_sampler()
+        sampler.stop = context.stop_requested
+        self._measure_reconstruction_bound(context, sampler)
+        if context.step == 0:
+            self._record_schedule_probe(context, sampler)
+        samples = RunLayout(context.folder).samples / step_name(context.step)
+        record = self._sample(context, sampler, samples)
+        verdict = None
         if ranks.is_main():
-            sample_folder.remove_older_frames(RunLayout(self.folder).samples, keep=target)
-            self._tell_samples(done, target, record, began)
-            before = self.last
-            reading = self._judge(done, record)
-            self._rungs(done, record, reading)
-            if reading is not None:
-                self._tell(reading, before, target)
-            write_report(self.folder)
-        return self._share(reading)
+            sample_folder.remove_older_frames(RunLayout(context.folder).samples, keep=samples)
+            self._log_samples(context, samples, record, seconds=time.perf_counter() - began)
+            before = self._last
+            verdict = self._judge(context, context.step, record)
+            self._record_rungs(context, sampler, record, verdict)
+            if verdict is not None:
+                self._report_verdict(context, verdict, before, samples)
+            write_report(context.folder)
+        self._share_outcome(context, verdict)
 
-    def replay(self, step: int) -> None:
-        """Bring the watch to where it stood after ``step`` steps. Collective."""
-        self.watch = self.base = self.last = self.outcome = self.quiet = None
-        folders = [path for path in step_folders(RunLayout(self.folder).samples) if step_of(path) <= step]
+    def replay(self, context: TrainingContext) -> None:
+        """Restore the watch after ``context.step`` steps from the samples of the run. Collective."""
+        self._watch = self._base = self._last = None
+        context.outcome = None
+        context.last_good_step = None
+        folders = [path for path in step_folders(RunLayout(context.folder).samples) if step_of(path) <= context.step]
         if not ranks.broadcast(bool(folders)):
             return
-        self._measure_bound()
-        reading = None
+        if self.reconstruction_bound is None:
+            self._measure_reconstruction_bound(context, self.make_sampler())
+        verdict = None
         if ranks.is_main():
             for folder in folders:
                 if (folder / SAMPLES_RECORD).is_file():
                     record = read_sample_record(folder)
-                    reading = self._judge(int(record["step"]), record)
-        self._share(reading)
+                    verdict = self._judge(context, int(record["step"]), record)
+        self._share_outcome(context, verdict)
 
-    def _measure_bound(self) -> None:
+    def _measure_reconstruction_bound(self, context: TrainingContext, sampler: Sampler) -> None:
+        """Measure the VAE reconstruction bound, once for each process."""
         if self.reconstruction_bound is None:
-            vae_roundtrip.measure_roundtrip(self.folder, self.config, self.cache, self.sampler(), self.scaling_factor)
-            self.reconstruction_bound = ranks.broadcast(
-                read_reconstruction_bound(self.folder) if ranks.is_main() else None
-            )
+            vae_roundtrip.measure_roundtrip(context.folder, self.config, self.cache, sampler, self.scaling_factor)
+            self.reconstruction_bound = ranks.run_on_main(lambda: read_reconstruction_bound(context.folder))
 
-    def _schedule(self) -> None:
-        record_schedule_probe(self.folder, self.sampler(), self.cache, self.scaling_factor)
-        self.engine.settle()
+    def _record_schedule_probe(self, context: TrainingContext, sampler: Sampler) -> None:
+        record_schedule_probe(context.folder, sampler, self.cache, self.scaling_factor)
+        context.engine.flush_prefetch()
 
-    def _sample(self, done: int, target: Path) -> dict[str, Any]:
-        with self.ema.applied(self.engine) if self.ema is not None else contextlib.nullcontext():
+    def _sample(self, context: TrainingContext, sampler: Sampler, target: Path) -> dict[str, Any]:
+        """Sample all requests into ``target``, from the EMA where there is one; return the record of the samples."""
+        with context.ema.applied(context.engine) if context.ema is not None else contextlib.nullcontext():
             facts = {
-                "step": done,
-                "weights": "ema" if self.ema is not None else "model",
-                "weights_sha256": weights_fingerprint(self.engine.weights()),
+                "step": context.step,
+                "weights": "ema" if context.ema is not None else "model",
+                "weights_sha256": weights_fingerprint(context.engine.weights()),
             }
-            sampler = self.sampler()
-            sampler.stop = self.stop
+            title = f"samples at step {context.step}"
             return sample_folder.write_samples(
-                target, sampler, self.wanted, fps=self.config.data.fps, facts=facts, title=f"samples at step {done}"
+                target, sampler, self.requests, fps=self.config.data.fps, facts=facts, title=title
             )
 
-    def _tell_samples(self, done: int, target: Path, record: dict[str, Any], began: float) -> None:
-        self.tracker.log(
-            done, {**sample_folder.mean_sharpness(record), "validation/seconds": time.perf_counter() - began}
-        )
-        self.tracker.image(done, "samples/contact_sheet", target / "contact.png")
+    def _log_samples(self, context: TrainingContext, target: Path, record: dict[str, Any], *, seconds: float) -> None:
+        step, tracker = context.step, context.tracker
+        tracker.log(step, {**sample_folder.mean_sharpness(record), "validation/seconds": seconds})
+        tracker.image(step, "samples/contact_sheet", target / "contact.png")
         for sample in record["samples"]:
-            self.tracker.video(done, f"samples/{sample['name']}", target / sample["video"], sample["text"])
+            tracker.video(step, f"samples/{sample['name']}", target / sample["video"], sample["text"])
 
-    def _rungs(self, done: int, record: dict[str, Any], reading: WatchVerdict | None) -> None:
-        if done == 0:
-            sample_rungs.record_base_rung(self.folder, record, self.config.model.name, self.sampler())
+    def _record_rungs(
+        self, context: TrainingContext, sampler: Sampler, record: dict[str, Any], verdict: WatchVerdict | None
+    ) -> None:
+        if context.step == 0:
+            sample_rungs.record_base_rung(context.folder, record, self.config.model.name, sampler)
         else:
-            sample_rungs.record_tuned_rung(self.folder, record, reading.findings if reading is not None else None)
-        ladder_report.report_ladder(self.tracker, self.folder, done)
+            findings = verdict.findings if verdict is not None else None
+            sample_rungs.record_tuned_rung(context.folder, record, findings)
+        ladder_report.report_ladder(context.tracker, context.folder, context.step)
 
-    def _judge(self, done: int, record: dict[str, Any]) -> WatchVerdict | None:
-        """Let the watch see ``record``; the first record is what all others are held against. Rank 0 only."""
-        panels = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
-        if any(missing := set(METRICS) - set(panel) for panel in panels.values()):
-            echo(f"note: the samples of step {done} have no {', '.join(sorted(missing))}: the watch leaves them out")
+    def _judge(self, context: TrainingContext, step: int, record: dict[str, Any]) -> WatchVerdict | None:
+        """Update the watch with ``record``; the record of step 0 is the base of all comparisons. Rank 0 only."""
+        metrics = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
+        if any(missing := set(METRICS) - set(values) for values in metrics.values()):
+            echo(f"note: the samples of step {step} have no {', '.join(sorted(missing))}: the watch skips them")
             return None
-        if done == 0:
-            self.base, self.watch, self.last, self.quiet = (
-                record,
-                QualityWatch(panels, self.reconstruction_bound or None),
-                None,
-                0,
-            )
+        if step == 0:
+            self._base, self._last = record, None
+            self._watch = QualityWatch(metrics, self.reconstruction_bound or None)
+            context.last_good_step = 0
             return None
-        if self.watch is None or self.base is None:
-            echo("note: no samples from before the first step: the watch has nothing to hold these against")
+        if self._watch is None or self._base is None:
+            echo("note: there are no samples from before the first step: the watch has nothing to compare these with")
             return None
-        other = [name for name in SAME if record.get(name) != self.base.get(name)]
-        if other or {sample["name"] for sample in self.base["samples"]} != set(panels):
-            what = ", ".join(other) or "the prompts"
-            echo(f"warning: step {done} was sampled otherwise than step 0 ({what}); the watch leaves it out")
+        different = [name for name in COMPARABLE if record.get(name) != self._base.get(name)]
+        if different or {sample["name"] for sample in self._base["samples"]} != set(metrics):
+            what = ", ".join(different) or "the prompts"
+            echo(f"warning: step {step} was sampled with other settings than step 0 ({what}); the watch skips it")
             return None
-        self.last = self.watch.update(done, panels)
-        if self.last.level in SHARP:
-            self.quiet = done
-        return self.last
+        self._last = self._watch.update(step, metrics)
+        if self._last.level in GOOD_LEVELS:
+            context.last_good_step = step
+        return self._last
 
-    def _tell(self, reading: WatchVerdict, before: WatchVerdict | None, target: Path) -> None:
-        """Numbers always; an alert for each finding that the validation before did not have at this level."""
-        values = {f"watch/{name}": value + 0.0 for name, value in reading.z.items()}
-        self.tracker.log(
-            reading.step,
-            {"watch/level": float(LEVELS.index(reading.level)), "watch/score": reading.score + 0.0, **values},
-        )
+    def _report_verdict(
+        self, context: TrainingContext, verdict: WatchVerdict, before: WatchVerdict | None, samples: Path
+    ) -> None:
+        """Log the verdict, and alert for each finding that the validation before did not have at this level."""
+        values = {f"watch/{name}": value + 0.0 for name, value in verdict.z.items()}
+        level = {"watch/level": float(LEVELS.index(verdict.level)), "watch/score": verdict.score + 0.0}
+        context.tracker.log(verdict.step, {**level, **values})
         known = {(finding.defect, finding.level) for finding in before.findings} if before is not None else set()
-        fresh = [finding for finding in reading.findings if (finding.defect, finding.level) not in known]
+        fresh = [finding for finding in verdict.findings if (finding.defect, finding.level) not in known]
         if not fresh:
             return
-        picture = self._picture(reading.step, target)
+        picture = self._comparison_picture(context, verdict.step, samples)
         for finding in fresh:
-            title = f"step {reading.step}: {finding.defect.replace('_', ' ')}"
-            level = "ERROR" if finding.level == "alarm" else "WARN"
-            self.tracker.alert(title[:63], describe_finding(finding, Rung.TUNED), level, picture=picture)
+            title = f"step {verdict.step}: {finding.defect.replace('_', ' ')}"
+            severity = "ERROR" if finding.level == "alarm" else "WARN"
+            context.tracker.alert(title[:63], describe_finding(finding, Rung.TUNED), severity, picture=picture)
 
-    def _picture(self, done: int, target: Path) -> Path | None:
-        """The sheets of step 0 and of now above each other, as ``watch/step-....png``."""
+    def _comparison_picture(self, context: TrainingContext, step: int, samples: Path) -> Path | None:
+        """Write ``watch/step-....png``, the contact sheet of step 0 above that of ``step``; return its path."""
         sheets = [
             Image.open(path).convert("RGB")
-            for folder in (target.parent / step_name(0), target)
+            for folder in (samples.parent / step_name(0), samples)
             if (path := folder / "contact.png").is_file()
         ]
         if not sheets:
@@ -218,28 +199,26 @@ class Validation:
         for sheet in sheets:
             both.paste(sheet, (0, top))
             top += sheet.height
-        path = RunLayout(self.folder).watch / f"{step_name(done)}.png"
+        path = RunLayout(context.folder).watch / f"{step_name(step)}.png"
         path.parent.mkdir(exist_ok=True)
         both.save(path)
         return path
 
-    def _share(self, reading: WatchVerdict | None) -> Outcome | None:
-        """Rank 0's reading on every rank, in short."""
-        mine = None
-        if reading is not None:
-            bad = (
-                [finding for finding in reading.findings if finding.level == reading.level]
-                if reading.level not in SHARP
-                else []
-            )
-            line = "; ".join(describe_finding(finding, Rung.TUNED) for finding in bad)
-            mine = Outcome(
-                reading.step,
-                reading.level,
-                float(reading.score),
-                line,
-                tuple(finding.defect for finding in reading.findings),
-            )
-        outcome, self.quiet = ranks.broadcast((mine, self.quiet))
-        self.outcome = outcome or self.outcome
-        return outcome
+    def _share_outcome(self, context: TrainingContext, verdict: WatchVerdict | None) -> None:
+        """Give every rank rank 0's outcome and last good step. Collective."""
+        mine = None if verdict is None else outcome_of(verdict)
+        outcome, last_good_step = ranks.broadcast((mine, context.last_good_step))
+        context.outcome = outcome or context.outcome
+        context.last_good_step = last_good_step
+
+
+def outcome_of(verdict: WatchVerdict) -> ValidationOutcome:
+    """Return a verdict of the watch in the form that policies and checkpoints use."""
+    worst = [finding for finding in verdict.findings if finding.level == verdict.level]
+    return ValidationOutcome(
+        step=verdict.step,
+        level=verdict.level,
+        score=float(verdict.score),
+        message="" if verdict.level in GOOD_LEVELS else "; ".join(describe_finding(finding, Rung.TUNED) for finding in worst),
+        defects=tuple(finding.defect for finding in verdict.findings),
+    )

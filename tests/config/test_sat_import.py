@@ -242,7 +242,7 @@ def sat_rate(step: int, lr: float = 1e-5, steps: int = 1000, warmup: float = 0.0
 
 
 def test_the_rate_is_sats_after_its_first_steps() -> None:
-    from cogflow.training.schedule import learning_rate
+    from cogflow.training.objective import learning_rate
 
     stage = recipe().stage
     assert isinstance(stage, TrainStage)

@@ -38,7 +38,7 @@ def test_stop_leaves_the_step_before_and_says_so(world: World, zero: str, what: 
 
 def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) -> None:
     done = world.train("skipped", *STEP, "stage.on_not_finite=skip", fault="nan@losses#6")
-    server_says(done, 0, "a step was left out")
+    server_says(done, 0, "an update was skipped")
     assert done.fired and world.states("skipped", 3) == world.states("skipped", 2) == world.states(sound, 2)
     assert world.states("skipped", 4) != world.states("skipped", 3)
     lines = [json.loads(line) for line in (world.root / "skipped/metrics.jsonl").read_text().splitlines()]
@@ -53,7 +53,7 @@ def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) 
 
 def test_rollback_goes_back_with_a_lower_rate(world: World, sound: str) -> None:
     words = [*STEP, "stage.on_not_finite=rollback", "stage.rollback.learning_rate_ratio=0.5"]
-    done = server_says(world.train("back", *words, fault="nan@losses#6"), 0, "going back to")
+    done = server_says(world.train("back", *words, fault="nan@losses#6"), 0, "rolling back to")
     assert done.fired
     rates = {
         line["step"]: line["train/lr"]
@@ -94,7 +94,7 @@ def test_a_spike_is_told_and_left_out_where_that_is_asked_for(world: World) -> N
     told = world.train("spike-told", *words, fault="spike@losses#36")
     assert told.fired and "a spike: step 36" in server_says(told, 0).text
     left = world.train("spike-left", *words, "stage.on_spike=skip", fault="spike@losses#36")
-    server_says(left, 0, "a spike: step 36", "the step was left out")
+    server_says(left, 0, "a spike: step 36", "the update was skipped")
     lines = [json.loads(line) for line in (world.root / "spike-left/metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped"] for line in lines if line.get("step") == 36 and "train/skipped" in line] == [1]
     # A step that is left out leaves no trace in the optimizer: the counts tell.

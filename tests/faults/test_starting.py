@@ -132,7 +132,7 @@ def test_a_compilation_that_was_broken_off_is_told_and_not_waited_for(world: Wor
     os.utime(lock, (0, 0))
     env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = world.train("broken-off", "deepspeed=zero2_offload", env=env)
-    server_says(done, 2, "was broken off", f"rm -r {lock.parent}")
+    server_says(done, 2, "was killed", f"rm -r {lock.parent}")
 
 
 def test_a_machine_without_a_compiler_is_told_what_does_without(world: World, tmp_path: Path) -> None:

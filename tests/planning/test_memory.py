@@ -18,7 +18,7 @@ from cogflow.config.compose import compose
 from cogflow.config.schema import TrainStage
 from cogflow.models import tiny
 from cogflow.planning import disk, memory, plan
-from cogflow.training import recomputation, ulysses
+from cogflow.training import recomputation, sequence
 
 
 class Alive(TorchDispatchMode):
@@ -51,7 +51,7 @@ def block_sizes(settings: dict[str, Any] | None = None) -> tuple[float, float, f
     width, text, video, dtype = 384, 226, 8000, torch.bfloat16
     block = CogVideoXBlock(width, 6, 64, 512, attention_bias=True).to(dtype)
     if settings is not None:
-        block.attn1.set_processor(ulysses.UlyssesProcessor(block.attn1.processor))
+        block.attn1.set_processor(sequence.UlyssesProcessor(block.attn1.processor))
     inputs = [torch.randn(1, count, width, dtype=dtype, requires_grad=True) for count in (video, text)]
     time = torch.randn(1, 512, dtype=dtype, requires_grad=True)
     rotary = (torch.randn(video, 64), torch.randn(video, 64))
@@ -102,8 +102,8 @@ def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
 
 def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes to other ranks and what comes from them is as large as what a rank that shares with nobody sends to itself."""
-    monkeypatch.setattr(ulysses, "_all_to_all", lambda rows, *_: rows.clone())
-    saved, working, _ = block_sizes({ulysses.ASKED: ulysses.SequenceShard(None, 0, (226,), (8000,))})
+    monkeypatch.setattr(sequence, "_all_to_all", lambda rows, *_: rows.clone())
+    saved, working, _ = block_sizes({sequence.SHARD_ARGUMENT: sequence.SequenceShard(None, 0, (226,), (8000,))})
     assert saved == pytest.approx(memory.SAVED, rel=0.02)
     assert working == pytest.approx(memory.WORKING, rel=0.1)
 

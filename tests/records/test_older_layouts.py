@@ -46,13 +46,14 @@ TRAINER: dict[str, Any] = {
 def test_a_trainer_json_without_a_version_keeps_its_state() -> None:
     trainer = parse_record(json.dumps(TRAINER), TrainerRecord, "trainer.json")
     assert (trainer.last_good_step, trainer.pending, trainer.layout.sequence_parallel) == (75, True, 1)
-    assert trainer.trend.reported == {"losing alarm": 30}
-    assert trainer.averages.reported_step == 60
-    assert trainer.overfitting.lowest == HeldoutLoss(100, 0.125)
-    assert trainer.heldout is not None
-    assert math.isnan(trainer.heldout.loss)
+    monitor, evaluation = trainer.callbacks.step_monitor, trainer.callbacks.evaluation
+    assert monitor.trend.reported == {"losing alarm": 30}
+    assert evaluation.ema_check.reported_step == 60
+    assert evaluation.overfitting.lowest == HeldoutLoss(100, 0.125)
+    assert evaluation.last is not None
+    assert math.isnan(evaluation.last.loss)
     assert trainer.trained_with.known() == {"scaling_factor": 0.7, "snr_shift_scale": 1.0, "dtype": "fp32"}
-    quarter = trainer.trend.quarters["losing mid 1"]
+    quarter = monitor.trend.quarters["losing mid 1"]
     assert (type(quarter["n"]), type(quarter["mean"])) == (int, float)
 
 

@@ -14,7 +14,7 @@ from cogflow.sharpness import METRICS, change
 from cogflow.sharpness.quality_watch import QualityWatch
 from cogflow.sharpness.trend import STEP_CLIP, WEIGHT
 from cogflow.tracking.metrics_log import read_lines
-from cogflow.training.evaluation import SCALE_OFF
+from cogflow.training.evaluation import MAX_SCALE_RATIO
 
 SIGHT = {
     "wavelet_ratio": -0.35,
@@ -115,7 +115,7 @@ def indicated(lines: list[dict[str, Any]], alerts: list[dict[str, Any]]) -> list
     )
     found = (
         []
-        if 1 / SCALE_OFF < scale < SCALE_OFF
+        if 1 / MAX_SCALE_RATIO < scale < MAX_SCALE_RATIO
         else [Notice(0, None, f"latents at {scale:.2f} times the scale", "warning")]
     )
     found += [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from cogflow.sharpness.quality_watch import LEVELS
 from tests.scenarios import sabotage
 from tests.stages.conftest import Command, lines, losses
 
@@ -61,8 +62,8 @@ def test_a_spoilt_run_stops_with_a_checkpoint_a_verdict_and_a_picture(stopped: P
         step: json.loads((stopped / f"checkpoints/step-00000{step}/trainer.json").read_text())["validation"]
         for step in (2, 4)
     }
-    assert verdict[2]["level"] in ("good", "learning") and verdict[2]["score"] == 0.0
-    assert verdict[4]["level"] == "alarm" and verdict[4]["score"] < -3 and verdict[4]["kinds"]
+    assert verdict[2]["level"] in LEVELS[:2] and verdict[2]["score"] == 0.0
+    assert verdict[4]["level"] == "alarm" and verdict[4]["score"] < -3 and verdict[4]["defects"]
     alerts = [event for event in events(stopped, "alert") if "picture" in event]
     assert alerts and all(len(event["title"]) < 64 and (stopped / event["picture"]).is_file() for event in alerts)
     levels = {line["step"]: line["watch/level"] for line in lines(stopped, "watch/level")}
@@ -74,7 +75,7 @@ def test_a_spoilt_run_stops_with_a_checkpoint_a_verdict_and_a_picture(stopped: P
 def test_the_same_command_does_not_walk_past_the_alarm(flow: Path, stopped: Path, cogflow: Command) -> None:
     before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     done = cogflow(*words(flow, "stopped"), *SPOILT, "stage.on_blur=stop", code=3)
-    assert "stands where an alarm stopped the run" in done.stderr
+    assert "An alarm stopped the run at its newest checkpoint" in done.stderr
     assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
 
 
@@ -86,7 +87,7 @@ def test_a_rollback_trains_the_same_in_one_process_and_in_two(
     tamed = ["stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=1e-4"]
     one = copied(sharp, "one-process")
     done = cogflow(*words(flow, "one-process"), *SPOILT, *tamed)
-    assert "going back to" in done.stdout
+    assert "rolling back to" in done.stdout
     two = copied(stopped, "two-processes")
     cogflow(*words(flow, "two-processes"), *SPOILT, *tamed)
     assert weights(one) == weights(two) and losses(one) == losses(two)

@@ -18,7 +18,7 @@ from cogflow.config.compose import compose
 from cogflow.errors import Stopped
 from cogflow.runtime import ranks
 from cogflow.stages import load
-from cogflow.training import loader
+from cogflow.training import batch as batches
 
 STEPS = 6
 """Of 10 clips, 4 to a step: the first epoch ends within step 3, the second with step 5. Held-out losses after 2, 4, 6, a save after 4."""
@@ -52,7 +52,7 @@ def train(root: Path, name: str, *more: str) -> int:
 @contextmanager
 def signalled(at: tuple[int, int], number: int = signal.SIGUSR1, rank: int = 0) -> Iterator[list[tuple[int, int]]]:
     """Have ``rank`` send itself a real signal when it begins ``at``, a (step, micro step); yields where it fired."""
-    take, fired = loader.Loader.take, []
+    take, fired = batches.Loader.take, []
 
     def taking(self: Any, step: int, micro: int) -> Any:
         if (step, micro) == at and ranks.rank() == rank % ranks.world_size():
@@ -60,11 +60,11 @@ def signalled(at: tuple[int, int], number: int = signal.SIGUSR1, rank: int = 0) 
             os.kill(os.getpid(), number)
         return take(self, step, micro)
 
-    loader.Loader.take = taking  # type: ignore[method-assign]
+    batches.Loader.take = taking  # type: ignore[method-assign]
     try:
         yield fired
     finally:
-        loader.Loader.take = take  # type: ignore[method-assign]
+        batches.Loader.take = take  # type: ignore[method-assign]
 
 
 def left(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cogflow.errors import QualityGateError
 from cogflow.models import tiny
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.runtime import ranks
-from cogflow.training import ulysses
+from cogflow.training import sequence
 from cogflow.training.recomputation import recompute
 from cogflow.training.sequence import RankPlacement, split
 from tests.training import resuming
@@ -72,7 +72,7 @@ def passed(
     extra = {"ofs": torch.full((1,), 2.0, dtype=dtype)} if config.ofs_embed_dim else {}
     out = made(
         hidden_states=latents.to(dtype), encoder_hidden_states=embeds.to(dtype), timestep=torch.arange(400, 400 + batch),
-        image_rotary_emb=tables, return_dict=False, **extra, **place.arguments(),
+        image_rotary_emb=tables, return_dict=False, **extra, **place.forward_arguments(),
     )[0]  # fmt: skip
     loss = (out.float() - target).square().mean()
     loss.backward()
@@ -167,7 +167,7 @@ def apart_later(root: Path) -> dict[str, Any]:
 
 def lost(root: Path) -> dict[str, Any]:
     """A gradient that is not finite among the second rank's tokens alone, in the second step; what each rank ends with, and says."""
-    back, seen, said = ulysses._Exchange.backward, [0], ""
+    back, seen, said = sequence._Exchange.backward, [0], ""
 
     def broken(ctx: Any, *grads: torch.Tensor) -> Any:
         found = back(ctx, *grads)
@@ -176,13 +176,13 @@ def lost(root: Path) -> dict[str, Any]:
             found[0].view(-1)[0] = float("inf")
         return found
 
-    ulysses._Exchange.backward = staticmethod(broken)  # type: ignore[method-assign]
+    sequence._Exchange.backward = staticmethod(broken)  # type: ignore[method-assign]
     try:
         resuming.train(root, "lost", "deepspeed=zero3", *SHARED)
     except QualityGateError as error:
         said = str(error)
     finally:
-        ulysses._Exchange.backward = staticmethod(back)  # type: ignore[method-assign]
+        sequence._Exchange.backward = staticmethod(back)  # type: ignore[method-assign]
     return {"said": ranks.gather(said), "exchanges": ranks.gather(seen[0])}
 
 

@@ -11,7 +11,7 @@ import torch
 from cogflow.config.schema import DeepSpeedConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
-from cogflow.training import parameter_filter
+from cogflow.training import initial_weights
 from cogflow.training.recomputation import recompute
 
 
@@ -22,7 +22,7 @@ def transformer() -> Iterator[Any]:
 
 
 def test_what_matches_a_pattern_is_not_trained(transformer: Any) -> None:
-    parameter_filter.freeze(transformer, ["patch_embed.*", "transformer_blocks.0.*"])
+    initial_weights.freeze(transformer, ["patch_embed.*", "transformer_blocks.0.*"])
     for name, parameter in transformer.named_parameters():
         assert parameter.requires_grad != name.startswith(("patch_embed.", "transformer_blocks.0.")), name
 
@@ -37,7 +37,7 @@ def test_what_matches_a_pattern_is_not_trained(transformer: Any) -> None:
 )
 def test_a_pattern_that_helps_nobody_is_refused(transformer: Any, patterns: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parameter_filter.freeze(transformer, patterns)
+        initial_weights.freeze(transformer, patterns)
     assert said in f"{caught.value} {caught.value.hint}"
 
 

@@ -4,6 +4,7 @@ that cannot be are refused, all at once."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 
 from cogflow.config.compose import compose
 from cogflow.errors import CheckpointError, ConfigError
+from cogflow.records.training_records import RankLayout
 from cogflow.training import sequence
-from cogflow.training.run_identity import TUNABLE, check_same, clips_per_step, identity, layout_of, saved_layout
+from cogflow.training.run_identity import check_same, clips_per_step, run_identity, training_layout, tunable_settings
 from tests import small
 from tests.conftest import Command
 from tests.faults.server import Server
 from tests.training.sequences import CASES
+from tests.training.trainer_records import trainer_record
 
 
 @pytest.fixture(scope="module")
@@ -163,35 +166,36 @@ def test_the_flow_asks_before_it_prepares(cogflow: Command, tmp_path: Path) -> N
     assert "the 1 rank in all" in done.stderr and "the 6 attention heads of model=tiny" in done.stderr
 
 
-def test_parts_differ_by_one() -> None:
-    assert (
-        sequence.parts(226, 4) == (57, 57, 56, 56)
-        and sequence.parts(1, 2) == (1, 0)
-        and sequence.parts(48, 2) == (24, 24)
-    )
+def test_the_parts_of_a_sequence_differ_by_one_token() -> None:
+    assert sequence.split_counts(226, 4) == (57, 57, 56, 56)
+    assert sequence.split_counts(1, 2) == (1, 0)
+    assert sequence.split_counts(48, 2) == (24, 24)
 
 
-def test_clips_of_a_step_are_those_of_the_data_ranks() -> None:
-    before = {"stage.batch_size": 2, "stage.gradient_accumulation": 3, "world size": 8}
-    assert clips_per_step(saved_layout({"layout": before})) == 48
-    assert clips_per_step(saved_layout({"layout": before | {"parallel.sequence": 4}})) == 12
+def test_the_clips_of_a_step_are_those_of_the_data_ranks() -> None:
+    layout = RankLayout(batch_size=2, gradient_accumulation=3, world_size=8, zero_stage=2, offload_optimizer=False)
+    assert clips_per_step(layout) == 48
+    assert clips_per_step(replace(layout, sequence_parallel=4)) == 12
 
 
-def test_a_resumed_run_takes_as_many_clips_a_step(
+def test_a_resumed_run_must_take_as_many_clips_a_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint from before there was the setting, gone on with by ranks that share."""
+    """Resume a checkpoint of ranks with a batch each by ranks that share their batches."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     cache: Any = SimpleNamespace(fingerprint="of the clips")
     before = compose(words())
-    layout = {key: value for key, value in layout_of(before).items() if key != "parallel.sequence"}
-    settings = {key: getattr(before.stage, key) for key in TUNABLE}
-    trainer = {"layout": layout, "settings": settings, "identity": identity(before, cache)}
-    check_same(trainer, before, cache)
-    assert "dealt out anew" not in capsys.readouterr().out
+    record = trainer_record(
+        1,
+        layout=training_layout(before),
+        settings=tunable_settings(before.stage),
+        identity=run_identity(before, cache),
+    )
+    check_same(record, before, cache)
+    assert "resharded" not in capsys.readouterr().out
     with pytest.raises(CheckpointError) as caught:
-        check_same(trainer, compose(words("parallel.sequence=2")), cache)
-    for part in ("parallel.sequence: 1 then, 2 now", "the product of the three, over parallel.sequence: 8 then, 4 now"):
+        check_same(record, compose(words("parallel.sequence=2")), cache)
+    for part in ("parallel.sequence: 1 then, 2 now", "divided by parallel.sequence): 8 then, 4 now"):
         assert part in str(caught.value)
-    check_same(trainer, compose(words("parallel.sequence=2", "stage.batch_size=4")), cache)
+    check_same(record, compose(words("parallel.sequence=2", "stage.batch_size=4")), cache)
     assert "parallel.sequence 1 -> 2" in capsys.readouterr().out

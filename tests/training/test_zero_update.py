@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogflow.training import zero_update
+from cogflow.training import optimizer_update
 from tests.faults.server import Server
 
 USUAL = list(product((1, 2), ("bfloat16", "float32"), (0.0, 0.05)))
@@ -51,5 +51,5 @@ def test_a_gradient_that_is_not_finite_is_left_out_by_its_norm(found: dict[str, 
 
 
 def test_what_fills_up_the_last_part_is_zero() -> None:
-    found = zero_update.flat([torch.ones(2, 3, dtype=torch.bfloat16), torch.full((4,), 2.0)], 12, torch.empty(0))
+    found = optimizer_update.flat([torch.ones(2, 3, dtype=torch.bfloat16), torch.full((4,), 2.0)], 12, torch.empty(0))
     assert found.tolist() == [1.0] * 6 + [2.0] * 4 + [0.0] * 2 and found.dtype == torch.float32

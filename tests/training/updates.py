@@ -14,25 +14,25 @@ from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.config.compose import compose
 from cogflow.config.schema import DeepSpeedConfig, TrainStage
 from cogflow.runtime import ranks
-from cogflow.training import zero_update
+from cogflow.training import optimizer_update
+from cogflow.training.batch import Loader
 from cogflow.training.engine import Engine
-from cogflow.training.loader import Loader
 
 CPU = torch.device("cpu")
-LIGHTEN = zero_update.lighten
+FUSE = optimizer_update.fuse_zero_update
 
 
 def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt: int | None = None) -> dict[str, Any]:
     """Weights, gradient norms and whether they were applied, of four steps; the gradient of ``spoilt`` holds an infinity. ``own``: by
     DeepSpeed's own update."""
     called: list[int] = []
-    zero_update.lighten = (lambda *_: called.append(1)) if own else LIGHTEN
+    optimizer_update.fuse_zero_update = (lambda *_: called.append(1)) if own else FUSE
     torch.manual_seed(0)
     half = getattr(torch, dtype)
     module = torch.nn.Sequential(torch.nn.Linear(7, 13), torch.nn.GELU(), torch.nn.Linear(13, 3)).to(half)
     stage = TrainStage(batch_size=1, gradient_accumulation=2, gradient_clipping=clipping)
     engine = Engine(module, DeepSpeedConfig(zero_stage=zero), stage, half)
-    zero_update.lighten = LIGHTEN
+    optimizer_update.fuse_zero_update = FUSE
     norms, applied = [], []
     for step in range(4):
         for _ in range(2):
@@ -58,8 +58,8 @@ def kept(zero: int, keep: str | None) -> list[float]:
         ]
     )
     trainer = make_trainer(train_config(config, 2), CPU, torch.float32, MemoryLog(CPU))
-    with Loader(trainer.batch, 1, CPU) as loader:
-        return [float(trainer.train_step(step, loader).norm) for step in range(2)]
+    with Loader(trainer.batches.batch, 1, CPU) as loader:
+        return [float(trainer.train_step(step, loader).gradient_norm) for step in range(2)]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ def test_rollback_goes_back_with_a_lower_rate(world: World, sound: str) -> None:
 def test_a_clip_that_never_gives_a_number_ends_the_run(world: World) -> None:
     faults = ",".join(f"nan@losses#{number}" for number in range(1, 60))
     done = world.train("never", "stage.steps=40", "stage.save_every=0", "stage.on_not_finite=skip", fault=faults)
-    server_says(done, 3, "20th step in a row")
+    server_says(done, 3, "20th skipped update in a row")
 
 
 def test_a_nan_on_one_of_two_ranks_stops_both_before_the_update(world: World, sound: str) -> None:

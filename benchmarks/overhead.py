@@ -168,7 +168,7 @@ def compare_size(
         lowest=ratios[0],
         highest=ratios[-1],
         ratio_of_cpu_time=median(2 * mine.cores / (before.cores + after.cores) for mine, before, after in sides),
-        data_wait=median(waits) / median(turn.wall for turn in ours),
+        data_wait=median(waits.seconds) / median(turn.wall for turn in ours),
         turns=len(ours),
     )
 

@@ -29,8 +29,7 @@ from cogflow.planning import transformer_size
 from cogflow.planning.plan import plan
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
-from cogflow.training.batch import Batch, training_batch
-from cogflow.training.batch import Loader
+from cogflow.training.batch import Batch, Loader, training_batch
 
 CACHED_CLIPS = 64
 """Clips in the cache: at the size of CogVideoX more than a processor's caches hold."""

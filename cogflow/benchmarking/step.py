@@ -29,8 +29,8 @@ from cogflow.planning import flops, transformer_size
 from cogflow.planning.plan import Plan, kept, plan
 from cogflow.runtime import ranks
 from cogflow.training import initial_weights, speed
-from cogflow.training.engine import Engine
 from cogflow.training.batch import Loader
+from cogflow.training.engine import Engine
 from cogflow.training.loop import Trainer
 from cogflow.training.objective import Objective
 from cogflow.training.recomputation import recompute
@@ -129,7 +129,7 @@ def measure_step(
         flops=operations,
         mfu=operations["useful"] / per_second if per_second else None,
         hfu=operations["with_recomputation"] / per_second if per_second else None,
-        data_wait=median(waits) / times.median if waits and times else None,
+        data_wait=median(waits.seconds) / times.median if waits.seconds and times else None,
         memory=memory,
         memory_planned={part: size / 1e9 for part, size in planned.gpu.parts.items()}
         | {"peak": max(planned.gpu.phases[phase] for phase in STEP_PHASES) / 1e9},

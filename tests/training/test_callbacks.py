@@ -158,9 +158,9 @@ def test_each_validation_builds_one_sampler(tmp_path: Path, monkeypatch: pytest.
 
         return record
 
-    monkeypatch.setattr(validation.vae_roundtrip, "measure", passes(3))
-    monkeypatch.setattr(validation.reconstruction_bound, "read", lambda folder: {"clip": {"detail": 1.0}})
-    monkeypatch.setattr(Validation, "_record_schedule_evidence", passes(2))
+    monkeypatch.setattr(validation.vae_roundtrip, "measure_roundtrip", passes(3))
+    monkeypatch.setattr(validation, "read_reconstruction_bound", lambda folder: {"clip": {"detail": 1.0}})
+    monkeypatch.setattr(Validation, "_record_schedule_probe", passes(2))
     monkeypatch.setattr(Validation, "_sample", passes(2))
     monkeypatch.setattr(Validation, "_log_samples", lambda *_, **__: None)
     monkeypatch.setattr(Validation, "_record_rungs", passes(2))

@@ -150,7 +150,9 @@ def compare_size(
     clips: Any = RandomClips(CLIPS, LATENTS, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
     waits = DataWaits(tracker)
-    objective = Objective(engine, alphas, TransformerInputs(scaling_factor=0.7), RankPlacement(), device=device, dtype=dtype)
+    objective = Objective(
+        engine, alphas, TransformerInputs(scaling_factor=0.7), RankPlacement(), device=device, dtype=dtype
+    )
     trainer = build_step_trainer(config.with_stage(train), clips, objective, tracker=waits)
     turns = TimedTurns(size.turn, device, advance, bare_steps(engine, trainer, size.batch_size))
     trainer.callbacks.items.append(turns)

@@ -219,6 +219,8 @@ def outcome_of(verdict: WatchVerdict) -> ValidationOutcome:
         step=verdict.step,
         level=verdict.level,
         score=float(verdict.score),
-        message="" if verdict.level in GOOD_LEVELS else "; ".join(describe_finding(finding, Rung.TUNED) for finding in worst),
+        message=""
+        if verdict.level in GOOD_LEVELS
+        else "; ".join(describe_finding(finding, Rung.TUNED) for finding in worst),
         defects=tuple(finding.defect for finding in verdict.findings),
     )

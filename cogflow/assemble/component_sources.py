@@ -17,13 +17,12 @@ from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
 from cogflow.assemble.components import STEMS, PipelineComponent, read_component
 from cogflow.config.schema import ModelConfig
 from cogflow.errors import CogflowError, PipelineError
-from cogflow.export.component import prepare
 from cogflow.export.origin import FOREIGN, open_origin
+from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.loading import model_folder
 from cogflow.runtime.console import echo
-from cogflow.runtime.progress import progress
 from cogflow.weights.tensor_source import read_json
 
 SHARD = "5GB"
@@ -125,10 +124,10 @@ def export_source(artifact: Artifact, names: list[str], output: Path, options: E
         echo(f"note: {line}")
     family = options.family if origin.tensors is not None else "auto"
     given = {key: value for key, value in (options.facts or {}).items() if value is not None}
-    prepared = prepare(origin, wanted, family, given, options.dtype, separate_lora=False)
+    prepared = prepare_export(origin, ExportRequest(wanted, family, given, options.dtype))
     step = "" if origin.step is None else f" of step {origin.step}"
     echo(f"exporting {', '.join(wanted)} of {origin.place} ({origin.kind}, {origin.weights} weights{step}) to {output}")
-    export_diffusers(prepared, origin, output, SHARD, "auto", lambda total, title: progress(total, title, unit="bytes"))
+    export_diffusers(prepared, origin, output, SHARD)
     return output
 
 

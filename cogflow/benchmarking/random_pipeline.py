@@ -14,8 +14,8 @@ import torch
 
 from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs
-from cogflow.export.facts import of_family
-from cogflow.export.to_sat import PUBLISHED_VAE
+from cogflow.export.diffusers_configs import PUBLISHED_VAE
+from cogflow.export.facts import published_facts
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import tiny
@@ -51,9 +51,9 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     ``layers``: fewer layers of the transformer, and fewer of T5 in proportion. Memory: a pool of values and one tensor.
     """
     member = MODEL_SPECS[family]
-    facts = of_family(family)
+    facts = published_facts(family)
     count = layers or member.layers
-    facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=count)})
+    facts = replace(facts, layers=count)
     t5 = T5_XXL | {
         "num_layers": max(1, round(T5_XXL["num_layers"] * count / member.layers)),
         "d_model": member.text_width,

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from cogflow.benchmarking.random_model import pool_values
-from cogflow.export import diffusers_configs, sat_components, sat_yaml, transformer_table
-from cogflow.export.algebra import invert
-from cogflow.export.facts import of_family
+from cogflow.export import diffusers_configs, sat_tables, sat_yaml
+from cogflow.export.diffusers_configs import PUBLISHED_VAE
+from cogflow.export.facts import published_facts
 from cogflow.export.mapping_plan import make_plan
-from cogflow.export.to_sat import PUBLISHED_VAE
+from cogflow.export.tensor_operations import inverse_table
 from cogflow.files.atomic_write import write_json, write_text
 from cogflow.files.publish import publish_folder
 from cogflow.models.loading import DTYPES
@@ -30,14 +30,14 @@ def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) ->
 
     ``layers``: fewer than the model has.
     """
-    facts = of_family(family)
+    facts = published_facts(family)
     if layers is not None:
-        facts = replace(facts, values={**facts.values, "layers": replace(facts.values["layers"], value=layers)})
+        facts = replace(facts, layers=layers)
     config = diffusers_configs.transformer_config(facts)
-    dtype = DTYPES[facts["dtype"]]
+    dtype = DTYPES[facts.dtype]
     shapes = expected_shapes(meta_model(config, "the family's config"))
     plan = make_plan(
-        invert(transformer_table.table(config)),
+        inverse_table(sat_tables.transformer_table(config)),
         {name: TensorInfo(name, shape, dtype, Path()) for name, shape in shapes.items()},
     )
     exact = {step.targets[0]: step.operation for step in plan.steps if not step.sources}
@@ -49,12 +49,12 @@ def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) ->
         return random_values(name, shape)
 
     outputs = [
-        PlannedTensor(sat_components.TRANSFORMER + name, shape, dtype, partial(values, name, shape))
+        PlannedTensor(sat_tables.TRANSFORMER_PREFIX + name, shape, dtype, partial(values, name, shape))
         for step in plan.steps
         for name, shape in step.out_shapes.items()
     ]
     model = sat_yaml.model_yaml(
-        config, diffusers_configs.scheduler_config(facts), PUBLISHED_VAE | {"scaling_factor": facts["scaling_factor"]}
+        config, diffusers_configs.scheduler_config(facts), PUBLISHED_VAE | {"scaling_factor": facts.scaling_factor}
     )
     with publish_folder(folder, replace=True) as partly:
         (partly / "1").mkdir()
@@ -70,6 +70,6 @@ def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) ->
             )
         write_text(partly / "latest", "1")
         write_json(partly / "model_config.json", sat_yaml.model_config(config))
-        training = yaml.safe_dump(sat_yaml.training_config(model, str(facts["dtype"])), sort_keys=False)
+        training = yaml.safe_dump(sat_yaml.training_config(model, str(facts.dtype)), sort_keys=False)
         write_text(partly / "training_config.yaml", training)
     return folder / "1" / "mp_rank_00_model_states.pt"

@@ -1,4 +1,7 @@
-"""Hold a table against the tensors that are there: every source gets one outcome, every target one origin, or nothing is converted."""
+"""Match a table of operations with the tensors that are present, and read the converted tensors.
+
+Every source must have one use and every target one origin; otherwise nothing is converted.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,18 @@ from pathlib import Path
 import torch
 
 from cogflow.errors import ConversionError, format_list
-from cogflow.export.algebra import Operation, Shape
-from cogflow.export.recomputed_tensors import Drop
+from cogflow.export.computed_tensors import Drop
+from cogflow.export.tensor_operations import Operation, Shape
 from cogflow.weights.tensor_source import TensorInfo, TensorSource
 
-_HINT = "The layout differs from what the table of this variant says, or the file is incomplete; nothing was converted."
+_HINT = "The file is incomplete, or its layout is not that of this model variant. Nothing was converted."
 
 
 @dataclass(frozen=True)
 class MappingStep:
-    """One operation with the shapes it was planned for. ``dtype`` is that of its sources, for all its targets."""
+    """One operation and the shapes of its targets. ``dtype``: the dtype of its sources, and so of its targets."""
 
     operation: Operation
-    in_shapes: dict[str, Shape]
     out_shapes: dict[str, Shape]
     dtype: torch.dtype
 
@@ -37,122 +39,132 @@ class MappingStep:
 
 @dataclass(frozen=True)
 class MappingPlan:
-    """``steps`` in the order of the table; ``dropped``: (source, reason) of what has no target; ``drops`` the operations behind it."""
+    """``steps`` in the order of the table; ``drops``: the operations that drop a tensor of the source."""
 
     steps: list[MappingStep]
-    dropped: list[tuple[str, str]]
     drops: list[Drop]
 
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """(source, reason) of every dropped tensor."""
+        return [(drop.source, drop.reason) for drop in self.drops]
+
     def shapes(self) -> dict[str, Shape]:
-        """Of every target."""
+        """Return the shape of every target."""
         return {name: shape for step in self.steps for name, shape in step.out_shapes.items()}
 
 
 def make_plan(
     table: Iterable[Operation], tensors: Mapping[str, TensorInfo], expected: Mapping[str, Shape] | None = None
 ) -> MappingPlan:
-    """What a table does to these tensors.
+    """Return the plan that applies ``table`` to ``tensors``.
 
-    ``expected``: names and shapes of the model that is to be loaded; without it only the table says what must be there. A dropped
-    tensor may be absent. Raises one :class:`ConversionError` that lists every source without an outcome or with two, every target
-    not produced or produced twice, and every shape or dtype that does not fit.
+    ``expected``: names and shapes of the tensors that the model needs; without it, the table alone decides. A tensor
+    that the table drops may be absent. Raises one :class:`ConversionError` that lists every source without a use or
+    with two, every target that is missing or made twice, and every shape or dtype that does not fit.
     """
     steps: list[MappingStep] = []
     drops: list[Drop] = []
     problems: list[str] = []
-    usual = Counter(info.dtype for info in tensors.values()).most_common(1)[0][0] if tensors else torch.float32
-    taken: Counter[str] = Counter()
+    usual_dtype = Counter(info.dtype for info in tensors.values()).most_common(1)[0][0] if tensors else torch.float32
+    uses: Counter[str] = Counter()
     for operation in table:
-        taken.update(name for name in operation.sources if name in tensors)
+        uses.update(name for name in operation.sources if name in tensors)
         if isinstance(operation, Drop):
             drops += [operation] if operation.source in tensors else []
             continue
         missing = [name for name in operation.sources if name not in tensors]
         if missing:
-            need = " and ".join(operation.targets) + (" need it" if len(operation.targets) > 1 else " needs it")
-            problems += [f"{name}: missing; {need}" for name in missing]
+            needed = " and ".join(operation.targets) + (" need it" if len(operation.targets) > 1 else " needs it")
+            problems += [f"{name}: missing; {needed}" for name in missing]
             continue
         try:
-            steps.append(_step(operation, tensors, usual))
+            steps.append(_plan_step(operation, tensors, usual_dtype))
         except ConversionError as error:
             problems.append(error.message)
-    problems += [
-        f"{name} {_shape(tensors[name].shape)}: no rule says what becomes of it" for name in tensors if not taken[name]
-    ]
-    problems += [f"{name}: {count} rules claim it" for name, count in taken.items() if count > 1]
+    problems += [f"{name} {list(info.shape)}: no rule uses it" for name, info in tensors.items() if not uses[name]]
+    problems += [f"{name}: {count} rules use it" for name, count in uses.items() if count > 1]
     if expected is not None or not problems:
-        problems += _against(expected, steps, bool(problems))
+        problems += _output_problems(expected, steps, bool(problems))
     if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise ConversionError(f"These tensors cannot be converted; {count}:\n{format_list(problems, most=60)}", _HINT)
-    return MappingPlan(steps, [(drop.source, drop.reason) for drop in drops], drops)
+        count_text = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+        raise ConversionError(
+            f"These tensors cannot be converted; {count_text}:\n{format_list(problems, most=60)}", _HINT
+        )
+    return MappingPlan(steps, drops)
 
 
-def _step(operation: Operation, tensors: Mapping[str, TensorInfo], usual: torch.dtype) -> MappingStep:
-    shapes = {name: tuple(tensors[name].shape) for name in operation.sources}
+def _plan_step(operation: Operation, tensors: Mapping[str, TensorInfo], usual_dtype: torch.dtype) -> MappingStep:
     dtypes = {tensors[name].dtype for name in operation.sources}
     if len(dtypes) > 1:
         each = ", ".join(f"{name} {str(tensors[name].dtype).removeprefix('torch.')}" for name in operation.sources)
         raise ConversionError(f"{' and '.join(operation.targets)}: made of tensors of different dtypes: {each}")
-    return MappingStep(operation, shapes, operation.out_shapes(shapes), dtypes.pop() if dtypes else usual)
+    shapes = {name: tuple(tensors[name].shape) for name in operation.sources}
+    return MappingStep(operation, operation.out_shapes(shapes), dtypes.pop() if dtypes else usual_dtype)
 
 
-def _against(expected: Mapping[str, Shape] | None, steps: list[MappingStep], incomplete: bool) -> list[str]:
+def _output_problems(expected: Mapping[str, Shape] | None, steps: list[MappingStep], incomplete: bool) -> list[str]:
+    """Return the targets that are made twice or do not match ``expected``.
+
+    ``incomplete``: sources are missing; the problems that name them also explain the missing targets.
+    """
     made = Counter(name for step in steps for name in step.targets)
     problems = [f"{name}: produced {count} times" for name, count in made.items() if count > 1]
     if expected is None:
         return problems
     for step in steps:
-        origin = " and ".join(step.sources) or "computed"
+        origin = " and ".join(step.sources) or "a formula"
         for name, shape in step.out_shapes.items():
             if name not in expected:
                 problems.append(f"{name} (from {origin}): the model has no such tensor")
             elif tuple(expected[name]) != shape:
-                problems.append(f"{name} (from {origin}): {_shape(shape)}, the model has {_shape(expected[name])}")
-    if not incomplete:  # otherwise the missing sources above already say why
+                problems.append(f"{name} (from {origin}): {list(shape)}, the model has {list(expected[name])}")
+    if not incomplete:
         problems += [
-            f"{name} {_shape(shape)}: nothing produces it" for name, shape in expected.items() if name not in made
+            f"{name} {list(shape)}: nothing produces it" for name, shape in expected.items() if name not in made
         ]
     return problems
 
 
-def _shape(shape: Iterable[int]) -> str:
-    return str(list(shape))
+class ConvertedTensors:
+    """The targets of a plan, each made from ``source`` when it is read. Nothing is stored between two reads.
 
-
-class Converted:
-    """The targets of a plan, each read from ``source`` when it is asked for. Nothing is kept between two reads.
-
-    ``kept``: what was dropped on the way here (:func:`unrestored`), by name. With it the way back gives every tensor to the bit;
-    without it, or for other shapes, recipes stand in.
+    ``restored``: values of dropped tensors by name, used instead of formulas where the shape fits. With the tensors
+    that :func:`unrestored_tensors` names, the inverse conversion returns every tensor to the bit.
     """
 
-    def __init__(self, plan: MappingPlan, source: TensorSource, kept: Mapping[str, torch.Tensor] | None = None) -> None:
-        self.plan, self.source, self.kept = plan, source, kept or {}
+    def __init__(
+        self, plan: MappingPlan, source: TensorSource, restored: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self.plan = plan
+        self.source = source
+        self.restored = restored or {}
         self._steps = {name: step for step in plan.steps for name in step.targets}
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, step.out_shapes[name], step.dtype, _file(step, source))
+            name: TensorInfo(
+                name,
+                step.out_shapes[name],
+                step.dtype,
+                source.tensors[step.sources[0]].file if step.sources else Path(),
+            )
             for name, step in self._steps.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One target in the dtype of its sources; a view of them where the operation permits it."""
+        """Return one target in the dtype of its sources, as a view of them where the operation permits it."""
         step = self._steps[name]
-        if not step.sources and name in self.kept and tuple(self.kept[name].shape) == step.out_shapes[name]:
-            return self.kept[name].to(step.dtype)
+        restored = self.restored.get(name)
+        if not step.sources and restored is not None and tuple(restored.shape) == step.out_shapes[name]:
+            return restored.to(step.dtype)
         return step.operation.make(name, {source: self.source.read(source) for source in step.sources}).to(step.dtype)
 
 
-def _file(step: MappingStep, source: TensorSource) -> Path:
-    return source.tensors[step.sources[0]].file if step.sources else Path()
+def unrestored_tensors(plan: MappingPlan) -> list[str]:
+    """Return the dropped sources that no formula restores exactly."""
+    return [drop.source for drop in plan.drops if drop.formula is None or not drop.formula.exact]
 
 
-def unrestored(plan: MappingPlan) -> list[str]:
-    """Dropped sources that no recipe gives back as they were: worth keeping beside a conversion that is to be undone to the bit."""
-    return [drop.source for drop in plan.drops if drop.recipe is None or not drop.recipe.exact]
-
-
-def differences(plan: MappingPlan, source: TensorSource) -> dict[str, float]:
-    """For every dropped tensor that the other side computes: how far its values are from that, at most (:meth:`Drop.difference`)."""
+def computed_table_differences(plan: MappingPlan, source: TensorSource) -> dict[str, float]:
+    """Return, for every dropped tensor with an exact formula, its largest difference from the formula's result."""
     found = {drop.source: drop.difference(source.read(drop.source)) for drop in plan.drops}
     return {name: value for name, value in found.items() if value is not None}

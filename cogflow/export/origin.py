@@ -14,7 +14,7 @@ from typing import Any
 from cogflow.artifacts.identify import Artifact, ArtifactKind
 from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
 from cogflow.errors import CheckpointError, ConfigError, format_list
-from cogflow.export.facts import read_yamls
+from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST, check_manifest
 from cogflow.weights.foreign import ForeignWeights, read_step_folder, read_torch_file

@@ -1,4 +1,4 @@
-"""The files that SAT needs beside weights written back to it: the per-model yaml, training_config.yaml, model_config.json.
+"""Build the files that SAT needs beside its weights: the per-model yaml, training_config.yaml and model_config.json.
 
 Source of the layout: zai-org/CogVideo, ``sat/configs`` at v1.0 (1.0 models) and main (1.5 models).
 """
@@ -12,24 +12,26 @@ from cogflow.errors import ConversionError
 
 _DIFFUSION = "sgm.modules.diffusionmodules"
 MAX_SEQUENCE_LENGTH = 64
-"""Rows of the position table that SAT's transformer builds and CogVideoX never reads; 64 in every yaml of CogVideo's."""
+"""Rows of the position table that SAT's transformer builds and CogVideoX never reads; 64 in every yaml of CogVideo."""
 
 
 def model_yaml(transformer: Mapping[str, Any], scheduler: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"model": ...}``, the per-model yaml of SAT for the diffusers configs of a pipeline.
+    """Return ``{"model": ...}``, SAT's per-model yaml for the diffusers configs of a pipeline.
 
-    ``transformer``: whole (every key that :func:`~cogflow.export.diffusers_configs.transformer_config` writes). Paths in it
-    (``t5-v1_1-xxl``, ``vae/3d-vae.pt``) are the user's to set. Raises :class:`ConversionError` for what SAT has no word for.
+    ``transformer``: every key that :func:`~cogflow.export.diffusers_configs.transformer_config` writes. The user sets
+    the paths in the yaml (``t5-v1_1-xxl``, ``vae/3d-vae.pt``). Raises :class:`ConversionError` for a setting that SAT
+    does not have.
     """
-    _expressible(transformer, scheduler)
+    _refuse_inexpressible(transformer, scheduler)
     steps = _schedule(float(scheduler["snr_shift_scale"]))
-    image, newer = transformer["in_channels"] != transformer["out_channels"], transformer["patch_size_t"] is not None
+    image = transformer["in_channels"] != transformer["out_channels"]
+    is_1_5 = transformer["patch_size_t"] is not None
     # 1.5's denoiser asks for an ofs whenever the network has that embedding.
     fixed = {"fixed_frames": 0} if image else {}
     model: dict[str, Any] = {"scale_factor": vae["scaling_factor"], "disable_first_stage_autocast": True}
     if image:
         model |= {"latent_input": False, "noised_image_input": True, "noised_image_dropout": 0.05}
-    elif newer:
+    elif is_1_5:
         model |= {"latent_input": True}
     return {
         "model": model
@@ -77,7 +79,7 @@ def model_yaml(transformer: Mapping[str, Any], scheduler: Mapping[str, Any], vae
 
 
 def training_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A merged ``training_config.yaml``: the ``model`` section of :func:`model_yaml` and the precision, fp32, bf16 or fp16."""
+    """Return a merged ``training_config.yaml``: the result of :func:`model_yaml` and the dtype, fp32, bf16 or fp16."""
     return {
         **model,
         "args": {"checkpoint_activations": True, "model_parallel_size": 1, "mode": "finetune", "no_load_rng": True},
@@ -86,7 +88,7 @@ def training_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def model_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
-    """``model_config.json`` as SAT's save_checkpoint writes it."""
+    """Return ``model_config.json`` as SAT's save_checkpoint writes it."""
     return {
         "model_class": "SATVideoDiffusionEngine",
         "num_layers": transformer["num_layers"],
@@ -99,7 +101,7 @@ def model_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _expressible(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+def _refuse_inexpressible(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
     wanted: tuple[tuple[Mapping[str, Any], str, Any], ...] = (
         (scheduler, "prediction_type", "v_prediction"),
         (scheduler, "rescale_betas_zero_snr", True),
@@ -116,7 +118,7 @@ def _expressible(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -
     ]
     if wrong:
         raise ConversionError(
-            "SAT has no word for this: " + "; ".join(wrong) + ".", "Give the configs of a CogVideoX pipeline."
+            "SAT cannot express these settings: " + "; ".join(wrong) + ".", "Give the configs of a CogVideoX pipeline."
         )
 
 
@@ -125,10 +127,12 @@ def _schedule(shift: float) -> dict[str, Any]:
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:
-    heads, width, patch = config["num_attention_heads"], config["attention_head_dim"], config["patch_size"]
-    newer = config["patch_size_t"] is not None
+    heads = config["num_attention_heads"]
+    head_dim = config["attention_head_dim"]
+    patch = config["patch_size"]
+    patch_t = config["patch_size_t"]
     return {
-        # A key of main's alone: v1.0 passes what it does not know on to SAT's transformer.
+        # Only main has this key: v1.0 passes unknown keys to SAT's transformer.
         **({"ofs_embed_dim": config["ofs_embed_dim"]} if config["ofs_embed_dim"] is not None else {}),
         "time_embed_dim": config["time_embed_dim"],
         "elementwise_affine": True,
@@ -137,10 +141,10 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
         "latent_width": config["sample_width"],
         "latent_height": config["sample_height"],
         "num_layers": config["num_layers"],
-        "patch_size": [config["patch_size_t"], patch, patch] if newer else patch,
+        "patch_size": patch if patch_t is None else [patch_t, patch, patch],
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
-        "hidden_size": heads * width,
+        "hidden_size": heads * head_dim,
         "adm_in_channels": 256,
         "num_attention_heads": heads,
         "transformer_args": {
@@ -153,7 +157,7 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
             "is_decoder": False,
         },
         "modules": {
-            "pos_embed_config": _positions(config, width),
+            "pos_embed_config": _positions(config, head_dim),
             "patch_embed_config": {
                 "target": "dit_video_concat.ImagePatchEmbeddingMixin",
                 "params": {"text_hidden_size": config["text_embed_dim"]},
@@ -164,15 +168,15 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _positions(config: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _positions(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     params: dict[str, Any] = {"text_length": config["max_text_seq_length"]}
     if not config["use_rotary_positional_embeddings"]:
         spatial, temporal = config["spatial_interpolation_scale"], config["temporal_interpolation_scale"]
         params |= {"height_interpolation": spatial, "width_interpolation": spatial}
-        # SAT multiplies nothing by its default; the shipped yaml leaves it out.
+        # 1.0 is SAT's default, which CogVideo's yaml leaves out.
         params |= {"time_interpolation": temporal} if temporal != 1.0 else {}
         return {"target": "dit_video_concat.Basic3DPositionEmbeddingMixin", "params": params}
-    params |= {"hidden_size_head": width}
+    params |= {"hidden_size_head": head_dim}
     params |= {"learnable_pos_embed": True} if config["use_learned_positional_embeddings"] else {}
     return {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin", "params": params}
 
@@ -191,7 +195,7 @@ def _conditioner(length: int) -> dict[str, Any]:
 def _first_stage(vae: Mapping[str, Any]) -> dict[str, Any]:
     channels = list(vae["block_out_channels"])
     if any(width % channels[0] for width in channels):
-        raise ConversionError(f"SAT's autoencoder has multiples of its first width; block_out_channels are {channels}.")
+        raise ConversionError(f"SAT's VAE needs multiples of its first width; block_out_channels are {channels}.")
     coder = {
         "double_z": True,
         "z_channels": vae["latent_channels"],

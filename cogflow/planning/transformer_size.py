@@ -97,7 +97,7 @@ def config_of(model: ModelConfig) -> tuple[dict[str, Any], str]:
     file = folder / "transformer" / "config.json" if folder else None
     if file is None or not file.is_file():
         return diffusers_configs.transformer_config(
-            facts.of_family(model.name)
+            facts.published_facts(model.name)
         ), f"model={model.name}, at its published size"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))), str(file)

@@ -22,8 +22,8 @@ from cogflow.artifacts.identify import identify, kind_named
 from cogflow.config.problems import did_you_mean, nearest
 from cogflow.config.schema import Config, DeepSpeedConfig, TrainStage
 from cogflow.errors import ConfigError, ConversionError, format_list
-from cogflow.export.component import prepare
 from cogflow.export.origin import open_origin
+from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
@@ -94,17 +94,16 @@ def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
     origin = open_origin(artifact, ["transformer"])
     for line in (*origin.notes, *(f"skipped a broken checkpoint: {problem}" for problem in origin.passed_over)):
         echo(f"note: {line}")
-    prepared = prepare(
-        origin, ["transformer"], config.model.name if origin.tensors is not None else "auto", {}, "auto", False
-    )
-    if prepared.adapters is not None:
+    family = config.model.name if origin.tensors is not None else "auto"
+    prepared = prepare_export(origin, ExportRequest(["transformer"], family))
+    if prepared.lora_file is not None:
         raise ConfigError(
             f"stage.start={start} is a LoRA.", "Merge it first: python -m cogflow stage=export stage.lora=merge"
         )
-    known = prepared.facts.trained_with() if prepared.facts is not None else origin.trainer.get("trained_with") or {}
+    trained_with = prepared.facts.trained_with().known() if prepared.facts else origin.trainer.get("trained_with") or {}
     step = "" if origin.step is None else f" of step {origin.step}"
     echo(f"starting from {origin.place} ({origin.kind}, {origin.weights} weights{step})")
-    return InitialWeights(origin.place, prepared.components[0].tensors, known)
+    return InitialWeights(origin.place, prepared.components[0].tensors, trained_with)
 
 
 def freeze(transformer: torch.nn.Module, patterns: Sequence[str]) -> None:

@@ -6,47 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cogflow.records.export_records import TensorStatistics
+
 CHUNK = 1 << 16
-"""Values processed together. Their copies in double precision fit into a core's cache: whole tensors took 20 times as long."""
+"""Values processed together. Their copies in double precision fit into a core's cache: whole tensors took 20 times as
+long."""
 
 NARROWER = {
     torch.float32: (torch.bfloat16, torch.float16),
     torch.float64: (torch.float32, torch.bfloat16, torch.float16),
 }
 """Dtype to smaller dtypes that its values may have been rounded to before they were stored."""
-
-
-@dataclass(frozen=True)
-class TensorStatistics:
-    """One written tensor. Statistics are in double precision and leave out NaN and infinity.
-
-    ``sources`` and ``operation`` state what it was made of. ``changed`` is the largest absolute change of a value by the cast,
-    ``relative`` the largest change divided by the value. ``holds_only`` names the smallest dtype that holds every value of a
-    wider source (weights that were rounded earlier), if there is one. ``sha256_in`` and ``sha256`` are over the bytes before and
-    after the cast.
-    """
-
-    name: str
-    sources: list[str]
-    operation: str
-    shape: list[int]
-    dtype_in: str
-    dtype_out: str
-    mean_in: float
-    std_in: float
-    absmax_in: float
-    mean_out: float
-    std_out: float
-    absmax_out: float
-    changed: float
-    relative: float
-    nonfinite: int
-    became_inf: int
-    became_zero: int
-    became_subnormal: int
-    holds_only: str | None
-    sha256_in: str
-    sha256: str
 
 
 @dataclass
@@ -152,8 +122,8 @@ class CastStatistics:
     ) -> TensorStatistics:
         """Return the statistics of all values cast so far, with the tensor's description."""
         after = self.before if self.dtype_in == self.dtype_out else self.after
-        # If bf16 and fp16 both hold every value (only zeros, say), no rounding is evident. NARROWER lists bf16, the usual
-        # dtype of training, first.
+        # If bf16 and fp16 both hold every value (only zeros, say), no rounding is evident. NARROWER lists bf16, the
+        # usual dtype of training, first.
         rounded = bool(self.narrower) and self.before.absmax > 0
         return TensorStatistics(
             name=name,

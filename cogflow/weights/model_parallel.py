@@ -1,8 +1,10 @@
-"""Join the parts of a model-parallel SAT checkpoint (``mp_rank_00_model_states.pt``, ``mp_rank_01_...``) into one source.
+"""Join the parts of a model-parallel SAT checkpoint (``mp_rank_00_model_states.pt``, ``mp_rank_01_...``) into one
+source.
 
 SAT's split is taken from its ``sat/mpu/layers.py`` and ``sat/model/transformer.py`` (0.4.12). In each layer the fused
-query_key_value is split by rows within each third, dense_h_to_4h by rows, dense and dense_4h_to_h by columns. Their biases are
-split like the rows, or are stored whole. All other tensors are equal in every part; a tensor that differs stops the export.
+query_key_value is split by rows within each third, dense_h_to_4h by rows, dense and dense_4h_to_h by columns. Their
+biases are split like the rows, or are stored whole. All other tensors are equal in every part; a tensor that differs
+stops the export.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def check_part_count(file: TorchFile, parts: int) -> None:
     count = file.metadata.get("mp_world_size")
     if isinstance(count, int) and count != parts:
         raise CheckpointError(
-            f"{file.path} was saved as one of {count} model-parallel parts; {parts} {'is' if parts == 1 else 'are'} here.",
+            f"{file.path} was saved as one of {count} model-parallel parts; "
+            f"{parts} {'is' if parts == 1 else 'are'} here.",
             "Give the iteration's folder, with mp_rank_00_model_states.pt and all other parts in it.",
         )
 
@@ -189,4 +192,6 @@ def _layer_problems(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors are equal to the bit. NaN equals NaN."""
-    return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return bool(torch.equal(a, b)) or bool(
+        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )

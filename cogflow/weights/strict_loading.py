@@ -1,6 +1,7 @@
 """Check that a component folder holds exactly the tensors that its class in diffusers or transformers expects.
 
-The class is built on the meta device, and weights stay mapped from their files, so the checks need no memory for weights.
+The class is built on the meta device, and weights stay mapped from their files, so the checks need no memory for
+weights.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def expected_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def shape_problems(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], wanted: str
 ) -> list[str]:
-    """Return one line for every tensor that is missing, extra or of another shape. ``wanted``: text before the right shape."""
+    """Return one line for every tensor that is missing, extra or of another shape. ``wanted``: text before the right
+    shape."""
     problems = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"extra: {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
     problems += [
@@ -113,7 +115,8 @@ def ordered_tensor_names(weights: WeightsFolder, model: torch.nn.Module) -> list
 
 
 def check_strict_load(folder: Path, component: str = "transformer") -> None:
-    """Load ``folder`` strictly into the component's class. Raises :class:`ConversionError` for anything that does not fit."""
+    """Load ``folder`` strictly into the component's class. Raises :class:`ConversionError` for anything that does not
+    fit."""
     weights = WeightsFolder(folder, STEMS[component])
     model = meta_model(read_json(folder / "config.json"), folder / "config.json", component)
     names = ordered_tensor_names(weights, model)

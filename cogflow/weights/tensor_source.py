@@ -57,11 +57,11 @@ class TensorSource(Protocol):
         """Every tensor by name, known without reading a value."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the CPU, mapped from its file where possible, so that untouched values cost no memory."""
+        """Return one tensor on the CPU, mapped from its file where possible: untouched values cost no memory."""
 
 
 class RenamedTensors:
-    """A view of some tensors of ``source`` under other names. ``names`` maps each new name to its name in ``source``."""
+    """A view of some tensors of ``source`` under other names. ``names``: new name to name in ``source``."""
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
         self.source = source
@@ -145,7 +145,8 @@ def join_fingerprint(lines: Iterable[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises :class:`CheckpointError` if the file is missing or holds no JSON object."""
+    """Return the JSON object in a file. Raises :class:`CheckpointError` if the file is missing or holds no JSON
+    object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -160,8 +161,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def contained_file(folder: Path, name: str) -> Path:
     """Return the path of a file that an index or a listing of ``folder`` names. The file must be inside the folder.
 
-    Hugging Face's cache stores every file as a link from ``snapshots/`` to ``blobs/``; links inside one cached repository
-    are followed. Raises :class:`CheckpointError` for a name or a link that leads outside.
+    Hugging Face's cache stores every file as a link from ``snapshots/`` to ``blobs/``; links inside one cached
+    repository are followed. Raises :class:`CheckpointError` for a name or a link that leads outside.
     """
     try:
         if len(PurePosixPath(name).parts) == 1:

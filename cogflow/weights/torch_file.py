@@ -1,8 +1,9 @@
 """Read the weights in ``.pt``, ``.bin`` and ``.ckpt`` files, as SAT, DeepSpeed and other trainers write them.
 
-Files are opened with torch's restricted unpickler, which builds tensors and plain values and runs no code. The other objects
-that trainers pickle beside their weights (numpy's random states, DeepSpeed's loss scaler) are listed here by name and are
-read as :class:`InertObject`, without calling numpy or DeepSpeed. A file that needs any other class or function is refused.
+Files are opened with torch's restricted unpickler, which builds tensors and plain values and runs no code. The other
+objects that trainers pickle beside their weights (numpy's random states, DeepSpeed's loss scaler) are listed here by
+name and are read as :class:`InertObject`, without calling numpy or DeepSpeed. A file that needs any other class or
+function is refused.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ _DAMAGE_ERRORS = (
 class TorchFile:
     """The tensors of one file by name, as stored and mapped from the file.
 
-    ``wrapper`` names what was unwrapped: ``none``, one key (``module``) or several (``state_dict/module``). ``*`` marks a
-    removed ``module.`` prefix of all names (``module/module.*``). ``metadata`` holds the wrapper and the small plain values
-    beside the weights (``iteration``, ``global_steps``, ``ds_version``, ``mp_world_size``, ...).
+    ``wrapper`` names what was unwrapped: ``none``, one key (``module``) or several (``state_dict/module``). ``*``
+    marks a removed ``module.`` prefix of all names (``module/module.*``). ``metadata`` holds the wrapper and the
+    small plain values beside the weights (``iteration``, ``global_steps``, ``ds_version``, ``mp_world_size``, ...).
 
     Raises :class:`CheckpointError`; see :func:`load_torch_file`.
     """
@@ -181,8 +182,9 @@ class InertObject:
 def load_torch_file(path: Path, inert: Iterable[str] = RANDOM_STATES) -> Any:
     """Return the content of a torch file, its tensors on the CPU and mapped (files from before torch 1.6 are copied).
 
-    ``inert``: full names of classes and functions that are read as :class:`InertObject`. Raises :class:`CheckpointError`
-    for files that are missing, empty, truncated or of another kind, and for files that need other classes or functions.
+    ``inert``: full names of classes and functions that are read as :class:`InertObject`. Raises
+    :class:`CheckpointError` for files that are missing, empty, truncated or of another kind, and for files that need
+    other classes or functions.
     """
     path = Path(path)
     mapped = _is_zip_format(path)
@@ -204,8 +206,8 @@ def _unpickling_refusal(path: Path, message: str) -> CheckpointError:
     needed = re.search(r"GLOBAL (\S+)", message)
     if needed:
         return CheckpointError(
-            f"{path} needs {needed[1]} to be read. cogflow builds only tensors and plain values, since a pickle can run "
-            "any code.",
+            f"{path} needs {needed[1]} to be read. cogflow builds only tensors and plain values, since a pickle can "
+            "run any code.",
             'If you trust the file, save its weights alone: torch.save({"module": model.state_dict()}, path).',
         )
     return CheckpointError(
@@ -214,7 +216,8 @@ def _unpickling_refusal(path: Path, message: str) -> CheckpointError:
 
 
 def _is_zip_format(path: Path) -> bool:
-    """Return whether the file has torch's zip format, which can be mapped. Raises :class:`CheckpointError` for other files."""
+    """Return whether the file has torch's zip format, which can be mapped. Raises :class:`CheckpointError` for other
+    files."""
     try:
         size = path.stat().st_size
         if path.is_dir():

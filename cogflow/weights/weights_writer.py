@@ -1,9 +1,10 @@
-"""Write weights as streams: tensors are read, cast, measured, hashed and written one by one, in a few chunks of memory.
+"""Write weights as streams: tensors are read, cast, measured, hashed and written one by one, in a few chunks of
+memory.
 
-``write_safetensors`` writes a component's safetensors, ``write_torch_file`` a .pt file. The same input gives the same bytes.
-safetensors' own ``save_file`` needs all tensors of a file in memory. The format is a length, a JSON header with every tensor's
-byte range, and the values (github.com/huggingface/safetensors, README), so the header can be written before any value is read.
-The files equal those of ``save_file`` byte for byte.
+``write_safetensors`` writes a component's safetensors, ``write_torch_file`` a .pt file. The same input gives the same
+bytes. safetensors' own ``save_file`` needs all tensors of a file in memory. The format is a length, a JSON header
+with every tensor's byte range, and the values (github.com/huggingface/safetensors, README), so the header can be
+written before any value is read. The files equal those of ``save_file`` byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cogflow.errors import ConfigError
 from cogflow.files.uncached_io import UncachedWriter
-from cogflow.weights.cast_statistics import CastStatistics, TensorStatistics, torch_dtype_name
+from cogflow.records.export_records import TensorStatistics
+from cogflow.weights.cast_statistics import CastStatistics, torch_dtype_name
 from cogflow.weights.tensor_source import SAFETENSORS_DTYPES
 
 PIECE = 1 << 22
@@ -46,7 +48,8 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 class PlannedTensor:
     """One tensor to write.
 
-    ``dtype`` is the dtype that ``produce`` returns, before the cast. ``sources`` and ``operation`` state what it is made of.
+    ``dtype`` is the dtype that ``produce`` returns, before the cast. ``sources`` and ``operation`` state what it is
+    made of.
     """
 
     name: str
@@ -62,15 +65,15 @@ class PlannedTensor:
 
     def bytes(self, dtype: torch.dtype | None) -> int:
         """Return its size in bytes when written in ``dtype``."""
-        return math.prod(self.shape) * self.target(dtype).itemsize
+        return math.prod(self.shape) * int(self.target(dtype).itemsize)
 
 
 @dataclass(frozen=True)
 class SafetensorsFormat:
     """Where and how a component is written.
 
-    ``dtype``: cast floating tensors to it, ``None`` to keep theirs. ``stem``: file name without suffix. ``max_shard_size``:
-    a number and a unit, such as 5GB.
+    ``dtype``: cast floating tensors to it, ``None`` to keep theirs. ``stem``: file name without suffix.
+    ``max_shard_size``: a number and a unit, such as 5GB.
     """
 
     folder: Path
@@ -85,10 +88,11 @@ def write_safetensors(
     on_tensor: Callable[[TensorStatistics], None],
     on_file: Callable[[Path, str], None] = lambda path, sha256: None,
 ) -> dict[str, str]:
-    """Write ``tensors`` as one file ``<stem>.safetensors``, or as shards with an index, named as diffusers names them.
+    """Write ``tensors`` as one file ``<stem>.safetensors``, or as shards with an index, named as diffusers names
+    them.
 
-    ``on_tensor`` is called after each tensor, ``on_file`` with path and sha256 after each file. Returns sha256 by file name,
-    without the index. Raises :class:`ConfigError` for a shard size that cannot be parsed.
+    ``on_tensor`` is called after each tensor, ``on_file`` with path and sha256 after each file. Returns sha256 by
+    file name, without the index. Raises :class:`ConfigError` for a shard size that cannot be parsed.
     """
     specs: Mapping[str, TensorSpec] = {tensor.name: (tensor.target(output.dtype), tensor.shape) for tensor in tensors}
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -114,7 +118,8 @@ def write_safetensors(
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """``files``: file name to the names of its tensors in their order. ``index``: content of the index, ``None`` for one file."""
+    """``files``: file name to the names of its tensors in their order. ``index``: content of the index, ``None`` for
+    one file."""
 
     files: dict[str, list[str]]
     index: dict[str, Any] | None
@@ -230,8 +235,8 @@ def stream_tensor(tensor: PlannedTensor, dtype: torch.dtype, writer: ByteWriter)
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch on one thread. A chunk is too small to gain from more, and waiting OpenMP threads occupy the cores that hash
-    and write."""
+    """Keep torch on one thread. A chunk is too small to gain from more, and waiting OpenMP threads occupy the cores
+    that hash and write."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -253,17 +258,18 @@ def write_torch_file(
     dtype_of: Callable[[PlannedTensor], torch.dtype],
     on_tensor: Callable[[TensorStatistics], None],
 ) -> None:
-    """Write ``{key: {name: tensor, ...}, **beside}`` as ``torch.save`` would, each tensor cast to ``dtype_of(tensor)``.
+    """Write ``{key: {name: tensor, ...}, **beside}`` as ``torch.save`` would, each tensor cast to
+    ``dtype_of(tensor)``.
 
-    torch writes the file with empty ranges for the values, which are then filled one tensor at a time. The zip's checksums of
-    the values stay unset, as with torch's ``compute_crc32=False``; ``torch.load`` does not read them.
+    torch writes the file with empty ranges for the values, which are then filled one tensor at a time. The zip's
+    checksums of the values stay unset, as with torch's ``compute_crc32=False``; ``torch.load`` does not read them.
     """
     with FakeTensorMode():
         fakes = {tensor.name: torch.empty(tensor.shape, dtype=dtype_of(tensor)) for tensor in tensors}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({key: fakes, **beside}, path)
     # torch numbers storages in the order of pickling: the weights first, then any tensor in ``beside``.
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         offsets = _storage_offsets(path, file, len(tensors))
     with contextlib.closing(UncachedWriter(path, "r+b")) as writer, one_thread():
         for offset, tensor in zip(offsets, tensors, strict=True):

@@ -1,11 +1,12 @@
 """Read the tensors of a DeepSpeed checkpoint whose weights ZeRO sharded over ranks, one tensor at a time.
 
-The layout is DeepSpeed's (0.19.8: ``engine.py``, ``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``bf16_optimizer.py``). The
-tests compare with its own converter, ``utils/zero_to_fp32.py``. Every rank's file is mapped, and no code of DeepSpeed runs.
+The layout is DeepSpeed's (0.19.8: ``engine.py``, ``runtime/zero/stage_1_and_2.py``, ``stage3.py``,
+``bf16_optimizer.py``). The tests compare with its own converter, ``utils/zero_to_fp32.py``. Every rank's file is
+mapped, and no code of DeepSpeed runs.
 
 * Stages 1 and 2: a parameter group is one flat vector with padding at its end, cut into one shard per rank.
-* Stage 3: every parameter is padded and cut into one shard per rank; a rank stores its shards one after another in its flat
-  groups.
+* Stage 3: every parameter is padded and cut into one shard per rank; a rank stores its shards one after another in
+  its flat groups.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class _ShardedTensor:
 class ZeroCheckpoint:
     """The tensors of a DeepSpeed checkpoint: a folder with ``latest``, or the ``global_step<N>`` folder it names.
 
-    ``weights``: ``fp32`` reads the master weights (parameters and floating buffers in fp32, frozen parameters as stored);
-    ``bf16`` reads the module as stored, whatever its dtype. ``part``: the model-parallel part, required if there are several.
-    ``moment``: read this moment of Adam instead of the master weights, for the trained parameters only; ``adam_steps`` is then
-    Adam's number of updates. ``metadata``: the plain values beside the weights, and ``zero_stage``, ``ranks``, ``masters``,
-    ``tag``. ``notes``: messages for the user.
+    ``weights``: ``fp32`` reads the master weights (parameters and floating buffers in fp32, frozen parameters as
+    stored); ``bf16`` reads the module as stored, whatever its dtype. ``part``: the model-parallel part, required if
+    there are several. ``moment``: read this moment of Adam instead of the master weights, for the trained parameters
+    only; ``adam_steps`` is then Adam's number of updates. ``metadata``: the plain values beside the weights, and
+    ``zero_stage``, ``ranks``, ``masters``, ``tag``. ``notes``: messages for the user.
 
     Raises :class:`CheckpointError` for files that are missing, do not belong together or lack the requested weights.
     """
@@ -122,8 +123,8 @@ class ZeroCheckpoint:
         sharded = [name for name, shape in self._parameter_shapes().items() if not self._module_holds(name, shape)]
         if sharded:
             raise CheckpointError(
-                f"{self.folder} was saved by ZeRO-3 without gathering: {len(sharded)} tensors, {sharded[0]} first, are only "
-                "in the ranks' optimizer states, as fp32 master weights.",
+                f"{self.folder} was saved by ZeRO-3 without gathering: {len(sharded)} tensors, {sharded[0]} first, are "
+                "only in the ranks' optimizer states, as fp32 master weights.",
                 "Use the fp32 weights (masters=fp32).",
             )
         self._take_other_tensors()
@@ -248,7 +249,7 @@ class ZeroCheckpoint:
         self._values[name] = _ShardedTensor(pieces, shape, pieces[0].dtype, file)
 
     def _take_frozen(self, stage: int) -> None:
-        """Take frozen parameters, which are stored beside the module: whole, or (stage 3) as a padded shard per rank."""
+        """Take frozen parameters, stored beside the module: whole, or (stage 3) as a padded shard per rank."""
         for name, shape in (self._models[0].get("frozen_param_shapes") or {}).items():
             size = math.prod(shape)
             fragments = [(model.get("frozen_param_fragments") or {}).get(name) for model in self._models]
@@ -315,12 +316,13 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class SavedAdamStates:
-    """The fp32 master weights and Adam's moments of each parameter, for every ZeRO stage (0 to 3) and number of ranks.
+    """The fp32 master weights and Adam's moments of each parameter, for every ZeRO stage (0 to 3) and number of
+    ranks.
 
-    ``trained``: names of the trained parameters in the model's order, by which stage 0 numbers them. ``steps``: Adam's number of
-    updates. Tensors are mapped and read one at a time; DeepSpeed's own converter (``checkpoint/ds_to_universal.py``) writes
-    every state to the disk again, loads pickles, and does not support stage 0. Raises :class:`CheckpointError` for a folder
-    that does not hold all states.
+    ``trained``: names of the trained parameters in the model's order, by which stage 0 numbers them. ``steps``:
+    Adam's number of updates. Tensors are mapped and read one at a time; DeepSpeed's own converter
+    (``checkpoint/ds_to_universal.py``) writes every state to the disk again, loads pickles, and does not support
+    stage 0. Raises :class:`CheckpointError` for a folder that does not hold all states.
     """
 
     def __init__(self, folder: Path, trained: Sequence[str]) -> None:

@@ -28,7 +28,8 @@ _AS_STORED = "Use the weights as stored (masters=bf16)."
 
 
 def latest_step_folder(folder: Path) -> Path:
-    """Return the folder of one step: the one that ``latest`` in ``folder`` names, or ``folder`` itself without ``latest``.
+    """Return the folder of one step: the one that ``latest`` in ``folder`` names, or ``folder`` itself without
+    ``latest``.
 
     Raises :class:`CheckpointError` if ``latest`` is unreadable or names no folder beside it.
     """
@@ -61,7 +62,8 @@ def has_optimizer_states(folder: Path) -> bool:
 
 
 def check_part(folder: Path, part: int | None) -> int:
-    """Return the model-parallel part to read. Raises :class:`CheckpointError` for a folder that is no DeepSpeed checkpoint.
+    """Return the model-parallel part to read. Raises :class:`CheckpointError` for a folder that is no DeepSpeed
+    checkpoint.
 
     ``part`` may be ``None`` only if the checkpoint has one part.
     """
@@ -137,7 +139,7 @@ def zero_stage(state: dict[str, Any], path: Path) -> int:
 
 
 def flat_groups(value: Any, path: Path) -> list[torch.Tensor]:
-    """Return one rank's flat vector of each parameter group. Raises :class:`CheckpointError` if ``value`` holds none."""
+    """Return one rank's flat vector of each parameter group. Raises :class:`CheckpointError` if there is none."""
     groups = [value] if isinstance(value, torch.Tensor) else value
     if (
         not isinstance(groups, (list, tuple))

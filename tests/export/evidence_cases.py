@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from cogflow.export import sat_components
-from cogflow.export.facts import Facts, gather, read_yamls
+from cogflow.export import sat_tables
+from cogflow.export.facts import TransformerFacts, resolve_facts
+from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.models.family import ModelSpec
 from cogflow.weights.tensor_source import TensorInfo
 from cogflow.weights.torch_file import TorchFile
@@ -28,10 +29,10 @@ def yamls(name: str, which: str = "all") -> list[tuple[Path, dict[str, Any]]]:
 
 
 @cache
-def components(folder: Path) -> sat_components.Parts:
+def components(folder: Path) -> sat_tables.SatComponents:
     """The components of the checkpoint in a folder that SAT wrote."""
     step = (folder / "latest").read_text(encoding="utf-8").strip()
-    return sat_components.split(TorchFile(folder / step / "mp_rank_00_model_states.pt"))
+    return sat_tables.split_components(TorchFile(folder / step / "mp_rank_00_model_states.pt"))
 
 
 def infos(name: str) -> dict[str, TensorInfo]:
@@ -45,8 +46,8 @@ def infos(name: str) -> dict[str, TensorInfo]:
     return kept | shaped([("mixins.patch_embed.proj.weight", (64, 128))])
 
 
-def facts(name: str, **changes: Any) -> Facts:
-    return gather(infos(name), yamls(name), **changes)
+def facts(name: str, **changes: Any) -> TransformerFacts:
+    return resolve_facts(infos(name), yamls(name), **changes)
 
 
 def network(data: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cogflow.export import lora, sat_components
+from cogflow.export import lora, sat_tables
 from cogflow.weights.tensor_source import TensorInfo, TensorSource
 from cogflow.weights.torch_file import TorchFile
 
@@ -35,9 +35,9 @@ class GoldenSet:
 
     def transformer(self) -> TensorSource:
         """The DiT's tensors under SAT's names without prefix, LoRA merged in fp32."""
-        found = sat_components.split(self.checkpoint()).transformer
+        found = sat_tables.split_components(self.checkpoint()).transformer
         assert found is not None
-        return lora.merged(found, alpha=1.0, dtype=torch.float32) if lora.find_lora(found) else found
+        return lora.merge_lora(found, alpha=1.0, dtype=torch.float32) if lora.find_lora(found) else found
 
     def network(self) -> dict[str, Any]:
         """``network_config.params`` of the model's own yaml."""

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from cogflow.errors import ConversionError
-from cogflow.export.algebra import Alias, ChunkMap, Operation, Rename, bound, forward, invert, regroup, split
-from cogflow.export.recomputed_tensors import Drop, Recipe, Restore
+from cogflow.export.computed_tensors import Drop, Restore, TensorFormula
+from cogflow.export.tensor_operations import (
+    Alias,
+    ChunkMap,
+    Operation,
+    Rename,
+    apply_operation,
+    fill_names,
+    inverse_table,
+    regroup_rows,
+    split_rows,
+)
 
-ADALN = regroup("all", {"video": (0, 1, 2, 6, 7, 8), "text": (3, 4, 5, 9, 10, 11)})
+ADALN = regroup_rows("all", {"video": (0, 1, 2, 6, 7, 8), "text": (3, 4, 5, 9, 10, 11)})
 CROSSED = ChunkMap(("a", "b"), ("x", "y"), (((1, 1), (0, 0)), ((0, 1), (1, 0))))
 
 
@@ -19,14 +29,14 @@ def rows(count: int, start: int = 0) -> torch.Tensor:
 
 def test_split_gives_views_in_order() -> None:
     whole = rows(6)
-    made = forward(split("qkv", "q", "k", "v"), {"qkv": whole})
+    made = apply_operation(split_rows("qkv", "q", "k", "v"), {"qkv": whole})
     assert torch.equal(made["k"], whole[2:4])
     assert made["k"].data_ptr() == whole[2:4].data_ptr()
 
 
 def test_regroup_deals_chunks_by_number() -> None:
     whole = torch.arange(24.0)
-    made = forward(ADALN, {"all": whole})
+    made = apply_operation(ADALN, {"all": whole})
     assert made["video"].tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17]
     assert made["text"].tolist() == [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23]
 
@@ -35,19 +45,19 @@ def test_regroup_deals_chunks_by_number() -> None:
     ("operation", "tensors"),
     [
         (Rename("a", "b"), {"a": rows(1)}),
-        (split("a", "x", "y", "z"), {"a": rows(6)}),
+        (split_rows("a", "x", "y", "z"), {"a": rows(6)}),
         (ADALN, {"all": rows(24)}),
         (CROSSED, {"a": rows(4), "b": rows(4, start=50)}),
         (Alias(("a", "b"), "c"), {"a": rows(3), "b": rows(3)}),
     ],
 )
 def test_the_inverse_undoes(operation: Operation, tensors: dict[str, torch.Tensor]) -> None:
-    made = forward(operation, tensors)
+    made = apply_operation(operation, tensors)
     shapes = [{name: tuple(tensor.shape) for name, tensor in either.items()} for either in (tensors, made)]
     assert operation.out_shapes(shapes[0]) == shapes[1]
     back = operation.inverse()
     assert back is not None and back.inverse() == operation
-    again = forward(back, made)
+    again = apply_operation(back, made)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
@@ -56,18 +66,18 @@ def test_regroup_of_a_merge_is_the_same_order_again() -> None:
     merge = ADALN.inverse()
     assert merge.sources == ("video", "text") and merge.targets == ("all",)
     whole = torch.arange(12.0)
-    assert torch.equal(merge.make("all", forward(ADALN, {"all": whole})), whole)
+    assert torch.equal(merge.make("all", apply_operation(ADALN, {"all": whole})), whole)
 
 
 @pytest.mark.parametrize("shape", [(7, 2), (), (0, 2)])
 def test_rows_that_cannot_be_cut(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConversionError, match="equal parts"):
-        split("a", "x", "y").out_shapes({"a": shape})
+        split_rows("a", "x", "y").out_shapes({"a": shape})
 
 
 def test_merging_what_does_not_fit() -> None:
     with pytest.raises(ConversionError, match="fit"):
-        split("a", "x", "y").inverse().out_shapes({"x": (2, 3), "y": (2, 4)})
+        split_rows("a", "x", "y").inverse().out_shapes({"x": (2, 3), "y": (2, 4)})
 
 
 def test_a_tie_needs_equal_values() -> None:
@@ -76,31 +86,31 @@ def test_a_tie_needs_equal_values() -> None:
 
 
 def test_a_dropped_table_is_measured_and_restored() -> None:
-    recipe = Recipe((2,), lambda: torch.tensor([0.1, 0.2]), "two numbers")
+    recipe = TensorFormula((2,), lambda: torch.tensor([0.1, 0.2]), "two numbers")
     drop = Drop("table", "computed elsewhere", recipe)
     assert drop.difference(torch.tensor([0.1, 0.2]).bfloat16()) == 0
     assert drop.difference(torch.tensor([0.1, 0.7])) == pytest.approx(0.5)
     assert drop.difference(torch.zeros(3)) == float("inf")
-    (restore,) = invert([drop, Drop("junk", "of no use")])
+    (restore,) = inverse_table([drop, Drop("junk", "of no use")])
     assert isinstance(restore, Restore) and restore.inverse() == drop
     assert restore.make("table", {}).tolist() == recipe.make().tolist()
 
 
 def test_a_stand_in_is_not_measured() -> None:
     assert (
-        Drop("unused", "never read", Recipe((2,), lambda: torch.zeros(2), exact=False)).difference(torch.ones(2))
+        Drop("unused", "never read", TensorFormula((2,), lambda: torch.zeros(2), exact=False)).difference(torch.ones(2))
         is None
     )
 
 
 def test_fields_are_filled_in_everywhere() -> None:
-    rows = bound((split("l.{layer}.qkv", "b.{layer}.q", "b.{layer}.k"), Drop("l.{layer}.x", "why")), layer=4)
+    rows = fill_names((split_rows("l.{layer}.qkv", "b.{layer}.q", "b.{layer}.k"), Drop("l.{layer}.x", "why")), layer=4)
     assert [(row.sources, row.targets) for row in rows] == [(("l.4.qkv",), ("b.4.q", "b.4.k")), (("l.4.x",), ())]
 
 
 @pytest.mark.parametrize(
     ("operation", "kind"),
-    [(split("a", "x", "y"), "split"), (ADALN, "regroup"), (split("a", "x", "y").inverse(), "merge")],
+    [(split_rows("a", "x", "y"), "split"), (ADALN, "regroup"), (split_rows("a", "x", "y").inverse(), "merge")],
 )
 def test_what_a_report_says(operation: ChunkMap, kind: str) -> None:
-    assert operation.describe()["operation"] == kind
+    assert operation.kind == kind

@@ -19,13 +19,13 @@ from cogflow.assemble.components import PipelineComponent
 from cogflow.assemble.consistency import check_components
 from cogflow.assemble.expectations import ARCHITECTURE
 from cogflow.errors import ConfigError, ConversionError, PipelineError
-from cogflow.export import diffusers_configs, sat_yaml, text_encoder_table, transformer_table, vae_table
-from cogflow.export.facts import Facts, gather, gather_vae, of_family, read_yamls
+from cogflow.export import diffusers_configs, sat_tables, sat_yaml
+from cogflow.export.facts import TransformerFacts, VaeFacts, published_facts, resolve_facts, resolve_vae_facts
+from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.export.mapping_plan import make_plan
 from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.records.pipeline_records import TransformerOrigin
-from cogflow.records.training_records import TrainedWith
 from tests.export.evidence_cases import EVERY, KEPT, components, facts, infos, published, yamls
 
 GIVEN = os.environ.get("COGFLOW_GOLDEN")
@@ -51,10 +51,10 @@ def keywords(class_name: str) -> set[str]:
     return set(inspect.signature(getattr(diffusers, class_name).__init__).parameters) - {"self"}
 
 
-def vae_facts(folder: Path) -> Facts:
+def vae_facts(folder: Path) -> VaeFacts:
     found = components(folder).vae
     assert found is not None
-    return gather_vae(found.tensors, read_yamls([folder / "training_config.yaml"]))
+    return resolve_vae_facts(found.tensors, read_yamls([folder / "training_config.yaml"]))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -62,11 +62,11 @@ def test_the_transformer_class_has_exactly_the_converted_tensors(name: str) -> N
     config = diffusers_configs.transformer_config(facts(name))
     source = {key.replace(".original.", "."): info for key, info in infos(name).items() if ".matrix_" not in key}
     make_plan(
-        transformer_table.table(diffusers_configs.published(config)),
+        sat_tables.transformer_table(diffusers_configs.settings_of(config)),
         source,
         meta_shapes(CogVideoXTransformer3DModel, config),
     )
-    assert set(diffusers_configs.published(config)) == keywords("CogVideoXTransformer3DModel")
+    assert set(diffusers_configs.settings_of(config)) == keywords("CogVideoXTransformer3DModel")
 
 
 @pytest.mark.parametrize("folder", MORE, ids=lambda folder: folder.name)
@@ -74,26 +74,24 @@ def test_other_folders_that_sat_wrote(folder: Path) -> None:
     """Sets in COGFLOW_GOLDEN: every fact from each kind of yaml, every class's shapes, every component."""
     parts = components(folder)
     assert parts.transformer is not None and parts.text_encoder is not None and parts.vae is not None
-    merged = gather(parts.transformer.tensors, read_yamls([folder / "training_config.yaml"]))
-    per_model = gather(parts.transformer.tensors, read_yamls(sorted((folder / "configs").glob("*.yaml"))))
-    assert {key: fact.value for key, fact in merged.values.items()} == {
-        key: fact.value for key, fact in per_model.values.items()
-    }
+    merged = resolve_facts(parts.transformer.tensors, read_yamls([folder / "training_config.yaml"]))
+    per_model = resolve_facts(parts.transformer.tensors, read_yamls(sorted((folder / "configs").glob("*.yaml"))))
+    assert merged.values() == per_model.values()
     config = diffusers_configs.transformer_config(merged)
     source = {
         key.replace(".original.", "."): info for key, info in parts.transformer.tensors.items() if ".matrix_" not in key
     }
     make_plan(
-        transformer_table.table(diffusers_configs.published(config)),
+        sat_tables.transformer_table(diffusers_configs.settings_of(config)),
         source,
         meta_shapes(CogVideoXTransformer3DModel, config),
     )
     config = diffusers_configs.vae_config(vae_facts(folder))
     make_plan(
-        vae_table.table(config, parts.vae.tensors), parts.vae.tensors, meta_shapes(AutoencoderKLCogVideoX, config)
+        sat_tables.vae_table(config, parts.vae.tensors), parts.vae.tensors, meta_shapes(AutoencoderKLCogVideoX, config)
     )
     config = diffusers_configs.t5_config(parts.text_encoder.tensors)
-    make_plan(text_encoder_table.table(config, list(parts.text_encoder.tensors)), parts.text_encoder.tensors)
+    make_plan(sat_tables.text_encoder_table(config, list(parts.text_encoder.tensors)), parts.text_encoder.tensors)
     assert sat_yaml.model_config(diffusers_configs.transformer_config(merged)) == json.loads(
         (folder / "model_config.json").read_text()
     )
@@ -103,8 +101,8 @@ def test_the_autoencoder_class_has_exactly_the_converted_tensors() -> None:
     found = components(KEPT / "5b-i2v").vae
     assert found is not None
     config = diffusers_configs.vae_config(vae_facts(KEPT / "5b-i2v"))
-    make_plan(vae_table.table(config, found.tensors), found.tensors, meta_shapes(AutoencoderKLCogVideoX, config))
-    assert set(diffusers_configs.published(config)) == keywords("AutoencoderKLCogVideoX")
+    make_plan(sat_tables.vae_table(config, found.tensors), found.tensors, meta_shapes(AutoencoderKLCogVideoX, config))
+    assert set(diffusers_configs.settings_of(config)) == keywords("AutoencoderKLCogVideoX")
 
 
 def test_the_text_encoder_is_built_from_its_shapes() -> None:
@@ -127,7 +125,7 @@ def test_the_text_encoder_is_built_from_its_shapes() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_get_the_published_values(name: str) -> None:
     member = MODEL_SPECS[name]
-    known = gather(published(member), [], family=name)
+    known = resolve_facts(published(member), [], family=name)
     config = diffusers_configs.transformer_config(known)
     assert {key: config[key] for key in ARCHITECTURE} == {
         key: getattr(member, field) for key, field in ARCHITECTURE.items()
@@ -151,23 +149,25 @@ def test_published_models_get_the_published_values(name: str) -> None:
 
 def test_the_family_table_alone_gives_the_shipped_tiny_model() -> None:
     """Every key but those that the class defaults say for the shipped one and no rotary model reads."""
-    written = diffusers_configs.transformer_config(of_family("tiny"))
+    written = diffusers_configs.transformer_config(published_facts("tiny"))
     shipped = CogVideoXTransformer3DModel.load_config(tiny.folder() / "transformer")
-    assert diffusers_configs.published(written) == diffusers_configs.published(shipped)
+    assert diffusers_configs.settings_of(written) == diffusers_configs.settings_of(shipped)
     for name in PUBLISHED:
-        known = gather(published(MODEL_SPECS[name]), [], family=name)
-        assert diffusers_configs.transformer_config(of_family(name)) == diffusers_configs.transformer_config(known)
+        known = resolve_facts(published(MODEL_SPECS[name]), [], family=name)
+        assert diffusers_configs.transformer_config(published_facts(name)) == diffusers_configs.transformer_config(
+            known
+        )
     with pytest.raises(ConfigError, match="auto"):
-        of_family("auto")
+        published_facts("auto")
 
 
-@pytest.mark.parametrize("class_name", diffusers_configs.SCHEDULERS)
+@pytest.mark.parametrize("class_name", diffusers_configs.SCHEDULER_CLASSES)
 def test_scheduler_config_is_the_published_one_and_either_class_takes_it(class_name: str) -> None:
     config = diffusers_configs.scheduler_config(facts("1.5-5b"), class_name)
     assert {key: value for key, value in config.items() if key != "_diffusers_version"} == SCHEDULER | {
         "_class_name": class_name
     }
-    assert set(diffusers_configs.published(config)) == keywords(class_name)
+    assert set(diffusers_configs.settings_of(config)) == keywords(class_name)
     table = (
         getattr(diffusers, class_name)
         .from_config(diffusers_configs.scheduler_config(facts("2b"), class_name))
@@ -177,13 +177,15 @@ def test_scheduler_config_is_the_published_one_and_either_class_takes_it(class_n
     assert table[-1] == 0 and 0.997 < table[0] < 0.998
 
 
-def pipeline(known: Facts, autoencoder: Facts, training: TransformerOrigin) -> dict[str, PipelineComponent]:
+def pipeline(
+    known: TransformerFacts, autoencoder: VaeFacts, training: TransformerOrigin
+) -> dict[str, PipelineComponent]:
     vocabulary = json.loads((tiny.folder() / "text_encoder" / "config.json").read_text())
     settings = {
         "transformer": diffusers_configs.transformer_config(known),
         "vae": diffusers_configs.vae_config(autoencoder),
         "scheduler": diffusers_configs.scheduler_config(known),
-        "text_encoder": vocabulary | {"d_model": known["text_width"]},
+        "text_encoder": vocabulary | {"d_model": known.text_width},
         "tokenizer": {},
     }
     return {
@@ -201,11 +203,11 @@ def pipeline(known: Facts, autoencoder: Facts, training: TransformerOrigin) -> d
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_an_export_passes_the_pipeline_checks(name: str) -> None:
     """And fails them with another model's scheduler, so that passing says something."""
-    known = gather(published(MODEL_SPECS[name]), [], family=name)
+    known = resolve_facts(published(MODEL_SPECS[name]), [], family=name)
     mini = components(KEPT / "5b-i2v").vae
     assert mini is not None
-    autoencoder = gather_vae(mini.tensors, [], family=name)
-    training = TransformerOrigin(family=known.family, trained_with=TrainedWith(**known.trained_with()))
+    autoencoder = resolve_vae_facts(mini.tensors, [], family=name)
+    training = TransformerOrigin(family=known.family, trained_with=known.trained_with())
     parts = pipeline(known, autoencoder, training)
     parts["vae"].settings["block_out_channels"] = [128, 256, 256, 512]  # the checkpoint's has two levels, to be small
     checks = check_components(parts, [])
@@ -221,19 +223,17 @@ def test_the_way_back_is_a_yaml_with_the_same_facts(name: str) -> None:
     config, scheduler = diffusers_configs.transformer_config(first), diffusers_configs.scheduler_config(first)
     autoencoder = vae_facts(KEPT / "5b-i2v")
     model = sat_yaml.model_yaml(
-        config, scheduler, diffusers_configs.vae_config(autoencoder) | {"scaling_factor": first["scaling_factor"]}
+        config, scheduler, diffusers_configs.vae_config(autoencoder) | {"scaling_factor": first.scaling_factor}
     )
-    merged = yaml.safe_load(yaml.safe_dump(sat_yaml.training_config(model, first["dtype"])))
+    merged = yaml.safe_load(yaml.safe_dump(sat_yaml.training_config(model, first.dtype)))
     plain = {key: info for key, info in infos(name).items() if ".matrix_" not in key}
-    again = gather(plain, [(Path("configs/model.yaml"), model), (Path("training_config.yaml"), merged)])
+    again = resolve_facts(plain, [(Path("configs/model.yaml"), model), (Path("training_config.yaml"), merged)])
     lora = ("lora_rank", "lora_alpha")
-    assert {key: fact.value for key, fact in again.values.items()} == {
-        key: fact.value for key, fact in first.values.items() if key not in lora
-    }
+    assert again.values() == {key: value for key, value in first.values().items() if key not in lora}
     assert sat_yaml.model_config(config) == json.loads((KEPT / name / "model_config.json").read_text())
     mini = components(KEPT / "5b-i2v").vae
     assert mini is not None
-    assert gather_vae(mini.tensors, [(Path("model.yaml"), model)])["block_out_channels"] == (32, 32)
+    assert resolve_vae_facts(mini.tensors, [(Path("model.yaml"), model)]).block_out_channels == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])

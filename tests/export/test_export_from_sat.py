@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 
 from cogflow.artifacts.identify import identify
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, StorageError
-from cogflow.export import component as components
-from cogflow.export.algebra import Rename
-from cogflow.export.component import check_tables, prepare
+from cogflow.export import sat_tables
 from cogflow.export.origin import open_origin
+from cogflow.export.prepared_export import ExportRequest, check_computed_tables, prepare_export
+from cogflow.export.tensor_operations import Rename
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.export.to_sat import export_sat
 from cogflow.files.manifest import check_manifest
+from cogflow.files.record_io import record_values
 from cogflow.models.transformer_inputs import rotary_tables
-from cogflow.runtime.progress import progress
 from cogflow.weights.torch_file import TorchFile
 
 SETS = pytest.mark.parametrize("golden", sets(), ids=set_name)
@@ -40,10 +40,13 @@ def export(
 ) -> dict[str, Any]:
     given = more.get("given", {})
     origin = open_origin(identify(source), wanted, configs=more.get("configs", []))
-    prepared = prepare(origin, list(wanted), more.get("family", "auto"), given, dtype, more.get("separate", False))
+    request = ExportRequest(wanted, more.get("family", "auto"), given, dtype, more.get("separate", False))
+    prepared = prepare_export(origin, request)
     if to == "sat":
-        return export_sat(prepared, origin, output, given, progress)
-    return export_diffusers(prepared, origin, output, more.get("shard", "5GB"), more.get("verify", "auto"), progress)
+        return record_values(export_sat(prepared, origin, output, given))
+    return record_values(
+        export_diffusers(prepared, origin, output, more.get("shard", "5GB"), more.get("verify", "auto"))
+    )
 
 
 @SETS
@@ -109,7 +112,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two norms of one shape, swapped: it loads strictly, and computes something else."""
-    table = components.transformer_table.table
+    table = sat_tables.transformer_table
     one, other = "transformer_blocks.1.attn1.norm_q.weight", "transformer_blocks.1.attn1.norm_k.weight"
 
     def swapped(config: Any, rows: int = 64) -> Any:
@@ -119,7 +122,7 @@ def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeyp
             for row in table(config, rows)
         )
 
-    monkeypatch.setattr(components.transformer_table, "table", swapped)
+    monkeypatch.setattr(sat_tables, "transformer_table", swapped)
     with pytest.raises(QualityGateError, match="does not compute"):
         export(kept("5b-i2v").folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -127,16 +130,16 @@ def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeyp
 
 def test_a_table_of_other_positions_is_refused(tmp_path: Path) -> None:
     origin = open_origin(identify(kept("2b").folder), ["transformer"])
-    prepared = prepare(origin, ["transformer"], "auto", {}, "auto", False)
+    prepared = prepare_export(origin, ExportRequest(["transformer"]))
     (component,) = prepared.components
-    assert check_tables(component) == {"mixins.pos_embed.pos_embedding": 0.0}
-    wrong = prepare(origin, ["transformer"], "auto", {}, "auto", False).components[0]
+    assert check_computed_tables(component) == {"mixins.pos_embed.pos_embedding": 0.0}
+    wrong = prepare_export(origin, ExportRequest(["transformer"])).components[0]
     source = wrong.source
     assert source is not None
     read = source.read
     source.read = lambda name: read(name) * (1.01 if "pos_embedding" in name else 1.0)  # type: ignore[method-assign]
     with pytest.raises(ConversionError, match="pos_embedding"):
-        check_tables(wrong)
+        check_computed_tables(wrong)
 
 
 def test_values_that_are_not_finite_stop_it(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cogflow.errors import ConfigError, ConversionError
-from cogflow.export.facts import KINDS, gather, gather_vae, read_yamls
-from cogflow.export.yaml_claims import transformer_claims
+from cogflow.export.facts import resolve_facts, resolve_vae_facts
+from cogflow.export.facts_from_yaml import read_yamls, transformer_values_from_yaml
 from cogflow.models.family import MODEL_SPECS
 from tests.export.evidence_cases import (
     EVERY,
@@ -48,27 +48,27 @@ WANTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("which", ["model", "merged", "all"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_fact_of_every_kind_of_model(name: str, which: str) -> None:
-    found = gather(infos(name), yamls(name, which))
-    assert {key: fact.value for key, fact in found.values.items()} == COMMON | WANTED[name]
+    found = resolve_facts(infos(name), yamls(name, which))
+    assert found.values() == COMMON | WANTED[name]
     assert found.family is None  # none of the published ones is this small
     assert found.image_to_video == name.endswith("i2v")
     assert all(
         origin.startswith("checkpoint: ") or ".yaml" in origin or "diffusers'" in origin
-        for _, _, origin in found.table()
+        for _, _, origin in found.rows()
     )
 
 
 def test_origins_say_where_each_fact_is_from() -> None:
-    origins = {key: origin for key, _, origin in facts("1.5-5b").table()}
+    origins = {key: origin for key, _, origin in facts("1.5-5b").rows()}
     assert origins["text_width"] == "checkpoint: mixins.patch_embed.text_proj.weight [64, 32]"
     assert origins["scaling_factor"] == "configs/cogvideox1.5_5b.yaml: model.scale_factor"
     assert origins["snr_shift_scale"].endswith("shift_scale left out, 1.0 in SAT's code")
     assert origins["in_channels"].endswith("[64, 128] over patches of 2x2x2")
-    assert "left out, 1 in SAT's code" in facts("5b-lora").values["lora_alpha"].origin
+    assert "left out, 1 in SAT's code" in facts("5b-lora").sources["lora_alpha"]
 
 
 def test_trained_with_has_the_keys_that_training_writes() -> None:
-    assert facts("2b").trained_with() == {
+    assert facts("2b").trained_with().known() == {
         "scaling_factor": 1.15258426, "invert_scale_latents": False, "snr_shift_scale": 3.0, "prediction_type": "v_prediction",
         "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "dtype": "fp32", "max_sequence_length": 10,
     }  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_yaml_against_the_shapes_shows_both(key: str, value: Any, fact: str, b
     altered = yamls("5b-lora", "merged")
     network(altered[0][1])[key] = value
     with pytest.raises(ConversionError) as refused:
-        gather(infos("5b-lora"), altered)
+        resolve_facts(infos("5b-lora"), altered)
     line = next(line for line in refused.value.message.splitlines() if line.strip().startswith(fact + ":"))
     assert both[0] in line and both[1].replace("sat/5b", "5b-lora/training_config.yaml") in line
     assert refused.value.exit_code == 2
@@ -102,16 +102,16 @@ def test_a_yaml_against_the_shapes_shows_both(key: str, value: Any, fact: str, b
 def test_the_sizes_that_sat_writes_beside_the_weights_must_agree() -> None:
     folder = KEPT / "2b"
     told = read_yamls([folder / "model_config.json"])
-    assert {claim.key: claim.value for claim in transformer_claims(*told[0], [])} == {
+    assert {claim.key: claim.value for claim in transformer_values_from_yaml(*told[0], [])} == {
         "layers": 2,
         "heads": 2,
         "hidden": 128,
     }
-    assert gather(infos("2b"), [*yamls("2b"), *told])["layers"] == 2
+    assert resolve_facts(infos("2b"), [*yamls("2b"), *told]).layers == 2
     with pytest.raises(
         ConversionError, match=r"layers: 2 \(checkpoint.*\) against 30 \(2b/model_config.json: num_layers\)"
     ):
-        gather(infos("2b"), [*yamls("2b"), (told[0][0], {**told[0][1], "num_layers": 30})])
+        resolve_facts(infos("2b"), [*yamls("2b"), (told[0][0], {**told[0][1], "num_layers": 30})])
 
 
 def test_two_yamls_that_differ_are_a_contradiction() -> None:
@@ -120,7 +120,7 @@ def test_two_yamls_that_differ_are_a_contradiction() -> None:
     with pytest.raises(
         ConversionError, match=r"scaling_factor: 1.15258426 \(configs/cogvideox_2b.yaml.*0.7 \(2b/training_config.yaml"
     ):
-        gather(infos("2b"), altered)
+        resolve_facts(infos("2b"), altered)
 
 
 def test_every_contradiction_is_in_one_message() -> None:
@@ -132,8 +132,14 @@ def test_every_contradiction_is_in_one_message() -> None:
     network(data)["modules"]["pos_embed_config"]["target"] = "dit_video_concat.Rotary3DPositionEmbeddingMixin"
     del data["model"]["scale_factor"]
     with pytest.raises(ConversionError) as refused:
-        gather(infos("2b"), altered)
-    for part in ("layers: ", "snr_shift_scale: ", "text_tokens: ", "position: sincos", "besides: scaling_factor"):
+        resolve_facts(infos("2b"), altered)
+    for part in (
+        "layers: ",
+        "snr_shift_scale: ",
+        "text_tokens: ",
+        "position: sincos",
+        "No source reports: scaling_factor",
+    ):
         assert part in refused.value.message
 
 
@@ -168,24 +174,22 @@ def test_a_missing_key_is_unsettled_and_can_be_given(key: str) -> None:
     altered = yamls("5b-i2v", "merged")
     (altered[0][1]["model"] if key == "scale_factor" else network(altered[0][1])).pop(key)
     given: dict[str, Any] = {"latent_frames": 3} if key == "time_compressed_rate" else {}
-    with pytest.raises(ConfigError, match=f"settles: .*{fact}") as refused:
-        gather(infos("5b-i2v"), altered, given=given)
+    with pytest.raises(ConfigError, match=f"states: .*{fact}") as refused:
+        resolve_facts(infos("5b-i2v"), altered, given=given)
     assert f"stage.facts.{fact}=" in refused.value.hint and "model=" in refused.value.hint
-    assert gather(infos("5b-i2v"), altered, given=given | {fact: value})[fact] == value
+    assert resolve_facts(infos("5b-i2v"), altered, given=given | {fact: value}).values()[fact] == value
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_without_a_yaml_nothing_is_guessed(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        gather(infos(name), [])
+        resolve_facts(infos(name), [])
     for key in ("scaling_factor", "snr_shift_scale", "latent_height"):
         assert key in refused.value.message
     assert ("lora_alpha" in refused.value.message) == (name == "5b-lora")
-    known = gather(infos(name), yamls(name))
-    everything = {key: "none" if fact.value is None else fact.value for key, fact in known.values.items()}
-    assert {
-        key: fact.value for key, fact in gather(infos(name), [], given=everything).values.items()
-    } == COMMON | WANTED[name]
+    known = resolve_facts(infos(name), yamls(name))
+    everything = {key: "none" if value is None else value for key, value in known.values().items()}
+    assert resolve_facts(infos(name), [], given=everything).values() == COMMON | WANTED[name]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_a_yaml_that_sat_could_not_have_run_is_refused(spoil: Any, message: str)
     altered = yamls("5b-lora", "merged")
     spoil(altered[0][1])
     with pytest.raises(ConversionError, match=message):
-        gather(infos("5b-lora"), altered)
+        resolve_facts(infos("5b-lora"), altered)
 
 
 def test_given_facts_are_checked() -> None:
@@ -233,23 +237,23 @@ def test_given_facts_are_checked() -> None:
     with pytest.raises(ConfigError, match="model=cogvideox-9b is unknown"):
         facts("2b", family="cogvideox-9b")
     # What neither weights nor yaml can say, the user may say otherwise.
-    assert facts("1.5-5b-i2v", given={"invert_scale_latents": False, "layers": None})["invert_scale_latents"] is False
+    assert facts("1.5-5b-i2v", given={"invert_scale_latents": False, "layers": None}).invert_scale_latents is False
 
 
 @pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
 def test_a_published_model_needs_its_name_alone_and_is_known_by_its_facts(name: str) -> None:
     member = MODEL_SPECS[name]
-    named = gather(published(member), [], family=name)
+    named = resolve_facts(published(member), [], family=name)
     assert (
         named.family == name
-        and named["scaling_factor"] == member.scaling_factor
-        and named["text_tokens"] == member.text_tokens
+        and named.scaling_factor == member.scaling_factor
+        and named.text_tokens == member.text_tokens
     )
-    assert (named["latent_height"], named["latent_width"]) == (member.height // 8, member.width // 8)
-    known = gather(
+    assert (named.latent_height, named.latent_width) == (member.height // 8, member.width // 8)
+    known = resolve_facts(
         published(member),
         [],
-        given={key: "none" if named[key] is None else named[key] for key in named.values if key in KINDS},
+        given={key: "none" if value is None else value for key, value in named.values().items()},
     )
     assert known.family == name
 
@@ -257,44 +261,44 @@ def test_a_published_model_needs_its_name_alone_and_is_known_by_its_facts(name: 
 def test_broken_shapes_are_named() -> None:
     gap = {key: info for key, info in infos("5b-i2v").items() if not key.startswith("transformer.layers.0.")}
     with pytest.raises(ConversionError, match=r"checkpoint has transformer.layers.1 but not transformer.layers.0"):
-        gather(gap, yamls("5b-i2v"))
+        resolve_facts(gap, yamls("5b-i2v"))
     odd = infos("1.5-5b") | shaped([("mixins.patch_embed.proj.weight", (64, 100))])
     with pytest.raises(ConversionError, match=r"in_channels: .*\[64, 100\] does not divide by patches of 2x2x2"):
-        gather(odd, yamls("1.5-5b"))
+        resolve_facts(odd, yamls("1.5-5b"))
     with pytest.raises(ConversionError, match="no SAT transformer"):
-        gather(shaped([("transformer_blocks.0.attn1.to_q.weight", (2, 2))]), [])
+        resolve_facts(shaped([("transformer_blocks.0.attn1.to_q.weight", (2, 2))]), [])
 
 
 def test_an_autoencoder_says_its_sizes_but_not_its_scale() -> None:
     vae = components(KEPT / "5b-i2v").vae
     assert vae is not None
-    found = gather_vae(vae.tensors, yamls("5b-i2v"))
-    assert {key: fact.value for key, fact in found.values.items()} == {
+    found = resolve_vae_facts(vae.tensors, yamls("5b-i2v"))
+    assert found.values() == {
         "block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 16, "vae_in_channels": 3, "vae_out_channels": 3,
         "temporal_compression": 4, "scaling_factor": 0.7, "invert_scale_latents": False, "dtype": "bf16",
     }  # fmt: skip
     with pytest.raises(ConfigError, match="temporal_compression, scaling_factor, invert_scale_latents"):
-        gather_vae(vae.tensors, [])
-    assert gather_vae(vae.tensors, [], family="cogvideox1.5-5b")["invert_scale_latents"] is True
+        resolve_vae_facts(vae.tensors, [])
+    assert resolve_vae_facts(vae.tensors, [], family="cogvideox1.5-5b").invert_scale_latents is True
     altered = yamls("5b-i2v", "merged")
     coder = altered[0][1]["model"]["first_stage_config"]["params"]["encoder_config"]["params"]
     coder.update(ch_mult=[1, 2], temporal_compress_times=8)
     with pytest.raises(ConversionError) as refused:
-        gather_vae(vae.tensors, altered)
+        resolve_vae_facts(vae.tensors, altered)
     assert (
         "block_out_channels: 32x32 (checkpoint" in refused.value.message
         and "temporal_compression: 4 (" in refused.value.message
     )
     with pytest.raises(ConversionError, match="no SAT autoencoder"):
-        gather_vae(infos("2b"), [])
+        resolve_vae_facts(infos("2b"), [])
 
 
 def test_a_stripped_2b_is_told_by_its_yaml() -> None:
     """CogVideo's converter needs the table taken out by hand; such files exist."""
     stripped = {key: info for key, info in infos("2b").items() if "pos_embed" not in key}
-    assert gather(stripped, yamls("2b"))["position"] == "sincos"
+    assert resolve_facts(stripped, yamls("2b")).position == "sincos"
     with pytest.raises(ConfigError, match="position"):
-        gather(stripped, [])
+        resolve_facts(stripped, [])
 
 
 def test_yaml_files_are_read_or_named(tmp_path: Path) -> None:
@@ -306,13 +310,13 @@ def test_yaml_files_are_read_or_named(tmp_path: Path) -> None:
 
 def test_a_stored_dtype_fills_a_gap_and_halves_do_not_mix() -> None:
     wider = {name: type(info)(name, info.shape, torch.float32, info.file) for name, info in infos("5b-i2v").items()}
-    assert gather(wider, yamls("5b-i2v"))["dtype"] == "bf16"
+    assert resolve_facts(wider, yamls("5b-i2v")).dtype == "bf16"
     half = {name: type(info)(name, info.shape, torch.float16, info.file) for name, info in infos("5b-i2v").items()}
     with pytest.raises(
         ConversionError, match=r"dtype: fp16 \(checkpoint: dtype of its layers\) against bf16 \(configs/sft.yaml"
     ):
-        gather(half, yamls("5b-i2v"))
+        resolve_facts(half, yamls("5b-i2v"))
     inference = (Path("inference.yaml"), {"args": {"mode": "inference", "fp16": True}})
-    assert gather(infos("5b-i2v"), [*yamls("5b-i2v"), inference])["dtype"] == "bf16"
+    assert resolve_facts(infos("5b-i2v"), [*yamls("5b-i2v"), inference]).dtype == "bf16"
     model_only = [(path, data) for path, data in yamls("5b-i2v", "model") if "model" in data]
-    assert gather(wider, model_only)["dtype"] == "fp32"
+    assert resolve_facts(wider, model_only).dtype == "fp32"

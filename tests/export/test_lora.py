@@ -11,8 +11,8 @@ from golden_sets import kept
 from safetensors.torch import save_file
 
 from cogflow.errors import ConversionError
-from cogflow.export import lora, sat_components, transformer_table
-from cogflow.export.mapping_plan import Converted, make_plan
+from cogflow.export import lora, sat_tables
+from cogflow.export.mapping_plan import ConvertedTensors, make_plan
 from cogflow.models.tiny import new_vae
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.tensor_source import RenamedTensors
@@ -22,7 +22,7 @@ QKV = "transformer.layers.1.attention.query_key_value"
 
 @pytest.fixture
 def source() -> RenamedTensors:
-    found = sat_components.split(kept("5b-lora").checkpoint()).transformer
+    found = sat_tables.split_components(kept("5b-lora").checkpoint()).transformer
     assert found is not None
     return found
 
@@ -39,12 +39,12 @@ def test_what_is_adapted(source: RenamedTensors) -> None:
         for layer in range(2)
         for inner, count in (("query_key_value", 3), ("dense", 1))
     }
-    assert lora.find_lora(lora.merged(source, alpha=1.0)) is None
+    assert lora.find_lora(lora.merge_lora(source, alpha=1.0)) is None
 
 
 @pytest.mark.parametrize("alpha", [1.0, 12.0])
 def test_each_part_is_added_to_its_rows(source: RenamedTensors, alpha: float) -> None:
-    merged = lora.merged(source, alpha, rank=8, dtype=torch.float32)
+    merged = lora.merge_lora(source, alpha, rank=8, dtype=torch.float32)
     weight, change = merged.read(f"{QKV}.weight"), torch.empty(192, 64)
     for part in range(3):
         a, b = (source.read(f"{QKV}.matrix_{side}.{part}").double() for side in "AB")
@@ -56,25 +56,26 @@ def test_each_part_is_added_to_its_rows(source: RenamedTensors, alpha: float) ->
 
 
 def test_in_the_files_own_dtype_the_sum_is_rounded_once(source: RenamedTensors) -> None:
-    kept, exact = lora.merged(source, 1.0), lora.merged(source, 1.0, dtype=torch.float32)
+    kept, exact = lora.merge_lora(source, 1.0), lora.merge_lora(source, 1.0, dtype=torch.float32)
     assert kept.tensors[f"{QKV}.weight"].dtype == torch.bfloat16
     assert torch.equal(kept.read(f"{QKV}.weight"), exact.read(f"{QKV}.weight").bfloat16())
 
 
 def test_merging_changes_no_value_of_the_source(source: RenamedTensors) -> None:
     before = source.read(f"{QKV}.original.weight").clone()
-    lora.merged(source, 100.0).read(f"{QKV}.weight")
+    lora.merge_lora(source, 100.0).read(f"{QKV}.weight")
     assert torch.equal(source.read(f"{QKV}.original.weight"), before)
-    assert torch.equal(lora.base(source).read(f"{QKV}.weight"), before)
+    assert torch.equal(lora.without_lora(source).read(f"{QKV}.weight"), before)
 
 
 def test_the_file_for_diffusers_adds_what_merging_adds(source: RenamedTensors) -> None:
-    table = transformer_table.table(kept("5b-lora").config())
-    made, header = lora.to_diffusers_lora(source, table, alpha=4.0)
+    table = sat_tables.transformer_table(kept("5b-lora").config())
+    file = lora.to_diffusers_lora(source, table, alpha=4.0)
+    made, header = file.tensors, file.metadata
     assert header["lora_alpha"] == "4.0" and header["lora_rank"] == "8"
     assert len(made) == 2 * 2 * 4
-    before, merged = lora.base(source), lora.merged(source, alpha=4.0, dtype=torch.float32)
-    weights = [Converted(make_plan(table, which.tensors), which) for which in (before, merged)]
+    before, merged = lora.without_lora(source), lora.merge_lora(source, alpha=4.0, dtype=torch.float32)
+    weights = [ConvertedTensors(make_plan(table, which.tensors), which) for which in (before, merged)]
     for name in (
         f"transformer_blocks.{layer}.attn1.{part}"
         for layer in range(2)
@@ -90,7 +91,7 @@ def test_diffusers_knows_the_files_names(source: RenamedTensors) -> None:
     from diffusers.loaders import CogVideoXLoraLoaderMixin
 
     config = kept("5b-lora").config()
-    made, _ = lora.to_diffusers_lora(source, transformer_table.table(config), alpha=1.0)
+    made = lora.to_diffusers_lora(source, sat_tables.transformer_table(config), alpha=1.0).tensors
     assert CogVideoXLoraLoaderMixin.lora_state_dict(dict(made)).keys() == made.keys()
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(config)
@@ -102,12 +103,13 @@ def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(
     source: RenamedTensors, tmp_path: Path
 ) -> None:
     config = kept("5b-lora").config()
-    table = transformer_table.table(config)
-    made, header = lora.to_diffusers_lora(source, table, alpha=4.0)
+    table = sat_tables.transformer_table(config)
+    file = lora.to_diffusers_lora(source, table, alpha=4.0)
+    made, header = file.tensors, file.metadata
     save_file(made, tmp_path / "pytorch_lora_weights.safetensors", metadata=header)
     models = []
-    for weights in (lora.base(source), lora.merged(source, alpha=4.0, dtype=torch.float32)):
-        converted = Converted(make_plan(table, weights.tensors), weights)
+    for weights in (lora.without_lora(source), lora.merge_lora(source, alpha=4.0, dtype=torch.float32)):
+        converted = ConvertedTensors(make_plan(table, weights.tensors), weights)
         model = CogVideoXTransformer3DModel.from_config(config).eval()
         model.load_state_dict({name: converted.read(name).float() for name in converted.tensors}, strict=True)
         models.append(model)
@@ -138,15 +140,15 @@ def test_broken_adapters_are_all_listed(source: RenamedTensors) -> None:
 
 def test_a_rank_that_contradicts_and_weights_without_lora(source: RenamedTensors) -> None:
     with pytest.raises(ConversionError, match=r"rank is 8 .* 128 by its yaml"):
-        lora.merged(source, 1.0, rank=128)
+        lora.merge_lora(source, 1.0, rank=128)
     with pytest.raises(ConversionError, match="no LoRA"):
-        lora.merged(lora.base(source), 1.0)
+        lora.merge_lora(lora.without_lora(source), 1.0)
 
 
 def test_an_adapter_that_diffusers_has_no_place_for(source: RenamedTensors) -> None:
     table = [
         operation
-        for operation in transformer_table.table(kept("5b-lora").config())
+        for operation in sat_tables.transformer_table(kept("5b-lora").config())
         if f"{QKV}.weight" not in operation.sources
     ]
     with pytest.raises(ConversionError, match=f"{QKV}: 3 adapters for 0"):

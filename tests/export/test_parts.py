@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from golden_sets import infos, kept
 
-from cogflow.export import sat_components
+from cogflow.export import sat_tables
 from cogflow.weights.tensor_source import TensorInfo, TensorSource
 
 
@@ -17,13 +17,13 @@ class Named:
         raise AssertionError("a split reads no values")
 
 
-def split(*names: str) -> sat_components.Parts:
+def split(*names: str) -> sat_tables.SatComponents:
     source: TensorSource = Named(*names)
-    return sat_components.split(source)
+    return sat_tables.split_components(source)
 
 
 def test_a_whole_engine() -> None:
-    found = sat_components.split(kept("5b-i2v").checkpoint())
+    found = sat_tables.split_components(kept("5b-i2v").checkpoint())
     assert found.transformer is not None and found.text_encoder is not None and found.vae is not None
     assert [len(found.transformer.tensors), len(found.text_encoder.tensors), len(found.vae.tensors)] == [56, 13, 148]
     assert found.other == []

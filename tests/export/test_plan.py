@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from cogflow.errors import ConversionError
-from cogflow.export.algebra import Operation, Rename, invert, split
-from cogflow.export.mapping_plan import Converted, differences, make_plan
-from cogflow.export.recomputed_tensors import Drop, Recipe
+from cogflow.export.computed_tensors import Drop, TensorFormula
+from cogflow.export.mapping_plan import ConvertedTensors, computed_table_differences, make_plan
+from cogflow.export.tensor_operations import Operation, Rename, inverse_table, split_rows
 from cogflow.weights.tensor_source import TensorInfo
 
 TABLE: tuple[Operation, ...] = (
-    split("qkv", "q", "k", "v"),
+    split_rows("qkv", "q", "k", "v"),
     Rename("bias", "b"),
-    Drop("table", "computed", Recipe((3,), lambda: torch.tensor([1 / 3, 1.0, 2.0]))),
+    Drop("table", "computed", TensorFormula((3,), lambda: torch.tensor([1 / 3, 1.0, 2.0]))),
 )
 
 
@@ -53,11 +53,12 @@ def test_there_and_back() -> None:
     source = whole()
     plan = make_plan(TABLE, source.tensors, {"q": (2, 2), "k": (2, 2), "v": (2, 2), "b": (2,)})
     assert plan.dropped == [("table", "computed")]
-    assert differences(plan, source) == {"table": 0.0}
-    there = Converted(plan, source)
+    assert computed_table_differences(plan, source) == {"table": 0.0}
+    there = ConvertedTensors(plan, source)
     assert torch.equal(there.read("v"), source.values["qkv"][4:])
-    back = Converted(
-        make_plan(invert(TABLE), there.tensors, {name: info.shape for name, info in source.tensors.items()}), there
+    back = ConvertedTensors(
+        make_plan(inverse_table(TABLE), there.tensors, {name: info.shape for name, info in source.tensors.items()}),
+        there,
     )
     for name, value in source.values.items():
         assert back.tensors[name].dtype == back.read(name).dtype == value.dtype
@@ -77,7 +78,7 @@ def test_every_problem_is_listed() -> None:
     said = message(source, {"b": (5,)})
     assert "3 problems" in said
     assert "qkv: missing; q and k and v need it" in said
-    assert "stranger [2]: no rule" in said
+    assert "stranger [2]: no rule uses it" in said
     assert "b (from bias): [2], the model has [5]" in said
 
 
@@ -89,7 +90,7 @@ def test_targets_that_the_model_lacks_or_waits_for() -> None:
 
 def test_two_outcomes_and_two_origins() -> None:
     said = message(whole(), table=(*TABLE, Rename("bias", "q")))
-    assert "bias: 2 rules claim it" in said
+    assert "bias: 2 rules use it" in said
     said = message(Given(a=torch.ones(1), b=torch.ones(1)), {"x": (1,)}, (Rename("a", "x"), Rename("b", "x")))
     assert "x: produced 2 times" in said
 
@@ -103,4 +104,4 @@ def test_two_origins_without_expectation() -> None:
 def test_rows_that_cannot_be_cut_and_dtypes_that_differ() -> None:
     assert "3 equal parts" in message(Given(qkv=torch.ones(7, 2), bias=torch.ones(2)))
     source = Given(q=torch.ones(2), k=torch.ones(2), v=torch.ones(2).half(), b=torch.ones(2))
-    assert "v float16" in message(source, table=invert(TABLE))
+    assert "v float16" in message(source, table=inverse_table(TABLE))

@@ -8,9 +8,9 @@ from golden_sets import infos, kept
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import ConversionError
-from cogflow.export import sat_components, text_encoder_table
-from cogflow.export.algebra import invert
-from cogflow.export.mapping_plan import Converted, make_plan
+from cogflow.export import sat_tables
+from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.tensor_operations import inverse_table
 from cogflow.weights.tensor_source import RenamedTensors
 
 CONFIG = {
@@ -20,7 +20,7 @@ CONFIG = {
 
 @pytest.fixture
 def source() -> RenamedTensors:
-    found = sat_components.split(kept("5b-i2v").checkpoint()).text_encoder
+    found = sat_tables.split_components(kept("5b-i2v").checkpoint()).text_encoder
     assert found is not None
     return found
 
@@ -36,40 +36,44 @@ def test_there_and_back(source: RenamedTensors) -> None:
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**config))
     expected = {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != text_encoder_table.EMBEDDED
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != sat_tables.ENCODER_EMBEDDING
     }
-    table = text_encoder_table.table(config, source.tensors)
-    there = Converted(make_plan(table, source.tensors, expected), source)
-    back = Converted(make_plan(invert(table), there.tensors), there)
+    table = sat_tables.text_encoder_table(config, source.tensors)
+    there = ConvertedTensors(make_plan(table, source.tensors, expected), source)
+    back = ConvertedTensors(make_plan(inverse_table(table), there.tensors), there)
     assert back.tensors.keys() == source.tensors.keys()
     for name in source.tensors:
         assert torch.equal(back.read(name), source.read(name)), name
 
 
-@pytest.mark.parametrize("absent", [text_encoder_table.SHARED, text_encoder_table.EMBEDDED])
+@pytest.mark.parametrize("absent", [sat_tables.SHARED_EMBEDDING, sat_tables.ENCODER_EMBEDDING])
 def test_an_embedding_that_is_there_once(source: RenamedTensors, absent: str) -> None:
     names = {name: inner for name, inner in source.names.items() if name != absent}
     once = RenamedTensors(source.source, names)
-    there = Converted(make_plan(text_encoder_table.table(settings(source), once.tensors), once.tensors), once)
-    assert torch.equal(there.read(text_encoder_table.SHARED), source.read(text_encoder_table.SHARED))
+    there = ConvertedTensors(
+        make_plan(sat_tables.text_encoder_table(settings(source), once.tensors), once.tensors), once
+    )
+    assert torch.equal(there.read(sat_tables.SHARED_EMBEDDING), source.read(sat_tables.SHARED_EMBEDDING))
 
 
 def test_two_embeddings_that_differ_are_refused(source: RenamedTensors) -> None:
     class Altered(RenamedTensors):
         def read(self, name: str) -> torch.Tensor:
-            return super().read(name) + (name == text_encoder_table.EMBEDDED)
+            return super().read(name) + (name == sat_tables.ENCODER_EMBEDDING)
 
     altered = Altered(source.source, source.names)
-    there = Converted(make_plan(text_encoder_table.table(settings(source), altered.tensors), altered.tensors), altered)
+    there = ConvertedTensors(
+        make_plan(sat_tables.text_encoder_table(settings(source), altered.tensors), altered.tensors), altered
+    )
     with pytest.raises(ConversionError, match="values differ"):
-        there.read(text_encoder_table.SHARED)
+        there.read(sat_tables.SHARED_EMBEDDING)
 
 
 def test_an_old_t5_is_not_gated() -> None:
-    table = text_encoder_table.table({"num_layers": 2, "feed_forward_proj": "relu"})
+    table = sat_tables.text_encoder_table({"num_layers": 2, "feed_forward_proj": "relu"})
     names = {name for operation in table for name in operation.sources}
     assert "encoder.block.1.layer.1.DenseReluDense.wi.weight" in names
     with pytest.raises(ConversionError, match="num_layers"):
-        text_encoder_table.table({})
+        sat_tables.text_encoder_table({})
     with pytest.raises(ConversionError, match="wi_0.weight: missing"):
-        make_plan(text_encoder_table.table(CONFIG), infos(dict.fromkeys(names, (1,))))
+        make_plan(sat_tables.text_encoder_table(CONFIG), infos(dict.fromkeys(names, (1,))))

@@ -11,9 +11,10 @@ from diffusers import CogVideoXTransformer3DModel
 from golden_sets import GoldenSet, kept, set_name, sets
 
 from cogflow.errors import ConversionError
-from cogflow.export import positions, transformer_table
-from cogflow.export.algebra import invert
-from cogflow.export.mapping_plan import Converted, differences, make_plan, unrestored
+from cogflow.export import sat_tables
+from cogflow.export.computed_tensors import TokenGrid, sincos_table
+from cogflow.export.mapping_plan import ConvertedTensors, computed_table_differences, make_plan, unrestored_tensors
+from cogflow.export.tensor_operations import inverse_table
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.tensor_source import TensorSource
 
@@ -22,13 +23,17 @@ every_set = pytest.mark.parametrize("golden", sets(), ids=set_name)
 
 
 @cache
-def converted(golden: GoldenSet) -> tuple[TensorSource, Converted, dict[str, Any]]:
+def converted(golden: GoldenSet) -> tuple[TensorSource, ConvertedTensors, dict[str, Any]]:
     """(source, its conversion, the model's config)."""
     config, source = golden.config(), golden.transformer()
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return source, Converted(make_plan(transformer_table.table(config), source.tensors, expected), source), config
+    return (
+        source,
+        ConvertedTensors(make_plan(sat_tables.transformer_table(config), source.tensors, expected), source),
+        config,
+    )
 
 
 def output(model: CogVideoXTransformer3DModel, recorded: dict[str, torch.Tensor], which: str) -> torch.Tensor:
@@ -66,22 +71,22 @@ def test_forward_is_what_sat_computed(golden: GoldenSet) -> None:
 def test_there_and_back_to_the_bit(golden: GoldenSet) -> None:
     source, weights, config = converted(golden)
     names = {name: info.shape for name, info in source.tensors.items()}
-    plan = make_plan(invert(transformer_table.table(config)), weights.tensors, names)
-    unused = unrestored(weights.plan)
+    plan = make_plan(inverse_table(sat_tables.transformer_table(config)), weights.tensors, names)
+    unused = unrestored_tensors(weights.plan)
     assert unused == [name for name in source.tensors if name == UNUSED]
-    back = Converted(plan, weights, {name: source.read(name) for name in unused})
+    back = ConvertedTensors(plan, weights, {name: source.read(name) for name in unused})
     assert back.tensors.keys() == source.tensors.keys()
     for name in source.tensors:
         assert back.read(name).dtype == source.read(name).dtype
         assert torch.equal(back.read(name), source.read(name)), name
     for name in unused:  # nothing kept it, and SAT reads it nowhere
-        assert Converted(plan, weights).read(name).count_nonzero() == 0
+        assert ConvertedTensors(plan, weights).read(name).count_nonzero() == 0
 
 
 @every_set
 def test_dropped_tables_are_those_that_diffusers_computes(golden: GoldenSet) -> None:
     source, weights, _ = converted(golden)
-    found = differences(weights.plan, source)
+    found = computed_table_differences(weights.plan, source)
     tables = {name for name in source.tensors if name.endswith(("freqs_sin", "freqs_cos"))}
     if "patch_embed.pos_embedding" not in weights.tensors:
         tables |= {name for name in source.tensors if name.endswith("pos_embedding")}
@@ -91,35 +96,35 @@ def test_dropped_tables_are_those_that_diffusers_computes(golden: GoldenSet) -> 
 def test_a_wrong_interpolation_shows_in_the_dropped_table() -> None:
     golden = kept("2b")
     source, config = golden.transformer(), golden.config() | {"spatial_interpolation_scale": 1.0}
-    plan = make_plan(transformer_table.table(config), source.tensors)
-    assert differences(plan, source)["mixins.pos_embed.pos_embedding"] > 0.1
+    plan = make_plan(sat_tables.transformer_table(config), source.tensors)
+    assert computed_table_differences(plan, source)["mixins.pos_embed.pos_embedding"] > 0.1
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"num_layers": 1}, "mixins.adaln_layer.adaLN_modulations.1.1.weight [768, 64]: no rule"),
+        ({"num_layers": 1}, "mixins.adaln_layer.adaLN_modulations.1.1.weight [768, 64]: no rule uses it"),
         ({"num_layers": 3}, "transformer.layers.2.attention.dense.weight: missing"),
-        ({"ofs_embed_dim": None}, "ofs_embed.0.weight [64, 64]: no rule"),
+        ({"ofs_embed_dim": None}, "ofs_embed.0.weight [64, 64]: no rule uses it"),
         ({"use_learned_positional_embeddings": True}, "mixins.pos_embed.pos_embedding: missing"),
     ],
 )
 def test_another_variant_is_refused(changes: dict[str, Any], complaint: str) -> None:
     golden = kept("1.5-5b-i2v")
     with pytest.raises(ConversionError) as caught:
-        make_plan(transformer_table.table(golden.config() | changes), golden.transformer().tensors)
+        make_plan(sat_tables.transformer_table(golden.config() | changes), golden.transformer().tensors)
     assert complaint in caught.value.message
 
 
 def test_a_config_without_layers() -> None:
     with pytest.raises(ConversionError, match="num_layers"):
-        transformer_table.table({})
+        sat_tables.transformer_table({})
 
 
 def test_diffusers_computes_the_same_sincos_table() -> None:
     from diffusers.models.embeddings import get_3d_sincos_pos_embed
 
-    ours = positions.sincos(frames=3, rows=4, columns=6, width=64, text_tokens=5, spatial=1.875, temporal=1.0)
+    ours = sincos_table(TokenGrid(3, 4, 6), width=64, text_tokens=5, spatial=1.875, temporal=1.0)
     theirs = get_3d_sincos_pos_embed(64, (6, 4), 3, 1.875, 1.0)
     assert ours[:, :5].abs().max() == 0
     torch.testing.assert_close(ours[0, 5:], theirs.reshape(-1, 64).float(), atol=1e-6, rtol=0)

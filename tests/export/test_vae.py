@@ -13,9 +13,9 @@ from golden_sets import infos, kept, vae_folders
 from safetensors.torch import load_file
 
 from cogflow.errors import ConversionError
-from cogflow.export import sat_components, vae_table
-from cogflow.export.algebra import invert
-from cogflow.export.mapping_plan import Converted, make_plan
+from cogflow.export import sat_tables
+from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.tensor_operations import inverse_table
 from cogflow.weights.tensor_source import TensorSource
 from cogflow.weights.torch_file import TorchFile
 
@@ -36,12 +36,12 @@ def shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def there_and_back(source: TensorSource, settings: dict[str, Any]) -> Converted:
+def there_and_back(source: TensorSource, settings: dict[str, Any]) -> ConvertedTensors:
     """The conversion, after every tensor came back to the bit."""
-    table = vae_table.table(settings, source.tensors)
-    there = Converted(make_plan(table, source.tensors, shapes(settings)), source)
+    table = sat_tables.vae_table(settings, source.tensors)
+    there = ConvertedTensors(make_plan(table, source.tensors, shapes(settings)), source)
     wanted = {name: info.shape for name, info in source.tensors.items() if not name.startswith("loss.")}
-    back = Converted(make_plan(invert(table), there.tensors, wanted), there)
+    back = ConvertedTensors(make_plan(inverse_table(table), there.tensors, wanted), there)
     for name in wanted:
         assert torch.equal(back.read(name), source.read(name)), name
     return there
@@ -49,13 +49,13 @@ def there_and_back(source: TensorSource, settings: dict[str, Any]) -> Converted:
 
 def test_the_vae_inside_a_training_checkpoint() -> None:
     """SAT wrote it: two levels of equal width, so without shortcuts."""
-    source = sat_components.split(kept("5b-i2v").checkpoint()).vae
+    source = sat_tables.split_components(kept("5b-i2v").checkpoint()).vae
     assert source is not None
     there_and_back(source, config((32, 32), 1))
 
 
 def test_the_losses_of_a_vae_training_are_dropped() -> None:
-    source = sat_components.split(kept("5b-i2v").checkpoint()).vae
+    source = sat_tables.split_components(kept("5b-i2v").checkpoint()).vae
     assert source is not None
     loss = "loss.discriminator.weight"
     source.names[loss] = source.names["encoder.conv_in.conv.weight"]
@@ -69,9 +69,9 @@ def test_the_losses_of_a_vae_training_are_dropped() -> None:
 def test_every_tensor_of_diffusers_has_one_origin(channels: tuple[int, ...], layers: int) -> None:
     """Levels of changing width, and the published VAE: diffusers' names to SAT's and back, each shape where it belongs."""
     settings = config(channels, layers)
-    table = vae_table.table(settings)
+    table = sat_tables.vae_table(settings)
     expected = shapes(settings)
-    back = make_plan(invert(table), infos(expected)).shapes()
+    back = make_plan(inverse_table(table), infos(expected)).shapes()
     assert len(back) == len(expected)
     assert make_plan(table, infos(back), expected).shapes() == expected
     last = len(channels) - 1
@@ -81,18 +81,18 @@ def test_every_tensor_of_diffusers_has_one_origin(channels: tuple[int, ...], lay
 
 
 def test_another_number_of_blocks_is_refused() -> None:
-    source = sat_components.split(kept("5b-i2v").checkpoint()).vae
+    source = sat_tables.split_components(kept("5b-i2v").checkpoint()).vae
     assert source is not None
     with pytest.raises(ConversionError, match=r"encoder.down.0.block.1.norm1.weight: missing"):
-        make_plan(vae_table.table(config((32, 32), 2)), source.tensors)
+        make_plan(sat_tables.vae_table(config((32, 32), 2)), source.tensors)
     with pytest.raises(ConversionError, match="layers_per_block"):
-        vae_table.table({"block_out_channels": [32]})
+        sat_tables.vae_table({"block_out_channels": [32]})
 
 
 @pytest.mark.parametrize("folder", vae_folders(), ids=lambda folder: folder.name)
 def test_encode_and_decode_are_what_sat_computed(folder: Path) -> None:
     """Needs a golden VAE; none is small enough to be kept here."""
-    source = sat_components.split(TorchFile(folder / "vae" / "3d-vae.pt")).vae
+    source = sat_tables.split_components(TorchFile(folder / "vae" / "3d-vae.pt")).vae
     assert source is not None
     settings = from_yaml(folder)
     weights = there_and_back(source, settings)

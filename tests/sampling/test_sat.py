@@ -17,8 +17,8 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogflow.errors import ConfigError, DataError, PipelineError
-from cogflow.export.mapping_plan import Converted, make_plan
-from cogflow.export.transformer_table import table as names_table
+from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.sat_tables import transformer_table
 from cogflow.models.family import MODEL_SPECS
 from cogflow.sampling import sat_samplers
 from cogflow.sampling.sat_schedule import alpha_table, make_schedule, schedule_of, visited_timesteps
@@ -41,7 +41,7 @@ def network(name: str) -> CogVideoXTransformer3DModel:
     golden = (KEPT_SETS | MORE_SETS)[name]
     source, config = golden.transformer(), golden.config()
     model = CogVideoXTransformer3DModel(**config)
-    converted = Converted(make_plan(names_table(config), source.tensors), source)
+    converted = ConvertedTensors(make_plan(transformer_table(config), source.tensors), source)
     model.load_state_dict({key: converted.read(key).float() for key in converted.tensors})
     return model.eval()
 

@@ -29,7 +29,9 @@ SHARING = ("zero2", "zero2_offload", "zero3", "zero3_offload")
 
 def on_meta(name: str) -> Any:
     with torch.device("meta"):
-        return CogVideoXTransformer3DModel.from_config(diffusers_configs.transformer_config(facts.of_family(name)))
+        return CogVideoXTransformer3DModel.from_config(
+            diffusers_configs.transformer_config(facts.published_facts(name))
+        )
 
 
 def composed(model: str, sharing: str) -> Config:

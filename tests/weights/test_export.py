@@ -15,12 +15,12 @@ from saving import TRAINED_WITH, small_transformer
 
 from cogflow.artifacts.identify import identify
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
-from cogflow.export.component import prepare
 from cogflow.export.origin import find_transformer, open_origin
+from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST, check_manifest, write_manifest
-from cogflow.runtime.progress import progress
+from cogflow.files.record_io import record_values
 from cogflow.weights.tensor_source import STEM, WeightsFolder
 
 WEIGHTS = f"{STEM}.safetensors"
@@ -31,8 +31,8 @@ def export(
     source: Path, output: Path, weights: str = "auto", dtype: str = "auto", shard: str = "5GB"
 ) -> dict[str, Any]:
     origin = open_origin(identify(source), ["transformer"], weights=weights)
-    prepared = prepare(origin, ["transformer"], "auto", {}, dtype, separate_lora=False)
-    return export_diffusers(prepared, origin, output, shard, "auto", progress)
+    prepared = prepare_export(origin, ExportRequest(["transformer"], dtype=dtype))
+    return record_values(export_diffusers(prepared, origin, output, shard))
 
 
 def load(output: Path) -> CogVideoXTransformer3DModel:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogflow.errors import ConfigError
-from cogflow.weights.cast_statistics import TensorStatistics
+from cogflow.records.export_records import TensorStatistics
 from cogflow.weights.torch_file import TorchFile
 from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors, write_torch_file
 

@@ -1,0 +1,317 @@
+"""Plan what an export writes: for each component its tensors under the new names, what each is made of, and its
+config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+
+from cogflow.errors import ConfigError, ConversionError
+from cogflow.export import diffusers_configs, sat_tables
+from cogflow.export.facts import TransformerFacts, published_facts, resolve_facts, resolve_vae_facts
+from cogflow.export.lora import LoraFile, find_lora, merge_lora, to_diffusers_lora, without_lora
+from cogflow.export.mapping_plan import ConvertedTensors, MappingPlan, computed_table_differences, make_plan
+from cogflow.export.origin import ExportOrigin
+from cogflow.export.reported_values import FactValue
+from cogflow.export.tensor_operations import Operation, inverse_table
+from cogflow.files.record_io import JsonObject
+from cogflow.models.loading import DTYPES
+from cogflow.weights.cast_statistics import torch_dtype_name
+from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model, ordered_tensor_names
+from cogflow.weights.tensor_source import RenamedTensors, TensorSource, WeightsFolder, read_json
+from cogflow.weights.weights_writer import PlannedTensor
+
+TABLE_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 2e-5}
+"""Largest difference between a stored position table and the computed one: the dtype's rounding, with a margin."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is exported and how.
+
+    ``components``: any of transformer, vae and text_encoder. ``family``: auto, or the member that the weights must
+    belong to. ``facts``: facts that the user gives. ``dtype``: auto (the dtype of training), fp32, bf16 or fp16; only
+    the transformer is cast. ``separate_lora``: write a LoRA as its own file instead of merging it.
+    """
+
+    components: Sequence[str]
+    family: str = "auto"
+    facts: Mapping[str, FactValue] = field(default_factory=dict)
+    dtype: str = "auto"
+    separate_lora: bool = False
+
+
+@dataclass(frozen=True)
+class ExportComponent:
+    """One component to write.
+
+    ``config``: content of its ``config.json``. ``dtype``: cast floating tensors to it, ``None`` to keep theirs.
+    ``plan`` and ``source``: how ``tensors`` are made and from what, for a converted component. ``prefix``: added
+    before the plan's names.
+    """
+
+    name: str
+    tensors: TensorSource
+    config: dict[str, Any]
+    dtype: torch.dtype | None = None
+    plan: MappingPlan | None = None
+    source: TensorSource | None = None
+    prefix: str = ""
+
+    def planned_tensors(self) -> list[PlannedTensor]:
+        """Return the tensors to write, in their order."""
+        steps = {self.prefix + target: step for step in self.plan.steps for target in step.targets} if self.plan else {}
+        planned = []
+        for name, info in self.tensors.tensors.items():
+            step = steps.get(name)
+            sources = step.sources if step else (name,)
+            operation = step.operation.kind if step else "copy"
+            read = partial(self.tensors.read, name)
+            planned.append(PlannedTensor(name, info.shape, info.dtype, read, sources=sources, operation=operation))
+        return planned
+
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """(source, reason) of every dropped tensor."""
+        return self.plan.dropped if self.plan else []
+
+
+@dataclass(frozen=True)
+class PreparedExport:
+    """What an export will write.
+
+    ``lora``: description of the source's LoRA, for export.json. ``lora_file``: content of a separate LoRA file.
+    ``ignored``: number of tensors by component that the source holds and that were not requested.
+    """
+
+    components: list[ExportComponent]
+    facts: TransformerFacts | None = None
+    lora: JsonObject | None = None
+    lora_file: LoraFile | None = None
+    ignored: dict[str, int] = field(default_factory=dict)
+
+    def written_bytes(self) -> int:
+        """Return the size of all weights to write."""
+        total = sum(tensor.bytes(one.dtype) for one in self.components for tensor in one.planned_tensors())
+        return total + (sum(tensor.nbytes for tensor in self.lora_file.tensors.values()) if self.lora_file else 0)
+
+
+def prepare_export(origin: ExportOrigin, request: ExportRequest) -> PreparedExport:
+    """Plan every component without reading a value of its weights.
+
+    Raises :class:`ConversionError` and :class:`ConfigError` listing everything that does not fit, before anything is
+    written.
+    """
+    if origin.tensors is None:
+        return PreparedExport([_from_diffusers_folder(name, origin, request.dtype) for name in request.components])
+    found = sat_tables.split_components(origin.tensors)
+    if found.transformer is None and any("transformer_blocks." in name for name in origin.tensors.tensors):
+        return PreparedExport([_transformer_with_diffusers_names(origin, origin.tensors, request)])
+    views = {"transformer": found.transformer, "vae": found.vae, "text_encoder": found.text_encoder}
+    present = {name: view for name, view in views.items() if view is not None}
+    _require_components(origin, request, present, found.other)
+    ignored = {name: len(view.tensors) for name, view in present.items() if name not in request.components}
+    ignored |= {"other": len(found.other)} if found.other else {}
+    result = PreparedExport([], ignored=ignored)
+    if "transformer" in request.components:
+        facts = resolve_facts(present["transformer"].tensors, origin.yamls, request.family, request.facts)
+        result = _prepare_transformer(present["transformer"], facts, request, ignored)
+    if "vae" in request.components:
+        result.components.append(_prepare_vae(present["vae"], origin, request, result.facts))
+    if "text_encoder" in request.components:
+        result.components.append(_prepare_text_encoder(present["text_encoder"]))
+    return result
+
+
+def check_computed_tables(component: ExportComponent) -> dict[str, float]:
+    """Return the largest difference of each stored position table from the one that diffusers computes.
+
+    Raises :class:`ConversionError` for a difference beyond the rounding of the stored dtype.
+    """
+    if component.plan is None or component.source is None:
+        return {}
+    found = computed_table_differences(component.plan, component.source)
+    for name, value in found.items():
+        info = component.source.tensors[name]
+        tolerance = TABLE_TOLERANCE.get(info.dtype, 2e-5)
+        if not value <= tolerance:
+            raise ConversionError(
+                f"{name} {list(info.shape)} is not the table that diffusers will compute: they differ by {value:.3g}, "
+                f"where rounding to {torch_dtype_name(info.dtype)} gives at most {tolerance:.3g}.",
+                "The model was trained with other positions: check latent_frames, latent_height, latent_width and the "
+                "interpolation scales.",
+            )
+    return found
+
+
+def to_sat_layout(component: ExportComponent) -> ExportComponent:
+    """Return the component under SAT's names, by the inverse of the table from SAT to diffusers."""
+    tables: dict[str, Callable[[Mapping[str, Any]], tuple[Operation, ...]]] = {
+        "transformer": sat_tables.transformer_table,
+        "vae": sat_tables.vae_table,
+        "text_encoder": sat_tables.text_encoder_table,
+    }
+    prefixes = {
+        "transformer": sat_tables.TRANSFORMER_PREFIX,
+        "vae": "",  # 3d-vae.pt has no prefix
+        "text_encoder": sat_tables.TEXT_ENCODER_PREFIX,
+    }
+    plan = make_plan(inverse_table(tables[component.name](component.config)), component.tensors.tensors)
+    view = ConvertedTensors(plan, component.tensors)
+    prefix = prefixes[component.name]
+    named = RenamedTensors(view, {prefix + name: name for name in view.tensors})
+    return ExportComponent(
+        component.name,
+        named,
+        component.config,
+        dtype=component.dtype,
+        plan=plan,
+        source=component.tensors,
+        prefix=prefix,
+    )
+
+
+def _require_components(
+    origin: ExportOrigin, request: ExportRequest, present: Mapping[str, RenamedTensors], other: list[str]
+) -> None:
+    missing = [name for name in request.components if name not in present]
+    if not missing:
+        return
+    others = f", and {len(other)} other tensors such as {other[0]}." if other else "."
+    raise ConversionError(
+        f"{origin.place} holds no {' and no '.join(missing)}. "
+        f"It holds: {', '.join(present) or 'nothing known'}{others}",
+        f"Set stage.components=[{','.join(present)}]." if present else "Check that it is a CogVideoX checkpoint.",
+    )
+
+
+def _prepare_transformer(
+    source: TensorSource, facts: TransformerFacts, request: ExportRequest, ignored: dict[str, int]
+) -> PreparedExport:
+    config = diffusers_configs.transformer_config(facts)
+    table = sat_tables.transformer_table(config)
+    view = source
+    description: JsonObject | None = None
+    lora_file = None
+    found = find_lora(source)
+    if found is not None:
+        assert facts.lora_alpha is not None  # resolve_facts requires it for a checkpoint with LoRA
+        alpha = float(facts.lora_alpha)
+        description = {
+            "rank": found.rank,
+            "adapted layers": len(found.layers),
+            "alpha": alpha,
+            "scale": alpha / found.rank,
+            "how": "separate" if request.separate_lora else "merged",
+        }
+        if request.separate_lora:
+            lora_file = to_diffusers_lora(source, table, alpha)
+            view = without_lora(source)
+        else:
+            # The sum stays in fp32 until the cast of the export, which is measured.
+            view = merge_lora(source, alpha, facts.lora_rank, torch.float32)
+    plan = make_plan(table, view.tensors, expected_shapes(meta_model(config, "the config of these facts")))
+    component = ExportComponent(
+        "transformer",
+        ConvertedTensors(plan, view),
+        config,
+        dtype=DTYPES[facts.dtype if request.dtype == "auto" else request.dtype],
+        plan=plan,
+        source=view,
+    )
+    return PreparedExport([component], facts, description, lora_file, ignored)
+
+
+def _prepare_vae(
+    source: TensorSource, origin: ExportOrigin, request: ExportRequest, facts: TransformerFacts | None
+) -> ExportComponent:
+    """Plan the VAE, which always keeps its dtype: a VAE in half precision blurs the videos of a correct transformer."""
+    known = dict(request.facts)
+    if facts is not None:  # the VAE must agree with the transformer from the same checkpoint
+        of_transformer: dict[str, FactValue] = {
+            "scaling_factor": facts.scaling_factor,
+            "invert_scale_latents": facts.invert_scale_latents,
+            "dtype": facts.dtype,
+        }
+        known = of_transformer | known
+    config = diffusers_configs.vae_config(resolve_vae_facts(source.tensors, origin.yamls, request.family, known))
+    expected = expected_shapes(meta_model(config, "the VAE's config", "vae"))
+    plan = make_plan(sat_tables.vae_table(config, source.tensors), source.tensors, expected)
+    return ExportComponent("vae", ConvertedTensors(plan, source), config, plan=plan, source=source)
+
+
+def _prepare_text_encoder(source: TensorSource) -> ExportComponent:
+    dtypes = {info.dtype for info in source.tensors.values()}
+    names = {value: key for key, value in DTYPES.items()}
+    config = diffusers_configs.t5_config(
+        source.tensors, names.get(dtypes.pop(), "fp32") if len(dtypes) == 1 else "fp32"
+    )
+    expected = expected_shapes(meta_model(config, "the text encoder's config", "text_encoder"))
+    plan = make_plan(sat_tables.text_encoder_table(config, source.tensors), source.tensors, expected)
+    return ExportComponent("text_encoder", ConvertedTensors(plan, source), config, plan=plan, source=source)
+
+
+def _from_diffusers_folder(name: str, origin: ExportOrigin, dtype: str) -> ExportComponent:
+    """Plan a component that is in diffusers' layout already."""
+    if name not in origin.folders:
+        raise ConversionError(
+            f"{origin.place} holds no {name}. It holds: {', '.join(origin.folders)}.",
+            f"Set stage.components=[{','.join(origin.folders)}].",
+        )
+    folder = origin.folders[name]
+    weights = WeightsFolder(folder, STEMS[name])
+    settings = read_json(folder / "config.json")
+    names = ordered_tensor_names(weights, meta_model(settings, folder / "config.json", name))
+    config = {key: value for key, value in settings.items() if key != "_name_or_path"}
+    if name != "text_encoder":
+        config["_diffusers_version"] = diffusers.__version__
+    view = RenamedTensors(weights, {tensor: tensor for tensor in names})
+    return ExportComponent(name, view, config, dtype=_cast_dtype(dtype, origin) if name == "transformer" else None)
+
+
+def _transformer_with_diffusers_names(
+    origin: ExportOrigin, tensors: TensorSource, request: ExportRequest
+) -> ExportComponent:
+    """Plan a transformer with diffusers' names but without config, as trainers built on diffusers store it in
+    DeepSpeed."""
+    prefix = next(name for name in tensors.tensors if "transformer_blocks." in name).partition("transformer_blocks.")[0]
+    view = RenamedTensors(
+        tensors, {name.removeprefix(prefix): name for name in tensors.tensors if name.startswith(prefix)}
+    )
+    config = dict(origin.json or {})
+    if not config:
+        if request.family == "auto":
+            raise ConfigError(
+                f"{origin.place} holds a transformer with diffusers' names; tensors show neither heads nor positions.",
+                "Name its config: stage.config=[PATH of the transformer's config.json], or model=NAME.",
+            )
+        config = diffusers_configs.transformer_config(published_facts(request.family))
+    expected = expected_shapes(meta_model(config, "the transformer's config"))
+    problems = sorted(expected.keys() ^ view.tensors.keys())
+    problems += [name for name, info in view.tensors.items() if expected.get(name, info.shape) != info.shape]
+    if problems:
+        raise ConversionError(
+            f"{origin.place} does not match this config: {len(problems)} tensors are missing, extra or of another "
+            f"shape, such as {problems[0]}.",
+            "Check that the config is of the same model.",
+        )
+    ordered = RenamedTensors(view, {name: name for name in expected})
+    return ExportComponent("transformer", ordered, config, dtype=_cast_dtype(request.dtype, origin))
+
+
+def _cast_dtype(requested: str, origin: ExportOrigin) -> torch.dtype | None:
+    """Return the dtype to cast to. auto is the dtype of training, or ``None`` (no cast) if it is unknown."""
+    name = requested
+    if requested == "auto":
+        trained = origin.trainer.get("trained_with") or {}
+        if not trained.get("dtype"):
+            return None
+        name = str(trained["dtype"])
+    if name not in DTYPES:
+        raise ConfigError(f"stage.dtype={requested}: {name} is unknown.", f"Choose auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]

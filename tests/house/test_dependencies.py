@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-DISTRIBUTIONS = {"PIL": "pillow", "pywt": "pywavelets", "yaml": "pyyaml", "hydra": "hydra-core", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "pywt": "pywavelets",
+    "yaml": "pyyaml",
+    "hydra": "hydra-core",
+    "pydantic_core": "pydantic",
+}
 """Imported module -> its distribution, where the names differ. pydantic pins its pydantic-core exactly."""
 
 NOT_IMPORTED = {"protobuf", "sentencepiece"}
@@ -42,7 +48,9 @@ def declared(repository: Path) -> set[str]:
     text = (repository / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert listed
-    return {normalised(name) for name in re.findall(r'^    "([A-Za-z0-9._-]+?)(?=[<>=!~ "\[;])', listed[1], re.MULTILINE)}
+    return {
+        normalised(name) for name in re.findall(r'^    "([A-Za-z0-9._-]+?)(?=[<>=!~ "\[;])', listed[1], re.MULTILINE)
+    }
 
 
 def test_every_import_is_declared(repository: Path) -> None:

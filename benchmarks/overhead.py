@@ -27,8 +27,11 @@ from cogflow.benchmarking.results import BenchmarkResult
 from cogflow.benchmarking.step import measure_step
 from cogflow.benchmarking.step_settings import AS_CONFIGURED, COLUMNS, SettingResult, row, summary_line
 from cogflow.benchmarking.timed_turns import DataWaits, TimedTurns
+from cogflow.config.benchmark_settings import BenchmarkStage
 from cogflow.config.compose import compose
-from cogflow.config.schema import BenchmarkStage, Config, DeepSpeedConfig, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.deepspeed_section import DeepSpeedConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.files.paths import run_folder
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs, rotary_tables

@@ -34,7 +34,7 @@ from cogflow.benchmarking.prepare_cost import (
     timing_row,
 )
 from cogflow.benchmarking.results import BenchmarkResult
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.errors import ConfigError, DataError
 from cogflow.runtime.progress import progress
 

@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.shapes import draw, scenes
 from cogflow.sampling.clip_files import read_clips
 

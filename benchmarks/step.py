@@ -25,7 +25,8 @@ from benchmarks.peers import cogvideo_step
 from cogflow.benchmarking.device_peak import measure_device_peak
 from cogflow.benchmarking.step_settings import AS_CONFIGURED, SettingResult, run_setting, settings_result
 from cogflow.benchmarking.timed_turns import Turn, step_times
-from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
 from cogflow.errors import ConfigError, DataError
 from cogflow.models import loading
 from cogflow.planning import flops, transformer_size

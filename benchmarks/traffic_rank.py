@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.overhead import CLIPS, LATENTS
 from cogflow.benchmarking.random_model import RandomClips
 from cogflow.config.compose import compose
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks

@@ -15,7 +15,7 @@ from typing import Any
 from cogflow.artifacts.identify import Artifact, ArtifactKind
 from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
 from cogflow.assemble.components import STEMS, PipelineComponent, read_component
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.errors import CogflowError, PipelineError
 from cogflow.export.origin import FOREIGN, open_origin
 from cogflow.export.prepared_export import ExportRequest, prepare_export

@@ -15,8 +15,7 @@ from typing import Any
 import diffusers
 
 from cogflow.artifacts.run_layout import ASSEMBLY, EXPORT_REPORT
-from cogflow.config.build import show
-from cogflow.config.problems import did_you_mean, nearest
+from cogflow.config.problems import did_you_mean, format_value, nearest
 from cogflow.errors import CogflowError, ConfigError, PipelineError
 from cogflow.files.manifest import MANIFEST, check_manifest
 from cogflow.files.record_io import read_record
@@ -225,13 +224,13 @@ def _overrides(component: PipelineComponent, chosen: Mapping[str, Any]) -> tuple
     overrides: dict[str, tuple[Any, Any]] = {}
     problems: list[str] = []
     for key, value in chosen.items():
-        option = f"stage.set.{component.name}.{key}={show(value)}"
+        option = f"stage.set.{component.name}.{key}={format_value(value)}"
         if key not in known:
             problems.append(f"{option}: {component.class_name} has no such setting.{did_you_mean(nearest(key, known))}")
             continue
         old = component.settings[key]
         if not _same_type(value, old):
-            problems.append(f"{option}: its value is {show(old)} now, and the new value is of another type.")
+            problems.append(f"{option}: its value is {format_value(old)} now, and the new value is of another type.")
             continue
         overrides[key] = (old, float(value) if isinstance(old, float) and isinstance(value, int) else value)
     return overrides, problems

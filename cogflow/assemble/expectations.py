@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogflow.assemble.components import PipelineComponent
-from cogflow.config.build import show
+from cogflow.config.problems import format_value
 from cogflow.errors import PipelineError
 from cogflow.files.record_io import JsonValue
 from cogflow.models.family import MODEL_SPECS, ModelSpec
@@ -122,8 +122,8 @@ def _is_number(value: Any) -> bool:
 def contradiction_line(contradiction: ContradictionRecord) -> str:
     """Return the message of a contradiction: both values, their sources, and the options that correct it."""
     return (
-        f"{contradiction.key} is {show(contradiction.value)} ({contradiction.source}); "
-        f"{contradiction.why} {show(contradiction.needed)} ({contradiction.needed_source}). "
+        f"{contradiction.key} is {format_value(contradiction.value)} ({contradiction.source}); "
+        f"{contradiction.why} {format_value(contradiction.needed)} ({contradiction.needed_source}). "
         f"To correct it: {contradiction.override}"
     )
 
@@ -136,7 +136,7 @@ def setting_contradiction(
     ``exchange``: the component to exchange when the value cannot be set by itself, as for shapes of weights.
     """
     if exchange is None:
-        override = f"stage.set.{component.name}.{key}={show(expected.value)}"
+        override = f"stage.set.{component.name}.{key}={format_value(expected.value)}"
     else:
         override = f"stage.{exchange}=FOLDER of the training, or another stage.{component.name}"
     return ContradictionRecord(

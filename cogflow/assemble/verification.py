@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from cogflow.artifacts.run_layout import MODEL_INDEX, SAMPLES_RECORD, RunLayout
 from cogflow.assemble.components import PipelineComponent
 from cogflow.assemble.expectations import family_of
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 from cogflow.errors import QualityGateError, format_list
 from cogflow.files.record_io import read_record
 from cogflow.records.ladder_records import ToleranceRecord

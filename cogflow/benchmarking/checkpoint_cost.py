@@ -19,7 +19,8 @@ import torch
 from cogflow.benchmarking.command_cost import process_memory
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
-from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
 from cogflow.files.atomic_write import sync, sync_tree
 from cogflow.models import loading
 from cogflow.records.training_records import ModelIdentity, TrainedWith, TrainerRecord

@@ -12,7 +12,8 @@ from pathlib import Path
 from cogflow.benchmarking.command_cost import CommandCost, run_command
 from cogflow.benchmarking.random_sat_checkpoint import make_sat_checkpoint
 from cogflow.benchmarking.results import BenchmarkResult, format_cell, median_or_none
-from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
 from cogflow.runtime.console import echo
 
 COPY, VERIFIED, UNVERIFIED = "cp + sync", "cogflow, verified", "cogflow, stage.verify=off"

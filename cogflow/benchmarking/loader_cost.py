@@ -17,7 +17,9 @@ import torch
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.benchmarking.timed_turns import TimedTurns, step_times
-from cogflow.config.schema import BenchmarkStage, Config, DataConfig
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
 from cogflow.data import cache, cache_shards
 from cogflow.data.cache import LatentCache
 from cogflow.data.clips import SETTINGS

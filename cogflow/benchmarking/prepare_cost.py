@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from cogflow.benchmarking.results import BenchmarkResult, Cell
-from cogflow.config.schema import BenchmarkStage, Config, DataConfig
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
 from cogflow.data import clips, decode, softness
 from cogflow.data.cache_shards import ShardWriter
 from cogflow.data.clip_index import EXTENSIONS

@@ -22,7 +22,9 @@ from cogflow.benchmarking.device_peak import DevicePeak, measure_device_peak
 from cogflow.benchmarking.random_model import RandomClips, RandomWeights
 from cogflow.benchmarking.step_profile import ProfilePart, profile_step
 from cogflow.benchmarking.timed_turns import DataWaits, StepTimes, TimedTurns, step_times
-from cogflow.config.schema import BenchmarkStage, Config, TrainStage
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.planning import flops, transformer_size

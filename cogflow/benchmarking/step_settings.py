@@ -17,7 +17,8 @@ import torch
 
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import StepCost, measure_step
-from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
 from cogflow.errors import DataError
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo

@@ -16,7 +16,8 @@ from cogflow.benchmarking.random_pipeline import vae_config
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.benchmarking.timed_turns import TimedTurns, step_times
-from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
 from cogflow.data.video import write_video
 from cogflow.models import loading, tiny
 from cogflow.runtime import ranks

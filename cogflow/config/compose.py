@@ -1,7 +1,7 @@
-"""From the command line to a checked config.
+"""Turn the words of a command line into a checked config.
 
-Hydra composes the groups of ``configs/``; values are laid over them here, so that every key is looked up in the schema and a
-mistake can be answered with the name that was meant. All problems of a command line are reported together.
+Hydra composes the groups of ``configs/``. The values of keys are applied here, so that every key is looked up among the known ones and
+a mistake can be answered with the name that was meant. All problems of a command line are reported together.
 """
 
 from __future__ import annotations
@@ -11,21 +11,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cogflow
-from cogflow.config import build, imported
-from cogflow.config.check import find_problems
-from cogflow.config.problems import Problem, did_you_mean, fail, nearest
-from cogflow.config.schema import STAGES, AnyConfig, FlowStage
+from cogflow.config.build import (
+    construct,
+    find_problems,
+    is_open,
+    keys_of,
+    known_keys,
+    section_names,
+    stage_class,
+    unknown_key,
+)
+from cogflow.config.config import STAGES, AnyConfig
+from cogflow.config.diagnose_settings import FlowStage
+from cogflow.config.problems import Problem, did_you_mean, fail, format_value, nearest
+from cogflow.config.sat_import import CommandLine, imported_values, take_import
 from cogflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 OPTIONAL_GROUPS = ("local", "experiment", "debug")
-HELP = "python -m cogflow stage=NAME --help prints every key with its default and meaning."
+GROUPS_WITHOUT_KEYS = (*OPTIONAL_GROUPS, "recipe")
+HELP = "python -m cogflow stage=NAME --help lists every key with its default and meaning."
 
 
 def configs_folder() -> Path:
-    """``configs/`` inside the installed package, else beside it in a checkout."""
+    """Return ``configs/`` inside the installed package, else beside it in a checkout.
+
+    Raises :class:`ConfigError` if there is neither.
+    """
     package = Path(cogflow.__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "config.yaml").is_file():
@@ -34,7 +48,7 @@ def configs_folder() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Group name to its choices, sorted."""
+    """Return the choices of each group, sorted."""
     return {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(configs_folder().iterdir())
@@ -43,29 +57,31 @@ def groups() -> dict[str, list[str]]:
 
 
 def compose(overrides: Sequence[str]) -> AnyConfig:
-    """The checked config of a command line's ``group=choice`` and ``key=value`` words.
+    """Return the checked config of a command line's ``group=choice`` and ``key=value`` words.
 
-    Raises one :class:`ConfigError` that lists everything wrong with it.
+    Raises one :class:`ConfigError` that lists everything that is wrong with it.
     """
     problems: list[Problem] = []
     choices, values = _split(overrides, problems)
-    recipe = imported.take(choices, values, problems)
+    recipe = take_import(choices, values, problems)
     raw = _compose_groups(choices, problems)
     raw = _place_stages(raw, problems)
     if recipe is not None:
-        for key, value in imported.lay(recipe, raw, configs_folder(), choices, values, problems):
+        command = CommandLine(choices, values, configs_folder())
+        for key, value in imported_values(recipe, raw, command, problems):
             _put(raw, key, value)
-    known = build.known_keys(build.stage_class(raw.get("stage")))
+    stage = stage_class(raw.get("stage"))
+    known = known_keys(stage)
     for key, value in values:
         if key == "stage.name":
             problems.append(
-                Problem(f"stage.name={build.show(value)}: choose a stage with stage={build.show(value)}.", (key,))
+                Problem(f"stage.name={format_value(value)}: choose a stage with stage={format_value(value)}.", (key,))
             )
-        elif key in known or build.is_open(key, build.stage_class(raw.get("stage"))):
+        elif key in known or is_open(key, stage):
             _put(raw, key, value)
-        elif "stage" in raw or not key.startswith("stage."):  # without a stage its keys cannot be judged
+        elif "stage" in raw or not key.startswith("stage."):  # without a stage its keys cannot be checked
             problems.append(_unknown(key, value, known))
-    config, more = build.construct(_resolve(raw, problems))
+    config, more = construct(_resolve(raw, problems))
     reported = {key for problem in problems for key in problem.keys}
     problems += [problem for problem in more if problem.keys != ("stage",) or "stage" not in reported]
     if config is not None:
@@ -77,7 +93,7 @@ def compose(overrides: Sequence[str]) -> AnyConfig:
 
 
 def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """The command line's choices of groups and values of keys; what is neither becomes a problem."""
+    """Return the choices of groups and the values of keys. Words that are neither become problems."""
     choices: dict[str, str] = {}
     values: list[tuple[str, Any]] = []
     available = groups()
@@ -88,8 +104,8 @@ def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str
         key = override.key_or_group
         if key in available:
             _choose(key, override, available[key], choices, problems)
-        elif "." not in key and key in build.section_names():
-            keys = ", ".join(build.keys_of(build.section_names()[key], key))
+        elif "." not in key and key in section_names():
+            keys = ", ".join(keys_of(section_names()[key], key))
             problems.append(Problem(f"{word}: {key} is a section, set its keys: {keys}.", (key,)))
         elif "." not in key and (near := nearest(key, available, cutoff=0.7)):
             problems.append(Problem(f"{word}: no such group.{did_you_mean(near)}", (key, near)))
@@ -99,18 +115,18 @@ def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str
 
 
 def _parse(word: str, problems: list[Problem]) -> Override | None:
-    """Hydra's reading of one word; ``None`` and a problem when it is not one choice or one value."""
+    """Return one word as Hydra parses it; ``None`` and a problem if it is not one choice or one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         override = OverridesParser.create().parse_override(word)
         if "/" in override.key_or_group or override.package is not None:
-            raise ValueError("groups stand at the top; write group=choice.")
+            raise ValueError("a group takes no path or package; write group=choice.")
         if override.is_delete():
-            raise ValueError("nothing can be deleted; set another value, or group=null.")
+            raise ValueError("keys cannot be deleted; set another value, or group=null.")
         if override.is_sweep_override():
-            raise ValueError("one value, please; a list is written as [1,2], a comma inside a text needs 'quotes'.")
+            raise ValueError("give one value; write a list as [1,2], and a text with a comma in 'quotes'.")
         return override
     except ValueError as error:
         problems.append(Problem(f"{word}: {error}"))
@@ -119,7 +135,7 @@ def _parse(word: str, problems: list[Problem]) -> Override | None:
         meant = (
             f" Did you mean stage={near}?"
             if near
-            else " It should be key=value or group=choice; quote odd characters: key='a,b'."
+            else " It should be key=value or group=choice; quote special characters: key='a,b'."
         )
         reason = "" if near else f" ({_first(error).split(' expecting')[0]})"
         problems.append(Problem(f"{word}: not understood{reason}.{meant}"))
@@ -127,7 +143,7 @@ def _parse(word: str, problems: list[Problem]) -> Override | None:
 
 
 def _choose(group: str, override: Override, known: list[str], choices: dict[str, str], problems: list[Problem]) -> None:
-    choice = build.show(override.value())
+    choice = format_value(override.value())
     if choice == "null" and group in OPTIONAL_GROUPS or choice in known:
         if choices.get(group, choice) != choice:
             problems.append(
@@ -163,27 +179,27 @@ def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> dict
 
 
 def _place_stages(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """Lay ``stages.<name>`` of experiment, debug and model files under the stage that runs, alone or inside flow."""
+    """Move the settings under ``stages.<name>`` of the yaml files to the stage that runs, alone or inside flow."""
     placed = {**raw}
     by_name = placed.pop("stages", None) or {}
-    stage = build.stage_class(raw.get("stage"))
+    stage = stage_class(raw.get("stage"))
     for name, settings in by_name.items():
         if name not in STAGES:
             problems.append(Problem(f"stages.{name}: no such stage.{did_you_mean(nearest(name, STAGES))}"))
             continue
-        known = build.keys_of(STAGES[name], "stage")
+        known = keys_of(STAGES[name], "stage")
         wrong = [key for key in settings if f"stage.{key}" not in known]
-        problems += [build.unknown(f"stages.{name}.{key}", settings[key], known) for key in wrong]
+        problems += [unknown_key(f"stages.{name}.{key}", settings[key], known) for key in wrong]
         for key in settings.keys() - set(wrong):
             if stage is STAGES[name]:
                 _put(placed, f"stage.{key}", settings[key])
-            elif stage is FlowStage and name in build.section_names(FlowStage):
+            elif stage is FlowStage and name in section_names(FlowStage):
                 _put(placed, f"stage.{name}.{key}", settings[key])
     return placed
 
 
 def _put(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, making the sections on its way."""
+    """Set a dotted key. Missing sections are created."""
     *path, last = key.split(".")
     for part in path:
         if not isinstance(raw.get(part), dict):
@@ -193,15 +209,16 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _unknown(key: str, value: Any, known: list[str]) -> Problem:
-    if key.split(".")[0] in OPTIONAL_GROUPS:
+    if key.split(".")[0] in GROUPS_WITHOUT_KEYS:
         return Problem(
-            f"{key}={build.show(value)}: {key.split('.')[0]} is a group without keys; set the key it would set.", (key,)
+            f"{key}={format_value(value)}: {key.split('.')[0]} is a group, it has no keys; set the key that it would set.",
+            (key,),
         )
-    return build.unknown(key, value, known)
+    return unknown_key(key, value, known)
 
 
 def _resolve(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """``${...}`` filled in; a value that cannot be is dropped and reported."""
+    """Return ``raw`` with all ``${...}`` replaced by their values. Raises :class:`ConfigError` for one without a value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,10 +1,11 @@
-"""What is wrong with a config: collected, then raised together, each with the name that was probably meant."""
+"""Collect the mistakes of a command line, find the name that was probably meant, and raise all mistakes at once."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cogflow.errors import ConfigError
 
@@ -26,12 +27,12 @@ ALIASES = {
     "checkpointing_steps": "save_every",
     "colors": "colours",
 }
-"""Names that other trainers use for ours and that spelling alone would not find."""
+"""Names of other trainers for settings of cogflow, where the spelling is too different to find them."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``keys`` are the dotted keys it is about; a problem that follows from another key's problem is left out."""
+    """One mistake. ``keys``: the dotted keys it concerns; a problem of a key that already has one is not reported."""
 
     text: str
     keys: tuple[str, ...] = ()
@@ -50,7 +51,7 @@ def fail(problems: Sequence[Problem], hint: str = "") -> None:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:
-    """The known name that ``name`` was probably meant to be; ``cutoff`` is the least share of letters in common."""
+    """Return the known name that ``name`` most resembles, or ``None``. ``cutoff``: lowest similarity, as in ``difflib``."""
     known = list(known)
     if ALIASES.get(name) in known:
         return ALIASES[name]
@@ -66,7 +67,10 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.55) -> str | None
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:
-    """As :func:`nearest` for dotted keys: the same last part elsewhere, else a near one beside it, else a near whole."""
+    """Return the known dotted key that ``key`` most resembles, or ``None``.
+
+    A key with the same last part is preferred, then a similar name in the same section, then a similar key anywhere.
+    """
     known = list(known)
     head, _, last = key.rpartition(".")
     elsewhere = [item for item in known if item.rpartition(".")[2] in (last, ALIASES.get(last))]
@@ -82,4 +86,16 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str | None) -> str:
+    """Return the question that ends a message, empty without a name."""
     return f" Did you mean {name}?" if name else ""
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(format_value, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{format_value(item)}" for name, item in value.items()) + "}"
+    return str(value)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data import first_frame
 from cogflow.data.buckets import in_order
 from cogflow.data.cache_shards import ShardReader

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import torch
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data import decode
 from cogflow.data.packet_scan import TOLERANCE, ClipError, Scan, as_clip_errors, file_size
 from cogflow.data.resize import Geometry, resize

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data import buckets, clips, first_frame, softness
 from cogflow.data.cache_shards import ShardWriter
 from cogflow.data.clip_index import ClipEntry

@@ -16,7 +16,9 @@ from typing import Any
 
 import av
 
-from cogflow.config.schema import Config, DataConfig, PrepareStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.train_settings import PrepareStage
 from cogflow.data import buckets, cache, cache_shards, softness
 from cogflow.data.clip_index import read_index
 from cogflow.data.clips import SETTINGS

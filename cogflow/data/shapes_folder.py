@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.shapes import COLOURS, MOTION_NAMES, MOTIONS, SHAPES, draw, scenes
 from cogflow.data.video import write_video
 from cogflow.errors import DataError

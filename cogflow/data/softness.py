@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.buckets import sized
 from cogflow.data.clips import Clip, corner, scaled_size
 from cogflow.sharpness.effective_resolution import resolution, two_groups

@@ -12,7 +12,7 @@ from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
 from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD, RunLayout
 from cogflow.assemble.components import PipelineComponent, read_component
 from cogflow.assemble.expectations import Expectation, expectations, family_of
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.errors import ConfigError, PipelineError
 from cogflow.export.origin import find_transformer

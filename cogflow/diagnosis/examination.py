@@ -10,7 +10,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogflow.assemble.components import STEMS
-from cogflow.config.schema import Config, DataConfig, DiagnoseStage, ModelConfig
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.diagnose_settings import DiagnoseStage
+from cogflow.config.model_section import ModelConfig
 from cogflow.diagnosis import probe_latents
 from cogflow.diagnosis.config_differences import compare_configs
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput, resolve

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cogflow.artifacts.run_layout import RunLayout
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.cache import INDEX, LatentCache
 from cogflow.data.encode import encode_frames
 from cogflow.data.shapes import draw, scenes

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cogflow.assemble.components import PipelineComponent
-from cogflow.config.schema import SamplingConfig
+from cogflow.config.sampling_section import SamplingConfig
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.loading import SAFETENSORS_ONLY, encode_prompts, use_onednn_convolutions

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.cache import INDEX
 from cogflow.data.cache_shards import scan
 from cogflow.data.encode import CLIPS

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 from cogflow.data.buckets import sized
 from cogflow.data.cache import LatentCache
 from cogflow.data.clip_index import read_index

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.models.code_check import refuse_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from cogflow.config.schema import DeepSpeedConfig
+from cogflow.config.deepspeed_section import DeepSpeedConfig
 from cogflow.planning import fitting, memory
 from cogflow.planning.gpu_layout import NODE, GpuLayout
 from cogflow.planning.pace import Pace, pace

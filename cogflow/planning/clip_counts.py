@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.data.cache import LatentCache, split
 from cogflow.data.clip_index import read_index
 from cogflow.errors import DataError

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.planning.gpu_layout import GpuLayout
 from cogflow.planning.transformer_size import TransformerSize
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from cogflow.config.deepspeed import EVERYTHING, KEEPS, SHARDED_KEEPS
+from cogflow.config.deepspeed_section import EVERYTHING, KEEPS, SHARDED_KEEPS
 from cogflow.planning import flops, memory
 from cogflow.planning.gpu_layout import GpuLayout
 from cogflow.planning.memory import Sampling

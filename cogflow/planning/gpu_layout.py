@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cogflow.config.deepspeed import EVERYTHING
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.deepspeed_section import EVERYTHING
+from cogflow.config.train_settings import TrainStage
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NODE = 8

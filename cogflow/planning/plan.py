@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cogflow.config.parallel import sequence_problems
+from cogflow.config.config import Config
+from cogflow.config.deepspeed_section import sequence_problems
 from cogflow.config.problems import fail
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.data import buckets
 from cogflow.files.paths import run_folder
 from cogflow.models.family import MODEL_SPECS

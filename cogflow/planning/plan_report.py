@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cogflow.config.schema import Config, DataConfig, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
 from cogflow.planning import advice, memory, traffic
 from cogflow.planning.plan import Plan, plan

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.export import diffusers_configs, facts
 from cogflow.models import tiny

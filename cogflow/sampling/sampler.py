@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from cogflow.config.schema import SamplingConfig
+from cogflow.config.sampling_section import SamplingConfig
 from cogflow.errors import PipelineError
 from cogflow.models.loading import DTYPES, dtype_name
 from cogflow.sampling import sat_samplers

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, cast
 
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 
 SUMMARIES: dict[str, str] = {
     "flow": "prepare, train, export, assemble and diagnose on one config: the whole way to a checked pipeline",

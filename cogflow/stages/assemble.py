@@ -20,8 +20,9 @@ from cogflow.assemble.model_card import CardContext
 from cogflow.assemble.pipeline_folder import PipelinePlan, write_pipeline
 from cogflow.assemble.stored_files import changed_files, hash_components, total_bytes
 from cogflow.assemble.verification import Comparison, Reference, find_reference, sampling_settings, verify
-from cogflow.config.build import show
-from cogflow.config.schema import AssembleStage, Config
+from cogflow.config.config import Config
+from cogflow.config.export_settings import AssembleStage
+from cogflow.config.problems import format_value
 from cogflow.errors import CheckpointError, PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
 from cogflow.files.record_io import JsonObject, record_values
@@ -175,7 +176,7 @@ def echo_manual_decisions(checks: ConsistencyResult, components: Mapping[str, Pi
     """Print what stage.force and stage.set decided."""
     for one in checks.forced:
         needed = f"{one.why} {one.needed} ({one.needed_source})"
-        echo(f"warning: stage.force: {one.key} is {show(one.value)}; {needed}")
+        echo(f"warning: stage.force: {one.key} is {format_value(one.value)}; {needed}")
     for key in checks.not_needed:
         echo(f"note: stage.force={key}: nothing contradicts it")
     for component in components.values():
@@ -231,7 +232,7 @@ def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | Non
             tracker.log(reference.record.step or 0, {"assemble/psnr": lowest})
             report_ladder(tracker, reference)
         for one in assembly.forced or []:
-            text = f"{one.key} is {show(one.value)}; {one.why} {one.needed}"
+            text = f"{one.key} is {format_value(one.value)}; {one.why} {one.needed}"
             tracker.alert("assembled in spite of a contradiction", text)
         tracker.table("assemble/components", columns, rows)
         tracker.artifact("pipeline", "pipeline", job.output, uses=["export"])

@@ -18,7 +18,8 @@ from cogflow.benchmarking.prepare_cost import measure_preparing
 from cogflow.benchmarking.results import BenchmarkResult, format_cell
 from cogflow.benchmarking.step_settings import compare_settings, measure_configured_step
 from cogflow.benchmarking.validation_cost import measure_validation
-from cogflow.config.schema import BenchmarkStage, Config
+from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.config import Config
 from cogflow.errors import CogflowError
 from cogflow.files.paths import run_folder
 from cogflow.runtime import ranks

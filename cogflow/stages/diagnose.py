@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.artifacts.identify import kind_named
-from cogflow.config.schema import Config, DiagnoseStage
+from cogflow.config.config import Config
+from cogflow.config.diagnose_settings import DiagnoseStage
 from cogflow.diagnosis.conclusion import Diagnosis, as_json, conclude, mending
 from cogflow.diagnosis.diagnosis_input import resolve
 from cogflow.diagnosis.examination import Examination

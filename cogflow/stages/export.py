@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cogflow.artifacts.identify import identify, kind_named
 from cogflow.artifacts.run_layout import RunLayout
-from cogflow.config.schema import Config, ExportStage
+from cogflow.config.config import Config
+from cogflow.config.export_settings import ExportStage
 from cogflow.export.origin import ExportOrigin, open_origin
 from cogflow.export.prepared_export import ExportRequest, PreparedExport, check_computed_tables, prepare_export
 from cogflow.export.to_diffusers import export_diffusers

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogflow.config.schema import Config, FlowStage
+from cogflow.config.config import Config
+from cogflow.config.diagnose_settings import FlowStage
 from cogflow.files.paths import run_folder
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table

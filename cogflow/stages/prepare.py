@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cogflow.config.schema import Config, PrepareStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import PrepareStage
 from cogflow.data import buckets
 from cogflow.data.clip_index import LAYOUTS
 from cogflow.data.encode import QUARANTINE, Embed

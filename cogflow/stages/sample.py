@@ -9,7 +9,9 @@ from typing import Any
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind, identify, kind_named
 from cogflow.artifacts.run_layout import RunLayout
-from cogflow.config.schema import Config, ModelConfig, SampleStage
+from cogflow.config.config import Config
+from cogflow.config.model_section import ModelConfig
+from cogflow.config.sample_settings import SampleStage
 from cogflow.errors import CheckpointError, DataError, QualityGateError
 from cogflow.export.origin import find_transformer
 from cogflow.files.paths import run_folder

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout, step_name
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.data import buckets
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError

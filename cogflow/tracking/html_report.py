@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 from cogflow.files.atomic_write import write_text
 from cogflow.tracking import report_sections as sections
 from cogflow.tracking.report_charts import loss_charts, other_charts, sharpness_charts, watch_charts

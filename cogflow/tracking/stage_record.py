@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import cogflow
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 from cogflow.files.record_io import JsonValue, write_record
 from cogflow.records.run_records import MachineRecord, StageRecord
 from cogflow.tracking.secrets import scrub, scrub_text

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat
 
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.data.order import indices
 from cogflow.models.transformer_inputs import TransformerInputs

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.records.training_records import CallbackStates, RollbackEntry
 from cogflow.tracking.tracker import Tracker
 from cogflow.training.ema import EMA

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from cogflow.artifacts.run_layout import RunLayout
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.records.training_records import CallbackStates, ModelIdentity, TrainedWith, TrainerRecord, ValidationRecord
 from cogflow.training import checkpoint, retention

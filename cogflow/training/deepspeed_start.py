@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cogflow.config.schema import DeepSpeedConfig, TrainStage
+from cogflow.config.deepspeed_section import DeepSpeedConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from cogflow.config.schema import DeepSpeedConfig, TrainStage
+from cogflow.config.deepspeed_section import DeepSpeedConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import CheckpointError, ConfigError, QualityGateError
 from cogflow.runtime import ranks
 from cogflow.training import optimizer_update

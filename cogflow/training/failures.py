@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from cogflow.config.schema import AnyConfig, TrainStage
+from cogflow.config.config import AnyConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import MemoryExhausted, RankLost
 from cogflow.models.family import MODEL_SPECS
 from cogflow.runtime import ranks

@@ -19,8 +19,10 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow.artifacts.identify import identify, kind_named
+from cogflow.config.config import Config
+from cogflow.config.deepspeed_section import DeepSpeedConfig
 from cogflow.config.problems import did_you_mean, nearest
-from cogflow.config.schema import Config, DeepSpeedConfig, TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export.origin import open_origin
 from cogflow.export.prepared_export import ExportRequest, prepare_export

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.models.transformer_inputs import TransformerInputs, rotary_tables
 from cogflow.sharpness.spectrum import Spectrum
 from cogflow.training import metric_table

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name, step_of
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import QualityGateError
 from cogflow.records.training_records import RollbackEntry, TrainerRecord
 from cogflow.runtime import ranks

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cogflow.config.deepspeed import EVERYTHING
-from cogflow.config.schema import DeepSpeedConfig
+from cogflow.config.deepspeed_section import EVERYTHING, DeepSpeedConfig
 
 ATEN = torch.ops.aten
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import step_folders, step_of
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import CheckpointError
 from cogflow.files.atomic_write import LEFTOVER, remove_leftovers
 from cogflow.records.training_records import ValidationRecord

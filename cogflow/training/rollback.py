@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import step_folders, step_of
-from cogflow.config.schema import RollbackConfig
+from cogflow.config.train_settings import RollbackConfig
 from cogflow.files.record_io import read_record, write_record
 from cogflow.records.training_records import RollbackEntry, RollbackRecord, TrainerRecord
 from cogflow.tracking.metrics_log import EVENTS, METRICS, read_metrics, write_metrics

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.errors import CheckpointError
 from cogflow.files.record_io import JsonObject

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogflow.config.parallel import sequence_problems
+from cogflow.config.config import AnyConfig
+from cogflow.config.deepspeed_section import sequence_problems
 from cogflow.config.problems import fail
-from cogflow.config.schema import AnyConfig
 from cogflow.models.loading import model_folder
 from cogflow.models.transformer_inputs import read_transformer_config
 from cogflow.runtime import ranks

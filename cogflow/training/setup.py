@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.models import loading
 from cogflow.models.transformer_inputs import TransformerInputs

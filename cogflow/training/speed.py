@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from cogflow.config.schema import AnyConfig
+from cogflow.config.config import AnyConfig
 from cogflow.errors import ConfigError
 
 PROGRAMS = 64

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.records.training_records import CallbackStates, SpikeRecord, StepMonitorState, TrendRecord
 from cogflow.runtime.progress import Advancing
 from cogflow.sharpness import spectrum

@@ -14,7 +14,11 @@ import torch
 from cogflow.artifacts import identify as identifying
 from cogflow.artifacts.identify import PRECEDENCE, ArtifactKind, identify, kind_named
 from cogflow.assemble.component_sources import find_component
-from cogflow.config.schema import AssembleStage, Config, ModelConfig, SampleStage, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.export_settings import AssembleStage
+from cogflow.config.model_section import ModelConfig
+from cogflow.config.sample_settings import SampleStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.diagnosis.diagnosis_input import resolve
 from cogflow.errors import CheckpointError, CogflowError, ConfigError
 from cogflow.export.origin import open_origin

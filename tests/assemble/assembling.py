@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cogflow.config.schema import AssembleStage, Config, ModelConfig, RunConfig, TrackingConfig
+from cogflow.config.config import Config
+from cogflow.config.export_settings import AssembleStage
+from cogflow.config.model_section import ModelConfig
+from cogflow.config.run_section import RunConfig, TrackingConfig
 
 TOKENS = 16
 TRAINED_WITH = {

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from cogflow.config.schema import SamplingConfig
+from cogflow.config.sampling_section import SamplingConfig
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import loading

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cogflow.assemble import verification
 from cogflow.assemble.verification import sample_difference
-from cogflow.config.schema import SamplingConfig
+from cogflow.config.sampling_section import SamplingConfig
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import check_manifest, write_manifest

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cogflow.assemble.components import PipelineComponent
 from cogflow.assemble.consistency import check_components
 from cogflow.assemble.expectations import ARCHITECTURE, expectations, family_of
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.errors import PipelineError
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import write_manifest

@@ -9,7 +9,7 @@ from assembling import Work
 from diffusers import CogVideoXPipeline
 
 from cogflow.config.compose import compose
-from cogflow.config.schema import AssembleStage
+from cogflow.config.export_settings import AssembleStage
 from cogflow.errors import ConfigError, PipelineError
 from cogflow.stages import assemble
 

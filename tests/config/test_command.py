@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow import __main__ as command
+from cogflow import cli as command
 from cogflow.errors import ConfigError, DataError, QualityGateError, Stopped
 from cogflow.stages import SUMMARIES
 
@@ -176,7 +176,7 @@ def test_the_installed_package_finds_its_configs(tmp_path: Path, repository: Pat
 
 def test_an_interrupt_exits_130(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom cogflow import __main__ as c\n"
+        "import sys, time\nfrom cogflow import cli as c\n"
         "class S:\n    def run(self, config):\n        print('up', flush=True)\n        time.sleep(60)\n"
         "c.load = lambda name: S()\nsys.exit(c.main(['stage=train']))"
     )

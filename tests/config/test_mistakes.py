@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.config.build import build
-from cogflow.config.check import check
+from cogflow.config.build import build, check
 from cogflow.config.compose import compose
-from cogflow.config.schema import Config, DataConfig, SampleStage, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.sample_settings import SampleStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
 
 ONE: dict[str, list[str]] = {

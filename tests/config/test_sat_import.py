@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from cogflow.config import sat_import, sat_recipe
+from cogflow.config import sat_import, sat_keys
 from cogflow.config.build import build, known_keys
 from cogflow.config.compose import compose
-from cogflow.config.schema import Config, FlowStage, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.diagnose_settings import FlowStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
 from cogflow.models.family import MODEL_SPECS
 
@@ -55,33 +57,33 @@ def edited(folder: Path, old: str, new: str, source: Path = SFT) -> str:
 
 def test_the_experiment_is_sats_recipe_value_by_value() -> None:
     experiment = compose(["experiment=cogvideox_5b_sft", "model.path=/model", "data.path=/clips"])
-    settings = sat_import.read([str(SFT), str(MODEL)]).settings
+    settings = sat_import.read_recipe([str(SFT), str(MODEL)]).settings
     assert len(settings) > 30
     for setting in settings:
         if setting.key in DEVIATIONS:
-            assert value(experiment, setting.key) == DEVIATIONS[setting.key][0] != setting.ours, setting.key
+            assert value(experiment, setting.key) == DEVIATIONS[setting.key][0] != setting.value, setting.key
         else:
-            assert value(experiment, setting.key) == setting.ours, setting.key
+            assert value(experiment, setting.key) == setting.value, setting.key
     assert set(DEVIATIONS) <= {setting.key for setting in settings}
 
 
 def test_every_setting_taken_is_in_the_config() -> None:
     config = recipe()
-    for setting in sat_import.read([str(SFT), str(MODEL)]).settings:
-        assert value(config, setting.key) == setting.ours, setting.key
+    for setting in sat_import.read_recipe([str(SFT), str(MODEL)]).settings:
+        assert value(config, setting.key) == setting.value, setting.key
     assert config.data.name == "folder" and config.model.name == "cogvideox-5b"
 
 
 def test_the_tables_name_keys_that_exist() -> None:
     known = known_keys(TrainStage)
-    assert [key for names in sat_recipe.TAKEN.values() for key in names if key not in known] == []
-    tables = [set(sat_recipe.TAKEN), set(sat_recipe.WORKED_OUT), set(sat_recipe.SETTLED)]
+    assert [key for names in sat_keys.TAKEN.values() for key in names if key not in known] == []
+    tables = [set(sat_keys.TAKEN), set(sat_keys.TRANSLATED), set(sat_keys.NO_SETTING)]
     assert not tables[0] & tables[1] and not tables[0] & tables[2] and not tables[1] & tables[2]
 
 
 def test_the_models_are_the_family() -> None:
-    assert set(sat_recipe.MODELS) == set(MODEL_SPECS) - {"tiny"}
-    for name, facts in sat_recipe.MODELS.items():
+    assert set(sat_keys.MODELS) == set(MODEL_SPECS) - {"tiny"}
+    for name, facts in sat_keys.MODELS.items():
         one = MODEL_SPECS[name]
         patch = [one.patch_size_t, one.patch_size, one.patch_size] if one.patch_size_t else one.patch_size
         assert facts == {
@@ -99,7 +101,7 @@ def test_the_models_yaml_chooses_the_model(name: str) -> None:
 @pytest.mark.parametrize("folder", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
 def test_every_key_that_sat_wrote_is_known(folder: str) -> None:
     for files in ([GOLDEN / folder / "training_config.yaml"], sorted((GOLDEN / folder / "configs").glob("*.yaml"))):
-        found = sat_import.read([str(path) for path in files])
+        found = sat_import.read_recipe([str(path) for path in files])
         assert found.unknown == [] and len(found.settings) > 25
         lora = [problem for problem in found.problems if "LoRA" in problem.text]
         assert bool(lora) == ("lora" in folder) and (lora or not found.problems)
@@ -143,8 +145,8 @@ def test_each_line_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     said = capsys.readouterr()
     assert said.out == "" and "import: args.save_interval = 500 -> stage.save_every=500\n" in said.err
     assert (
-        "stage.steps=1000; the command line wins" in said.err
-        and "args.only_log_video_latents: no setting of its own" in said.err
+        "stage.steps=1000; overridden by the command line" in said.err
+        and "args.only_log_video_latents: not a setting" in said.err
     )
     monkeypatch.setenv("RANK", "1")
     recipe()
@@ -153,7 +155,7 @@ def test_each_line_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 def test_what_is_unknown_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe(files=edited(tmp_path, "  force_train: true", "  force_train: true\n  frobnicate: 3"))
-    assert "args.frobnicate: unknown, passed over" in capsys.readouterr().err
+    assert "args.frobnicate: unknown, ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_what_cannot_be_taken_over_is_refused(tmp_path: Path, old: str, new: str
         ("offset_noise_level: 0", "offset_noise_level: 0.1", "offset noise"),
         ("is_trainable: false", "is_trainable: true", "is_trainable"),
         ("  scale_factor: 0.7", "  scale_factor: 0.7\n  lora_train: true", "LoRA"),
-        ("num_layers: 42", "num_layers: 41", "are of no model of the family"),
+        ("num_layers: 42", "num_layers: 41", "describe no known model"),
     ],
 )
 def test_models_that_train_otherwise_are_refused(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -205,7 +207,7 @@ def test_another_model_than_the_yaml_describes_is_refused() -> None:
 
 
 def test_without_a_models_yaml_the_model_is_chosen() -> None:
-    with pytest.raises(ConfigError, match="say nothing of the model"):
+    with pytest.raises(ConfigError, match="do not describe the model"):
         recipe(files=str(SFT))
     assert recipe("model=cogvideox-2b", files=str(SFT)).model.name == "cogvideox-2b"
 

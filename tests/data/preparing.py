@@ -19,7 +19,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from cogflow.config.schema import Config, DataConfig, PrepareStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.train_settings import PrepareStage
 from cogflow.data.preparation import PrepareResult, prepare
 from cogflow.models.loading import encode_prompts
 from cogflow.runtime import ranks

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.clips import ClipError, read_clip
 from cogflow.data.shapes import Scene, draw
 from cogflow.data.video import read_video, write_video

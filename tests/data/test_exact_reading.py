@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data import decode, resize
 from cogflow.data.clips import read_clip
 from cogflow.data.encode import clip_threads

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from preparing import MAX_LENGTH, small_text, small_vae
 
-from cogflow.config.schema import Config, DataConfig, ModelConfig, PrepareStage, RunConfig, TrackingConfig
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.model_section import ModelConfig
+from cogflow.config.run_section import RunConfig, TrackingConfig
+from cogflow.config.train_settings import PrepareStage
 from cogflow.data.cache import LatentCache
 from cogflow.errors import ConfigError, DataError
 from cogflow.models import loading

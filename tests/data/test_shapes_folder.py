@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import pytest
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data import shapes_folder
 from cogflow.data.clip_index import read_index
 from cogflow.data.clips import read_clip

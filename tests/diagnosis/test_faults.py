@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.diagnosis.config_differences import compare_configs
 from cogflow.diagnosis.diagnosis_input import resolve
 from cogflow.diagnosis.finding import DiagnosisFinding

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from cogflow.config.schema import DataConfig, ModelConfig
+from cogflow.config.data_section import DataConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.diagnosis import probe_latents
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput, resolve
 from cogflow.diagnosis.finding import DiagnosisFinding

@@ -37,7 +37,7 @@ class Order:
     seconds: float = 120.0
     env: dict[str, str] = field(default_factory=dict)
     cwd: str = "."
-    program: str = "cogflow.__main__"
+    program: str = "cogflow.cli"
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def serve() -> None:
     import transformers  # noqa: F401
     import wandb  # noqa: F401
 
-    import cogflow.__main__
     import cogflow.assemble.pipeline_folder
+    import cogflow.cli
     import cogflow.stages.export
     import cogflow.stages.prepare
     import cogflow.stages.train
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        cogflow.__main__.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
+        cogflow.cli.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
     # What is imported stays: no run looks through half a million objects for garbage, nor copies the pages that they lie on.
     gc.collect()
     gc.freeze()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.config.schema import RunConfig
+from cogflow.config.run_section import RunConfig
 from cogflow.errors import DataError
 from cogflow.files.paths import contained, run_folder
 

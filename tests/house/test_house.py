@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.config.schema import STAGES
+from cogflow.config.config import STAGES
 from cogflow.stages import SUMMARIES
 
 

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from cogflow.config.schema import Config, DataConfig, ModelConfig, PrepareStage, RunConfig, SamplingConfig, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.data_section import DataConfig
+from cogflow.config.model_section import ModelConfig
+from cogflow.config.run_section import RunConfig
+from cogflow.config.sampling_section import SamplingConfig
+from cogflow.config.train_settings import PrepareStage, TrainStage
 from cogflow.data.cache import LatentCache
 from cogflow.data.preparation import prepare
 from cogflow.data.shapes_folder import draw_folder

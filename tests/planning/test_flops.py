@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogflow.config.schema import ModelConfig
+from cogflow.config.model_section import ModelConfig
 from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.models.transformer_inputs import rotary_tables

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogflow.config.compose import compose
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.models import tiny
 from cogflow.planning import disk, memory, plan
 from cogflow.training import recomputation, sequence

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cogflow.config.compose import compose, groups
-from cogflow.config.schema import Config
+from cogflow.config.config import Config
 from cogflow.errors import ConfigError
 from cogflow.models.family import MODEL_SPECS
 from cogflow.planning import advice, clip_counts, plan_report
@@ -184,7 +184,7 @@ def test_a_dear_validation_says_what_would_be_cheaper() -> None:
 
 def test_the_command_prints_a_plan_without_deepspeed(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom cogflow.__main__ import main\n"
+        "import sys\nfrom cogflow.cli import main\n"
         "done = main(['stage=train', 'stage.plan=true', 'model=cogvideox-5b', 'model.path=/nowhere', 'data=folder', 'data.path=/none',"
         " 'stage.plan_memory_gb=141', 'stage.plan_tflops=500'])\n"
         "assert 'deepspeed' not in sys.modules\nsys.exit(done)"

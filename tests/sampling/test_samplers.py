@@ -8,9 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
-from cogflow.config.check import SAMPLERS
 from cogflow.config.compose import compose
-from cogflow.config.schema import SamplingConfig
+from cogflow.config.sampling_section import SAMPLERS, SamplingConfig
 from cogflow.errors import ConfigError, PipelineError
 from cogflow.models import loading, tiny
 from cogflow.models.family import MODEL_SPECS

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogflow.config.schema import Config, RunConfig, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.run_section import RunConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.data.shapes import Scene, draw
 
 BLOCK = 32768

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogflow.config.schema import Config
+from cogflow.config.config import Config
 from cogflow.files.record_io import JsonObject, read_record
 from cogflow.records.run_records import StageRecord
 from cogflow.tracking.secrets import scrub

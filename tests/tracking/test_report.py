@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogflow.config.schema import Config
+from cogflow.config.config import Config
 from cogflow.data.video import write_video
 from cogflow.files.record_io import write_record
 from cogflow.records.run_records import MachineRecord, StageRecord

@@ -14,7 +14,8 @@ import pytest
 import wandb
 from PIL import Image
 
-from cogflow.config.schema import Config, TrackingConfig
+from cogflow.config.config import Config
+from cogflow.config.run_section import TrackingConfig
 from cogflow.data.video import write_video
 from cogflow.tracking import wandb_run
 from cogflow.tracking.metrics_log import read_lines, read_metrics

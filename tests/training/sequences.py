@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from diffusers import CogVideoXTransformer3DModel
 
-from cogflow.config.schema import DeepSpeedConfig
+from cogflow.config.deepspeed_section import DeepSpeedConfig
 from cogflow.errors import QualityGateError
 from cogflow.models import tiny
 from cogflow.models.transformer_inputs import rotary_tables

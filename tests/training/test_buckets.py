@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data.cache import LatentCache
 from cogflow.data.shapes_folder import draw_folder, with_defaults
 from tests import small

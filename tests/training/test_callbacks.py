@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cogflow.config.compose import compose
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import Stopped
 from cogflow.records.training_records import CallbackStates, EvaluationState, HeldoutLoss
 from cogflow.sampling.sampler import Interrupted

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogflow.config.schema import DeepSpeedConfig
+from cogflow.config.deepspeed_section import DeepSpeedConfig
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.training import initial_weights

@@ -10,7 +10,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow.config.compose import compose
-from cogflow.config.schema import Config, TrainStage
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
 from cogflow.export import diffusers_configs, facts
 from cogflow.models.loading import DTYPES
 from cogflow.models.transformer_inputs import rotary_tables

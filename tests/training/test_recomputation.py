@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cogflow.config.compose import compose
-from cogflow.config.deepspeed import KEEPS, SHARDED_KEEPS
+from cogflow.config.deepspeed_section import KEEPS, SHARDED_KEEPS
 from cogflow.planning.plan import kept
 from tests.faults.server import Server
 

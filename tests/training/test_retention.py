@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import step_folders, step_of
-from cogflow.config.schema import TrainStage
+from cogflow.config.train_settings import TrainStage
 from cogflow.files.record_io import write_record
 from cogflow.records.training_records import ValidationRecord
 from cogflow.training.retention import last_sharp, quality, remove_old, to_delete

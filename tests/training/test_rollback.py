@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.config.schema import RollbackConfig
+from cogflow.config.train_settings import RollbackConfig
 from cogflow.errors import CheckpointError
 from cogflow.records.training_records import RollbackEntry
 from cogflow.training import rollback

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogflow.config.compose import compose
-from cogflow.config.schema import DeepSpeedConfig, TrainStage
+from cogflow.config.deepspeed_section import DeepSpeedConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.models.transformer_inputs import rotary_tables

@@ -12,7 +12,8 @@ import torch
 
 from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.config.compose import compose
-from cogflow.config.schema import DeepSpeedConfig, TrainStage
+from cogflow.config.deepspeed_section import DeepSpeedConfig
+from cogflow.config.train_settings import TrainStage
 from cogflow.runtime import ranks
 from cogflow.training import optimizer_update
 from cogflow.training.batch import Loader

@@ -1,7 +1,8 @@
-"""What the keys of CogVideo's SAT recipes (``sat/configs/sft.yaml`` and the model's yaml beside it) are called here.
+"""Tables of the keys of CogVideo's SAT recipes (``sat/configs/sft.yaml`` and the model's yaml beside it).
 
-Every key of those files is in one of four tables: taken as it is, worked out by a few functions in :mod:`cogflow.config.sat_import`,
-settled otherwise (so it has no meaning here), or right only with one value. What is in none of them is reported by name.
+Every key of those files is in one of four tables: ``TAKEN`` (the value is taken unchanged), ``TRANSLATED`` (a function of
+:mod:`cogflow.config.sat_import` reads it), ``NO_SETTING`` (cogflow determines it in another way) or ``REQUIRED`` (only one value
+is supported). Any other key is reported as unknown.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "model.sampler_config.params.num_steps": ("sampling.steps",),
     "model.sampler_config.params.guider_config.params.scale": ("sampling.guidance_scale",),
 }
-"""Keys whose value is taken as it is."""
+"""Keys whose value is taken unchanged, and the settings that take it."""
 
-WORKED_OUT = (
+TRANSLATED = (
     "args.train_data",
     "args.mode",
     "args.warmup",
@@ -53,63 +54,63 @@ WORKED_OUT = (
 """Keys that a function of :mod:`cogflow.config.sat_import` reads."""
 
 DEFAULTS: dict[str, Any] = {"args.warmup": 0.01, "args.lr_decay_style": "linear", "args.lr_decay_ratio": 0.1}
-"""What SAT takes where its yaml is silent, and what a finetuning therefore did: its learning rate is not constant."""
+"""SAT's defaults for keys that its yaml leaves out. With them the learning rate is not constant."""
 
 EMA_DECAY = 0.9999
-"""Of SAT's ``FusedEmaAdam``. Its decay grows as (1 + n) / (10 + n), as ours does with ``stage.ema_warmup``; 0.999 is reached after 9,000
-updates. SAT saves the averages beside the weights, as ``<iteration>-ema``."""
+"""Decay of SAT's ``FusedEmaAdam``. It grows as (1 + n) / (10 + n) over n updates, as with ``stage.ema_warmup``, and reaches 0.999 after
+9,000 updates. SAT saves the averages beside the weights, as ``<iteration>-ema``."""
 
-HELD_BACK = 100
-"""Steps for which SAT's finetuning holds the learning rate at a twentieth; here it rises over them."""
+SLOW_STEPS = 100
+"""Steps in which SAT's finetuning keeps the learning rate at one twentieth. cogflow's warm-up takes their place."""
 
-SETTLED: dict[str, str] = {
-    "args.load": "weights are taken from model.path, a diffusers pipeline; stage=export makes one of a SAT checkpoint",
-    "args.save": "everything of a run lies in run.root/run.name",
-    "args.no_load_rng": "noise is a function of seed and step here",
-    "args.eval_iters": "the held-out loss goes over all held-out clips",
-    "args.eval_batch_size": "as stage.batch_size",
-    "args.valid_data": "data.holdout keeps clips of data.path away from training",
-    "args.split": "data.holdout keeps clips of data.path away from training",
-    "args.num_workers": "clips are prepared before training; nothing is decoded meanwhile",
-    "args.force_train": "weights are loaded strictly",
-    "args.only_log_video_latents": "samples are decoded, or their sharpness could not be measured",
-    "args.model_parallel_size": "there is none here",
-    "data.target": "the folder's own layout says how to read it; SAT's videos/ and labels/ is one of those",
-    "data.params.skip_frms_num": "clips start with their first frame (data.window=center leaves both ends out)",
-    "deepspeed.steps_per_print": "tracking.log_every",
+NO_SETTING: dict[str, str] = {
+    "args.load": "weights are loaded from model.path, a diffusers pipeline; stage=export converts a SAT checkpoint to one",
+    "args.save": "all files of a run are in run.root/run.name",
+    "args.no_load_rng": "noise is a function of seed and step",
+    "args.eval_iters": "the held-out loss is computed on all held-out clips",
+    "args.eval_batch_size": "stage.batch_size is used",
+    "args.valid_data": "data.holdout excludes clips of data.path from training",
+    "args.split": "data.holdout excludes clips of data.path from training",
+    "args.num_workers": "clips are decoded before training, by stage=prepare",
+    "args.force_train": "weights are always loaded strictly",
+    "args.only_log_video_latents": "samples are always decoded, to measure their sharpness",
+    "args.model_parallel_size": "cogflow has no model parallelism",
+    "data.target": "the layout of the folder is recognised; SAT's videos/ and labels/ is supported",
+    "data.params.skip_frms_num": "clips start with their first frame; data.window=center leaves out both ends",
+    "deepspeed.steps_per_print": "tracking.log_every is used",
     "deepspeed.wall_clock_breakdown": "step times are always logged",
-    "deepspeed.zero_allow_untested_optimizer": "as here",
-    "deepspeed.zero_optimization.contiguous_gradients": "always on; it changes no value",
-    "deepspeed.zero_optimization.reduce_scatter": "always on; it changes no value",
-    "deepspeed.zero_optimization.load_from_fp32_weights": "a resumed run loads the fp32 masters",
-    "deepspeed.loss_scale": "DeepSpeed's dynamic scale, as here",
-    "deepspeed.loss_scale_window": "DeepSpeed's own default here",
-    "deepspeed.hysteresis": "DeepSpeed's own default here",
-    "deepspeed.min_loss_scale": "DeepSpeed's own default here",
-    "deepspeed.bf16": "model.dtype",
-    "deepspeed.fp16": "model.dtype",
+    "deepspeed.zero_allow_untested_optimizer": "cogflow does the same",
+    "deepspeed.zero_optimization.contiguous_gradients": "always on; it changes no result",
+    "deepspeed.zero_optimization.reduce_scatter": "always on; it changes no result",
+    "deepspeed.zero_optimization.load_from_fp32_weights": "a resumed run loads the fp32 master weights",
+    "deepspeed.loss_scale": "cogflow uses DeepSpeed's dynamic loss scale, too",
+    "deepspeed.loss_scale_window": "cogflow uses DeepSpeed's default",
+    "deepspeed.hysteresis": "cogflow uses DeepSpeed's default",
+    "deepspeed.min_loss_scale": "cogflow uses DeepSpeed's default",
+    "deepspeed.bf16": "model.dtype is used",
+    "deepspeed.fp16": "model.dtype is used",
     "deepspeed.activation_checkpointing": "deepspeed.activation_checkpointing recomputes whole blocks",
-    "model.scale_factor": "vae/config.json of model.path holds it",
+    "model.scale_factor": "vae/config.json of model.path contains it",
     "model.disable_first_stage_autocast": "the VAE encodes in its own dtype",
-    "model.latent_input": "clips are prepared as latents",
+    "model.latent_input": "stage=prepare encodes clips to latents",
     "model.log_keys": "prompts are logged with their samples",
-    "model.noised_image_input": "image to video is a matter of model=",
-    "model.noised_image_all_concat": "image to video is a matter of model=",
-    "model.noised_image_dropout": "how often the image is left out is a matter of model=",
-    "model.augmentation_dropout": "how often the image's noise is left out is a matter of model=",
-    "model.denoiser_config": "scheduler/scheduler_config.json of model.path holds it",
-    "model.network_config": "transformer/config.json of model.path holds it",
-    "model.conditioner_config": "text_encoder/ and tokenizer/ of model.path hold it",
-    "model.first_stage_config": "vae/ of model.path holds it",
-    "model.loss_fn_config": "the loss is the one these weights were trained with",
+    "model.noised_image_input": "model= selects image to video",
+    "model.noised_image_all_concat": "model= selects image to video",
+    "model.noised_image_dropout": "stage.image_dropout is used",
+    "model.augmentation_dropout": "model= determines it",
+    "model.denoiser_config": "scheduler/scheduler_config.json of model.path contains it",
+    "model.network_config": "transformer/config.json of model.path contains it",
+    "model.conditioner_config": "text_encoder/ and tokenizer/ of model.path contain it",
+    "model.first_stage_config": "vae/ of model.path contains it",
+    "model.loss_fn_config": "the loss is the one that the model was trained with",
     "model.sampler_config": "sampling.sampler=sat_dpm samples as SAT does",
 }
-"""Keys, and sections with all that is in them, that have no setting here, and what settles them."""
+"""Keys, and sections with all their keys, that correspond to no setting, and what determines them in cogflow."""
 
-ONLY: dict[str, tuple[Any, str]] = {
-    "args.mode": ("finetune", "cogflow finetunes; nothing here trains a model of this family from nothing"),
+REQUIRED: dict[str, tuple[Any, str]] = {
+    "args.mode": ("finetune", "cogflow finetunes; it does not train a model of this family from random weights"),
     "args.model_parallel_size": (1, "cogflow shards by ZeRO, not by model parallelism"),
-    "model.lora_train": (False, "cogflow trains all weights; a LoRA's learning rate would ruin them"),
+    "model.lora_train": (False, "cogflow trains all weights, for which the learning rate of a LoRA is too high"),
     "model.not_trainable_prefixes": (
         ["first_stage_model", "conditioner"],
         "cogflow trains the whole transformer and nothing else",
@@ -124,10 +125,10 @@ ONLY: dict[str, tuple[Any, str]] = {
     "model.denoiser_config.params.num_idx": (1000, "cogflow trains on 1000 timesteps"),
     "model.denoiser_config.params.quantize_c_noise": (False, "cogflow does not round the noise level"),
 }
-"""Keys that train something else with any other value, and why that cannot be taken over."""
+"""Keys of which only one value is supported: the value and the reason."""
 
 LORA = "model.network_config.params.modules.lora_config"
-"""A section that is only there when SAT trains a LoRA."""
+"""A section that is only present when SAT trains a LoRA."""
 
 FACTS = {
     "layers": "model.network_config.params.num_layers",
@@ -139,7 +140,7 @@ FACTS = {
     "scaling_factor": "model.scale_factor",
     "snr_shift_scale": "model.denoiser_config.params.discretization_config.params.shift_scale",
 }
-"""What tells the members of the family apart, and where the model's yaml says it."""
+"""Facts that distinguish the members of the family, and their keys in the model's yaml."""
 
 _5B: dict[str, Any] = {
     "layers": 42, "heads": 48, "width": 3072, "in_channels": 16, "patch": 2, "text_tokens": 226, "scaling_factor": 0.7,
@@ -160,4 +161,4 @@ MODELS: dict[str, dict[str, Any]] = {
     "cogvideox1.5-5b": {**_5B, "patch": [2, 2, 2], "text_tokens": 224},
     "cogvideox1.5-5b-i2v": {**_5B, "patch": [2, 2, 2], "text_tokens": 224, "in_channels": 32},
 }
-"""The members by these facts; a test holds them against :mod:`cogflow.models.family`, which this package may not import."""
+"""The same facts of each member. A test compares them with :mod:`cogflow.models.family`, which this package may not import."""

@@ -1,0 +1,81 @@
+"""``python -m cogflow stage=NAME ...``: compose the settings, check them and run one stage.
+
+The exit code says what to do next: the classes of :mod:`cogflow.errors` define the codes. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from cogflow import __version__
+from cogflow.config.build import as_yaml
+from cogflow.config.compose import compose
+from cogflow.config.config import AnyConfig
+from cogflow.config.help_text import USAGE, help_text, overview
+from cogflow.config.problems import Problem, fail
+from cogflow.errors import CogflowError
+from cogflow.files.atomic_write import append_text, write_first
+from cogflow.files.paths import run_folder
+from cogflow.stages import SUMMARIES, load
+
+FLAGS = ("--help", "-h", "--cfg", "--version")
+
+
+def run_process() -> None:
+    """Run the command line of this process and exit.
+
+    The exit code is also written to the file that ``COGFLOW_EXIT_FILE`` names, for launchers that replace it by their own. Of several
+    ranks the first that fails writes it, because the others fail as a consequence.
+    """
+    code, note = main(sys.argv[1:]), os.environ.get("COGFLOW_EXIT_FILE")
+    if note and (code or os.environ.get("RANK", "0") == "0"):
+        write_first(Path(note), str(code))
+    sys.exit(code)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one command and return its exit code. Errors are printed to standard error."""
+    rank = os.environ.get("RANK", "0")
+    config = None
+    try:
+        config = _compose_or_print(words, rank)
+        if config is not None:
+            load(config.stage.name).run(config)
+    except CogflowError as error:
+        if rank == "0" or error.rank is not None:
+            print(f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        fault = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}\n{traceback.format_exc()}"
+        print(fault, file=sys.stderr)
+        if config is not None:
+            append_text(run_folder(config.run) / "cogflow.log", fault)
+        return 1
+    return 0
+
+
+def _compose_or_print(words: Sequence[str], rank: str) -> AnyConfig | None:
+    """Return the checked config of a command that runs a stage. Print the answer to ``--help``, ``--version`` or ``--cfg`` instead."""
+    flags = [word for word in words if word[:1] == "-"]
+    choices = [word for word in words if word[:1] != "-"]
+    fail([Problem(f"{flag}: no such option.") for flag in flags if flag not in FLAGS], USAGE)
+    if "--version" in flags:
+        print(__version__)
+        return None
+    if not words or "--help" in flags or "-h" in flags:
+        print(help_text(choices, SUMMARIES))
+        return None
+    if rank == "0" and not any(word.startswith(("stage=", "experiment=")) for word in choices):
+        print(overview(SUMMARIES), end="\n\n", file=sys.stderr)
+    config = compose(choices)
+    if "--cfg" not in flags:
+        return config
+    print(as_yaml(config), end="")
+    return None

@@ -1,0 +1,41 @@
+"""Settings of the run folder and of experiment tracking: ``run.*`` and ``tracking.*``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogflow.config.setting import NOT_EMPTY, at_least, matching, one_of, setting
+
+FOLDER_NAME = matching(r"[^./\s\x00][^/\x00]*", "a folder name", "a plain folder name without slashes or a leading dot")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """``run.*``"""
+
+    root: str = setting("runs", help="Folder that contains all runs.", rule=NOT_EMPTY)
+    name: str = setting(
+        "tiny-shapes",
+        help="Folder of this run inside run.root. The same command with the same name resumes the run.",
+        rule=FOLDER_NAME,
+    )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """``tracking.*``"""
+
+    project: str = setting("cogflow", help="Weights & Biases project.", rule=NOT_EMPTY)
+    wandb: str = setting(
+        "offline",
+        help="Mode of Weights & Biases. The environment variable WANDB_MODE takes precedence.",
+        rule=one_of("offline", "online", "disabled"),
+    )
+    entity: str | None = setting(None, help="Weights & Biases team or user. Default: the one of the account.")
+    log_every: int = setting(1, help="Steps between two lines of metrics.jsonl.", rule=at_least(1))
+    videos: bool = setting(True, help="Log sample videos besides scalars.")
+    upload_mb: float = setting(
+        512.0,
+        help="Largest artifact that is uploaded, in MB. Of a larger one W&B gets the paths only.",
+        rule=at_least(0),
+    )

@@ -105,7 +105,7 @@ class StepMonitor(Callback):
     def state_dict(self) -> dict[str, StepMonitorState]:
         trend = self.trend.state()
         state = StepMonitorState(
-            trend=TrendRecord(quarters=trend["quarters"], means=trend["means"], reported=trend["told"]),
+            trend=TrendRecord(quarters=trend["quarters"], means=trend["means"], reported=trend["reported"]),
             spikes=SpikeRecord(loss=self.loss_spikes.state_dict(), norm=self.norm_spikes.state_dict()),
             skipped=self.skipped.state_dict(),
         )
@@ -114,7 +114,7 @@ class StepMonitor(Callback):
     def load_state_dict(self, states: CallbackStates) -> None:
         state = states.step_monitor
         trend = state.trend
-        self.trend = Trend({"quarters": trend.quarters, "means": trend.means, "told": trend.reported})
+        self.trend = Trend({"quarters": trend.quarters, "means": trend.means, "reported": trend.reported})
         self.loss_spikes = SpikeDetector(state.spikes.loss)
         self.norm_spikes = SpikeDetector(state.spikes.norm)
         self.skipped = SkipCounter(state.skipped)

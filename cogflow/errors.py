@@ -1,12 +1,13 @@
-"""What can go wrong, by who can mend it. Each error carries one message, one hint and the process's exit code."""
+"""Errors, by who can correct them. Each has one message, one hint and the exit code of the process."""
 
 from __future__ import annotations
 
 
 class CogflowError(Exception):
-    """Base of everything cogflow raises on purpose.
+    """Base of all errors that cogflow raises on purpose.
 
-    ``message`` says what is wrong and where; ``hint`` says what would be right.
+    ``message``: what is wrong and where. ``hint``: what would be right. ``rank``: the only rank that raises it;
+    ``None``: all ranks do.
     """
 
     exit_code = 1
@@ -15,7 +16,7 @@ class CogflowError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.rank: int | None = None  # of the only one that knows of it; None: all raise the same
+        self.rank: int | None = None
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
@@ -28,7 +29,7 @@ class UserError(CogflowError):
 
 
 class ConfigError(UserError):
-    """A setting is unknown, of the wrong kind, out of range, or contradicts another."""
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
 
 
 class DataError(UserError):
@@ -40,7 +41,7 @@ class CheckpointError(UserError):
 
 
 class ConversionError(UserError):
-    """Weights cannot be turned into the component that was asked for."""
+    """Weights cannot be converted into the requested component."""
 
 
 class PipelineError(UserError):
@@ -52,21 +53,24 @@ class StorageError(UserError):
 
 
 class MemoryExhausted(UserError):
-    """The settings need more memory than there is."""
+    """The settings need more memory than the machine has."""
 
 
 class QualityGateError(CogflowError):
-    """A result is worse than it may be. It is kept apart and never published."""
+    """A result is worse than the limits allow. It is set aside and never published."""
 
     exit_code = 3
 
 
 class RankLost(CogflowError):
-    """Another process of the group is gone, or stands still; what it had saved is whole, and the same command goes on from there."""
+    """Another process of the group has ended or hangs.
+
+    The last checkpoint is whole, and the same command resumes from it.
+    """
 
 
 class Stopped(CogflowError):
-    """A signal asked for the end; a checkpoint is saved and the same command goes on."""
+    """A signal asked the run to stop. A checkpoint is saved, and the same command resumes from it."""
 
     exit_code = 75
 

@@ -173,7 +173,7 @@ def make_trainer(
     weights = RandomWeights(expected_shapes(meta_model(described, Path(source))), device)
     transformer = initial_weights.make(described, weights, config.deepspeed, stage, dtype, device)
     memory_log.after_weights()
-    recompute(transformer, config.deepspeed, kept(config), speed.mode(speed.how_compiled(config, device)))
+    recompute(transformer, config.deepspeed, kept(config), speed.compile_mode(speed.how_compiled(config, device)))
     speed.prepare(transformer, config, device, dtype)
     engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
     data, own = config.data, transformer.config

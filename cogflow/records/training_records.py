@@ -76,8 +76,8 @@ class TunableSettings:
 class ValidationRecord:
     """The verdict of the quality watch at a validation.
 
-    ``message`` is empty where nothing is wrong. ``defects``: those found at any level. ``heldout_loss``: None where it was
-    not measured at that step.
+    ``message`` is empty where nothing is wrong. ``defects``: those found at any level. ``heldout_loss``: None where it
+    was not measured at that step.
     """
 
     step: int
@@ -187,8 +187,8 @@ class TrainerRecord(Record):
     """``trainer.json`` of a checkpoint: how far training was, what it was trained with, and the state of its monitors.
 
     ``identity``: values that a resumed run must share, by setting. ``last_good_step``: step of the last validation
-    without a finding. ``pending``: the run stopped on a signal, and the work due after ``step`` (evaluation, validation)
-    is left to the resumed run.
+    without a finding. ``pending``: the run stopped on a signal, and the work due after ``step`` (evaluation,
+    validation) is left to the resumed run.
     """
 
     file_name: ClassVar[str] = "trainer.json"
@@ -211,8 +211,8 @@ class TrainerRecord(Record):
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
         """Convert version 0.
 
-        It names the last good step ``quiet``, pending work ``owed`` and the step of a report ``told``, and does not group
-        the states of callbacks.
+        It names the last good step ``quiet``, pending work ``owed`` and the step of a report ``told``, and does not
+        group the states of callbacks.
         """
         known = {"step", "family", "model", "trained_with", "identity", "layout", "settings", "ema_updates"}
         upgraded = {name: value for name, value in values.items() if name in known}

@@ -1,8 +1,10 @@
-"""Where each rank stands: said in ``<run>/ranks/`` while it works, so that one that hangs or dies can be named by the others.
+"""Heartbeats: each rank writes its phase of work to ``<run>/ranks/``, so that the others can name a rank that hangs or
+dies.
 
-A rank marks what it begins (:func:`mark`); progress bars count as a sign of life (:func:`touch`). A thread writes the mark to
-``rank-00003.json`` now and then. When nothing has moved for the limit, it writes down where all threads stand, names the rank that the
-others wait for, and ends the process: a job that hangs costs as much as one that works.
+A rank enters a phase (:func:`enter_phase`), and progress bars report progress (:func:`report_progress`). A thread
+writes the phase to ``rank-00003.json`` every few seconds. When there was no progress for the limit, the thread writes
+the stack of every thread to a file, names the rank that the others wait for, and ends the process: a job that hangs
+costs as much as one that works.
 """
 
 from __future__ import annotations
@@ -21,52 +23,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogflow.errors import CogflowError
+from cogflow.files.record_io import read_record, record_values
+from cogflow.records.run_records import HeartbeatRecord
 from cogflow.runtime import ranks
 
 FOLDER = "ranks"
 BEAT_SECONDS = 5.0
 SILENT_BEATS = 4
-"""A rank on another host that has not written for so many beats is taken for dead; on the same host its process is looked for."""
+"""Beats without a heartbeat after which a rank on another host counts as gone.
+
+On the same host its process is checked instead.
+"""
 STALLED = 1
 """Exit code of a process that its watchdog ends."""
 
 
 @dataclass
-class _State:
-    what: str = "starting"
-    since: float = 0.0
+class _Phase:
+    """Phase of this process and the time of its last progress (monotonic seconds)."""
+
+    name: str = "starting"
+    progress_at: float = 0.0
 
 
-_state = _State()
+_phase = _Phase()
 
 
-def enter_phase(what: str) -> None:
-    """This process begins ``what`` now."""
-    _state.what, _state.since = what, time.monotonic()
+def enter_phase(name: str) -> None:
+    """Record that this process starts the phase ``name`` now."""
+    _phase.name, _phase.progress_at = name, time.monotonic()
 
 
 def report_progress() -> None:
-    """What was begun is moving on."""
-    _state.since = time.monotonic()
+    """Record that the present phase makes progress."""
+    _phase.progress_at = time.monotonic()
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Where a rank stood when it last said so. ``gone``: its process is no more, or has not written for long."""
+    """State of a rank at its last heartbeat. ``gone``: its process has ended, or has not written for long."""
 
     rank: int
     host: str
-    what: str
+    phase: str
     gone: bool
 
     def line(self) -> str:
-        return f"rank {self.rank} ({self.host}) {'is gone; it stood' if self.gone else 'stands'} at: {self.what}"
+        """Return the state in words."""
+        return (
+            f"rank {self.rank} ({self.host}) {'is gone; its last phase' if self.gone else 'is in phase'}: {self.phase}"
+        )
 
 
 class Watchdog:
-    """Context in which this rank says where it stands. ``limit``: seconds without a move after which the process ends; 0: never.
+    """Context in which this rank writes heartbeats.
 
-    ``end``: what ends it, for tests.
+    ``limit``: seconds without progress after which the process ends; 0: never.
+
+    ``end``: ends the process; tests replace it.
     """
 
     def __init__(self, run: Path, limit: float, end: Callable[[int], Any] = os._exit) -> None:
@@ -77,98 +92,91 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self.folder.mkdir(parents=True, exist_ok=True)
         enter_phase("starting")
-        self._beat()
+        self._write_heartbeat()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        # What was said last stays when the process dies, and goes when it ends in order.
+        # The last heartbeat stays when the process dies, and is removed when it ends in order.
         with contextlib.suppress(OSError):
             _file(self.folder, ranks.rank()).unlink(missing_ok=True)
 
     def others(self, wait: float = 0.0) -> list[RankState]:
-        """Where the other ranks stand, after ``wait`` seconds in which those that live write once more."""
+        """Return the states of the other ranks, after ``wait`` seconds in which living ranks write once more."""
         time.sleep(wait)
         return read_states(self.folder, [rank for rank in range(ranks.world_size()) if rank != ranks.rank()])
 
     def _watch(self) -> None:
         while not self._stop.wait(min(BEAT_SECONDS, self.limit / 4 if self.limit else BEAT_SECONDS)):
-            self._beat()
-            standing = time.monotonic() - _state.since
-            if self.limit and standing > self.limit:
-                self._stalled(standing)
+            self._write_heartbeat()
+            seconds = time.monotonic() - _phase.progress_at
+            if self.limit and seconds > self.limit:
+                self._report_stall(seconds)
                 return
 
-    def _beat(self) -> None:
-        line = {
-            "rank": ranks.rank(),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "what": _state.what,
-            "time": time.time(),
-        }
-        # A sign of life that cannot be written must not end what lives.
+    def _write_heartbeat(self) -> None:
+        record = HeartbeatRecord(ranks.rank(), socket.gethostname(), os.getpid(), _phase.name, time.time())
+        # A heartbeat that cannot be written must not end the process.
         with contextlib.suppress(OSError):
-            # In one piece: ranks that stall together read each other in the very beat in which they write.
+            # Rename it, because ranks that stall together read each other while they write.
             written = self.folder / f".beat-{ranks.rank():05d}"
-            written.write_text(json.dumps(line))
-            os.replace(written, _file(self.folder, ranks.rank()))
+            written.write_text(json.dumps(record_values(record)))
+            written.replace(_file(self.folder, ranks.rank()))
 
-    def _stalled(self, seconds: float) -> None:
-        message = f"rank {ranks.rank()}: nothing has moved for {seconds:.0f} s; it stands at: {_state.what}"
-        others = self.others()
-        named = blocking_ranks(others, _state.what)
-        if named:
-            message += "".join(f"\n  {place.line()}" for place in named)
+    def _report_stall(self, seconds: float) -> None:
+        message = f"rank {ranks.rank()}: no progress for {seconds:.0f} s in phase: {_phase.name}"
+        for state in blocking_ranks(self.others(), _phase.name):
+            message += f"\n  {state.line()}"
         stacks = self.folder / f"rank-{ranks.rank():05d}.stack"
-        with contextlib.suppress(OSError), open(stacks, "w", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), stacks.open("w", encoding="utf-8") as file:
             file.write(message + "\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         print(
-            f"error: {message}\n  Where its threads stand is in {stacks}. Run the same command again to go on.",
+            f"error: {message}\n  The stacks of its threads are in {stacks}. Run the same command again to resume.",
             file=sys.stderr,
             flush=True,
         )
         self._end(STALLED)
 
 
-def read_states(folder: Path, of: Sequence[int]) -> list[RankState]:
-    """What the ranks ``of`` wrote last; a rank without a file has never begun, or has ended."""
-    found = []
-    for rank in of:
-        try:
-            line = json.loads(_file(folder, rank).read_text())
-            found.append(RankState(rank, str(line["host"]), str(line["what"]), _gone(line)))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
+def read_states(folder: Path, wanted: Sequence[int]) -> list[RankState]:
+    """Return the state that each of the ranks ``wanted`` wrote last.
+
+    A rank without a readable file has not started, or has ended.
+    """
+    states = []
+    for rank in wanted:
+        with contextlib.suppress(CogflowError, OSError):
+            record = read_record(_file(folder, rank), HeartbeatRecord)
+            states.append(RankState(rank, record.host, record.phase, _is_gone(record)))
+    return states
 
 
-def blocking_ranks(others: Sequence[RankState], mine: str) -> list[RankState]:
-    """Whom one waits for: ranks that are gone; else those that stand elsewhere than most do."""
-    if gone := [place for place in others if place.gone]:
+def blocking_ranks(others: Sequence[RankState], own_phase: str) -> list[RankState]:
+    """Return the ranks that this one waits for: those that are gone, or else those in another phase than most ranks."""
+    if gone := [state for state in others if state.gone]:
         return gone
-    most = Counter([mine, *(place.what for place in others)]).most_common(1)[0][0]
-    return [place for place in others if place.what != most]
+    most = Counter([own_phase, *(state.phase for state in others)]).most_common(1)[0][0]
+    return [state for state in others if state.phase != most]
 
 
-def _gone(line: dict[str, Any]) -> bool:
-    if line["host"] == socket.gethostname():
+def _is_gone(record: HeartbeatRecord) -> bool:
+    if record.host == socket.gethostname():
         try:
-            os.kill(int(line["pid"]), 0)
+            os.kill(record.pid, 0)
         except ProcessLookupError:
             return True
         except PermissionError:
             return False
-        return _zombie(int(line["pid"]))
-    return time.time() - float(line["time"]) > SILENT_BEATS * BEAT_SECONDS
+        return _is_zombie(record.pid)
+    return time.time() - record.time > SILENT_BEATS * BEAT_SECONDS
 
 
-def _zombie(pid: int) -> bool:
-    """Killed, and not yet taken note of by its parent."""
+def _is_zombie(pid: int) -> bool:
+    """Return whether a process has ended and its parent has not collected it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""Which process this is, and the few collectives that everything shares. Works the same without torchrun."""
+"""Ranks: which process this is, and the collectives that all packages share. Everything works without torchrun, too."""
 
 from __future__ import annotations
 
@@ -18,27 +18,32 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """Return the number of this process among all processes, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
+    """Return the number of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
+    """Return whether this is rank 0."""
     return rank() == 0
 
 
 def device() -> torch.device:
+    """Return the GPU of this rank, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 TIMEOUT = timedelta(minutes=60)
-"""For which a collective waits for another rank."""
+"""Longest wait of a collective for another rank."""
 
 
 def setup() -> None:
@@ -50,42 +55,52 @@ def setup() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set on any rank; the same answer on every rank. Goes over the hosts, so that no GPU is waited for."""
+    """Return whether ``flag`` is set on any rank; the same answer on every rank.
+
+    It uses host memory, so it waits for no GPU. Collective.
+    """
     if not dist.is_initialized() or world_size() == 1:
         return flag
-    box = torch.tensor([int(flag)])
-    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_hosts())
-    return bool(box.item())
+    combined = torch.tensor([int(flag)])
+    dist.all_reduce(combined, op=dist.ReduceOp.MAX, group=_host_group())
+    return bool(combined.item())
 
 
 @lru_cache(maxsize=1)
-def _hosts() -> Any:
-    """A group of all ranks that works on host memory: the default one where that is gloo. Collective the first time."""
+def _host_group() -> Any:
+    """Return a group of all ranks that works on host memory: the default group where that is gloo.
+
+    Collective the first time.
+    """
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 @lru_cache(maxsize=1)
 def consecutive_group(size: int) -> Any:
-    """The process group of this rank among groups of ``size`` consecutive ranks, which torchrun puts on one machine where it can.
+    """Return this rank's process group among groups of ``size`` consecutive ranks, which torchrun puts on one machine
+    where it can.
 
-    ``size`` must divide the number of ranks. Collective the first time: every rank takes part in the making of every group.
+    ``size`` must divide the number of ranks. Collective the first time: every rank takes part in the creation of every
+    group.
     """
     groups = [dist.new_group(range(first, first + size), timeout=TIMEOUT) for first in range(0, world_size(), size)]
     return groups[rank() // size]
 
 
 def close() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Wait for all ranks. Collective."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, in rank order, on every rank. Values must be picklable and small."""
+    """Return ``value`` of every rank, in rank order, on every rank. Values must be picklable and small. Collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -94,16 +109,18 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank."""
+    """Return rank 0's ``value`` on every rank. It must be picklable and small. Collective."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """What ``work`` gives on rank 0, on every rank; the error that it raises there, too. Collective."""
+    """Call ``work`` on rank 0 and return its result on every rank; a :class:`CogflowError` of it is raised on every
+    rank. Collective.
+    """
     value: Any = None
     error: CogflowError | None = None
     if is_main():
@@ -119,7 +136,7 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def tag_rank_errors() -> Iterator[None]:
-    """Have an error that this rank alone may meet say so: it is not rank 0 that will tell it."""
+    """Set the rank of a :class:`CogflowError` that only this rank may raise: this rank reports it, not rank 0."""
     try:
         yield
     except CogflowError as error:
@@ -128,7 +145,7 @@ def tag_rank_errors() -> Iterator[None]:
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Element-wise mean of a float tensor over the ranks."""
+    """Return the element-wise mean of a float tensor over the ranks. Collective."""
     if not dist.is_initialized():
         return value
     total = value.detach().clone()
@@ -137,7 +154,7 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of a tensor over the ranks."""
+    """Return the element-wise sum of a tensor over the ranks. Collective."""
     if not dist.is_initialized() or world_size() == 1:
         return value.detach()
     summed = value.detach().clone()

@@ -1,4 +1,6 @@
-"""stage=train: full finetuning under DeepSpeed, with samples from fixed noise before the first step and during training."""
+"""stage=train: full finetuning under DeepSpeed, with samples from fixed noise before the first step and during
+training.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ MAX_TEXT_DROPOUT = 0.5
 
 
 def run(config: Config[TrainStage]) -> None:
-    """Train ``<run>/cache`` into ``<run>/checkpoints``; the same command resumes. Works in one process and under torchrun."""
+    """Train ``<run>/cache`` into ``<run>/checkpoints``; the same command resumes.
+
+    Works in one process and under torchrun.
+    """
     stage = config.stage
     if stage.plan:
         return plan_report.show(config)
@@ -50,7 +55,8 @@ def run(config: Config[TrainStage]) -> None:
     start = find_start(config, cache, folder)
     if start.record is not None and start.record.step >= stage.steps:
         echo(
-            f"this run is finished: {start.checkpoint} is at step {start.record.step} of {stage.steps}; increase stage.steps to continue"
+            f"this run is finished: {start.checkpoint} is at step {start.record.step} of {stage.steps}; increase "
+            "stage.steps to continue"
         )
         return
     with (
@@ -62,7 +68,7 @@ def run(config: Config[TrainStage]) -> None:
             keeps = kept(config)
             if keeps is not None:
                 echo(f"activations: {plan_report.keeping(keeps)}")
-            services = setup.RunServices(folder, tracker, request.anywhere)
+            services = setup.RunServices(folder, tracker, request.on_any_rank)
             trainer, checkpointer = setup.build(config, cache, services, keeps)
             if stage.text_dropout > MAX_TEXT_DROPOUT:
                 tracker.alert("few captions are trained on", text_dropout_message(stage.text_dropout))
@@ -75,7 +81,10 @@ def run(config: Config[TrainStage]) -> None:
 
 
 def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
-    """Return the prepared clips. Raises :class:`ConfigError` when they were made with other settings or for another kind of model."""
+    """Return the prepared clips.
+
+    Raises :class:`ConfigError` when they were made with other settings or for another kind of model.
+    """
     cache = LatentCache(RunLayout(folder).cache)
     if problems := cache.mismatches(config.data):
         raise ConfigError(
@@ -110,7 +119,8 @@ def find_start(config: Config[TrainStage], cache: LatentCache, folder: Path) -> 
 def text_dropout_message(dropout: float) -> str:
     """Return a warning of what neither loss nor sharpness shows: videos stay sharp and stop following their prompts."""
     return (
-        f"stage.text_dropout={dropout:g}: {dropout:.0%} of the samples are trained without their caption. The model unlearns its prompts, "
+        f"stage.text_dropout={dropout:g}: {dropout:.0%} of the samples are trained without their caption. The model "
+        "unlearns its prompts, "
         "and neither the loss nor the sharpness shows it; CogVideoX was trained with 0.1."
     )
 

@@ -1,7 +1,7 @@
 """Training batches: clips from the cache, the random choices made for them, and a thread that prefetches them.
 
-All randomness is a function of (seed, step, slot in the global batch). No random state is kept, so a validation, a checkpoint or another
-number of ranks cannot change what the next step sees.
+All randomness is a function of (seed, step, slot in the global batch). No random state is kept, so a validation, a
+checkpoint or another number of ranks cannot change what the next step sees.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ HELDOUT_TIMESTEPS = (100, 300, 500, 700, 900)
 class Batch:
     """One micro batch.
 
-    ``latents`` (scaled) and ``noise``: fp32 ``[batch, frames, channels, h, w]``; ``embeds``: ``[batch, tokens, width]``; ``timesteps``:
-    int64 ``[batch]``. ``image``: latents of the first frame for an image-to-video model, in the shape of ``latents``.
+    ``latents`` (scaled) and ``noise``: fp32 ``[batch, frames, channels, h, w]``; ``embeds``: ``[batch, tokens,
+    width]``; ``timesteps``: int64 ``[batch]``. ``image``: latents of the first frame for an image-to-video model, in
+    the shape of ``latents``.
     """
 
     latents: torch.Tensor
@@ -47,7 +48,7 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def model_input(self, x_t: torch.Tensor) -> torch.Tensor:
-        """Return the transformer's input: the noised latents ``x_t``, with ``image`` concatenated on the channel axis."""
+        """Return the transformer's input: the noised latents ``x_t``, with ``image`` joined on the channel axis."""
         return x_t if self.image is None else torch.cat([x_t, self.image], dim=2)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -108,7 +109,8 @@ def training_batch(
     text_dropout: float,
     image_dropout: float = 0.0,
 ) -> Batch:
-    """Return clips ``chosen`` with noise, timesteps, posterior samples and dropout drawn from ``key`` and the slot of each clip.
+    """Return clips ``chosen`` with noise, timesteps, posterior samples and dropout drawn from ``key`` and the slot of
+    each clip.
 
     ``key``: (seed, step). ``first_slot``: place of the first clip in the batch of all ranks and micro steps.
     """
@@ -131,7 +133,9 @@ def training_batch(
 
 
 def heldout_batch(cache: LatentCache, chosen: Sequence[tuple[int, int]], *, inputs: TransformerInputs) -> Batch:
-    """Return pairs of (clip, timestep), with the posterior's mean, the first stored first frame, and a noise that only the pair decides."""
+    """Return pairs of (clip, timestep), with the posterior's mean, the first stored first frame, and a noise that only
+    the pair decides.
+    """
     latents, noises, embeds, images = [], [], [], []
     for index, timestep in chosen:
         clip = cache.entry(index)
@@ -148,8 +152,8 @@ def heldout_batch(cache: LatentCache, chosen: Sequence[tuple[int, int]], *, inpu
 class Loader:
     """Prefetches batches in a thread, so that reading, drawing noise and pinning memory do not delay a step.
 
-    ``make(step, micro)``: returns a batch on the CPU. It must be a pure function: a prefetched batch that is not wanted is discarded.
-    ``prefetch``: micro batches that are made ahead; one of 49x480x720 with its noise takes 10 MB.
+    ``make(step, micro)``: returns a batch on the CPU. It must be a pure function: a prefetched batch that is not wanted
+    is discarded. ``prefetch``: micro batches that are made ahead; one of 49x480x720 with its noise takes 10 MB.
     """
 
     def __init__(
@@ -182,8 +186,8 @@ class Loader:
     def start_prefetch(self) -> None:
         """Start to make the batches after the one that was taken last.
 
-        Call it where training leaves Python for long, before a backward pass: two threads that run Python at once cost each other a
-        millisecond.
+        Call it where training leaves Python for long, before a backward pass: two threads that run Python at once cost
+        each other a millisecond.
         """
         key = self._queue[-1][0] if self._queue else self._last
         while len(self._queue) < self._prefetch:

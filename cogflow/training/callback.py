@@ -1,7 +1,8 @@
 """Callbacks of the training loop, and the state that they share.
 
-:mod:`cogflow.training.loop` decides when something is due and calls the methods of every callback in the order of their list. A callback
-does the work: it logs, evaluates, samples or saves. Every method is called on all ranks, so it may use collectives.
+:mod:`cogflow.training.loop` decides when something is due and calls the methods of every callback in the order of their
+list. A callback does the work: it logs, evaluates, samples or saves. Every method is called on all ranks, so it may use
+collectives.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from cogflow.training.engine import Engine
 class StepUpdate:
     """Results of one training step.
 
-    ``step``: finished steps, this one included. ``table``: :mod:`cogflow.training.metric_table`, summed over the ranks, on the device.
-    ``gradient_norm``: before clipping; infinite when the update was skipped. ``applied``: whether weights changed. ``spike``: the update
-    was skipped because of a loss spike. ``unchanged``: share of sampled weights that kept their bits, when this step was checked.
-    ``data_wait``: seconds for which the step waited for batches.
+    ``step``: finished steps, this one included. ``table``: :mod:`cogflow.training.metric_table`, summed over the ranks,
+    on the device. ``gradient_norm``: before clipping; infinite when the update was skipped. ``applied``: whether
+    weights changed. ``spike``: the update was skipped because of a loss spike. ``unchanged``: share of sampled weights
+    that kept their bits, when this step was checked. ``data_wait``: seconds for which the step waited for batches.
     """
 
     step: int
@@ -43,7 +44,10 @@ class StepUpdate:
 
 @dataclass(frozen=True)
 class ValidationOutcome:
-    """Result of one validation. ``message`` is empty at the levels good and learning. ``defects``: those found at any level."""
+    """Result of one validation. ``message`` is empty at the levels good and learning.
+
+    ``defects``: those found at any level.
+    """
 
     step: int
     level: str
@@ -56,9 +60,10 @@ class ValidationOutcome:
 class TrainingContext:
     """What the loop and its callbacks share.
 
-    ``folder``: the run's. ``stop_requested``: collective, the same answer on every rank. ``step``: finished steps. ``stopping``: the run
-    ends after this step because of a signal. ``pending``: the checkpoint was saved on a signal, and the work due after its step is left.
-    ``outcome``: that of the newest validation. ``last_good_step``: step of the last validation at which nothing was wrong.
+    ``folder``: the run's. ``stop_requested``: collective, the same answer on every rank. ``step``: finished steps.
+    ``stopping``: the run ends after this step because of a signal. ``pending``: the checkpoint was saved on a signal,
+    and the work due after its step is left. ``outcome``: that of the newest validation. ``last_good_step``: step of the
+    last validation at which nothing was wrong.
     """
 
     config: Config[TrainStage]
@@ -89,7 +94,10 @@ class Callback:
         """A step is finished. Work that is due after it follows, unless ``context.stopping``."""
 
     def on_not_finite(self, context: TrainingContext, message: str) -> None:
-        """The step after ``context.step`` changed no weight for the reason in ``message``. Raise, or return to continue without it."""
+        """The step after ``context.step`` changed no weight for the reason in ``message``.
+
+        Raise, or return to continue without it.
+        """
 
     def on_evaluate(self, context: TrainingContext) -> None:
         """The held-out losses are due."""
@@ -107,7 +115,10 @@ class Callback:
         """The run stops on a signal: save ``context.step`` and leave other work that is due to the resumed run."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the state that a checkpoint must carry: fields of :class:`CallbackStates`. A callback without state has none."""
+        """Return the state that a checkpoint must carry: fields of :class:`CallbackStates`.
+
+        A callback without state has none.
+        """
         return {}
 
     def load_state_dict(self, states: CallbackStates) -> None:

@@ -1,11 +1,12 @@
-"""Checkpoint folders: saved beside their target, hashed, synced, renamed and read back; then ``latest.json`` points at them.
+"""Checkpoint folders: saved beside their target, hashed, synced, renamed and read back; then ``latest.json`` points at
+them.
 
-A checkpoint folder ``step-000100`` holds ``deepspeed/`` (states to resume from), ``transformer/`` and ``ema/`` (weights in diffusers' layout,
-for export), ``trainer.json`` (:class:`~cogflow.records.training.TrainerRecord`) and ``manifest.json``. ``latest.json`` beside the folders names
-the newest that was read back without a difference.
+A checkpoint folder ``step-000100`` holds ``deepspeed/`` (states to resume from), ``transformer/`` and ``ema/`` (weights
+in diffusers' layout, for export), ``trainer.json`` (:class:`~cogflow.records.training.TrainerRecord`) and
+``manifest.json``. ``latest.json`` beside the folders names the newest that was read back without a difference.
 
-A kill during a save leaves a hidden folder, which the next save removes, or a whole checkpoint that ``latest.json`` does not name yet. Such
-a checkpoint is resumed, because resuming relies on manifests and not on ``latest.json``.
+A kill during a save leaves a hidden folder, which the next save removes, or a whole checkpoint that ``latest.json``
+does not name yet. Such a checkpoint is resumed, because resuming relies on manifests and not on ``latest.json``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from cogflow.weights.zero_files import read_state_file
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A saved checkpoint. ``seconds``: for which training stood still; ``phases``: the same by phase; ``bytes``: size on the disk."""
+    """A saved checkpoint.
+
+    ``seconds``: for which training stood still; ``phases``: the same by phase; ``bytes``: size on the disk.
+    """
 
     path: Path
     seconds: float
@@ -53,10 +57,13 @@ def read_trainer(path: Path) -> TrainerRecord:
 def save(
     folder: Path, record: TrainerRecord, engine: Engine, ema: EMA | None, *, states: bool = True
 ) -> SavedCheckpoint:
-    """Publish ``folder/step-...``, read it back, and point ``latest.json`` at it. Collective; an existing folder is replaced.
+    """Publish ``folder/step-...``, read it back, and point ``latest.json`` at it.
 
-    ``states``: with DeepSpeed's states; without them the folder can be exported and not resumed. Raises :class:`StorageError` when the
-    disk has no room or returns other bytes, and :class:`CheckpointError` when the checkpoint cannot be written as a whole.
+    Collective; an existing folder is replaced.
+
+    ``states``: with DeepSpeed's states; without them the folder can be exported and not resumed. Raises
+    :class:`StorageError` when the disk has no room or returns other bytes, and :class:`CheckpointError` when the
+    checkpoint cannot be written as a whole.
     """
     began = time.perf_counter()
     target = folder / step_name(record.step)
@@ -121,7 +128,9 @@ def load(path: Path, record: TrainerRecord, engine: Engine, ema: EMA | None, *, 
 
 
 def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint that ``stage.resume`` means (auto, never or a path), and a line for each that was skipped. Collective.
+    """Return the checkpoint that ``stage.resume`` means (auto, never or a path), and a line for each that was skipped.
+
+    Collective.
 
     Raises :class:`CheckpointError` for a path that is no checkpoint to resume from.
     """
@@ -151,7 +160,10 @@ def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that its manifest proves whole, and a line for each newer one that is not. Collective."""
+    """Return the newest checkpoint that its manifest proves whole, and a line for each newer one that is not.
+
+    Collective.
+    """
     skipped: list[str] = []
     for path in ranks.broadcast(step_folders(folder)[::-1]):
         problems = verify(path)
@@ -165,7 +177,10 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(path: Path) -> list[str]:
-    """Return the differences between ``path`` and its manifest, the same on every rank. Each rank reads a part. Collective."""
+    """Return the differences between ``path`` and its manifest, the same on every rank. Each rank reads a part.
+
+    Collective.
+    """
     found = ranks.gather(
         check_manifest(path, ranks.rank(), ranks.world_size()) if path.is_dir() else ["there is no such folder"]
     )
@@ -189,7 +204,10 @@ def needed_bytes(folder: Path, engine: Engine, ema: EMA | None, *, states: bool)
 
 
 def hash_together(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below ``folder`` by relative path; the ranks sync and hash disjoint parts. Collective."""
+    """Return the sha256 of every file below ``folder`` by relative path; the ranks sync and hash disjoint parts.
+
+    Collective.
+    """
     sizes = ranks.broadcast(
         {name: (folder / name).stat().st_size for name in files_below(folder)} if ranks.is_main() else None
     )

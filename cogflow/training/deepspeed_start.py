@@ -41,8 +41,9 @@ def start_deepspeed() -> Any:
 
     logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # On a CPU init_distributed compiles a shared-memory extension for a minute, and a process killed meanwhile leaves a lock on which
-        # every later start hangs. Gloo works without it. (Private table: DeepSpeed's version is pinned.)
+        # On a CPU init_distributed compiles a shared-memory extension for a minute, and a process killed meanwhile
+        # leaves a lock on which every later start hangs. Gloo works without it. (Private table: DeepSpeed's version is
+        # pinned.)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         if ranks.world_size() > 1:
@@ -58,7 +59,10 @@ def start_deepspeed() -> Any:
 
 
 def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> dict[str, Any]:
-    """Return DeepSpeed's own configuration. The learning rate is set at each step: see :func:`cogflow.training.objective.learning_rate`."""
+    """Return DeepSpeed's own configuration.
+
+    The learning rate is set at each step: see :func:`cogflow.training.objective.learning_rate`.
+    """
     zero: dict[str, Any] = {
         "stage": deepspeed.zero_stage,
         "contiguous_gradients": True,
@@ -104,7 +108,7 @@ def settings(deepspeed: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) 
 
 @contextlib.contextmanager
 def sharded_init(deepspeed_settings: DeepSpeedConfig, stage: TrainStage, dtype: torch.dtype) -> Iterator[None]:
-    """Shard a model that is built inside the block over the ranks, layer by layer, under ZeRO-3; otherwise do nothing."""
+    """Shard a model that is built inside the block over the ranks, layer by layer, under ZeRO-3; else do nothing."""
     if deepspeed_settings.zero_stage < 3:
         yield
         return
@@ -132,7 +136,8 @@ def check_dtype(dtype: torch.dtype) -> None:
     supported = {torch.float16: device.is_fp16_supported, torch.bfloat16: device.is_bf16_supported}
     if not supported.get(dtype, lambda: True)():
         raise ConfigError(
-            f"model.dtype={str(dtype).removeprefix('torch.')}: DeepSpeed does not train in it on this {device.device_name()}.",
+            f"model.dtype={str(dtype).removeprefix('torch.')}: DeepSpeed does not train in it on this "
+            f"{device.device_name()}.",
             "Use model.dtype=fp32 here, or bf16 where it is supported.",
         )
 
@@ -161,8 +166,8 @@ def make_optimizer(
 def compiling_cpu_adam() -> Iterator[None]:
     """Report that DeepSpeed compiles its Adam for the host at its first use.
 
-    Raises :class:`ConfigError` when it cannot be compiled, and when an earlier compilation was killed: its lock would make every later start
-    wait for ever, without a message (``torch/utils/file_baton.py``).
+    Raises :class:`ConfigError` when it cannot be compiled, and when an earlier compilation was killed: its lock would
+    make every later start wait for ever, without a message (``torch/utils/file_baton.py``).
     """
     with ranks.tag_rank_errors():
         _check_compile_locks()
@@ -171,7 +176,8 @@ def compiling_cpu_adam() -> Iterator[None]:
         except Exception as error:  # torch, ninja and DeepSpeed raise many kinds, bare ones among them
             raise ConfigError(
                 f"DeepSpeed's Adam for the host could not be compiled: {_last_line(error)}",
-                "It needs a C++ compiler (g++, or $CXX) and, with GPUs, torch's CUDA toolkit. Without: deepspeed=zero2 or zero3.",
+                "It needs a C++ compiler (g++, or $CXX) and, with GPUs, torch's CUDA toolkit. Without: deepspeed=zero2 "
+                "or zero3.",
             ) from error
 
 
@@ -190,7 +196,8 @@ def _check_compile_locks() -> None:
                 f"When no other process compiles it: rm -r {lock.parent}",
             )
         echo(
-            f"waiting for another process to compile DeepSpeed's Adam for the host (if there is none: rm -r {lock.parent})"
+            "waiting for another process to compile DeepSpeed's Adam for the host (if there is none: rm -r "
+            f"{lock.parent})"
         )
         return
     if not any(root.glob(f"**/{CPU_ADAM}/*.so")):

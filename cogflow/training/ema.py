@@ -1,4 +1,7 @@
-"""Exponential moving average (EMA) of the weights in fp32. Each rank keeps a part of the tensors, on the device or in host memory."""
+"""Exponential moving average (EMA) of the weights in fp32.
+
+Each rank keeps a part of the tensors, on the device or in host memory.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from cogflow.training.engine import Engine
 
 
 class EMA:
-    """``average = decay * average + (1 - decay) * weight`` after every update. Rank i keeps tensors i, i + world size, ... on ``device``.
+    """``average = decay * average + (1 - decay) * weight`` after every update.
 
-    With ``warmup`` the decay of update n is at most (1 + n) / (10 + n), so that the average does not stay at the start. ``every``: steps
-    between two updates, whose decay is that of so many steps.
+    Rank i keeps tensors i, i + world size, ... on ``device``.
+
+    With ``warmup`` the decay of update n is at most (1 + n) / (10 + n), so that the average does not stay at the start.
+    ``every``: steps between two updates, whose decay is that of so many steps.
     """
 
     def __init__(

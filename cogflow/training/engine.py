@@ -24,9 +24,9 @@ NO_SMALLER_SCALE = "loss scale already at minimum"
 class Engine:
     """A transformer that DeepSpeed steps.
 
-    ``forward`` runs the wrapped module; ``backward`` scales for gradient accumulation and reduces; ``step`` updates at the last micro step.
-    ``module`` is the transformer itself, for sampling. Raises :class:`ConfigError` for half precision without ZeRO, because DeepSpeed then
-    keeps no fp32 master weights.
+    ``forward`` runs the wrapped module; ``backward`` scales for gradient accumulation and reduces; ``step`` updates at
+    the last micro step. ``module`` is the transformer itself, for sampling. Raises :class:`ConfigError` for half
+    precision without ZeRO, because DeepSpeed then keeps no fp32 master weights.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class Engine:
     ) -> None:
         if deepspeed_settings.zero_stage == 0 and dtype != torch.float32:
             raise ConfigError(
-                f"deepspeed=zero0 trains in fp32 only, not in {str(dtype).removeprefix('torch.')}: fp32 master weights need ZeRO.",
+                f"deepspeed=zero0 trains in fp32 only, not in {str(dtype).removeprefix('torch.')}: fp32 master weights "
+                "need ZeRO.",
                 "Use deepspeed=zero1, zero2 or zero3, which train the same, or model.dtype=fp32.",
             )
         deepspeed = start_deepspeed()
@@ -65,8 +66,8 @@ class Engine:
     def step(self, learning_rate: float, *, skip: bool = False) -> bool:
         """Update the weights after the last micro step; return whether they changed.
 
-        A gradient that is not finite on any rank changes nothing. With ``skip`` DeepSpeed treats the step as an overflow, but keeps its loss
-        scale. Raises :class:`QualityGateError` when fp16 has no smaller loss scale left.
+        A gradient that is not finite on any rank changes nothing. With ``skip`` DeepSpeed treats the step as an
+        overflow, but keeps its loss scale. Raises :class:`QualityGateError` when fp16 has no smaller loss scale left.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -84,7 +85,10 @@ class Engine:
 
     @contextlib.contextmanager
     def _overflowing(self) -> Iterator[None]:
-        """Make the optimizer treat the step as an overflow. (Private names: DeepSpeed's version is pinned, and tests check it.)"""
+        """Make the optimizer treat the step as an overflow.
+
+        (Private names: DeepSpeed's version is pinned, and tests check it.)
+        """
         optimizer = self.optimizer
         if self.zero_stage == 0:
             optimizer.skip_next = True
@@ -103,7 +107,7 @@ class Engine:
             vars(optimizer.loss_scaler).update(scaler)
 
     def gradient_norm(self) -> torch.Tensor | float:
-        """Return the L2 norm before clipping, over all ranks, of the last applied step; it may still be on the device."""
+        """Return the L2 norm before clipping, over all ranks, of the last applied step; it may be on the device."""
         norm = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
 
@@ -119,7 +123,9 @@ class Engine:
         return trained, sum(counts), self.dtype.itemsize
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, weight), each whole on every rank, in the order of the state dict. Collective: every rank must take all.
+        """Yield (name, weight), each whole on every rank, in the order of the state dict.
+
+        Collective: every rank must take all.
 
         Under ZeRO-3 one weight is gathered at a time. A tensor is valid until the next one is taken.
         """
@@ -134,8 +140,8 @@ class Engine:
     def flush_prefetch(self) -> None:
         """Finish ZeRO-3's prefetches, which a forward pass without a backward pass leaves in flight.
 
-        This calls the optimizer's part of DeepSpeed's own method only. The rest collects garbage and empties the device's cache, which takes
-        half a second and waits for the device; with an EMA this runs at every step.
+        This calls the optimizer's part of DeepSpeed's own method only. The rest collects garbage and empties the
+        device's cache, which takes half a second and waits for the device; with an EMA this runs at every step.
         """
         if self.zero_stage == 3:
             self.optimizer.empty_partition_cache()
@@ -156,7 +162,10 @@ class Engine:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Load states saved by :meth:`save` with the same world size and ZeRO stage. Collective; call it on verified folders only."""
+        """Load states saved by :meth:`save` with the same world size and ZeRO stage.
+
+        Collective; call it on verified folders only.
+        """
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         except (RuntimeError, ValueError, KeyError, FileNotFoundError, AssertionError) as error:

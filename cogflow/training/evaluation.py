@@ -24,12 +24,17 @@ from cogflow.training.objective import Objective
 from cogflow.training.step_monitor import StepMonitor
 
 MAX_SCALE_RATIO = 1.25
-"""Largest ratio between the held-out latents' scale and the scale that the model expects, before the first step. The scaling factors of 5B
-and 2B are 1.65 apart, which a tiny model sees as 1.44 or 1 / 1.49."""
+"""Largest ratio between the held-out latents' scale and the scale that the model expects, before the first step.
+
+The scaling factors of 5B and 2B are 1.65 apart, which a tiny model sees as 1.44 or 1 / 1.49.
+"""
 
 OVERFITTING_RISE = 0.15
-"""Share by which the held-out loss must exceed its lowest value. Noise and timesteps are the same every time: in 120 healthy steps of the
-tiny model it rises by at most 0.02; trained on four clips it is up by 0.2 after 60 steps, and doubled after 360."""
+"""Share by which the held-out loss must exceed its lowest value.
+
+Noise and timesteps are the same every time: in 120 healthy steps of the tiny model it rises by at most 0.02; trained on
+four clips it is up by 0.2 after 60 steps, and doubled after 360.
+"""
 EMA_CHECK_FALL = 0.05
 """Share of its first value by which the model's held-out loss must have fallen before the EMA is judged."""
 EMA_BEHIND_SHARE = 0.25
@@ -61,8 +66,10 @@ class OverfittingCheck:
             return None
         self.reported_step = step
         return (
-            f"step {step}: the held-out loss is {heldout:.4g}, after {self.lowest.loss:.4g} at step {self.lowest.step}: the model "
-            "overfits its clips, or the learning rate is too high. Train shorter, on more clips, or with a lower stage.learning_rate."
+            f"step {step}: the held-out loss is {heldout:.4g}, after {self.lowest.loss:.4g} at step "
+            f"{self.lowest.step}: the model "
+            "overfits its clips, or the learning rate is too high. Train shorter, on more clips, or with a lower "
+            "stage.learning_rate."
         )
 
 
@@ -90,13 +97,18 @@ class EmaCheck:
             return None
         self.reported_step = step
         return (
-            f"step {step}: the model's held-out loss fell from {self.first:.4g} to {model:.4g}, the EMA's only to {ema:.4g}: samples and "
-            "exports show the EMA. Lower stage.ema_decay, use stage.ema_warmup=true, or export with stage.weights=model."
+            f"step {step}: the model's held-out loss fell from {self.first:.4g} to {model:.4g}, the EMA's only to "
+            f"{ema:.4g}: samples and "
+            "exports show the EMA. Lower stage.ema_decay, use stage.ema_warmup=true, or export with "
+            "stage.weights=model."
         )
 
 
 class Evaluation(Callback):
-    """Evaluates the held-out clips, where there are any. ``monitor``: its trend starts from the spectra before the first step."""
+    """Evaluates the held-out clips, where there are any.
+
+    ``monitor``: its trend starts from the spectra before the first step.
+    """
 
     def __init__(self, cache: LatentCache, objective: Objective, batch_size: int, monitor: StepMonitor) -> None:
         self.cache, self.objective, self.batch_size, self.monitor = cache, objective, batch_size, monitor
@@ -161,10 +173,12 @@ class Evaluation(Callback):
 
 @torch.no_grad()
 def heldout_table(cache: LatentCache, objective: Objective, batch_size: int) -> torch.Tensor | None:
-    """Return the metric table over all pairs of a held-out clip and a fixed timestep; ``None`` without held-out clips. Collective.
+    """Return the metric table over all pairs of a held-out clip and a fixed timestep; ``None`` without held-out clips.
 
-    Every rank runs the same number of forward passes. A rank without a chunk of its own repeats the last one and does not count it;
-    ranks that share their batches count them once.
+    Collective.
+
+    Every rank runs the same number of forward passes. A rank without a chunk of its own repeats the last one and does
+    not count it; ranks that share their batches count them once.
     """
     pairs = [(index, timestep) for index in cache.holdout for timestep in HELDOUT_TIMESTEPS]
     if not pairs:
@@ -189,6 +203,8 @@ def heldout_table(cache: LatentCache, objective: Objective, batch_size: int) -> 
 def scale_message(scale: float, deviation: float) -> str:
     """Return a message for latents at a scale that the model does not expect."""
     return (
-        f"before the first step the model sees the clips' latents (deviation {deviation:.2f}) at {scale:.2f} times the scale it knows: "
-        "were they prepared with another scaling_factor, or another VAE? Training moves the model to that scale, and the loss does not show it."
+        f"before the first step the model sees the clips' latents (deviation {deviation:.2f}) at {scale:.2f} times the "
+        "scale it knows: "
+        "were they prepared with another scaling_factor, or another VAE? Training moves the model to that scale, and "
+        "the loss does not show it."
     )

@@ -1,8 +1,11 @@
-"""The transformer that training starts with. Its weights stream in from the pipeline folder of ``model.path``, or from what ``stage.start``
-names: a run, a checkpoint, a SAT, DeepSpeed or diffusers folder.
+"""The transformer that training starts with.
 
-The model is built without weights; then one tensor after another is read from its mapped file and copied to where training keeps it. Under
-ZeRO-3 that is a shard on each rank, and only rank 0 reads: no rank and no machine ever holds the whole model in host memory.
+Its weights stream in from the pipeline folder of ``model.path``, or from what ``stage.start`` names: a run, a
+checkpoint, a SAT, DeepSpeed or diffusers folder.
+
+The model is built without weights; then one tensor after another is read from its mapped file and copied to where
+training keeps it. Under ZeRO-3 that is a shard on each rank, and only rank 0 reads: no rank and no machine ever holds
+the whole model in host memory.
 """
 
 from __future__ import annotations
@@ -55,10 +58,12 @@ class InitialWeights:
 def build(
     config: Config[TrainStage], source: Path, dtype: torch.dtype, device: torch.device, facts: Mapping[str, Any]
 ) -> Any:
-    """Return the transformer of the pipeline folder ``source``, in ``dtype`` on ``device`` (sharded under ZeRO-3). Collective.
+    """Return the transformer of the pipeline folder ``source``, in ``dtype`` on ``device`` (sharded under ZeRO-3).
 
-    ``facts``: of the VAE and scheduler in ``source``. Raises :class:`ConversionError` for tensors that do not fit its config.json, and
-    :class:`ConfigError` when ``stage.start`` was trained for other facts.
+    Collective.
+
+    ``facts``: of the VAE and scheduler in ``source``. Raises :class:`ConversionError` for tensors that do not fit its
+    config.json, and :class:`ConfigError` when ``stage.start`` was trained for other facts.
     """
     path = source / "transformer" / "config.json"
     transformer_config = read_json(path)
@@ -76,7 +81,9 @@ def make(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    """Return the transformer of ``config`` (a ``config.json`` of diffusers) with the values of ``tensors``, which must fit it. Collective."""
+    """Return the transformer of ``config`` (a ``config.json`` of diffusers) with the values of ``tensors``, which must
+    fit it. Collective.
+    """
     with sharded_init(deepspeed, stage, dtype), _no_random_weights():
         transformer = (
             CogVideoXTransformer3DModel.from_config(config) if deepspeed.zero_stage == 3 else _without_weights(config)
@@ -146,7 +153,8 @@ def _check_facts(weights: InitialWeights, facts: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"stage.start={weights.origin} does not fit the VAE and scheduler of model.path:\n  "
             + "\n  ".join(different),
-            "Train with the pipeline folder that the weights belong to: with another's, videos blur and the loss does not show it.",
+            "Train with the pipeline folder that the weights belong to: with another's, videos blur and the loss does "
+            "not show it.",
         )
 
 

@@ -1,4 +1,4 @@
-"""The training loop: resume, then for each step a batch, forward, backward, update, and the work that is due after it."""
+"""The training loop: resume, then for each step a batch, forward, backward, update, and the work due after it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ RESUME_HINT = "Run the same command again to resume."
 
 
 def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> None:
-    """Resume from ``start`` and train to ``stage.steps``; after a rollback resume from its checkpoint and continue. Collective."""
+    """Resume from ``start`` and train to ``stage.steps``; after a rollback resume from its checkpoint and continue.
+
+    Collective.
+    """
     context = trainer.context
     while True:
         checkpointer.resume(context, start)
@@ -44,7 +47,8 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
 class Trainer:
     """Runs training steps and the callbacks that are due after them.
 
-    Only steps that are logged read from the device. DeepSpeed waits for the gradient norm at every step; nothing else waits.
+    Only steps that are logged read from the device. DeepSpeed waits for the gradient norm at every step; nothing else
+    waits.
     """
 
     def __init__(
@@ -124,7 +128,8 @@ class Trainer:
         )
 
     def handle_skipped_update(self, update: StepUpdate) -> None:
-        """Call ``on_not_finite`` for a step that is not finite; an intended skip (a spike, fp16's search for its loss scale) passes.
+        """Call ``on_not_finite`` for a step that is not finite; an intended skip (a spike, fp16's search for its loss
+        scale) passes.
 
         Raises :class:`QualityGateError` after MAX_CONSECUTIVE_SKIPS skipped updates in a row.
         """
@@ -142,7 +147,10 @@ class Trainer:
         self.callbacks.on_not_finite(self.context, message)
 
     def run_due_callbacks(self) -> None:
-        """Evaluate, validate and save where that is due. The validation precedes the save, so that the checkpoint records its result."""
+        """Evaluate, validate and save where that is due.
+
+        The validation precedes the save, so that the checkpoint records its result.
+        """
         context, stage, step = self.context, self.stage, self.context.step
         validates = due(step, stage.sample_every, stage.steps)
         states_before = CallbackStates(**self.callbacks.state_dict())

@@ -35,7 +35,9 @@ class Losses:
 def noised(
     x0: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """Return sqrt(a) x0 + sqrt(1 - a) noise, for latents ``[batch, frames, channels, h, w]`` and int64 ``timesteps`` ``[batch]``."""
+    """Return sqrt(a) x0 + sqrt(1 - a) noise, for latents ``[batch, frames, channels, h, w]`` and int64 ``timesteps``
+    ``[batch]``.
+    """
     a = alphas_cumprod[timesteps].float().view(-1, *([1] * (x0.dim() - 1)))
     return a.sqrt() * x0 + (1.0 - a).sqrt() * noise
 
@@ -52,7 +54,10 @@ def velocity_loss(
 
 
 class Objective:
-    """Forward pass and loss of one model. ``alphas_cumprod``: fp32 ``[1000]`` of the scheduler that the model is trained for."""
+    """Forward pass and loss of one model.
+
+    ``alphas_cumprod``: fp32 ``[1000]`` of the scheduler that the model is trained for.
+    """
 
     def __init__(
         self,
@@ -85,7 +90,9 @@ class Objective:
         return velocity_loss(v, batch.latents, x_t, self.alphas_cumprod, batch.timesteps)
 
     def metric_table(self, losses: Losses, batch: Batch) -> torch.Tensor:
-        """Return this rank's table of :mod:`cogflow.training.metric_table`: losses, and bands of the prediction and the true latents."""
+        """Return this rank's table of :mod:`cogflow.training.metric_table`: losses, and bands of the prediction and the
+        true latents.
+        """
         bands = self._spectrum.sums(losses.x0, batch.latents, self.alphas_cumprod[batch.timesteps])
         return metric_table.by_quarter(losses.per_sample, bands, batch.timesteps)
 
@@ -97,7 +104,8 @@ class Objective:
 
 
 def learning_rate(step: int, stage: TrainStage) -> float:
-    """Return the rate of step ``step`` (from 0): linear warm-up, then ``stage.schedule`` down to ``min_lr_ratio`` at the last step.
+    """Return the rate of step ``step`` (from 0): linear warm-up, then ``stage.schedule`` down to ``min_lr_ratio`` at
+    the last step.
 
     It is a pure function of the step: there is no scheduler state to save.
     """

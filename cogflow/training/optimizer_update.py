@@ -1,9 +1,9 @@
 """Optimizer updates: AdamW that skips a gradient that is not finite, and a faster update for ZeRO-1 and ZeRO-2.
 
-DeepSpeed examines every gradient separately, for numbers that are not finite and for its norm, each time with several kernels. CogVideoX-5B
-has a thousand of them, and a GPU idles for a tenth of a second each step while they are launched. :func:`fuse_zero_update` makes it examine
-them together, as PyTorch's own clipping does (``torch._foreach_norm``). What it computes stays the same. (Private names: DeepSpeed's version is
-pinned, and tests check the results.)
+DeepSpeed examines every gradient separately, for numbers that are not finite and for its norm, each time with several
+kernels. CogVideoX-5B has a thousand of them, and a GPU idles for a tenth of a second each step while they are launched.
+:func:`fuse_zero_update` makes it examine them together, as PyTorch's own clipping does (``torch._foreach_norm``). What
+it computes stays the same. (Private names: DeepSpeed's version is pinned, and tests check the results.)
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW for training without ZeRO: clips to the norm ``gradient_clipping`` (0: off), and skips a gradient that is not finite.
+    """AdamW for training without ZeRO: clips to the norm ``gradient_clipping`` (0: off), and skips a gradient that is
+    not finite.
 
-    It sets ``overflow`` and ``_global_grad_norm``, which DeepSpeed reads after each step. Gradients are already summed over the ranks, so
-    every rank decides alike. ``skip_next`` makes it skip the next step.
+    It sets ``overflow`` and ``_global_grad_norm``, which DeepSpeed reads after each step. Gradients are already summed
+    over the ranks, so every rank decides alike. ``skip_next`` makes it skip the next step.
     """
 
     def __init__(self, parameters: Any, *, gradient_clipping: float, **arguments: Any) -> None:
@@ -45,7 +46,9 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def fuse_zero_update(optimizer: Any, world_size: int) -> None:
-    """Replace methods of ``optimizer``, a ``DeepSpeedZeroOptimizer`` of stage 1 or 2 whose states are on the device, by faster ones."""
+    """Replace methods of ``optimizer``, a ``DeepSpeedZeroOptimizer`` of stage 1 or 2 whose states are on the device, by
+    faster ones.
+    """
     # A norm that is not finite implies a gradient that is not: DeepSpeed skips the step for either.
     optimizer.has_overflow = lambda *_, **__: False
     optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: norm(optimizer, gradients)
@@ -62,7 +65,9 @@ def fuse_zero_update(optimizer: Any, world_size: int) -> None:
 
 @torch.no_grad()
 def norm(optimizer: Any, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the L2 norm of this group's gradients over all ranks, fp32 scalar; -1, DeepSpeed's sign, where it is not finite."""
+    """Return the L2 norm of this group's gradients over all ranks, fp32 scalar; -1, DeepSpeed's sign, where it is not
+    finite.
+    """
     own = [gradient for gradient in gradients if gradient.numel() and not getattr(gradient, "_zero_padding", False)]
     if own:
         total = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float64)).square().sum().float()
@@ -74,9 +79,11 @@ def norm(optimizer: Any, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def scale_in_kernel(optimizer: Any, total_norm: torch.Tensor) -> None:
-    """Make AdamW's kernel divide the gradients by the loss scale and clip them, instead of a separate pass over all of them.
+    """Make AdamW's kernel divide the gradients by the loss scale and clip them, instead of a separate pass over all of
+    them.
 
-    ``total_norm``: that of the gradients with their scale. The factor is that of DeepSpeed's ``unscale_and_clip_grads``.
+    ``total_norm``: that of the gradients with their scale. The factor is that of DeepSpeed's
+    ``unscale_and_clip_grads``.
     """
     scale = torch.as_tensor(optimizer.loss_scale, dtype=torch.float32, device=total_norm.device)
     if optimizer.clip_grad > 0:
@@ -86,7 +93,9 @@ def scale_in_kernel(optimizer: Any, total_norm: torch.Tensor) -> None:
 
 @torch.no_grad()
 def flat(gradients: Sequence[torch.Tensor], size: int, like: torch.Tensor) -> torch.Tensor:
-    """Return one tensor of ``size`` elements in the dtype of ``like``, the master weights, without a copy in the gradients' own dtype."""
+    """Return one tensor of ``size`` elements in the dtype of ``like``, the master weights, without a copy in the
+    gradients' own dtype.
+    """
     result = torch.empty(size, dtype=like.dtype, device=like.device)
     counts = [gradient.numel() for gradient in gradients]
     *parts, rest = result.split([*counts, size - sum(counts)])

@@ -1,4 +1,5 @@
-"""Policies: what follows an alarm over the samples (``stage.on_blur``) and a step that is not finite (``stage.on_not_finite``).
+"""Policies: what follows an alarm over the samples (``stage.on_blur``) and a step that is not finite
+(``stage.on_not_finite``).
 
 All ranks act alike, because rank 0 decides.
 """
@@ -33,7 +34,8 @@ class QualityPolicy(Callback):
     def on_validate(self, context: TrainingContext) -> None:
         """Act on an alarm of this step's validation; return when training continues. Collective.
 
-        Raises :class:`QualityGateError` (stop) with the path of the last sharp checkpoint, or :class:`RollbackRequested`.
+        Raises :class:`QualityGateError` (stop) with the path of the last sharp checkpoint, or
+        :class:`RollbackRequested`.
         """
         stage, outcome = context.stage, context.outcome
         if outcome is None or outcome.step != context.step or outcome.level != "alarm" or stage.on_blur == "warn":
@@ -43,7 +45,8 @@ class QualityPolicy(Callback):
         if stage.on_blur == "stop" or sharp is None:
             self.checkpointer.on_save(context)
             raise QualityGateError(
-                f"Step {outcome.step}: {outcome.message}. A checkpoint is saved ({checkpoints / step_name(outcome.step)}).",
+                f"Step {outcome.step}: {outcome.message}. A checkpoint is saved "
+                f"({checkpoints / step_name(outcome.step)}).",
                 f"{resume_hint(sharp)} Or resume from here with stage.on_blur=warn.",
             )
         request_rollback(context.folder, stage, outcome.step, sharp, outcome.message)
@@ -51,7 +54,8 @@ class QualityPolicy(Callback):
     def on_not_finite(self, context: TrainingContext, message: str) -> None:
         """Act on a step after ``context.step`` that changed no weight; return when training continues. Collective.
 
-        Raises :class:`QualityGateError` (stop) once ``context.step`` is saved, or :class:`RollbackRequested` to the newest checkpoint.
+        Raises :class:`QualityGateError` (stop) once ``context.step`` is saved, or :class:`RollbackRequested` to the
+        newest checkpoint.
         """
         stage, step, folder = context.stage, context.step, context.folder
         if stage.on_not_finite == "skip":
@@ -84,20 +88,24 @@ def request_rollback(folder: Path, stage: TrainStage, start: int, checkpoint: Pa
     aside = folder / rollback.SET_ASIDE / f"{rollbacks[-1].number:02d}"
     if refused is not None:
         raise QualityGateError(
-            f"Step {start}: {reason}. The run is rolled back to {checkpoint}; what came later is in {aside}. It stops there: {refused}.",
+            f"Step {start}: {reason}. The run is rolled back to {checkpoint}; what came later is in {aside}. It stops "
+            f"there: {refused}.",
             f"Lower stage.learning_rate, or give {RATIO_HINT}, and run the command again.",
         )
     echo(
-        f"warning: step {start}: {reason}; rolling back to {checkpoint} with {ratio:g} of the learning rate; what came later is in {aside}"
+        f"warning: step {start}: {reason}; rolling back to {checkpoint} with {ratio:g} of the learning rate; what came "
+        f"later is in {aside}"
     )
     raise RollbackRequested(StartPoint(checkpoint, read_trainer(checkpoint), rollbacks))
 
 
 def choose_start(found: Path | None, stage: TrainStage, folder: Path) -> StartPoint:
-    """Return where a run starts that would resume ``found``; a run that an alarm stopped may roll back first. Collective.
+    """Return where a run starts that would resume ``found``; a run that an alarm stopped may roll back first.
 
-    Raises :class:`QualityGateError` for a run that an alarm stopped and that would repeat itself or continue blurred. A checkpoint that
-    the user names (``stage.resume=PATH``) is taken as it is.
+    Collective.
+
+    Raises :class:`QualityGateError` for a run that an alarm stopped and that would repeat itself or continue blurred. A
+    checkpoint that the user names (``stage.resume=PATH``) is taken as it is.
     """
     if found is None:
         ranks.run_on_main(lambda: rollback.forget_rollbacks(folder))
@@ -151,6 +159,7 @@ def resume_hint(sharp: Path | None) -> str:
             "No checkpoint is known to be sharp: start again with stage.resume=never and a lower stage.learning_rate."
         )
     return (
-        f"The last sharp checkpoint is {sharp}: resume from it with stage.on_blur=rollback and a lower learning rate, such as "
+        f"The last sharp checkpoint is {sharp}: resume from it with stage.on_blur=rollback and a lower learning rate, "
+        "such as "
         "stage.rollback.learning_rate_ratio=0.3."
     )

@@ -1,6 +1,8 @@
-"""Resharding: load the states of a checkpoint with another number of ranks or another ZeRO stage, parameter by parameter.
+"""Resharding: load the states of a checkpoint with another number of ranks or another ZeRO stage, parameter by
+parameter.
 
-Each ZeRO stage keeps Adam's states in its own way. (The places are private names of DeepSpeed: its version is pinned, and tests check them.)
+Each ZeRO stage keeps Adam's states in its own way. (The places are private names of DeepSpeed: its version is pinned,
+and tests check them.)
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from cogflow.weights.zero import MOMENTS, SavedAdamStates
 def reshard(path: Path, engine: Engine) -> None:
     """Load the states of the checkpoint ``path`` into ``engine``, whatever layout it was saved with. Collective.
 
-    Call it on verified folders only. Master weights, Adam's moments and its step count equal those of the checkpoint to the bit; fp16's loss
-    scale starts again. Raises :class:`CheckpointError` for states of other parameters.
+    Call it on verified folders only. Master weights, Adam's moments and its step count equal those of the checkpoint to
+    the bit; fp16's loss scale starts again. Raises :class:`CheckpointError` for states of other parameters.
     """
     parameters = dict(engine.module.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]

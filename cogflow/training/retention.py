@@ -1,4 +1,6 @@
-"""Retention: which checkpoints stay (the newest, those at round numbers, the best, the last sharp one), and deletion of the others."""
+"""Retention: which checkpoints stay (the newest, those at round numbers, the best, the last sharp one), and deletion of
+the others.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,18 @@ GOOD_LEVELS = LEVELS[:2]
 
 
 def last_sharp(folder: Path, last_good_step: int | None) -> Path | None:
-    """Return the newest checkpoint at or before ``last_good_step``, the step of the last validation at which nothing was wrong."""
+    """Return the newest checkpoint at or before ``last_good_step``, the step of the last validation at which nothing
+    was wrong.
+    """
     paths = [path for path in step_folders(folder) if last_good_step is not None and step_of(path) <= last_good_step]
     return paths[-1] if paths else None
 
 
 def quality(verdict: ValidationRecord | None) -> tuple[float, float]:
-    """Return the sort key of a checkpoint, higher is better: the watch's score, then the held-out loss. Without a verdict it is lowest."""
+    """Return the sort key of a checkpoint, higher is better: the watch's score, then the held-out loss.
+
+    Without a verdict it is lowest.
+    """
     if verdict is None or math.isnan(verdict.score):
         return -math.inf, -math.inf
     loss = verdict.heldout_loss
@@ -84,7 +91,9 @@ def sweep_all(folder: Path) -> None:
 
 
 def verdict_of(path: Path) -> ValidationRecord | None:
-    """Return the verdict of the validation at a checkpoint's own step; ``None`` when there was none or the record cannot be read."""
+    """Return the verdict of the validation at a checkpoint's own step; ``None`` when there was none or the record
+    cannot be read.
+    """
     try:
         record = read_trainer(path)
     except CheckpointError:

@@ -1,7 +1,7 @@
 """Rollbacks: return to an earlier checkpoint, set aside what came after it, and continue with another learning rate.
 
-``<run>/rollback.json`` lists the rollbacks of a run. The learning rate of a step is a function of that list and of the step, so a resumed
-run trains exactly as one that never stopped.
+``<run>/rollback.json`` lists the rollbacks of a run. The learning rate of a step is a function of that list and of the
+step, so a resumed run trains exactly as one that never stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ SET_ASIDE = "rolled-back"
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where training starts. ``checkpoint``: a verified folder and its record, both ``None`` for a new run. ``rollbacks``: those in force."""
+    """Where training starts. ``checkpoint``: a verified folder and its record, both ``None`` for a new run.
+
+    ``rollbacks``: those in force.
+    """
 
     checkpoint: Path | None
     record: TrainerRecord | None
@@ -57,7 +60,10 @@ def refusal(settings: RollbackConfig, rollbacks: Sequence[RollbackEntry]) -> str
 
 
 def read_rollbacks(folder: Path) -> list[RollbackEntry]:
-    """Return the rollbacks of the run in ``folder`` in their order. Raises :class:`CheckpointError` for a file that cannot be read."""
+    """Return the rollbacks of the run in ``folder`` in their order.
+
+    Raises :class:`CheckpointError` for a file that cannot be read.
+    """
     path = folder / RollbackRecord.file_name
     return read_record(path, RollbackRecord).rollbacks if path.is_file() else []
 
@@ -89,7 +95,10 @@ def finish_rollback(folder: Path) -> list[RollbackEntry]:
 
 
 def forget_rollbacks(folder: Path) -> None:
-    """Move the record of rollbacks to what was set aside: they do not apply to a run that starts from nothing. Rank 0 only."""
+    """Move the record of rollbacks to what was set aside: they do not apply to a run that starts from nothing.
+
+    Rank 0 only.
+    """
     path = folder / RollbackRecord.file_name
     if path.is_file():
         number = len(list((folder / SET_ASIDE).glob("*.json"))) + 1
@@ -99,7 +108,10 @@ def forget_rollbacks(folder: Path) -> None:
 
 
 def set_last_ratio(folder: Path, ratio: float) -> list[RollbackEntry]:
-    """Set the learning rate ratio of the last rollback, after which the run had stopped; return all rollbacks. Rank 0 only."""
+    """Set the learning rate ratio of the last rollback, after which the run had stopped; return all rollbacks.
+
+    Rank 0 only.
+    """
     rollbacks = read_rollbacks(folder)
     rollbacks[-1] = replace(rollbacks[-1], learning_rate_ratio=ratio)
     write_rollbacks(folder, rollbacks)

@@ -33,7 +33,10 @@ BATCH_FIELDS = ("batch_size", "gradient_accumulation", "world_size", "sequence_p
 
 
 def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentCache) -> None:
-    """Raise :class:`CheckpointError` listing what differs between a checkpoint and the config that resumes it. Report what may differ."""
+    """Raise :class:`CheckpointError` listing what differs between a checkpoint and the config that resumes it.
+
+    Report what may differ.
+    """
     stage = config.stage
     for key in changed_settings(record, stage):
         then, now = getattr(record.settings, key), getattr(stage, key)
@@ -61,7 +64,8 @@ def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentC
             for key, then, now in _differing(asdict(record.layout), asdict(layout))
         )
         echo(
-            f"note: the checkpoint's states are resharded ({changes}). Clips, noise, weights and optimizer states are those of the "
+            f"note: the checkpoint's states are resharded ({changes}). Clips, noise, weights and optimizer states are "
+            "those of the "
             "uninterrupted run; sums run in another order, so losses agree up to rounding and not to the bit."
         )
 
@@ -72,7 +76,10 @@ def changed_settings(record: TrainerRecord, stage: TrainStage) -> list[str]:
 
 
 def tunable_settings(stage: TrainStage) -> TunableSettings:
-    """Return the settings that may change on resume. Settings that only decide when something is saved or logged are not recorded."""
+    """Return the settings that may change on resume.
+
+    Settings that only decide when something is saved or logged are not recorded.
+    """
     return TunableSettings(**{field.name: getattr(stage, field.name) for field in fields(TunableSettings)})
 
 
@@ -95,7 +102,9 @@ def clips_per_step(layout: RankLayout) -> int:
 
 
 def same_states(layout: RankLayout, saved: RankLayout) -> bool:
-    """Return whether DeepSpeed can load states of the layout ``saved`` as they are: the same ranks, ZeRO stage and optimizer."""
+    """Return whether DeepSpeed can load states of the layout ``saved`` as they are: the same ranks, ZeRO stage and
+    optimizer.
+    """
     return (layout.world_size, layout.zero_stage, layout.offload_optimizer) == (
         saved.world_size,
         saved.zero_stage,
@@ -104,7 +113,7 @@ def same_states(layout: RankLayout, saved: RankLayout) -> bool:
 
 
 def run_identity(config: Config[TrainStage], cache: LatentCache) -> JsonObject:
-    """Return what a resumed run must share with its checkpoint, by setting: with other values it would be another run."""
+    """Return what a resumed run must share with its checkpoint, by setting. Other values make another run."""
     return {
         "stage.seed": config.stage.seed,
         "stage.freeze": list(config.stage.freeze),
@@ -115,7 +124,9 @@ def run_identity(config: Config[TrainStage], cache: LatentCache) -> JsonObject:
 
 
 def check_facts(then: TrainedWith, now: TrainedWith, path: Path) -> None:
-    """Raise :class:`CheckpointError` when the VAE or the scheduler beside the model is not the one that ``path`` was trained with."""
+    """Raise :class:`CheckpointError` when the VAE or the scheduler beside the model is not the one that ``path`` was
+    trained with.
+    """
     different = [
         f"{key}: {former} then, {value} now"
         for key, former, value in _differing(asdict(then), asdict(now))
@@ -124,7 +135,8 @@ def check_facts(then: TrainedWith, now: TrainedWith, path: Path) -> None:
     if different:
         raise CheckpointError(
             f"{path} was trained beside another VAE or scheduler:\n  " + "\n  ".join(different),
-            "Give the model.path it was trained from; changing them during training blurs videos, and the loss does not show it.",
+            "Give the model.path it was trained from; changing them during training blurs videos, and the loss does "
+            "not show it.",
         )
 
 

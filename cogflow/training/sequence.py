@@ -1,12 +1,12 @@
 """Sequence parallelism: consecutive ranks share each batch and split its tokens, for clips too long for one GPU.
 
-Outside of attention every layer works on each token alone, and so on a rank's own tokens. Attention exchanges tokens for heads, after
-DeepSpeed-Ulysses (arXiv:2309.14509): each rank sends its tokens of the other ranks' heads, receives the other ranks' tokens of its own heads,
-attends over all tokens with its heads, and sends the results back. Softmax attention needs no order of its keys: the rank that has a token
-applies the positions before the exchange.
+Outside of attention every layer works on each token alone, and so on a rank's own tokens. Attention exchanges tokens
+for heads, after DeepSpeed-Ulysses (arXiv:2309.14509): each rank sends its tokens of the other ranks' heads, receives
+the other ranks' tokens of its own heads, attends over all tokens with its heads, and sends the results back. Softmax
+attention needs no order of its keys: the rank that has a token applies the positions before the exchange.
 
-Text and video are split separately, into parts that differ by one token at most, so nothing is padded and nothing is masked. Weights, their
-names and the order in which modules run are those of the plain model.
+Text and video are split separately, into parts that differ by one token at most, so nothing is padded and nothing is
+masked. Weights, their names and the order in which modules run are those of the plain model.
 """
 
 from __future__ import annotations
@@ -33,14 +33,20 @@ DIFFUSERS_HEADS = 30
 
 TEXT_ARGUMENT = (1, "encoder_hidden_states")
 KWARGS_ARGUMENT = (4, "attention_kwargs")
-"""Position and name of arguments of a block. diffusers passes them by position where activations are recomputed, else by name."""
+"""Position and name of arguments of a block. diffusers passes them by position where activations are recomputed, else
+by name.
+"""
 
 SHARD_ARGUMENT = "sequence"
-"""Key of ``attention_kwargs`` that holds the :class:`SequenceShard`; before the transformer's hooks have run it holds True."""
+"""Key of ``attention_kwargs`` that holds the :class:`SequenceShard`; before the transformer's hooks have run it holds
+True.
+"""
 
 
 def check(config: AnyConfig) -> None:
-    """Raise :class:`ConfigError` when ``parallel.sequence`` does not divide the ranks, or the attention heads of the model."""
+    """Raise :class:`ConfigError` when ``parallel.sequence`` does not divide the ranks, or the attention heads of the
+    model.
+    """
     if config.parallel.sequence > 1:
         transformer = read_transformer_config(model_folder(config.model))
         heads = int(transformer.get("num_attention_heads", DIFFUSERS_HEADS))
@@ -67,16 +73,21 @@ class RankPlacement:
         return ranks.rank() % self.size == 0
 
     def forward_arguments(self) -> dict[str, Any]:
-        """Return the arguments with which the forward pass of a transformer after :func:`split` runs on this rank's tokens.
+        """Return the arguments with which the forward pass of a transformer after :func:`split` runs on this rank's
+        tokens.
 
-        All ranks of a group must pass them. Without them the forward pass runs on all tokens and does not communicate, as sampling needs.
+        All ranks of a group must pass them. Without them the forward pass runs on all tokens and does not communicate,
+        as sampling needs.
         """
         return {"attention_kwargs": {SHARD_ARGUMENT: True}} if self.size > 1 else {}
 
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """This rank's tokens, the ``index``-th part of ``group``. ``text``, ``video``: token counts of all ranks of the group, in its order."""
+    """This rank's tokens, the ``index``-th part of ``group``.
+
+    ``text``, ``video``: token counts of all ranks of the group, in its order.
+    """
 
     group: Any
     index: int
@@ -105,22 +116,29 @@ class SequenceShard:
 
 
 def split(transformer: Any, size: int) -> None:
-    """Make forward passes with :meth:`RankPlacement.forward_arguments` run on this rank's tokens; nothing for ``size`` 1. Collective.
+    """Make forward passes with :meth:`RankPlacement.forward_arguments` run on this rank's tokens; nothing for ``size``
+    1. Collective.
 
-    The prediction, and so the loss, is whole on every rank of the group. Each rank's gradients are those of its tokens times ``size``: their
-    mean over all ranks, which DeepSpeed computes, is the gradient of the mean loss of all batches.
+    The prediction, and so the loss, is whole on every rank of the group. Each rank's gradients are those of its tokens
+    times ``size``: their mean over all ranks, which DeepSpeed computes, is the gradient of the mean loss of all
+    batches.
     """
     if size > 1:
         SequenceHooks(transformer, ranks.consecutive_group(size), ranks.rank() % size, size)
 
 
 class SequenceHooks:
-    """Module hooks that split the tokens behind the patch embedding, which needs whole frames, and gather them behind the output layer."""
+    """Module hooks that split the tokens behind the patch embedding, which needs whole frames, and gather them behind
+    the output layer.
+    """
 
     def __init__(self, transformer: Any, group: Any, index: int, size: int) -> None:
         self.group, self.index, self.size = group, index, size
         self.shard: SequenceShard | None = None
-        """That of the running forward pass. Recomputation comes after it and finds the shard among the block's arguments."""
+        """That of the running forward pass.
+
+        Recomputation comes after it and finds the shard among the block's arguments.
+        """
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(UlyssesProcessor(block.attn1.processor))
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -150,7 +168,9 @@ class SequenceHooks:
         return args, {**kwargs, "image_rotary_emb": tables, "attention_kwargs": attention}
 
     def _split_video(self, _: Any, args: tuple[torch.Tensor, ...], embedded: torch.Tensor) -> torch.Tensor | None:
-        """Return all text and this rank's video, ``[batch, tokens, width]``; the transformer separates them by the length of the text."""
+        """Return all text and this rank's video, ``[batch, tokens, width]``; the transformer separates them by the
+        length of the text.
+        """
         if self.shard is None:
             return None
         text, video = embedded.split([sum(self.shard.text), sum(self.shard.video)], dim=1)
@@ -177,7 +197,8 @@ class SequenceHooks:
 
 
 class UlyssesProcessor:
-    """Joint attention of text and video over the ranks of ``sequence``; without a shard it calls ``plain``, the processor of diffusers.
+    """Joint attention of text and video over the ranks of ``sequence``; without a shard it calls ``plain``, the
+    processor of diffusers.
 
     Returns (video, text) of the tokens that came in, as diffusers' processor does.
     """
@@ -216,14 +237,18 @@ class UlyssesProcessor:
 
 
 def split_counts(tokens: int, size: int) -> tuple[int, ...]:
-    """Return ``tokens`` in ``size`` parts, of which the first are longer by one where ``size`` does not divide ``tokens``."""
+    """Return ``tokens`` in ``size`` parts, of which the first are longer by one where ``size`` does not divide
+    ``tokens``.
+    """
     return tuple(tokens // size + (index < tokens % size) for index in range(size))
 
 
 def heads_for_tokens(own: Sequence[torch.Tensor], shard: SequenceShard) -> tuple[torch.Tensor, ...]:
-    """Return each ``[batch, this rank's tokens, heads, width]`` of ``own`` as ``[batch, all tokens, heads / size, width]``.
+    """Return each ``[batch, this rank's tokens, heads, width]`` of ``own`` as ``[batch, all tokens, heads / size,
+    width]``.
 
-    The result holds the tokens of this rank's heads, rank by rank. One exchange for all of them; differentiable. Collective in the group.
+    The result holds the tokens of this rank's heads, rank by rank. One exchange for all of them; differentiable.
+    Collective in the group.
     """
     by_rank = [tensor.unflatten(2, (shard.size, -1)).permute(2, 1, 0, 3, 4) for tensor in own]
     rows = torch.stack(by_rank, dim=2).flatten(0, 1)  # [rank and token, which, batch, heads / size, width], in one copy
@@ -232,24 +257,29 @@ def heads_for_tokens(own: Sequence[torch.Tensor], shard: SequenceShard) -> tuple
 
 
 def tokens_for_heads(attended: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    """Return ``[batch, all tokens, heads / size, width]`` as ``[batch, this rank's tokens, heads, width]``; see :func:`heads_for_tokens`."""
+    """Return ``[batch, all tokens, heads / size, width]`` as ``[batch, this rank's tokens, heads, width]``; see
+    :func:`heads_for_tokens`.
+    """
     own = shard.tokens[shard.index]
     rows = _exchanged(attended.transpose(0, 1), shard.tokens, [own] * shard.size, shard)
     return rows.unflatten(0, (shard.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
 def gathered(own: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    """Return ``[batch, all video tokens, width]`` of the ``own`` parts of all ranks, the same on every rank of the group. Collective.
+    """Return ``[batch, all video tokens, width]`` of the ``own`` parts of all ranks, the same on every rank of the
+    group. Collective.
 
-    Every rank computes the same loss from it. Backward, each rank keeps the gradient of its own part times the number of ranks, so that the
-    mean of the weights' gradients over the ranks is their sum over the parts.
+    Every rank computes the same loss from it. Backward, each rank keeps the gradient of its own part times the number
+    of ranks, so that the mean of the weights' gradients over the ranks is their sum over the parts.
     """
     whole: torch.Tensor = _Gather.apply(own, shard)
     return whole
 
 
 def _rotate_video(tensor: torch.Tensor, text: int, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return ``[batch, tokens, heads, width]`` with rotary positions applied to the video tokens; text tokens have none."""
+    """Return ``[batch, tokens, heads, width]`` with rotary positions applied to the video tokens; text tokens have
+    none.
+    """
     rotated: Any = apply_rotary_emb(tensor[:, text:], tables, sequence_dim=1)
     return torch.cat([tensor[:, :text], rotated], dim=1)
 

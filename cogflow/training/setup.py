@@ -59,7 +59,7 @@ def build(
 
     transformer = initial_weights.build(config, source, dtype, device, asdict(facts))
     initial_weights.freeze(transformer, stage.freeze)
-    recompute(transformer, config.deepspeed, kept, speed.mode(speed.how_compiled(config, device)))
+    recompute(transformer, config.deepspeed, kept, speed.compile_mode(speed.how_compiled(config, device)))
     speed.prepare(transformer, config, device, dtype)
     split(transformer, config.parallel.sequence)
     transformer.train()
@@ -110,7 +110,10 @@ def build_step_trainer(
     ema: EMA | None = None,
     tracker: Tracker | None = None,
 ) -> Trainer:
-    """Return a loop that runs and monitors steps but evaluates, samples and saves nothing, for measurements. It ignores signals."""
+    """Return a loop that runs and monitors steps but evaluates, samples and saves nothing, for measurements.
+
+    It ignores signals.
+    """
     engine, stage = objective.engine, config.stage
     context = TrainingContext(
         config, stage, Path(), engine, ema, tracker=tracker or Tracker(), stop_requested=lambda: ranks.any_rank(False)
@@ -136,8 +139,9 @@ def validation_requests(
 ) -> list[Request]:
     """Return the samples of each validation, with their text embeddings. Collective.
 
-    One rank embeds the prompts and frees T5, which is as large as the transformer, before the transformer is built. An image-to-video model
-    is sampled from the first frames of held-out clips, with the clips' captions where no prompts are given.
+    One rank embeds the prompts and frees T5, which is as large as the transformer, before the transformer is built. An
+    image-to-video model is sampled from the first frames of held-out clips, with the clips' captions where no prompts
+    are given.
     """
     clips = cache.holdout or cache.train
     name = "folder" if cache.image_variants else config.data.name  # the prompts of drawn clips belong to no picture

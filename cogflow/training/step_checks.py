@@ -1,6 +1,7 @@
 """Checks of a training step: loss spikes, skipped updates, and whether weights change at all.
 
-They hold rules and state only. :mod:`cogflow.training.step_monitor` feeds them and reports; :mod:`cogflow.training.policy` acts.
+They hold rules and state only. :mod:`cogflow.training.step_monitor` feeds them and reports;
+:mod:`cogflow.training.policy` acts.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ UNCHANGED_STEPS = 20
 class SpikeDetector:
     """Finds values more than SPIKE_SIGMAS deviations above the mean of the last SPIKE_WINDOW steps.
 
-    Mean and deviation are those of logarithms, because losses and norms spread by factors. A spike does not enter the window, unless so
-    many follow each other that the level has changed.
+    Mean and deviation are those of logarithms, because losses and norms spread by factors. A spike does not enter the
+    window, unless so many follow each other that the level has changed.
     """
 
     def __init__(self, state: SpikeWindow | None = None) -> None:
@@ -89,7 +90,10 @@ class SkipCounter:
 
 
 def not_finite_message(step: int, by_rank: Sequence[Sequence[str]]) -> str:
-    """Return a message for step ``step`` (from 1). ``by_rank``: names of the clips whose loss was not finite, for each rank."""
+    """Return a message for step ``step`` (from 1).
+
+    ``by_rank``: names of the clips whose loss was not finite, for each rank.
+    """
     found = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(by_rank) if names]
     if not found:
         return f"The gradient of step {step} is not finite, but every loss is; the weights are those before the step"
@@ -97,11 +101,13 @@ def not_finite_message(step: int, by_rank: Sequence[Sequence[str]]) -> str:
 
 
 class UpdateCheck:
-    """Compares a sample of a module's trained weights bit by bit, to find a run whose loss falls while no weight changes.
+    """Compares a sample of a module's trained weights bit by bit, to find a run whose loss falls while no weight
+    changes.
 
-    In bf16 a weight of size w takes no step smaller than w / 256: at a learning rate of 1e-5 most single steps leave most weights as they
-    are. DeepSpeed's fp32 master weights add such steps up, so that weights change over many steps; without them the steps would be lost.
-    The check reads the weights as training uses them; under ZeRO-3 each rank reads its own shard. It copies 16 x 1024 elements.
+    In bf16 a weight of size w takes no step smaller than w / 256: at a learning rate of 1e-5 most single steps leave
+    most weights as they are. DeepSpeed's fp32 master weights add such steps up, so that weights change over many steps;
+    without them the steps would be lost. The check reads the weights as training uses them; under ZeRO-3 each rank
+    reads its own shard. It copies 16 x 1024 elements.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -117,11 +123,15 @@ class UpdateCheck:
         self._before = self._copy()
 
     def unchanged_by_step(self) -> torch.Tensor:
-        """Return the share of sampled weights unchanged since :meth:`before_step`, an fp32 scalar on the device: no host sync."""
+        """Return the share of sampled weights unchanged since :meth:`before_step`, an fp32 scalar on the device: no
+        host sync.
+        """
         return _unchanged_share(self._before, self._copy())
 
     def unchanged_since_anchor(self, step: int) -> tuple[float, int]:
-        """Return the share unchanged since the anchor and the number of steps since; ``step`` finished steps are the new anchor."""
+        """Return the share unchanged since the anchor and the number of steps since; ``step`` finished steps are the
+        new anchor.
+        """
         share, steps = float(_unchanged_share(self._anchor, self._copy())), step - self.anchor_step
         self.set_anchor(step)
         return share, steps
@@ -151,6 +161,8 @@ def unchanged_message(step: int, share: float, steps: int) -> str | None:
     if share < UNCHANGED_SHARE or steps < UNCHANGED_STEPS:
         return None
     return (
-        f"step {step}: {share:.2%} of the sampled weights are bit for bit those of {steps} steps ago: nothing is being trained. Raise "
-        "stage.learning_rate, check train/grad_norm and stage.freeze, and in half precision check that ZeRO keeps fp32 master weights."
+        f"step {step}: {share:.2%} of the sampled weights are bit for bit those of {steps} steps ago: nothing is being "
+        "trained. Raise "
+        "stage.learning_rate, check train/grad_norm and stage.freeze, and in half precision check that ZeRO keeps fp32 "
+        "master weights."
     )

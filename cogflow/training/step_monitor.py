@@ -1,6 +1,8 @@
-"""Step monitor: logs losses and spectra of the steps, and warns of spikes, skipped updates and weights that do not change.
+"""Step monitor: logs losses and spectra of the steps, and warns of spikes, skipped updates and weights that do not
+change.
 
-Steps leave their metrics on the device. The monitor reads them together, at the next step that is logged or that other work follows.
+Steps leave their metrics on the device. The monitor reads them together, at the next step that is logged or that other
+work follows.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from cogflow.training.step_checks import (
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Return whether work that happens every ``every`` steps (0: never), before step 1 and after the last, is due after ``step``."""
+    """Return whether work that happens every ``every`` steps (0: never), before step 1 and after the last, is due after
+    ``step``.
+    """
     return every > 0 and (step % every == 0 or step == steps)
 
 
@@ -74,7 +78,9 @@ class StepMonitor(Callback):
         self._check_weights(context)
 
     def logs_step(self, step: int) -> bool:
-        """Return whether the metrics of the step that makes it ``step`` finished steps are logged at the usual interval."""
+        """Return whether the metrics of the step that makes it ``step`` finished steps are logged at the usual
+        interval.
+        """
         return step % self.log_every == 0
 
     def is_loss_spike(self, table: torch.Tensor) -> bool:
@@ -157,7 +163,10 @@ class StepMonitor(Callback):
         return metrics
 
     def _spectrum_metrics(self, step: int, table: torch.Tensor, context: TrainingContext) -> dict[str, float]:
-        """Return the spectra after ``step`` steps and their trend; warn of its findings. Equal on every rank, as the table is."""
+        """Return the spectra after ``step`` steps and their trend; warn of its findings.
+
+        Equal on every rank, as the table is.
+        """
         clips = {quarter + 1: count for quarter, count in enumerate(table[1].tolist())}
         bands = spectrum.bands(table[metric_table.LOSS_ROWS :])
         reading = self.trend.update(step, bands, clips)

@@ -1,7 +1,8 @@
-"""Validation: sample every prompt from its fixed noise, record the rungs of the sharpness ladder, and update the quality watch.
+"""Validation: sample every prompt from its fixed noise, record the rungs of the sharpness ladder, and update the
+quality watch.
 
-The state of the watch is a function of the samples so far: a resumed run replays it from ``samples/step-*/samples.json``. Rank 0 watches, and
-all ranks get the same outcome.
+The state of the watch is a function of the samples so far: a resumed run replays it from
+``samples/step-*/samples.json``. Rank 0 watches, and all ranks get the same outcome.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ COMPARABLE = ("sampling", "height", "width", "frames", "dtype")
 class Validation(Callback):
     """Samples and watches.
 
-    ``make_sampler``: returns a sampler of the model in training. It is called once for each validation, because a sampler may copy the VAE.
-    ``scaling_factor``: that of training.
+    ``make_sampler``: returns a sampler of the model in training. It is called once for each validation, because a
+    sampler may copy the VAE. ``scaling_factor``: that of training.
     """
 
     def __init__(

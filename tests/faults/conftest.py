@@ -19,7 +19,10 @@ class World:
     """Runs below one folder, all on the same prepared clips."""
 
     def __init__(self, root: Path, server: Server, prepared: Path | None = None, model: Path | None = None) -> None:
-        """``prepared``: a run whose clips are taken; else they are prepared. ``model``: what is trained; else the small one."""
+        """``prepared``: a run whose clips are taken; else they are prepared.
+
+        ``model``: what is trained; else the small one.
+        """
         self.root, self.server, self.model = root, server, model or small.pipeline(root / "model")
         if prepared is not None:
             shutil.copytree(prepared, root / "prepared")
@@ -38,10 +41,19 @@ class World:
             folder.mkdir()
             shutil.copytree(self.root / "prepared" / "cache", folder / "cache")
         return [
-            f"stage={stage}", "debug=quick", f"run.root={self.root}", f"run.name={name}", "tracking.wandb=disabled", "stage.batch_size=1",
-            "stage.gradient_accumulation=2", "stage.sample_every=0", "stage.evaluate_every=0", "stage.keep_last=99",
-            f"model.path={self.model}", *more,
-        ]  # fmt: skip
+            f"stage={stage}",
+            "debug=quick",
+            f"run.root={self.root}",
+            f"run.name={name}",
+            "tracking.wandb=disabled",
+            "stage.batch_size=1",
+            "stage.gradient_accumulation=2",
+            "stage.sample_every=0",
+            "stage.evaluate_every=0",
+            "stage.keep_last=99",
+            f"model.path={self.model}",
+            *more,
+        ]
 
     def train(self, name: str, *more: str, **order: Any) -> Done:
         return self.server.run(*self.words(name, *more), **order)

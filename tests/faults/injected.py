@@ -1,7 +1,8 @@
-"""Faults that happen for real, at a named point of the work: ``kill@renaming#2/0`` kills rank 0 the second time it is about to rename.
+"""Faults that happen for real, at a named point of the work: ``kill@renaming#2/0`` kills rank 0 the second time it is
+about to rename.
 
-``ACTION@POINT#N/RANK``; N counts from 1 (default 1), RANK may be left out (all ranks); several are joined by commas. A fault that fires
-writes its name down first. The points are those places in cogflow where something can be lost.
+``ACTION@POINT#N/RANK``; N counts from 1 (default 1), RANK may be left out (all ranks); several are joined by commas. A
+fault that fires writes its name down first. The points are those places in cogflow where something can be lost.
 """
 
 from __future__ import annotations
@@ -55,8 +56,11 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR
 
 
 def arm(faults: str, rank: int, fired: Path) -> None:
-    """Have the ``faults`` of this rank happen. ``fp16``: let DeepSpeed train in it on a CPU, which it refuses though torch can.
-    ``impatient``: W&B is waited for a few seconds where it would be minutes."""
+    """Have the ``faults`` of this rank happen.
+
+    ``fp16``: let DeepSpeed train in it on a CPU, which it refuses though torch can. ``impatient``: W&B is waited for a
+    few seconds where it would be minutes.
+    """
     for fault in filter(None, faults.split(",")):
         if fault == "impatient":
             from cogflow.tracking import wandb_run

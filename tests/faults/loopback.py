@@ -1,4 +1,6 @@
-"""A Weights & Biases server on this machine that answers, and from some request on does not: it fails, hangs, or is slow."""
+"""A Weights & Biases server on this machine that answers, and from some request on does not: it fails, hangs, or is
+slow.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from types import TracebackType
 
 
 class Loopback:
-    """Context manager. ``how``: well, fails (500), hangs (never answers), slow (2 s each); ``after``: requests that are answered well.
+    """Context manager.
+
+    ``how``: well, fails (500), hangs (never answers), slow (2 s each); ``after``: requests that are answered well.
 
     ``bodies``: what it was sent, ``keys``: by whom; ``misbehaved``: requests that were not answered well.
     """

@@ -1,7 +1,8 @@
-"""Many short runs of cogflow without many starts of Python: a process that has imported everything forks one for each run and rank.
+"""Many short runs of cogflow without many starts of Python: a process that has imported everything forks one for each
+run and rank.
 
-Each is a process of its own, with its own signals, limits, descriptors and death. ``python -m tests.faults.server`` reads one JSON object a
-line (see :class:`Order`) and answers with one; :class:`Server` is the other end.
+Each is a process of its own, with its own signals, limits, descriptors and death. ``python -m tests.faults.server``
+reads one JSON object a line (see :class:`Order`) and answers with one; :class:`Server` is the other end.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Order:
-    """One run. ``fault``: see :mod:`tests.faults.injected`. ``largest_file``: bytes that no file of it may exceed. ``seconds``: then all is
-    killed. ``program``: the module whose ``main`` takes the words; cogflow's own and the tests'."""
+    """One run. ``fault``: see :mod:`tests.faults.injected`. ``largest_file``: bytes that no file of it may exceed.
+
+    ``seconds``: then all is killed. ``program``: the module whose ``main`` takes the words; cogflow's own and the
+    tests'.
+    """
 
     words: Sequence[str]
     log: str
@@ -42,8 +46,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Done:
-    """``codes``: of each rank, negative for the signal that killed it. ``out``, ``err``: what all of them wrote, rank by rank. ``fired``:
-    faults that did."""
+    """``codes``: of each rank, negative for the signal that killed it.
+
+    ``out``, ``err``: what all of them wrote, rank by rank. ``fired``: faults that did.
+    """
 
     codes: list[int]
     out: str
@@ -119,7 +125,8 @@ def serve() -> None:
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         cogflow.cli.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
-    # What is imported stays: no run looks through half a million objects for garbage, nor copies the pages that they lie on.
+    # What is imported stays: no run looks through half a million objects for garbage, nor copies the pages that they
+    # lie on.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

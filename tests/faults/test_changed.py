@@ -45,9 +45,13 @@ def test_all_that_may_not_is_refused_at_once_and_nothing_is_touched(world: World
     code, text = resumed(world, half, "refused", *more)
     assert code == 2 and "Traceback" not in text, text[-3000:]
     for line in (
-        "stage.seed: 3 then, 4 now", "stage.freeze: [] then, ['patch_embed.*'] now", "stage.gradient_accumulation: 2 then, 3 now",
-        "clips in a step (batch_size x gradient_accumulation x world size): 2 then, 3 now", "stage.ema_decay: 0.9 then, 0.0 now", "stage.resume=never",
-    ):  # fmt: skip
+        "stage.seed: 3 then, 4 now",
+        "stage.freeze: [] then, ['patch_embed.*'] now",
+        "stage.gradient_accumulation: 2 then, 3 now",
+        "clips in a step (batch_size x gradient_accumulation x world size): 2 then, 3 now",
+        "stage.ema_decay: 0.9 then, 0.0 now",
+        "stage.resume=never",
+    ):
         assert line in text, text[-3000:]
     assert world.checkpoints("refused") == [2] and world.pointer("refused") == 2
 

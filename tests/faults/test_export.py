@@ -1,4 +1,6 @@
-"""Export and assemble killed between shards, disks that fill up under them and under the log: the old stays, a rerun gives the same."""
+"""Export and assemble killed between shards, disks that fill up under them and under the log: the old stays, a rerun
+gives the same.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_a_disk_without_room_names_path_needed_and_free(trained: World, tmp_path
 
 
 def test_a_log_that_may_not_grow_ends_training_with_whole_lines(world: World) -> None:
-    """The disk is full when a step is logged: every line that is there is whole, and training goes on from the last checkpoint."""
+    """The disk is full when a step is logged: every line that is there is whole, and training goes on from the last
+    checkpoint.
+    """
     words = ["stage.steps=12", "stage.save_every=0"]
     log = world.root / "log-full" / "metrics.jsonl"
     done = world.train("log-full", *words, largest_file=2500)

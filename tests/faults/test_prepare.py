@@ -1,4 +1,6 @@
-"""Clips that are no clips, ranks that die or stand still, disks that are full: what is prepared is right, or is not there."""
+"""Clips that are no clips, ranks that die or stand still, disks that are full: what is prepared is right, or is not
+there.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +158,7 @@ def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(
         done.codes,
         done.text[-3000:],
     )
-    assert "rank 1 (" in done.text and "is gone; it stood at: " in done.text
+    assert "rank 1 (" in done.text and "is gone; its last phase: " in done.text
     assert not (place.root / "killed-rank/cache/index.json").exists()
     again = prepare(place, "killed-rank", only_good, ranks=2)
     # Rank 0 had encoded its three; of rank 1's, the shard of the first two was published.
@@ -172,7 +174,7 @@ def test_a_rank_that_stands_still_is_named_and_both_end(place: Place, only_good:
         done.codes,
         done.text[-3000:],
     )
-    assert "rank 1 (" in done.text and "stands at: encoding clips" in done.text
+    assert "rank 1 (" in done.text and "is in phase: encoding clips" in done.text
 
 
 def test_a_disk_that_fills_up_on_the_way_leaves_the_shards_that_were_there(

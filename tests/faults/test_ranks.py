@@ -1,4 +1,6 @@
-"""One of two ranks dies or stands still, in a step, a save or a validation: the other ends in time, names it, and nothing is lost."""
+"""One of two ranks dies or stands still, in a step, a save or a validation: the other ends in time, names it, and
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_a_rank_that_is_killed_is_named_and_the_pointer_stays(world: World, undi
     more = [*WORDS, "stage.evaluate_every=1"]
     done = world.train(name, *more, ranks=2, fault=f"kill@{point}/1", seconds=90)
     assert done.fired == [f"kill@{point}/1"] and done.codes[1] == -9 and not done.timed_out, done.text[-3000:]
-    assert done.codes[0] == 1 and "rank 1 (" in done.text and "is gone; it stood at: " in done.text, done.text[-3000:]
+    assert done.codes[0] == 1 and "rank 1 (" in done.text and "is gone; its last phase: " in done.text, done.text[
+        -3000:
+    ]
     assert world.pointer(name) == 2
     again = world.train(name, *more, ranks=2)
     # Rank 0 needs nobody any more once all is hashed: that checkpoint is whole, and proven so by its manifest.
@@ -39,7 +43,7 @@ def test_a_rank_that_stands_still_is_named_by_the_other_and_both_end(world: Worl
         done.codes,
         done.text[-3000:],
     )
-    assert "rank 1 (" in done.text and "stands at: step 3: waiting for data" in done.text
+    assert "rank 1 (" in done.text and "is in phase: step 3: waiting for data" in done.text
     stacks = list((world.root / "hung/ranks").glob("rank-*.stack"))
     assert any("injected.py" in path.read_text() for path in stacks), "the stack shows where it hangs"
 

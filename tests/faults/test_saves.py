@@ -1,4 +1,6 @@
-"""kill -9 in every phase of a save, full disks, changed files: what was whole stays whole, and training goes on from it to the same end."""
+"""kill -9 in every phase of a save, full disks, changed files: what was whole stays whole, and training goes on from it
+to the same end.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def test_a_kill_in_every_phase_of_a_save(world: World) -> None:
     server_says(world.train("unkilled", *common), 0)
     last = 0
     for phase in PHASES:
-        # In the second save of the process, or in the first: the start has moved the pointer that the kill before left behind.
+        # In the second save of the process, or in the first: the start has moved the pointer that the kill before left
+        # behind.
         fault = f"kill@{phase}#{2 if phase in (*BEFORE, 'pointing') else 1}"
         done = world.train("killed", *common, fault=fault)
         assert done.codes == [-9] and done.fired == [fault], (phase, done.text[-3000:])

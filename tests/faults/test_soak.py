@@ -1,4 +1,5 @@
-"""A hundred short lives of one run, each ended by a kill, a signal or a full disk somewhere at random: the end is the undisturbed one.
+"""A hundred short lives of one run, each ended by a kill, a signal or a full disk somewhere at random: the end is the
+undisturbed one.
 
 ``COGFLOW_SOAK`` gives another number of lives, ``COGFLOW_SOAK_SEED`` another schedule; a failure names both.
 """
@@ -18,11 +19,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 LIVES = int(os.environ.get("COGFLOW_SOAK", "100"))
 SEED = int(os.environ.get("COGFLOW_SOAK_SEED", "1"))
 STEPS = LIVES
-"""A life that is ended in its first or second save or step gets on by one step or by none: training is not over before the lives are."""
+"""A life that is ended in its first or second save or step gets on by one step or by none: training is not over before
+the lives are.
+"""
 KILLED_AT = (
-    "micro", "backward", "update", "updated", "states", "states-written", "weights", "weights-written", "hashed", "manifest",
-    "manifest-written", "renaming", "renamed", "pointing", "deleting", "deleted",
-)  # fmt: skip
+    "micro",
+    "backward",
+    "update",
+    "updated",
+    "states",
+    "states-written",
+    "weights",
+    "weights-written",
+    "hashed",
+    "manifest",
+    "manifest-written",
+    "renaming",
+    "renamed",
+    "pointing",
+    "deleting",
+    "deleted",
+)
 ENDINGS = {"kill": 10, "signal": 4, "limit": 1, "full": 1}
 
 

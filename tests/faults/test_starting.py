@@ -1,4 +1,6 @@
-"""Training starts from whatever holds weights, with exactly these; what does not fit is refused before anything is trained."""
+"""Training starts from whatever holds weights, with exactly these; what does not fit is refused before anything is
+trained.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
-"""Files from anywhere: pickles that would run code, names that lead elsewhere, code in a pipeline folder. Exit code 2, and nothing ran.
+"""Files from anywhere: pickles that would run code, names that lead elsewhere, code in a pipeline folder.
 
-What must not be opened is a named pipe without a writer: whoever opened it would hang. What must not run would leave a canary.
+Exit code 2, and nothing ran.
+
+What must not be opened is a named pipe without a writer: whoever opened it would hang. What must not run would leave a
+canary.
 """
 
 from __future__ import annotations

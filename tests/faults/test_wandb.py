@@ -1,4 +1,6 @@
-"""W&B that cannot be reached, fails, hangs, is slow, dies or stands still beside a real training: the training does not mind."""
+"""W&B that cannot be reached, fails, hangs, is slow, dies or stands still beside a real training: the training does not
+mind.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ pytestmark = pytest.mark.slow
 KEY = "0123456789abcdef" * 2 + "01234567"
 WORDS = ["stage.steps=8", "stage.save_every=0", "tracking.wandb=online"]
 MOST_SECONDS = 60.0
-"""That a run may take longer in all, on a machine that is busy. Left to itself W&B tries for minutes, in places for days."""
+"""That a run may take longer in all, on a machine that is busy.
+
+Left to itself W&B tries for minutes, in places for days.
+"""
 
 FAULTS = {
     # the server, what happens to the service, what is said

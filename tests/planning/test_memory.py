@@ -93,7 +93,7 @@ def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
     left = {}
     for keep in ("nothing", "attention", "products", "all"):
         with Alive() as alive:
-            results = recomputation.WAYS[keep](None, block, *inputs, time, rotary)
+            results = recomputation.RUNNERS[keep](None, block, *inputs, time, rotary)
         left[keep] = alive.now / ((text + video) * width * 2)
         del results
     for keep, copies in left.items():

@@ -16,7 +16,9 @@ class Ended(Exception):
 
 
 def send(first: signal.Signals, second: signal.Signals, monkeypatch: pytest.MonkeyPatch, pause: float) -> str | None:
-    """What was received when ``second`` comes ``pause`` seconds after ``first``; raises ``Ended`` when the process would have ended."""
+    """What was received when ``second`` comes ``pause`` seconds after ``first``; raises ``Ended`` when the process
+    would have ended.
+    """
 
     def end(code: int) -> None:
         raise Ended(code)

@@ -1,4 +1,6 @@
-"""A real SLURM of two nodes on this one machine: munged, slurmctld and two slurmd, all of the test's own, stopped by their ids."""
+"""A real SLURM of two nodes on this one machine: munged, slurmctld and two slurmd, all of the test's own, stopped by
+their ids.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
-        """Wait for a job's end. A job that was queued again starts at once: the pause SLURM makes first is cut short."""
+        """Wait for a job's end. A job that was queued again starts at once, without SLURM's pause."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             now = self.job(job)

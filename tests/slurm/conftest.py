@@ -15,8 +15,13 @@ from tests.slurm.cluster import Cluster, missing
 
 STEPS = 6
 SETTINGS = [
-    "debug=quick", "tracking=off", f"stage.steps={STEPS}", "stage.sample_every=0", "stage.evaluate_every=0", "stage.batch_size=2",
-]  # fmt: skip
+    "debug=quick",
+    "tracking=off",
+    f"stage.steps={STEPS}",
+    "stage.sample_every=0",
+    "stage.evaluate_every=0",
+    "stage.batch_size=2",
+]
 Words = Callable[..., list[str]]
 
 
@@ -31,7 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two ranks that nobody stops. Its clips are those of the run beside it that is called ``clips``."""
+    """Return the run folder of two ranks that nobody stops, on the clips of the run ``clips`` beside it."""
     root = tmp_path_factory.mktemp("runs")
     with Server(root) as server:
         words = ["debug=quick", "tracking=off", f"run.root={root}"]

@@ -1,4 +1,4 @@
-"""``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, a user's mistake."""
+"""``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, user error."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_time_limit_that_expires(
     run = undisturbed.parent / "limited"
     job = submit(cluster, repository, log, *TWO, "--time=10", "--signal=B:USR1@50", *mine)
     until(lambda: steps(run), "the first step", 180, log.read_text)
-    # Limited once it trains, so that on a slow machine SLURM's own signal does not come while it loads, and held until then, so that a fast
-    # one is not done before.
+    # Limited once it trains, so that on a slow machine SLURM's own signal does not come while it loads, and held until
+    # then, so that a fast one is not done before.
     with held(ranks_of(job)[1]):
         until(lambda: soon_over(cluster, job), "the time limit is near", 30, log.read_text)
         until(lambda: "time limit is near" in log.read_text(), "SLURM's signal", 60, log.read_text)

@@ -19,9 +19,16 @@ SPOILT = ["stage.steps=6", "stage.learning_rate=0.1"]
 
 def words(flow: Path, name: str) -> list[str]:
     return [
-        "stage=train", "debug=quick", f"run.root={flow.parent}", f"run.name={name}", f"data.path={flow / 'data'}", "stage.save_every=2",
-        "stage.sample_every=2", "stage.schedule=constant", "tracking.wandb=disabled",
-    ]  # fmt: skip
+        "stage=train",
+        "debug=quick",
+        f"run.root={flow.parent}",
+        f"run.name={name}",
+        f"data.path={flow / 'data'}",
+        "stage.save_every=2",
+        "stage.sample_every=2",
+        "stage.schedule=constant",
+        "tracking.wandb=disabled",
+    ]
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
-"""Run by the tests' server on one rank or more, with the words FOLDER CASE ...: whole trainings, one after another in one process,
-stopped by real signals and resumed, and what they left behind. Starting a process for each would take most of the time.
+"""Run by the tests' server on one rank or more, with the words FOLDER CASE ...: whole trainings, one after another in
+one process, stopped by real signals and resumed, and what they left behind. Starting a process for each would take most
+of the time.
 """
 
 from __future__ import annotations
@@ -21,17 +22,34 @@ from cogflow.stages import load
 from cogflow.training import batch as batches
 
 STEPS = 6
-"""Of 10 clips, 4 to a step: the first epoch ends within step 3, the second with step 5. Held-out losses after 2, 4, 6, a save after 4."""
+"""Of 10 clips, 4 to a step: the first epoch ends within step 3, the second with step 5.
+
+Held-out losses after 2, 4, 6, a save after 4.
+"""
 
 
 def words(root: Path, name: str, *more: str) -> list[str]:
-    """A short training with everything on that may disturb it: two micro steps, averages, held-out losses, several checkpoints."""
+    """A short training with everything on that may disturb it: two micro steps, averages, held-out losses, several
+    checkpoints.
+    """
     batch = 2 // ranks.world_size()
     return [
-        "stage=train", "debug=quick", f"run.root={root}", f"run.name={name}", f"stage.steps={STEPS}", f"stage.batch_size={batch}",
-        "stage.gradient_accumulation=2", "stage.ema_decay=0.9", "stage.evaluate_every=2", "stage.sample_every=0", "stage.save_every=4",
-        "stage.keep_last=9", "tracking.wandb=disabled", f"model.path={root / 'model'}", *more,
-    ]  # fmt: skip
+        "stage=train",
+        "debug=quick",
+        f"run.root={root}",
+        f"run.name={name}",
+        f"stage.steps={STEPS}",
+        f"stage.batch_size={batch}",
+        "stage.gradient_accumulation=2",
+        "stage.ema_decay=0.9",
+        "stage.evaluate_every=2",
+        "stage.sample_every=0",
+        "stage.save_every=4",
+        "stage.keep_last=9",
+        "tracking.wandb=disabled",
+        f"model.path={root / 'model'}",
+        *more,
+    ]
 
 
 def train(root: Path, name: str, *more: str) -> int:
@@ -68,7 +86,9 @@ def signalled(at: tuple[int, int], number: int = signal.SIGUSR1, rank: int = 0) 
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run leaves: every number of its training by step, and hashes of weights, averages and the optimizer's states."""
+    """What a run leaves: every number of its training by step, and hashes of weights, averages and the optimizer's
+    states.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers: dict[str, dict[str, float]] = {}
     for line in lines:
@@ -110,7 +130,9 @@ def parameter_names(last: Path) -> list[str]:
 
 
 def stopped(root: Path, zero: str, ends: str) -> dict[str, Any]:
-    """An uninterrupted run, and one that a signal to its last rank stopped within each of the steps ``ends``, in mid-accumulation."""
+    """An uninterrupted run, and one that a signal to its last rank stopped within each of the steps ``ends``, in
+    mid-accumulation.
+    """
     whole, name = f"{zero}-{ranks.world_size()}-whole", f"{zero}-{ranks.world_size()}-stopped"
     train(root, whole, f"deepspeed={zero}")
     codes, fired = [], 0

@@ -1,5 +1,7 @@
 """Run by the tests' server on two ranks, with the word FOLDER: forward and backward passes of small transformers over
-both ranks, beside the same by one, and what differs; then whole trainings that share their batches, stopped and resumed."""
+both ranks, beside the same by one, and what differs; then whole trainings that share their batches, stopped and
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +73,14 @@ def passed(
     tables = rotary_tables(made, frames, config.sample_height, config.sample_width, torch.device("cpu"))
     extra = {"ofs": torch.full((1,), 2.0, dtype=dtype)} if config.ofs_embed_dim else {}
     out = made(
-        hidden_states=latents.to(dtype), encoder_hidden_states=embeds.to(dtype), timestep=torch.arange(400, 400 + batch),
-        image_rotary_emb=tables, return_dict=False, **extra, **place.forward_arguments(),
-    )[0]  # fmt: skip
+        hidden_states=latents.to(dtype),
+        encoder_hidden_states=embeds.to(dtype),
+        timestep=torch.arange(400, 400 + batch),
+        image_rotary_emb=tables,
+        return_dict=False,
+        **extra,
+        **place.forward_arguments(),
+    )[0]
     loss = (out.float() - target).square().mean()
     loss.backward()
     gradients = [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in made.parameters()]
@@ -95,7 +102,9 @@ def case(
     dtype: torch.dtype = torch.float32,
     size: int = 2,
 ) -> dict[str, Any]:
-    """What the passes of one transformer differ by, relative; whether its names stayed, and whether it runs by itself as before."""
+    """What the passes of one transformer differ by, relative; whether its names stayed, and whether it runs by itself
+    as before.
+    """
     plain, shared = transformer(kind, text, dtype), transformer(kind, text, dtype)
     for one in (plain, shared):
         recompute(one, DeepSpeedConfig(activation_checkpointing=every > 0, checkpoint_every_block=max(1, every)))
@@ -138,7 +147,9 @@ SHARED = ("parallel.sequence=2", "stage.batch_size=2")
 
 
 def trained(root: Path, zero: str, *more: str) -> dict[str, Any]:
-    """An uninterrupted run that shares its batches and samples three prompts on two ranks, and one that a signal stopped."""
+    """An uninterrupted run that shares its batches and samples three prompts on two ranks, and one that a signal
+    stopped.
+    """
     prompts = root / "prompts.txt"
     if ranks.is_main():
         prompts.write_text("a red circle\na blue square\na green star\n")
@@ -166,7 +177,9 @@ def apart_later(root: Path) -> dict[str, Any]:
 
 
 def lost(root: Path) -> dict[str, Any]:
-    """A gradient that is not finite among the second rank's tokens alone, in the second step; what each rank ends with, and says."""
+    """A gradient that is not finite among the second rank's tokens alone, in the second step; what each rank ends with,
+    and says.
+    """
     back, seen, said = sequence._Exchange.backward, [0], ""
 
     def broken(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -1,5 +1,6 @@
-"""Run by the tests on each rank (``python -m tests.training.streaming PIPELINE``): build the transformer of a pipeline folder under ZeRO-3
-and say how much memory of its own this process held at the height."""
+"""Run by the tests on each rank (``python -m tests.training.streaming PIPELINE``): build the transformer of a pipeline
+folder under ZeRO-3 and say how much memory of its own this process held at the height.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from cogflow.training.initial_weights import build
 
 
 def own_memory() -> int:
-    """Bytes of this process that no file backs: mapped weights are the page cache's and go when others need the room."""
+    """Return the bytes of this process that no file backs; mapped weights belong to the page cache."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 

@@ -1,4 +1,4 @@
-"""Clips of several sizes in one training: each where it fits best, batches of one size, a stop and a resume to the bit."""
+"""Test training on clips of several sizes: buckets, batches of one size, and an exact resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Test the training loop with the tiny model: the order of callbacks, stops, states, and one sampler for each validation."""
+"""Test the training loop with the tiny model: the order of callbacks, stops, states, and one sampler for each
+validation.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ class FakeTrainer(Trainer):
 
 
 class Recorder(Callback):
-    """Records what the loop calls, with the number of finished steps; ``interrupts``: the validation that is given up."""
+    """Records the loop's calls with the number of finished steps; ``interrupts``: the validation that is stopped."""
 
     def __init__(self, interrupts: int | None = None) -> None:
         self.calls: list[tuple[str, int]] = []

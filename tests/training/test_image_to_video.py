@@ -1,4 +1,6 @@
-"""Image to video and patches over time: prepared, trained, resumed, sampled, exported, by the real classes at the tiny model's size."""
+"""Image to video and patches over time: prepared, trained, resumed, sampled, exported, by the real classes at the tiny
+model's size.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def test_two_ranks_train_what_one_does_and_the_export_loads_and_runs_in_diffuser
 
 
 def test_what_stands_beside_the_latents(i2v: Variant) -> None:
-    """The first latent frame is the image's own latents, from one of the stored noises, unless it is dropped; all others are zero."""
+    """The first latent frame is the image's own latents, from one of the stored noises, unless it is dropped; all
+    others are zero.
+    """
     cache, given = LatentCache(i2v.root / "prepared/cache"), TransformerInputs.of(*configs(i2v.model))
     assert given == TransformerInputs(0.7, image_factor=1 / 0.7, patch_size_t=2, ofs=True)
     batch = training_batch(cache, range(4), (0, 1), 0, inputs=given, text_dropout=0.0, image_dropout=0.0)

@@ -1,5 +1,7 @@
-"""Every published model with every way of sharing it out, at its real size: composed, built on the meta device, run once there, and its
-settings read by DeepSpeed itself. What a wrong width, position or setting would break on a cluster breaks here, in seconds."""
+"""Every published model with every way of sharing it out, at its real size: composed, built on the meta device, run
+once there, and its settings read by DeepSpeed itself. What a wrong width, position or setting would break on a cluster
+breaks here, in seconds.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def composed(model: str, sharing: str) -> Config:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_real_clip_goes_through_the_model_on_meta(model: str) -> None:
-    """Latents of the configured size, captions of the configured length: shapes fit from the first layer to the last."""
+    """With latents and captions of the configured size, shapes fit from the first layer to the last."""
     parameters, dtype, total = MODELS[model]
     config, transformer = composed(model, "zero2"), on_meta(model).to(DTYPES[dtype])
     own, data = transformer.config, config.data

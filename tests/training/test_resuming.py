@@ -1,7 +1,8 @@
-"""Exact resume: stopped by a real signal to the last rank, in mid-accumulation, at the edge of an epoch, around held-out losses and a save.
+"""Exact resume: stopped by a real signal to the last rank, in mid-accumulation, at the edge of an epoch, around
+held-out losses and a save.
 
-Every number of the training, every weight, average, master and moment is that of the uninterrupted run to the bit, under ZeRO 0 to 3 on
-one rank and on two. On another number of ranks or another stage they agree to rounding.
+Every number of the training, every weight, average, master and moment is that of the uninterrupted run to the bit,
+under ZeRO 0 to 3 on one rank and on two. On another number of ranks or another stage they agree to rounding.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def test_ties_go_to_the_lower_heldout_loss_then_to_the_newer(tmp_path: Path) -> 
 
 
 def test_the_verdict_of_another_step_does_not_count(tmp_path: Path) -> None:
-    """A checkpoint between two validations carries the verdict of the earlier one, which does not judge this checkpoint."""
+    """A checkpoint between two validations carries the verdict of the earlier one, which does not judge this
+    checkpoint.
+    """
     folder = saved(tmp_path, {10: verdict(10, -1.0), 20: verdict(15, 0.0), 30: None})
     remove_old(folder, TrainStage(keep_last=1, keep_best=1), None)
     assert steps(folder) == [10, 30]

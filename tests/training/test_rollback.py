@@ -1,4 +1,6 @@
-"""Test rollbacks: everything is kept, nothing later is resumed, and the learning rate ratio applies from the checkpoint on."""
+"""Test rollbacks: everything is kept, nothing later is resumed, and the learning rate ratio applies from the checkpoint
+on.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Ranks that share a batch's tokens: every gradient and every number of a training are those of one rank, to fp32 rounding; settings
-that cannot be are refused, all at once."""
+"""Ranks that share a batch's tokens: every gradient and every number of a training are those of one rank, to fp32
+rounding; settings that cannot be are refused, all at once.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_predictions_and_gradients_are_those_of_one_rank(found: dict[str, Any], 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_a_training_has_the_numbers_of_one_rank(found: dict[str, Any], name: str) -> None:
-    """Losses by quarter of the timesteps, gradient norms, held-out losses, the averages' and the indicator's: every step, every number."""
+    """Losses by quarter of the timesteps, gradient norms, held-out losses, the averages' and the indicator's: every
+    step, every number.
+    """
     alone, shared = found["alone"]["numbers"], found[name]["whole"]["numbers"]
     assert alone.keys() == shared.keys() and len(alone) >= 6
     for step, values in alone.items():
@@ -152,7 +155,9 @@ def test_heads_and_ranks_are_told_together(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_bad_settings_end_with_2_and_one_message(cogflow: Command, tmp_path: Path) -> None:
-    """One process, for which alone nobody knows that it will stay alone; heads and ranks are told before a model is made."""
+    """One process, for which alone nobody knows that it will stay alone; heads and ranks are told before a model is
+    made.
+    """
     done = cogflow(*words("parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled"), code=None)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("ConfigError") == 1 and "parallel.sequence=4" in done.stderr

@@ -102,7 +102,9 @@ def test_blocks_are_compiled_for_graphs_whatever_they_keep(
     expected = computed(transformer)
     speed.compile_blocks(transformer, how)
     recompute(
-        transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep), mode=speed.mode(how)
+        transformer.train(),
+        DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep),
+        mode=speed.compile_mode(how),
     )
     same(expected, computed(transformer))
     recomputation._compiled.cache_clear()

@@ -110,7 +110,9 @@ def unchanged_share(module: torch.nn.Module, rate: float) -> float:
 
 
 def test_weights_change_in_fp32_and_mostly_not_in_bf16_alone() -> None:
-    """The weights are about 0.07: bf16's next number is 0.0005 away, and half of that is the smallest step that changes one."""
+    """The weights are about 0.07: bf16's next number is 0.0005 away, and half of that is the smallest step that changes
+    one.
+    """
     assert unchanged_share(model(), 1e-5) < 0.01
     assert unchanged_share(model(torch.bfloat16), 1e-5) > 0.8
     assert unchanged_share(model(torch.bfloat16), 1e-2) < 0.05

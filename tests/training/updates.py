@@ -1,5 +1,6 @@
-"""Run by the tests' server on one rank, with the words FILE CASE ...: DeepSpeed's updates in a process of their own, which they change for
-good (ZeRO-3 puts its own linear layers into torch). What they found goes into FILE."""
+"""Run by the tests' server on one rank, with the words FILE CASE ...: DeepSpeed's updates in a process of their own,
+which they change for good (ZeRO-3 puts its own linear layers into torch). What they found goes into FILE.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ FUSE = optimizer_update.fuse_zero_update
 
 
 def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt: int | None = None) -> dict[str, Any]:
-    """Weights, gradient norms and whether they were applied, of four steps; the gradient of ``spoilt`` holds an infinity. ``own``: by
-    DeepSpeed's own update."""
+    """Weights, gradient norms and whether they were applied, of four steps; the gradient of ``spoilt`` holds an
+    infinity. ``own``: by DeepSpeed's own update.
+    """
     called: list[int] = []
     optimizer_update.fuse_zero_update = (lambda *_: called.append(1)) if own else FUSE
     torch.manual_seed(0)
@@ -47,7 +49,9 @@ def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt
 
 
 def kept(zero: int, keep: str | None) -> list[float]:
-    """Gradient norms of two steps of the tiny model whose recomputed blocks keep so much; ``None``: nothing is recomputed."""
+    """Gradient norms of two steps of the tiny model whose recomputed blocks keep so much; ``None``: nothing is
+    recomputed.
+    """
     words = [f"deepspeed=zero{zero}", f"deepspeed.activation_checkpointing={str(keep is not None).lower()}"]
     config = compose(
         [

@@ -1,4 +1,6 @@
-"""Pipeline folders of the tiny model's size with the traits of the family's other members: image to video, patches over time."""
+"""Pipeline folders of the tiny model's size with the traits of the family's other members: image to video, patches over
+time.
+"""
 
 from __future__ import annotations
 

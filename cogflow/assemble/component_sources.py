@@ -20,10 +20,12 @@ from cogflow.errors import CogflowError, PipelineError
 from cogflow.export.origin import FOREIGN, open_origin
 from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.export.to_diffusers import export_diffusers
+from cogflow.files.record_io import read_record
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.loading import model_folder
+from cogflow.records.pipeline_records import ExportedTransformer
+from cogflow.records.training_records import TrainingFacts
 from cogflow.runtime.console import echo
-from cogflow.weights.tensor_source import read_json
 
 SHARD = "5GB"
 
@@ -153,14 +155,13 @@ def _newest_checkpoint(artifact: Artifact) -> Path:
 
 def _trained_from(artifact: Artifact, key: str) -> Path:
     """Return the pipeline folder that the checkpoint was trained from, as its trainer.json states it."""
-    trained = read_json(_newest_checkpoint(artifact) / TRAINER).get("model")
-    if not isinstance(trained, dict) or not trained.get("name"):
+    trained = read_record(_newest_checkpoint(artifact) / TRAINER, TrainingFacts).model
+    if trained is None:
         raise PipelineError(
             f"{key}: {artifact.path} does not say which model it was trained from.",
             f"Give {key}=FOLDER, a pipeline folder.",
         )
-    path = trained.get("path")
-    return model_folder(ModelConfig(name=str(trained["name"]), path=str(path) if path else None))
+    return model_folder(ModelConfig(name=trained.name, path=trained.path))
 
 
 def _own_export(artifact: Artifact, options: ExportOptions) -> Path | None:
@@ -168,9 +169,10 @@ def _own_export(artifact: Artifact, options: ExportOptions) -> Path | None:
     folder = artifact.export
     if folder is None or not artifact.checkpoints:
         return None
-    report, newest = read_json(folder / EXPORT_REPORT), _newest_checkpoint(artifact)
+    report = read_record(folder / EXPORT_REPORT, ExportedTransformer)
     weights = options.weights
     if weights == "auto":
         weights = "ema" if artifact.ema else "model"
-    alike = str(report.get("source")) == str(newest.absolute()) and report.get("weights") == weights
-    return folder if alike and options.dtype in ("auto", report.get("dtype")) else None
+    same_source = report.source == str(_newest_checkpoint(artifact).absolute())
+    alike = same_source and report.weights == weights and options.dtype in ("auto", report.dtype)
+    return folder if alike else None

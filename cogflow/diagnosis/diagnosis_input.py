@@ -22,7 +22,6 @@ from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.models.loading import model_folder
 from cogflow.records.pipeline_records import AssemblyRecord, PipelineSampling, TransformerOrigin
 from cogflow.records.sample_records import SamplesRecord
-from cogflow.records.training_records import ModelIdentity, TrainedWith
 from cogflow.sampling.sample_record import newest_samples
 
 DIAGNOSED = (ArtifactKind.PIPELINE, ArtifactKind.RUN, ArtifactKind.EXPORT, ArtifactKind.CHECKPOINT)
@@ -101,16 +100,7 @@ def _of_artifact(artifact: Artifact, model: ModelConfig, role: str) -> Diagnosis
         return _with_base(role, folder, transformer, model, 5)
     source = find_transformer(artifact)
     transformer, _ = read_component("transformer", source.folder)
-    trainer = source.trainer
-    training = TransformerOrigin(
-        source=str(source.origin),
-        step=source.step,
-        weights=source.weights,
-        family=trainer.get("family"),
-        model=ModelIdentity(**trainer["model"]) if trainer.get("model") else None,
-        trained_with=TrainedWith(**trainer["trained_with"]) if trainer.get("trained_with") else None,
-    )
-    return _with_base(role, place, replace(transformer, training=training), model, 4)
+    return _with_base(role, place, replace(transformer, training=source.training), model, 4)
 
 
 def _not_diagnosed(artifact: Artifact, role: str) -> PipelineError:

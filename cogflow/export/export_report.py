@@ -19,11 +19,9 @@ from cogflow.records.export_records import (
     DroppedTensor,
     ExportRecord,
     FactRow,
-    FileBytes,
     ProofRecord,
     TensorStatistics,
 )
-from cogflow.records.training_records import ModelIdentity, TrainedWith
 from cogflow.weights.tensor_source import fingerprint_line, join_fingerprint
 
 NORM_EPS_NOTE = "1e-5, as published; SAT's last norm has 1e-6, which one config for all norms cannot state"
@@ -48,21 +46,17 @@ def export_record(prepared: PreparedExport, origin: ExportOrigin, written: Writt
     facts = prepared.facts
     main = written.statistics.get("transformer", next(iter(written.statistics.values())))
     dtypes = {tensor.dtype_out for tensor in main}
-    model = origin.trainer.get("model")
-    trained_with = origin.trainer.get("trained_with")
     return ExportRecord(
         source=str(origin.place),
         kind=origin.kind,
         weights=origin.weights,
         step=origin.step,
-        family=facts.family if facts else origin.trainer.get("family"),
-        model=ModelIdentity(**model) if model else None,
-        trained_with=facts.trained_with() if facts else TrainedWith(**trained_with) if trained_with else None,
+        family=facts.family if facts else origin.training.family,
+        model=origin.training.model,
+        trained_with=facts.trained_with() if facts else origin.training.trained_with,
         facts=[FactRow(*row) for row in facts.rows()] if facts else [],
         dtype=dtype_name(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else "mixed",
-        source_files={
-            name: value if isinstance(value, str) else FileBytes(value["bytes"]) for name, value in origin.files.items()
-        },
+        source_files=dict(origin.files),
         files=dict(written.files),
         source_weights_sha256=_source_fingerprint(main),
         weights_sha256=_fingerprint(main),

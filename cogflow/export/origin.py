@@ -17,13 +17,16 @@ from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST, check_manifest
+from cogflow.files.record_io import read_record
+from cogflow.records.export_records import FileBytes
+from cogflow.records.pipeline_records import ExportedTransformer, TransformerOrigin
+from cogflow.records.training_records import TrainingFacts
 from cogflow.weights.foreign import ForeignWeights, read_step_folder, read_torch_file
 from cogflow.weights.tensor_source import TensorSource, contained_file, read_json
 
 OURS = (ArtifactKind.RUN, ArtifactKind.CHECKPOINT)
 DIFFUSERS = (ArtifactKind.PIPELINE, ArtifactKind.EXPORT, ArtifactKind.COMPONENTS, ArtifactKind.COMPONENT)
 FOREIGN = (ArtifactKind.SAT_CHECKPOINT, ArtifactKind.SAT_VAE, ArtifactKind.DEEPSPEED)
-KNOWN_FROM_EXPORT = ("family", "model", "trained_with")
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,15 @@ class TransformerSource:
     """A transformer folder and what is known of it.
 
     ``folder`` holds config.json and the safetensors; ``origin`` is the checkpoint, or ``folder`` itself. ``weights`` is
-    model or ema. ``trainer`` is the checkpoint's trainer.json (empty when there is none). ``files``: relative name ->
-    sha256. ``passed_over``: newer checkpoints of the run that are broken, a line each.
+    model or ema. ``training``: what is known of the training, with ``origin``, step and weights. ``files``: relative
+    name -> sha256. ``passed_over``: newer checkpoints of the run that are broken, a line each.
     """
 
     folder: Path
     origin: Path
     weights: str
     step: int | None = None
-    trainer: dict[str, Any] = field(default_factory=dict)
+    training: TransformerOrigin = field(default_factory=TransformerOrigin)
     files: dict[str, str] = field(default_factory=dict)
     passed_over: list[str] = field(default_factory=list)
 
@@ -49,7 +52,7 @@ class ExportOrigin:
     """What an export reads.
 
     ``folders``: components in diffusers' layout. ``tensors``: those of any other layout, by their own names.
-    ``weights``: model or ema. ``trainer``: what is known of the training (keys family, model, trained_with). ``files``:
+    ``weights``: model or ema. ``training``: what is known of the training. ``files``:
     the source's files with hashes or sizes. ``yamls``: path and content of each yaml beside the source or named by the
     user; ``json``: a diffusers config that the user named. ``notes`` and ``passed_over`` are for the user.
     """
@@ -60,8 +63,8 @@ class ExportOrigin:
     step: int | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
     tensors: TensorSource | None = None
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, Any] = field(default_factory=dict)
+    training: TransformerOrigin = field(default_factory=TransformerOrigin)
+    files: Mapping[str, str | FileBytes] = field(default_factory=dict)
     yamls: Sequence[tuple[Path, Mapping[str, Any]]] = ()
     json: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
@@ -92,7 +95,7 @@ def open_origin(
             weights=found.weights,
             step=found.step,
             tensors=found.tensors,
-            files={path.name: {"bytes": path.stat().st_size} for path in found.files},
+            files={path.name: FileBytes(path.stat().st_size) for path in found.files},
             yamls=[*read_yamls(found.yamls), *yamls],
             json=json,
             notes=found.notes,
@@ -109,7 +112,7 @@ def open_origin(
         weights=source.weights,
         step=source.step,
         folders={"transformer": source.folder} if ours else artifact.components,
-        trainer=source.trainer,
+        training=source.training,
         files=source.files,
         yamls=yamls,
         json=json,
@@ -178,7 +181,7 @@ def _checkpoint(
             f"The checkpoint {folder} is not as it was saved:\n{format_list(problems)}",
             "Take another checkpoint, or bring the files back.",
         )
-    trainer = read_json(folder / TRAINER)
+    facts = read_record(folder / TRAINER, TrainingFacts)
     has_ema = (folder / "ema").is_dir()
     chosen = weights if weights != "auto" else "ema" if has_ema else "model"
     part = "ema" if chosen == "ema" else "transformer"
@@ -191,13 +194,20 @@ def _checkpoint(
     files = {
         name: entry["sha256"] for name, entry in manifest.items() if name.startswith(f"{part}/") or name == TRAINER
     }
-    step = trainer.get("step")
+    training = TransformerOrigin(
+        source=str(folder),
+        step=facts.step,
+        weights=chosen,
+        family=facts.family,
+        model=facts.model,
+        trained_with=facts.trained_with,
+    )
     return TransformerSource(
         folder=folder / part,
         origin=folder,
         weights=chosen,
-        step=step if isinstance(step, int) else None,
-        trainer=trainer,
+        step=facts.step,
+        training=training,
         files=files,
         passed_over=list(passed_over),
     )
@@ -222,14 +232,13 @@ def _plain(artifact: Artifact, weights: str) -> TransformerSource:
         path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.name != MANIFEST
     )
     report = folder.parent / EXPORT_REPORT
-    former = read_json(report) if report.is_file() else {}
-    step = former.get("step")
+    former = read_record(report, ExportedTransformer) if report.is_file() else TransformerOrigin()
     return TransformerSource(
         folder=folder,
         origin=folder,
-        weights=str(former.get("weights") or "model"),
-        step=step if isinstance(step, int) else None,
-        trainer={key: former[key] for key in KNOWN_FROM_EXPORT if former.get(key) is not None},
+        weights=former.weights or "model",
+        step=former.step,
+        training=former,
         files={name: hash_file(contained_file(folder, name)) for name in names},
     )
 

@@ -308,10 +308,10 @@ def _cast_dtype(requested: str, origin: ExportOrigin) -> torch.dtype | None:
     """Return the dtype to cast to. auto is the dtype of training, or ``None`` (no cast) if it is unknown."""
     name = requested
     if requested == "auto":
-        trained = origin.trainer.get("trained_with") or {}
-        if not trained.get("dtype"):
+        trained_with = origin.training.trained_with
+        if trained_with is None or trained_with.dtype is None:
             return None
-        name = str(trained["dtype"])
+        name = trained_with.dtype
     if name not in DTYPES:
         raise ConfigError(f"stage.dtype={requested}: {name} is unknown.", f"Choose auto, {', '.join(DTYPES)}.")
     return DTYPES[name]

@@ -133,7 +133,8 @@ def _yaml_configs(
 ) -> _YamlConfigs:
     """Return the configs, with SNR shift and scaling factor from the user, the training, or the pipeline beside the
     source."""
-    known: dict[str, Any] = dict(origin.trainer.get("trained_with") or {})
+    trained_with = origin.training.trained_with
+    known: dict[str, Any] = dict(trained_with.known()) if trained_with is not None else {}
     scheduler: dict[str, Any] = {}
     vae = dict(components["vae"].config) if "vae" in components else {}
     if "transformer" in origin.folders:

@@ -236,6 +236,20 @@ class TrainerRecord(Record):
 
 
 @dataclass(frozen=True)
+class TrainingFacts(Record):
+    """The keys of ``trainer.json`` that an export of the checkpoint needs. None: unknown."""
+
+    version: ClassVar[int] = TrainerRecord.version
+    file_name: ClassVar[str] = TrainerRecord.file_name
+    advice: ClassVar[str] = "Take another checkpoint, or bring the file back."
+
+    step: int | None = None
+    family: str | None = None
+    model: ModelIdentity | None = None
+    trained_with: TrainedWith | None = None
+
+
+@dataclass(frozen=True)
 class LatestCheckpoint(Record):
     """``checkpoints/latest.json``: the newest checkpoint that was read back as it was written, and its size."""
 

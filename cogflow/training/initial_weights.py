@@ -109,10 +109,10 @@ def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
         raise ConfigError(
             f"stage.start={start} is a LoRA.", "Merge it first: python -m cogflow stage=export stage.lora=merge"
         )
-    trained_with = prepared.facts.trained_with().known() if prepared.facts else origin.trainer.get("trained_with") or {}
+    trained_with = prepared.facts.trained_with() if prepared.facts else origin.training.trained_with
     step = "" if origin.step is None else f" of step {origin.step}"
     echo(f"starting from {origin.place} ({origin.kind}, {origin.weights} weights{step})")
-    return InitialWeights(origin.place, prepared.components[0].tensors, trained_with)
+    return InitialWeights(origin.place, prepared.components[0].tensors, trained_with.known() if trained_with else {})
 
 
 def freeze(transformer: torch.nn.Module, patterns: Sequence[str]) -> None:

@@ -147,7 +147,9 @@ def _read_curves(path: Path) -> tuple[dict[str, Points], int | None]:
 
 def _read_validations(folder: Path) -> list[ValidationFolder]:
     found = []
-    for path in folder.glob(f"step-*/{SamplesRecord.file_name}"):
+    for path in folder.glob(f"*/{SamplesRecord.file_name}"):
+        if path.parent.name.startswith("."):  # a folder that is being written
+            continue
         try:
             record = read_record(path, SamplesRecord)
         except CogflowError:

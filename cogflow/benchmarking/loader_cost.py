@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,15 +19,16 @@ from cogflow.benchmarking.timed_turns import TimedTurns, step_times
 from cogflow.config.benchmark_settings import BenchmarkStage
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
-from cogflow.data import cache, cache_shards
+from cogflow.data import cache_shards
 from cogflow.data.cache import LatentCache
 from cogflow.data.clips import SETTINGS
 from cogflow.data.encode import CLIPS, TEXTS
-from cogflow.files.atomic_write import write_json
+from cogflow.files.record_io import write_record
 from cogflow.models import loading as components
 from cogflow.models.transformer_inputs import TransformerInputs, takes_image
 from cogflow.planning import transformer_size
 from cogflow.planning.plan import plan
+from cogflow.records.cache_records import CacheCounts, CacheEntry, CacheIndex, CacheSettings, CaptionEntry
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
 from cogflow.training.batch import Batch, Loader, training_batch
@@ -212,27 +212,27 @@ def write_random_cache(place: Path, data: DataConfig, described: dict[str, Any],
         texts.add("empty", {"embeds": torch.zeros(text, dtype=dtype)})
     stored_clips, stored_texts = cache_shards.scan(place, CLIPS), cache_shards.scan(place, TEXTS)
     entries = [
-        {
-            "key": name,
-            "name": name,
-            "text": name,
-            "clip": name,
-            "clip_shard": stored_clips[name].shard,
-            "caption": name,
-            "text_shard": stored_texts[name].shard,
-        }
+        CacheEntry(
+            key=name,
+            name=name,
+            text=name,
+            clip=name,
+            clip_shard=stored_clips[name].shard,
+            caption=name,
+            text_shard=stored_texts[name].shard,
+        )
         for name in names
     ]
-    settings = {name: getattr(replace(data, buckets=[]), name) for name in SETTINGS}
-    index = {
-        "version": cache.VERSION,
-        "plan": "",
-        "fingerprint": "random",
-        "settings": settings | {"image_variants": variants},
-        "models": {},
-        "empty": {"caption": "empty", "text_shard": stored_texts["empty"].shard},
-        "train": list(range(CACHED_CLIPS)),
-        "holdout": [],
-        "entries": entries,
-    }
-    write_json(place / cache.INDEX, json.loads(json.dumps(index)))
+    shaping = {name: getattr(data, name) for name in SETTINGS}
+    index = CacheIndex(
+        plan="",
+        fingerprint="random",
+        settings=CacheSettings(**shaping, max_length=text[0], image_variants=variants),
+        models={},
+        counts=CacheCounts(unreadable=0, upscaled=0, slower=0),
+        empty=CaptionEntry("empty", stored_texts["empty"].shard),
+        train=list(range(CACHED_CLIPS)),
+        holdout=[],
+        entries=entries,
+    )
+    write_record(place / CacheIndex.file_name, index)

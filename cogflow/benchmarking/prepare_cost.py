@@ -171,7 +171,7 @@ def _parts_of_clip(path: Path, data: DataConfig, place: Path) -> dict[str, float
     timed("resizing, cropping", resize)
     clip = clips.read_clip(path, data, content)
     timed("as the VAE takes it", lambda: pixels(clip.frames, torch.device("cpu"), torch.float32))
-    timed("sharpness of the source", lambda: softness.measured(clip, data, content, resampled=False))
+    timed("sharpness of the source", lambda: softness.measure_softness(clip, data, content, resampled=False))
     timed("sharpness of the clip", lambda: measure(clip.frames))
     latents = torch.zeros(16, (data.frames - 1) // 4 + 1, data.height // 8, data.width // 8)
     with ShardWriter(place, "clips", 2) as writer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,9 +18,9 @@ from cogflow.data.buckets import in_order
 from cogflow.data.cache_shards import ShardReader
 from cogflow.data.clips import SETTINGS
 from cogflow.errors import DataError
+from cogflow.files.record_io import read_record
+from cogflow.records.cache_records import CacheIndex, CacheSettings
 
-INDEX = "index.json"
-VERSION = 1
 SIZE = ("frames", "height", "width")
 
 Pair = TypeVar("Pair", bound=tuple[int, ...])
@@ -47,23 +47,14 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            self._index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            if self._index["version"] != VERSION:
-                raise ValueError(f"version {self._index['version']}")
-            self._entries: list[dict[str, Any]] = self._index["entries"]
-            self.train: list[int] = self._index["train"]
-            self.holdout: list[int] = self._index["holdout"]
-            self.fingerprint: str = self._index["fingerprint"]
-        except FileNotFoundError:
-            raise DataError(
-                f"no prepared clips in {folder}", "run stage=prepare first, with the same settings"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{folder / INDEX} cannot be used: {error}", "run stage=prepare again, it writes a new one"
-            ) from error
-        shards = {entry[kind] for entry in self._entries for kind in ("clip_shard", "text_shard")}
+        if not (folder / CacheIndex.file_name).is_file():
+            raise DataError(f"no prepared clips in {folder}", "run stage=prepare first, with the same settings")
+        self._index = read_record(folder / CacheIndex.file_name, CacheIndex)
+        self._entries = self._index.entries
+        self.train = self._index.train
+        self.holdout = self._index.holdout
+        self.fingerprint = self._index.fingerprint
+        shards = {shard for entry in self._entries for shard in (entry.clip_shard, entry.text_shard)}
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise DataError(
@@ -78,26 +69,25 @@ class LatentCache:
         return len(self._entries)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The fields of :class:`DataConfig` that shaped these clips (``clips.SETTINGS``) and ``max_length``, as prepared."""
-        return self._index["settings"]
+    def settings(self) -> CacheSettings:
+        """The settings that the clips were prepared with."""
+        return self._index.settings
 
     @property
     def model_hashes(self) -> dict[str, str]:
         """What encoded these clips, as given to ``prepare``."""
-        return self._index["models"]
+        return self._index.models
 
     @property
     def texts(self) -> list[str]:
         """The caption of each entry, without reading a tensor."""
-        return [entry["text"] for entry in self._entries]
+        return [entry.text for entry in self._entries]
 
     def mismatches(self, data: DataConfig) -> list[str]:
         """Settings of ``data`` that differ from those the clips were prepared with, one line each."""
         # With buckets the one size is that of the samples, and shapes no clip.
-        then = {k: self.settings[k] for k in SETTINGS if k not in SIZE or not data.buckets} | {
-            "buckets": self.settings.get("buckets", [])
-        }
+        then = {name: getattr(self.settings, name) for name in SETTINGS if name not in SIZE or not data.buckets}
+        then["buckets"] = self.settings.buckets
         if self.image_variants:
             then["image_variants"] = self.image_variants
         return [
@@ -109,7 +99,7 @@ class LatentCache:
     @property
     def image_variants(self) -> int:
         """Noised first frames that are stored of each clip, for image to video; 0 for text to video."""
-        return int(self.settings.get("image_variants", 0))
+        return self.settings.image_variants
 
     def image(self, position: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of a noised first frame of the clip at ``position``: fp32 ``[16, 1, h, w]``, not scaled."""
@@ -122,23 +112,23 @@ class LatentCache:
 
     def _clip_tensor(self, position: int, name: str) -> torch.Tensor:
         entry = self._entries[position]
-        return self._reader.read(entry["clip_shard"], f"{entry['clip']}.{name}")
+        return self._reader.read(entry.clip_shard, f"{entry.clip}.{name}")
 
     def bucket(self, position: int) -> str | None:
         """The bucket of the clip at ``position``; ``None`` when all clips have one size."""
-        return self._entries[position].get("bucket")
+        return self._entries[position].bucket
 
     @property
     def groups(self) -> list[list[int]]:
         """``train`` by bucket, longest sequences first; empty when all clips have one size."""
         if self._groups is None:
-            alike = self.alike([(position,) for position in self.train]) if self.settings.get("buckets") else []
+            alike = self.alike([(position,) for position in self.train]) if self.settings.buckets else []
             self._groups = [[position for (position,) in one] for one in alike]
         return self._groups
 
     def alike(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """``pairs``, which begin with a position, in lists of one size each, in their order."""
-        if not self.settings.get("buckets"):
+        if not self.settings.buckets:
             return [list(pairs)]
         held = in_order([str(self.bucket(pair[0])) for pair in pairs])
         return [[pair for pair in pairs if self.bucket(pair[0]) == bucket] for bucket in held]
@@ -146,28 +136,27 @@ class LatentCache:
     def entry(self, position: int) -> CachedClip:
         """The clip at ``position`` (0 to len - 1), its tensors mapped from the file on the CPU."""
         entry = self._entries[position]
-        clip, shard = entry["clip"], entry["clip_shard"]
         return CachedClip(
-            key=entry["key"],
-            name=entry["name"],
-            text=entry["text"],
-            mean=self._reader.read(shard, f"{clip}.mean"),
-            logvar=self._reader.read(shard, f"{clip}.logvar"),
-            embeds=self._reader.read(entry["text_shard"], f"{entry['caption']}.embeds"),
+            key=entry.key,
+            name=entry.name,
+            text=entry.text,
+            mean=self._reader.read(entry.clip_shard, f"{entry.clip}.mean"),
+            logvar=self._reader.read(entry.clip_shard, f"{entry.clip}.logvar"),
+            embeds=self._reader.read(entry.text_shard, f"{entry.caption}.embeds"),
         )
 
     def clip_of(self, position: int) -> str:
         """The key of the clip at ``position``: of its file's content, the settings that shape it, and the VAE (``encode.clip_key``)."""
-        return str(self._entries[position]["clip"])
+        return self._entries[position].clip
 
     def name_of(self, position: int) -> str:
         """What the data's index calls the clip at ``position``."""
-        return str(self._entries[position]["name"])
+        return self._entries[position].name
 
     @property
     def empty_embeds(self) -> torch.Tensor:
-        empty = self._index["empty"]
-        return self._reader.read(empty["text_shard"], f"{empty['caption']}.embeds")
+        empty = self._index.empty
+        return self._reader.read(empty.text_shard, f"{empty.caption}.embeds")
 
 
 def split(sources: Sequence[str], holdout: int) -> tuple[list[int], list[int]]:
@@ -187,10 +176,10 @@ def split(sources: Sequence[str], holdout: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(len(sources))) - set(held)), sorted(held)
 
 
-def by_bucket(index: Mapping[str, Any]) -> dict[str, int]:
-    """How many clips to train on each bucket has, by the prepared ``index``; unused buckets, too."""
-    counts = Counter(index["entries"][position].get("bucket") for position in index["train"])
-    return {bucket: counts[bucket] for bucket in index["settings"].get("buckets", [])}
+def count_by_bucket(index: CacheIndex) -> dict[str, int]:
+    """Return the number of clips to train on in each bucket, unused buckets included."""
+    counts = Counter(index.entries[position].bucket for position in index.train)
+    return {bucket: counts[bucket] for bucket in index.settings.buckets}
 
 
 def fingerprint(keys: Sequence[str], holdout: Sequence[str]) -> str:

@@ -17,7 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from cogflow.errors import DataError
 from cogflow.files.atomic_write import require_space, storage_errors, sync
+from cogflow.files.record_io import parse_record, record_values
+from cogflow.records.cache_records import StoredClip
 
 _FACTS = "facts"
 _PARTIAL = ".partial"
@@ -25,10 +28,10 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where the tensors of one key lie, and what was noted with them."""
+    """The file that holds the tensors of one key, and what is stored of the clip (None for captions)."""
 
     shard: str
-    facts: dict[str, Any]
+    clip: StoredClip | None = None
 
 
 class ShardWriter:
@@ -43,35 +46,38 @@ class ShardWriter:
         self._folder, self._kind = folder, kind
         self._items, self._bytes, self._seconds = items, bytes_, seconds
         self._tensors: dict[str, torch.Tensor] = {}
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._clips: dict[str, StoredClip | None] = {}
         self._since = time.monotonic()
 
-    def add(self, key: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any] | None = None) -> None:
-        if not self._facts:
+    def add(self, key: str, tensors: dict[str, torch.Tensor], clip: StoredClip | None = None) -> None:
+        if not self._clips:
             self._since = time.monotonic()
         for part, tensor in tensors.items():
             self._tensors[f"{key}.{part}"] = tensor.detach().cpu().contiguous()
-        self._facts[key] = facts or {}
+        self._clips[key] = clip
         size = sum(t.nbytes for t in self._tensors.values())
-        if len(self._facts) >= self._items or size >= self._bytes or time.monotonic() - self._since >= self._seconds:
+        if len(self._clips) >= self._items or size >= self._bytes or time.monotonic() - self._since >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
-        if not self._facts:
+        if not self._clips:
             return
-        name = f"{self._kind}-{hashlib.sha256(''.join(sorted(self._facts)).encode()).hexdigest()[:20]}.safetensors"
+        keys = "".join(sorted(self._clips))
+        name = f"{self._kind}-{hashlib.sha256(keys.encode()).hexdigest()[:20]}.safetensors"
         target = self._folder / name
         beside = self._folder / f".{name}{_PARTIAL}-{os.getpid()}"
         try:
+            facts = {key: record_values(clip) if clip else {} for key, clip in self._clips.items()}
             require_space(target, sum(tensor.nbytes for tensor in self._tensors.values()))
             with storage_errors(target):
-                save_file(self._tensors, beside, metadata={_FACTS: json.dumps(self._facts)})
+                save_file(self._tensors, beside, metadata={_FACTS: json.dumps(facts)})
                 sync(beside)
                 beside.replace(target)
                 sync(self._folder)
         finally:
             beside.unlink(missing_ok=True)
-            self._tensors, self._facts = {}, {}
+            self._tensors.clear()
+            self._clips.clear()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -83,18 +89,23 @@ class ShardWriter:
 
 
 def scan(folder: Path, kind: str) -> dict[str, Stored]:
-    """All keys that the published shards of ``kind`` hold. A file that is no whole shard is removed, so that it is made again."""
+    """Return what the published shards of ``kind`` hold, by key. A damaged file is removed, to be made again."""
     found: dict[str, Stored] = {}
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:
                 facts = json.loads((shard.metadata() or {})[_FACTS])
                 held = {name.rsplit(".", 1)[0] for name in shard.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError):
+                clips = {key: _stored_clip(note, path) for key, note in facts.items() if key in held}
+        except (SafetensorError, OSError, ValueError, KeyError, DataError):
             path.unlink(missing_ok=True)
             continue
-        found.update({key: Stored(path.name, note) for key, note in facts.items() if key in held})
+        found.update({key: Stored(path.name, clip) for key, clip in clips.items()})
     return found
+
+
+def _stored_clip(note: dict[str, Any], path: Path) -> StoredClip | None:
+    return parse_record(json.dumps(note), StoredClip, str(path)) if note else None
 
 
 def sweep(folder: Path) -> None:
@@ -112,7 +123,7 @@ def prune(folder: Path, used: set[str]) -> int:
 
 
 class ShardReader:
-    """Reads tensors by shard and name, mapped from the file. Keeps at most ``open_files`` mapped. Threads may share one."""
+    """Reads tensors by shard and name, mapped from the file, of which at most ``open_files`` are open. Thread-safe."""
 
     def __init__(self, folder: Path, open_files: int = 64) -> None:
         self._folder, self._limit = folder, open_files

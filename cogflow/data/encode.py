@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from cogflow.data.clip_index import ClipEntry
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.atomic_write import write_text
 from cogflow.files.hashing import hash_file
+from cogflow.records.cache_records import ClipMeasurement, StoredClip
 from cogflow.sharpness.metrics import measure
 
 QUARANTINE = "quarantine.jsonl"
@@ -191,7 +192,7 @@ def encode_clips(
     # Keys are hashes: the smallest are a sample of the clips that no order of theirs can shape.
     compared = set(sorted(items)[: softness.RESAMPLED])
     with report(len(items), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
-        for key, item, clip, measured in _decoded(items, data, compared):
+        for key, item, clip, measurement in _decoded(items, data, compared):
             if item.stamp != _stamp_or_none(item.entry.path):
                 raise DataError(
                     f"{item.entry.path} changed while it was prepared",
@@ -204,18 +205,13 @@ def encode_clips(
                 continue
             mean, logvar = encode_frames(vae, clip.frames)
             _check_finite(mean, "VAE", item.entry.name)
-            facts: dict[str, Any] = {
-                "upscaled": clip.upscaled,
-                "size": clip.source_size,
-                "fps": clip.source_fps,
-                "frames": clip.source_frames,
-            }
-            if measured:
-                facts |= measured | {"panel": measure(clip.frames.to(vae.device))}
+            if measurement is not None:
+                measurement = replace(measurement, metrics=measure(clip.frames.to(vae.device)))
+            stored = StoredClip(clip.upscaled, clip.source_size, clip.source_fps, clip.source_frames, measurement)
             tensors = {"mean": mean, "logvar": logvar}
             if images:
                 tensors |= first_frame.encode(vae, clip.frames[0], item.content or "", images)
-            writer.add(key, tensors, facts)
+            writer.add(key, tensors, stored)
             bar.advance(1)
 
 
@@ -230,20 +226,20 @@ def pixels(frames: torch.Tensor, device: torch.device, dtype: torch.dtype) -> to
     return frames.to(device).permute(3, 0, 1, 2)[None].to(dtype).div_(127.5).sub_(1.0)
 
 
-Decoded = tuple[clips.Clip | clips.ClipError, dict[str, Any]]
-"""A clip and what was measured of it."""
+Decoded = tuple[clips.Clip | clips.ClipError, ClipMeasurement | None]
+"""A clip and its measurement."""
 
 
 def _decoded(
     items: Mapping[str, Item], data: DataConfig, compared: set[str]
-) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError, dict[str, Any]]]:
+) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError, ClipMeasurement | None]]:
     def read(key: str, item: Item) -> Decoded:
         at_size = buckets.sized(data, item.bucket)
         try:
             clip = clips.read_clip(item.entry.path, at_size, item.content)
         except clips.ClipError as error:
-            return error, {}
-        return clip, softness.measured(clip, at_size, item.content or "", resampled=key in compared)
+            return error, None
+        return clip, softness.measure_softness(clip, at_size, item.content or "", resampled=key in compared)
 
     ahead: deque[tuple[str, Item, Future[Decoded]]] = deque()
     count = at_once()

@@ -7,7 +7,6 @@ tensor cannot be found. Shards are published as they fill, so a killed run goes 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +38,16 @@ from cogflow.data.encode import (
     text_key,
 )
 from cogflow.errors import DataError
-from cogflow.files.atomic_write import write_json
+from cogflow.files.record_io import read_record, write_record
+from cogflow.records.cache_records import (
+    CacheCounts,
+    CacheEntry,
+    CacheIndex,
+    CacheSettings,
+    CaptionEntry,
+    SoftnessRecord,
+    StoredClip,
+)
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import enter_phase
 
@@ -61,7 +69,7 @@ class PrepareResult:
     fingerprint: str
     seconds: float
     warnings: list[str] = field(default_factory=list)
-    softness: dict[str, Any] = field(default_factory=dict)  # see cogflow.data.softness.summary
+    softness: SoftnessRecord = field(default_factory=SoftnessRecord)
     buckets: dict[str, int] = field(default_factory=dict)  # clips to train on by bucket; empty without buckets
 
 
@@ -174,7 +182,11 @@ def _make_plan(
         data, images
     )
     return _Plan(
-        items, clip_keys, text_keys, empty, digest(cache.VERSION, named, settings, dict(model_hashes), av.__version__)
+        items,
+        clip_keys,
+        text_keys,
+        empty,
+        digest(CacheIndex.version, named, settings, dict(model_hashes), av.__version__),
     )
 
 
@@ -183,18 +195,18 @@ def _more_settings(data: DataConfig, images: int) -> dict[str, Any]:
     return ({"buckets": list(data.buckets)} if data.buckets else {}) | ({"image_variants": images} if images else {})
 
 
-def _survey(folder: Path, plan: _Plan) -> tuple[set[str], set[str], dict[str, Any] | None]:
+def _survey(folder: Path, plan: _Plan) -> tuple[set[str], set[str], CacheIndex | None]:
     """What the folder holds already: clip keys, caption keys, and its index if nothing at all has changed."""
     folder.mkdir(parents=True, exist_ok=True)
     cache_shards.sweep(folder)
     found = cache_shards.scan(folder, CLIPS).keys(), cache_shards.scan(folder, TEXTS).keys()
-    index_file = folder / cache.INDEX
+    index_file = folder / CacheIndex.file_name
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        if index["plan"] == plan.identity:
+        index = read_record(index_file, CacheIndex)
+        if index.plan == plan.identity:
             cache.LatentCache(folder)
             return set(found[0]), set(found[1]), index
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except DataError:
         pass
     index_file.unlink(missing_ok=True)
     return set(found[0]), set(found[1]), None
@@ -208,97 +220,97 @@ def _finish(
     max_length: int,
     quarantine: Quarantine,
     images: int,
-) -> dict[str, Any]:
-    """Write the index over all shards, and remove the shards that nothing names any more."""
+) -> CacheIndex:
+    """Write the index over all shards, and remove the shards that it does not name."""
     stored_clips, stored_texts = cache_shards.scan(folder, CLIPS), cache_shards.scan(folder, TEXTS)
-    entries: list[dict[str, str]] = []
-    facts: dict[str, dict[str, Any]] = {}
+    entries: list[CacheEntry] = []
+    clips: dict[str, StoredClip] = {}
     sources: list[str] = []
-    upscaled = slower = 0
     for item, clip, text in zip(plan.items, plan.clip_keys, plan.text_keys, strict=True):
-        if clip is None or clip not in stored_clips or item.entry.name in quarantine.rows:
+        stored = stored_clips.get(clip) if clip is not None else None
+        if clip is None or stored is None or stored.clip is None or item.entry.name in quarantine.rows:
             continue
-        stored = stored_clips[clip]
-        bucket = {"bucket": item.bucket} if item.bucket else {}
-        facts[item.entry.name] = stored.facts | bucket
-        upscaled += bool(stored.facts["upscaled"])
-        slower += stored.facts["fps"] < 0.99 * data.fps
+        clips[item.entry.name] = stored.clip
         sources.append(item.content or "")
         entries.append(
-            {
-                "key": digest(clip, text),
-                "name": item.entry.name,
-                "text": item.entry.text,
-                "clip": clip,
-                "clip_shard": stored.shard,
-                "caption": text,
-                "text_shard": stored_texts[text].shard,
-                **bucket,
-            }
+            CacheEntry(
+                key=digest(clip, text),
+                name=item.entry.name,
+                text=item.entry.text,
+                clip=clip,
+                clip_shard=stored.shard,
+                caption=text,
+                text_shard=stored_texts[text].shard,
+                bucket=item.bucket or None,
+            )
         )
     quarantine.write()
     if not entries:
         raise quarantine.stop("no clip can be read")
     train, holdout = cache.split(sources, data.holdout)
-    empty = {"caption": plan.empty_key, "text_shard": stored_texts[plan.empty_key].shard}
-    index: dict[str, Any] = {
-        "version": cache.VERSION,
-        "plan": plan.identity,
-        "fingerprint": cache.fingerprint(
-            [entry["key"] for entry in entries], [entries[position]["key"] for position in holdout]
+    index = CacheIndex(
+        plan=plan.identity,
+        fingerprint=cache.fingerprint(
+            [entry.key for entry in entries], [entries[position].key for position in holdout]
         ),
-        "settings": {
+        settings=CacheSettings(
             **{name: getattr(data, name) for name in SETTINGS},
-            "max_length": max_length,
-            **_more_settings(data, images),
-        },
-        "models": dict(model_hashes),
-        "counts": {"unreadable": len(quarantine.rows), "upscaled": upscaled, "slower": slower},
-        "softness": softness.summary(facts, data),
-        "empty": empty,
-        "train": train,
-        "holdout": holdout,
-        "entries": entries,
-    }
-    write_json(folder / cache.INDEX, index)
-    used = {entry[kind] for entry in entries for kind in ("clip_shard", "text_shard")} | {empty["text_shard"]}
+            max_length=max_length,
+            buckets=list(data.buckets),
+            image_variants=images,
+        ),
+        models=dict(model_hashes),
+        counts=CacheCounts(
+            unreadable=len(quarantine.rows),
+            upscaled=sum(clips[entry.name].upscaled for entry in entries),
+            slower=sum(clips[entry.name].fps < 0.99 * data.fps for entry in entries),
+        ),
+        empty=CaptionEntry(plan.empty_key, stored_texts[plan.empty_key].shard),
+        train=train,
+        holdout=holdout,
+        entries=entries,
+        softness=softness.summarise_softness(
+            clips, {entry.name: entry.bucket for entry in entries if entry.bucket}, data
+        ),
+    )
+    write_record(folder / CacheIndex.file_name, index)
+    used = {shard for entry in entries for shard in (entry.clip_shard, entry.text_shard)} | {index.empty.text_shard}
     cache_shards.prune(folder, used)
     return index
 
 
 def _result(
-    folder: Path, index: dict[str, Any], encoded_clips: int, encoded_captions: int, started: float
+    folder: Path, index: CacheIndex, encoded_clips: int, encoded_captions: int, started: float
 ) -> PrepareResult:
-    counts = index["counts"]
-    settings = index["settings"]
-    total = len(index["entries"])
+    counts, settings, total = index.counts, index.settings, len(index.entries)
     warnings = []
-    if counts["unreadable"]:
-        warnings.append(f"{counts['unreadable']} clips are unreadable and left out; {folder / QUARANTINE} says why")
-    if counts["upscaled"]:
-        size = "their bucket" if settings.get("buckets") else f"{settings['width']}x{settings['height']}"
-        own = ", ".join(
-            f"{count} of {one}" for one, count in list(index.get("softness", {}).get("upscaled", {}).items())[:4]
-        )
+    if counts.unreadable:
+        warnings.append(f"{counts.unreadable} clips are unreadable and left out; {folder / QUARANTINE} says why")
+    if counts.upscaled:
+        size = "their bucket" if settings.buckets else f"{settings.width}x{settings.height}"
+        own = ", ".join(f"{count} of {one}" for one, count in list(index.softness.upscaled.items())[:4])
         warnings.append(
-            f"{counts['upscaled']} of {total} clips are smaller than {size} and were upscaled{f' ({own})' if own else ''}: they are soft, "
-            "and a model learns that. Leave them out or lower data.height and data.width"
+            f"{counts.upscaled} of {total} clips are smaller than {size} and were upscaled{f' ({own})' if own else ''}: "
+            "they are soft, and a model learns that. Leave them out or lower data.height and data.width"
         )
-    if counts["slower"]:
+    if counts.slower:
         warnings.append(
-            f"{counts['slower']} of {total} clips have fewer than data.fps={settings['fps']:g} frames a second: frames are repeated"
+            f"{counts.slower} of {total} clips have fewer than data.fps={settings.fps:g} frames a second: "
+            "frames are repeated"
         )
     return PrepareResult(
         folder=folder,
         clips=total,
-        train=len(index["train"]),
-        holdout=len(index["holdout"]),
+        train=len(index.train),
+        holdout=len(index.holdout),
         encoded_clips=encoded_clips,
         encoded_captions=encoded_captions,
-        fingerprint=index["fingerprint"],
+        fingerprint=index.fingerprint,
         seconds=time.monotonic() - started,
         warnings=warnings,
-        softness=index.get("softness", {}),
-        buckets=cache.by_bucket(index),
-        **counts,
+        softness=index.softness,
+        buckets=cache.count_by_bucket(index),
+        unreadable=counts.unreadable,
+        upscaled=counts.upscaled,
+        slower=counts.slower,
     )

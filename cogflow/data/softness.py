@@ -1,5 +1,7 @@
-"""How sharp each clip is, measured while it is prepared: the file at its own size, what the loader made of it, and what the loader should
-have made of it."""
+"""Measure how sharp each clip is while it is prepared: its file at its own size, and the loader's frames.
+
+The loader's frames are also compared with an independent resampling of the same source frames.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,45 +17,55 @@ from PIL import Image
 from cogflow.config.data_section import DataConfig
 from cogflow.data.buckets import sized
 from cogflow.data.clips import Clip, corner, scaled_size
+from cogflow.records.cache_records import (
+    ClipMeasurement,
+    LoaderChanges,
+    SoftGroup,
+    SoftnessRecord,
+    SourceMeasurement,
+    StoredClip,
+)
+from cogflow.records.sample_records import ClipMetrics
 from cogflow.sharpness.effective_resolution import resolution, two_groups
 from cogflow.sharpness.metrics import METRICS, change, measure
 
 SMALLEST = 32  # pixels; smaller clips are not measured
-RESAMPLED = 16  # clips whose frames are made again in another way, to check the loader
-SPATIAL = tuple(name for name, channel in METRICS.items() if channel.group in ("blur", "tone", "grain"))
-"""Channels that a few frames tell."""
+RESAMPLED = 16  # clips whose frames are also resampled by Pillow, to check the loader
+SPATIAL = tuple(name for name, metric in METRICS.items() if metric.group in ("blur", "tone", "grain"))
+"""Metrics that a few frames are enough for."""
 ENOUGH = 0.8
-"""A clip whose picture would fit into this share of the training size, in height and width, is named: a model learns its softness."""
+"""Share of the training size, in height and width, below which the detail of a clip is reported as too little."""
 
 
-def measured(clip: Clip, data: DataConfig, content: str, *, resampled: bool) -> dict[str, Any]:
-    """Facts to keep with a clip: ``source`` (rung 0: ``panel``, ``effective`` size, ``reach``), ``detail`` of the clip, and with
-    ``resampled`` the change of the loader's frames against Pillow's Lanczos on the same source frames (``loader``).
+def measure_softness(clip: Clip, data: DataConfig, content: str, *, resampled: bool) -> ClipMeasurement | None:
+    """Return the measurement of a clip without the metrics of its loaded frames; None for clips below 32 pixels.
 
-    Run in the thread that decodes; rung 1's ``panel`` is added by who has the clip on the device. All of it takes 2.4 s of one CPU core for
-    49 frames of 480x720 from 720x1280. Empty for clips below 32 pixels.
+    ``resampled``: also measure the change of the loader's frames against Pillow's Lanczos on the same source frames.
+    This runs in the thread that decodes; the caller adds the metrics of the loaded frames, which it has on the
+    device. It takes 2.4 s of one CPU core for 49 frames of 480x720 from 720x1280.
     """
     if min(*clip.source.shape[1:3], *clip.frames.shape[1:3]) < SMALLEST:
-        return {}
+        return None
     reach = resolution(clip.source)
-    facts: dict[str, Any] = {
-        "source": {
-            "panel": _spatial(clip.source),
-            "effective": reach.effective,
-            "scaled_up": reach.scaled_up,
-            "reach": [round(share, 3) for share in reach.reach],
-            "detail": round(reach.detail, 3),
-        },
-        "detail": round(resolution(clip.frames[list(clip.source_at)]).detail, 3),
-    }
+    loader: ClipMetrics | None = None
     if resampled:
-        ours, theirs = _spatial(clip.frames[list(clip.source_at)]), _spatial(lanczos(clip.source, data, content))
-        facts["loader"] = {name: change(name, ours[name], theirs[name]) for name in SPATIAL}
-    return facts
+        ours = _spatial_metrics(clip.frames[list(clip.source_at)])
+        theirs = _spatial_metrics(lanczos(clip.source, data, content))
+        loader = {name: change(name, ours[name], theirs[name]) for name in SPATIAL}
+    height, width = reach.effective
+    source = SourceMeasurement(
+        metrics=_spatial_metrics(clip.source),
+        effective=(height, width),
+        scaled_up=reach.scaled_up,
+        reach=tuple(round(share, 3) for share in reach.reach),
+        detail=round(reach.detail, 3),
+    )
+    detail = round(resolution(clip.frames[list(clip.source_at)]).detail, 3)
+    return ClipMeasurement(metrics={}, source=source, detail=detail, loader=loader)
 
 
 def lanczos(source: torch.Tensor, data: DataConfig, content: str) -> torch.Tensor:
-    """``source`` (uint8 ``[K, h, w, 3]``) on the clip's grid, resampled by Pillow instead of by the loader."""
+    """Return ``source`` (uint8 ``[K, h, w, 3]``) on the clip's grid, resampled by Pillow instead of the loader."""
     size = scaled_size((source.shape[1], source.shape[2]), data)
     down, right = corner(size, data, content)
     images = [Image.fromarray(frame) for frame in source.numpy()]
@@ -64,41 +75,29 @@ def lanczos(source: torch.Tensor, data: DataConfig, content: str) -> torch.Tenso
     return torch.from_numpy(frames[:, down : down + data.height, right : right + data.width].copy())
 
 
-def summary(facts: Mapping[str, Mapping[str, Any]], data: DataConfig) -> dict[str, Any]:
-    """What the clips' facts (by name; with their ``bucket`` where there are buckets) say together.
-
-    ``measured``: how many were. ``upscaled``: sizes (``WxH``) of clips smaller than wanted, with their counts. ``scaled_up``: by name the
-    size that clips look scaled up from. ``groups``: the softer of two groups, or ``None``. ``loader``: median change by channel against the
-    independent resampling, and over how many resized clips.
-    """
-    known = {name: one for name, one in facts.items() if one.get("panel")}
-    sizes = Counter(
-        f"{one['size'][1]}x{one['size'][0]}" for one in facts.values() if one.get("upscaled") and one.get("size")
-    )
+def summarise_softness(clips: Mapping[str, StoredClip], buckets: Mapping[str, str], data: DataConfig) -> SoftnessRecord:
+    """Return how sharp ``clips`` (by name) are together. ``buckets``: of the clips that have one."""
+    measured = {name: clip.measurement for name, clip in clips.items() if clip.measurement is not None}
+    upscaled = Counter(f"{clip.size[1]}x{clip.size[0]}" for clip in clips.values() if clip.upscaled)
     scaled_up = {}
-    for name, one in known.items():
-        size, effective = one["size"], one["source"]["effective"]
-        wanted = scaled_size((size[0], size[1]), sized(data, one.get("bucket")))
-        if one["source"]["scaled_up"] and all(
-            part < ENOUGH * whole for part, whole in zip(effective, wanted, strict=True)
-        ):
+    for name, measurement in measured.items():
+        effective = measurement.source.effective
+        wanted = scaled_size(clips[name].size, sized(data, buckets.get(name)))
+        smaller = all(part < ENOUGH * whole for part, whole in zip(effective, wanted, strict=True))
+        if measurement.source.scaled_up and smaller:
             scaled_up[name] = f"{effective[1]}x{effective[0]}"
-    groups = two_groups({name: one["detail"] for name, one in known.items()})
-    compared = [one["loader"] for one in known.values() if one.get("loader") and any(map(abs, one["loader"].values()))]
-    return {
-        "measured": len(known),
-        "upscaled": dict(sizes.most_common()),
-        "scaled_up": scaled_up,
-        "groups": None
-        if groups is None
-        else {"soft": list(groups.soft), "gap": groups.gap, "distance": groups.distance, "line": groups.line()},
-        "loader": {
-            "clips": len(compared),
-            "changes": {name: median(one[name] for one in compared) for name in compared[0]} if compared else {},
-        },
-    }
+    groups = two_groups({name: measurement.detail for name, measurement in measured.items()})
+    loaders = [one.loader for one in measured.values() if one.loader and any(map(abs, one.loader.values()))]
+    changes = {name: median(one[name] for one in loaders) for name in loaders[0]} if loaders else {}
+    return SoftnessRecord(
+        measured=len(measured),
+        upscaled=dict(upscaled.most_common()),
+        scaled_up=scaled_up,
+        groups=None if groups is None else SoftGroup(list(groups.soft), groups.gap, groups.distance, groups.line()),
+        loader=LoaderChanges(len(loaders), changes),
+    )
 
 
-def _spatial(frames: torch.Tensor) -> dict[str, float]:
-    panel = measure(frames)
-    return {name: panel[name] for name in SPATIAL if math.isfinite(panel[name])}
+def _spatial_metrics(frames: torch.Tensor) -> ClipMetrics:
+    metrics = measure(frames)
+    return {name: metrics[name] for name in SPATIAL if math.isfinite(metrics[name])}

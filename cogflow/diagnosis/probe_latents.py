@@ -9,9 +9,10 @@ import torch
 
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.data_section import DataConfig
-from cogflow.data.cache import INDEX, LatentCache
+from cogflow.data.cache import LatentCache
 from cogflow.data.encode import encode_frames
 from cogflow.data.shapes import draw, scenes
+from cogflow.records.cache_records import CacheIndex
 
 Clips = tuple[list[torch.Tensor], list[str]]
 """Latents ``[channels, frames, h, w]``, not scaled, and captions."""
@@ -20,7 +21,7 @@ Clips = tuple[list[torch.Tensor], list[str]]
 def from_runs(places: list[Path | None], most: int) -> Clips | None:
     """Of the first place that is a run with prepared clips."""
     for place in places:
-        if place is None or not (RunLayout(place).cache / INDEX).is_file():
+        if place is None or not (RunLayout(place).cache / CacheIndex.file_name).is_file():
             continue
         cache = LatentCache(RunLayout(place).cache)
         chosen = (cache.holdout or cache.train)[:most]

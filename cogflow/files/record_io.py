@@ -97,7 +97,7 @@ def parse_record(text: bytes | str, kind: type[RecordT], origin: str) -> RecordT
     if version > kind.version:
         raise kind.error(
             f"{origin} was written by a newer cogflow (version {version}); this one reads up to {kind.version}.",
-            "Update cogflow.",
+            f"Update cogflow. Otherwise: {kind.advice}",
         )
     if version < kind.version:
         try:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.cache import INDEX
 from cogflow.data.cache_shards import scan
 from cogflow.data.encode import CLIPS
+from cogflow.files.record_io import read_record
 from cogflow.ladder.ladder_record import MOST_CLIPS, write_rung
 from cogflow.ladder.rung import Rung
-from cogflow.records.cache_records import SoftGroup
+from cogflow.records.cache_records import CacheIndex
 from cogflow.records.ladder_records import ClipRung, ClipSizes, SourceRung
 from cogflow.runtime.console import echo
 
@@ -23,37 +20,39 @@ def record_clip_rungs(folder: Path, cache_folder: Path, data: DataConfig) -> Non
 
     A cache that was prepared before clips were measured gives a note instead of the rungs.
     """
-    index: dict[str, Any] = json.loads((cache_folder / INDEX).read_text(encoding="utf-8"))
-    softness: dict[str, Any] = index.get("softness") or {}
-    if not softness.get("measured"):
+    index = read_record(cache_folder / CacheIndex.file_name, CacheIndex)
+    softness = index.softness
+    if not softness.measured:
         echo(
             "note: these clips were prepared without measuring them; remove the cache and run stage=prepare to measure"
         )
         return
-    stored = scan(cache_folder, CLIPS)
-    facts = {entry["name"]: stored[entry["clip"]].facts for entry in index["entries"] if entry["clip"] in stored}
-    measured = {name: one for name, one in facts.items() if one.get("panel")}
-    group = softness.get("groups")
+    stored = {key: one.clip for key, one in scan(cache_folder, CLIPS).items() if one.clip is not None}
+    clips = {entry.name: stored[entry.clip] for entry in index.entries if entry.clip in stored}
+    measured = {name: clip.measurement for name, clip in clips.items() if clip.measurement is not None}
     source = SourceRung(
-        metrics={name: one["source"]["panel"] for name, one in measured.items()},
-        clips_in_all=len(facts),
-        measured=softness["measured"],
-        scaled_up=softness.get("scaled_up") or {},
-        groups=None if group is None else SoftGroup(**group),
-        sizes={name: _source_size(one) for name, one in list(measured.items())[:MOST_CLIPS]},
+        metrics={name: one.source.metrics for name, one in measured.items()},
+        clips_in_all=len(clips),
+        measured=softness.measured,
+        scaled_up=softness.scaled_up,
+        groups=softness.groups,
+        sizes={
+            name: ClipSizes(_format_size(clips[name].size), _format_size(measured[name].source.effective))
+            for name in list(measured)[:MOST_CLIPS]
+        },
         soft_style=data.soft_style,
     )
     clip = ClipRung(
-        metrics={name: one["panel"] for name, one in measured.items()},
-        clips_in_all=len(facts),
-        upscaled=softness.get("upscaled") or {},
+        metrics={name: one.metrics for name, one in measured.items()},
+        clips_in_all=len(clips),
+        upscaled=softness.upscaled,
         size=f"{data.width}x{data.height}",
-        loader={name: one["loader"] for name, one in measured.items() if one.get("loader")},
+        loader={name: one.loader for name, one in measured.items() if one.loader},
     )
     write_rung(folder, Rung.SOURCE, source)
     write_rung(folder, Rung.CLIP, clip)
 
 
-def _source_size(facts: Mapping[str, Any]) -> ClipSizes:
-    (height, width), (effective_height, effective_width) = facts["size"], facts["source"]["effective"]
-    return ClipSizes(f"{width}x{height}", f"{effective_width}x{effective_height}")
+def _format_size(size: tuple[int, int]) -> str:
+    """Return (height, width) as ``WxH``."""
+    return f"{size[1]}x{size[0]}"

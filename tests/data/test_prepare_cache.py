@@ -70,7 +70,7 @@ def test_the_cache_holds_the_unscaled_moments_and_the_embeddings(tmp_path: Path,
         torch.testing.assert_close(entry.embeds, encode_prompts(tokenizer, encoder, [texts[position]], MAX_LENGTH)[0])
     torch.testing.assert_close(cache.empty_embeds, encode_prompts(tokenizer, encoder, [""], MAX_LENGTH)[0])
     assert len({cache.entry(i).key for i in range(COUNT)}) == COUNT
-    assert cache.settings["frames"] == 5 and cache.settings["max_length"] == MAX_LENGTH and cache.model_hashes == HASHES
+    assert cache.settings.frames == 5 and cache.settings.max_length == MAX_LENGTH and cache.model_hashes == HASHES
     assert cache.mismatches(DATA) == [] and cache.mismatches(type(DATA)(frames=9, height=32, width=32)) == [
         "data.frames=9, prepared with 5"
     ]

@@ -14,6 +14,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
 
+from cogflow.config.schema import DataConfig
 from cogflow.data import clips, softness
 from cogflow.data.cache import LatentCache
 from cogflow.ladder import crop_sheet, vae_roundtrip
@@ -27,6 +28,7 @@ from cogflow.ladder.sample_rungs import config_contradictions, record_base_rung
 from cogflow.ladder.schedule_probe import record_schedule_probe
 from cogflow.ladder.vae_roundtrip import measure_roundtrip
 from cogflow.records.ladder_records import BaseRung, ClipRung, LadderRecord, LadderRungs, TunedRung
+from cogflow.records.sample_records import ClipMetrics
 from cogflow.sampling.sampler import Sampler
 from cogflow.sharpness.metrics import METRICS
 from cogflow.tracking.tracker import Tracker
@@ -105,11 +107,19 @@ def test_writing_a_rung_keeps_the_others(tmp_path: Path) -> None:
     assert [row.rung for row in evaluate_ladder(read_ladder(tmp_path))[0]] == [Rung.BASE, Rung.TUNED]
 
 
+def loader_changes(path: Path, data: DataConfig) -> ClipMetrics:
+    """Return the changes of the loader's frames against an independent resampling."""
+    measurement = softness.measure_softness(clips.read_clip(path, data), data, "", resampled=True)
+    assert measurement is not None
+    assert measurement.loader is not None
+    return measurement.loader
+
+
 def test_a_loader_that_softens_is_a_clip_finding(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips drawn at twice the size, loaded correctly and by way of a small picture."""
     data = replace(world.config.data, height=32, width=48)
     path = next((world.folder / "data" / "videos").glob("*.mp4"))
-    healthy = softness.measured(clips.read_clip(path, data), data, "", resampled=True)["loader"]
+    healthy = loader_changes(path, data)
     fit = clips.fit
 
     def soft(planes: Any, data: Any, content: str, out: torch.Tensor) -> None:
@@ -119,7 +129,7 @@ def test_a_loader_that_softens_is_a_clip_finding(world: World, monkeypatch: pyte
         out.copy_(torch.from_numpy(enlarged).permute(2, 0, 1))
 
     monkeypatch.setattr(clips, "fit", soft)
-    softened = softness.measured(clips.read_clip(path, data), data, "", resampled=True)["loader"]
+    softened = loader_changes(path, data)
     defects = []
     for changes in (healthy, softened):
         rung = ClipRung({"a": {}}, 1, upscaled={}, size="48x32", loader={"a": changes})

@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from PIL import Image
 
-from cogflow.config.schema import DataConfig
+from cogflow.config.data_section import DataConfig
 from cogflow.data import clips, softness
 from cogflow.data.cache import LatentCache
 from cogflow.ladder import crop_sheet, vae_roundtrip

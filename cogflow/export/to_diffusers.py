@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from safetensors.torch import save_file
 
 from cogflow.export import diffusers_configs
 from cogflow.export.export_report import WrittenExport, export_record, refuse_nonfinite
@@ -23,10 +22,10 @@ from cogflow.records.export_records import ExportRecord, TensorStatistics
 from cogflow.runtime.progress import Advancing, progress
 from cogflow.weights.cast_statistics import torch_dtype_name
 from cogflow.weights.strict_loading import STEMS, check_strict_load
-from cogflow.weights.weights_writer import SafetensorsFormat, write_safetensors
+from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The file that ``load_lora_weights`` of diffusers looks for in a folder."""
+LORA_STEM = "pytorch_lora_weights"
+"""Name without suffix of the file that ``load_lora_weights`` of diffusers reads in a folder."""
 
 
 def export_diffusers(
@@ -99,8 +98,14 @@ class _ComponentWriter:
 
 def _write_lora_and_scheduler(prepared: PreparedExport, folder: Path) -> None:
     if prepared.lora_file is not None:
-        (folder / "lora").mkdir()
-        save_file(prepared.lora_file.tensors, folder / "lora" / LORA_FILE, metadata=prepared.lora_file.metadata)
+        tensors = [
+            PlannedTensor(
+                name, tuple(tensor.shape), tensor.dtype, partial(prepared.lora_file.tensors.__getitem__, name)
+            )
+            for name, tensor in prepared.lora_file.tensors.items()
+        ]
+        output = SafetensorsFormat(folder / "lora", None, LORA_STEM, "1TB", metadata=prepared.lora_file.metadata)
+        write_safetensors(tensors, output, on_tensor=lambda statistics: None)
     if prepared.facts is not None:
         (folder / "scheduler").mkdir()
         config = diffusers_configs.scheduler_config(prepared.facts)

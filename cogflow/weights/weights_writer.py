@@ -18,7 +18,7 @@ import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -73,13 +73,15 @@ class SafetensorsFormat:
     """Where and how a component is written.
 
     ``dtype``: cast floating tensors to it, ``None`` to keep theirs. ``stem``: file name without suffix.
-    ``max_shard_size``: a number and a unit, such as 5GB.
+    ``max_shard_size``: a number and a unit, such as 5GB. ``metadata``: the header's ``__metadata__``, in this order
+    (safetensors' ``save_file`` writes it in random order).
     """
 
     folder: Path
     dtype: torch.dtype | None
     stem: str
     max_shard_size: str
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
 
 def write_safetensors(
@@ -103,7 +105,7 @@ def write_safetensors(
         path = output.folder / file
         writer = HashingWriter(path)
         try:
-            writer.write(_safetensors_header(names, specs))
+            writer.write(_safetensors_header(names, specs, output.metadata))
             with one_thread():
                 for name in names:
                     on_tensor(stream_tensor(by_name[name], specs[name][0], writer))
@@ -145,9 +147,9 @@ def plan_shards(specs: Mapping[str, TensorSpec], stem: str, max_shard_size: str)
     return ShardPlan(files, index)
 
 
-def _safetensors_header(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> bytes:
+def _safetensors_header(names: Sequence[str], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Return everything in the file before the first value."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name in names:
         dtype, shape = specs[name]

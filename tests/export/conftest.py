@@ -1,4 +1,4 @@
-"""Tests are imported by path; this makes their helpers (golden_sets.py) importable, too."""
+"""Make the helpers of these tests (golden_sets.py) importable: tests are imported by path."""
 
 from __future__ import annotations
 

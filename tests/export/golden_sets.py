@@ -1,4 +1,5 @@
-"""Folders that SAT wrote, with what its network computed from them: those kept here, and more where COGFLOW_GOLDEN names a folder."""
+"""Folders that SAT wrote with outputs of SAT's network: those in the repository, and those in the folder
+COGFLOW_GOLDEN names."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from cogflow.export import lora, sat_tables
 from cogflow.weights.tensor_source import TensorInfo, TensorSource
 from cogflow.weights.torch_file import TorchFile
 
-KEPT = Path(__file__).resolve().parent.parent / "golden" / "sat"
+IN_REPOSITORY = Path(__file__).resolve().parent.parent / "golden" / "sat"
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class GoldenSet:
         return load_file(self.golden)
 
     def transformer(self) -> TensorSource:
-        """The DiT's tensors under SAT's names without prefix, LoRA merged in fp32."""
+        """Return the transformer's tensors under SAT's names without prefix, with LoRA merged in fp32."""
         found = sat_tables.split_components(self.checkpoint()).transformer
         assert found is not None
         return lora.merge_lora(found, alpha=1.0, dtype=torch.float32) if lora.find_lora(found) else found
 
     def network(self) -> dict[str, Any]:
-        """``network_config.params`` of the model's own yaml."""
+        """Return ``network_config.params`` of the model's yaml."""
         for path in sorted((self.folder / "configs").glob("*.yaml")):
             model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model")
             if model:
@@ -48,7 +49,7 @@ class GoldenSet:
         raise AssertionError(f"{self.folder} has no yaml of a model")
 
     def config(self) -> dict[str, Any]:
-        """Keyword arguments of ``CogVideoXTransformer3DModel``, by hand: what the tables are tested with is not what they come from."""
+        """Return arguments of ``CogVideoXTransformer3DModel``, built without the code under test."""
         network, tensors = self.network(), self.transformer().tensors
         place = network["modules"]["pos_embed_config"]
         patch = network["patch_size"]
@@ -76,36 +77,35 @@ class GoldenSet:
 
 
 def sets() -> list[GoldenSet]:
-    """Those kept in the repository, then every ``sat-*`` folder with a transformer in COGFLOW_GOLDEN."""
-    found = [GoldenSet(path.parent, path) for path in sorted(KEPT.glob("*/forward.safetensors"))]
-    return found + [GoldenSet(path.parent.resolve(), path) for path in _more("*/latest")]
+    """Return the sets in the repository, then every folder with a transformer in COGFLOW_GOLDEN."""
+    found = [GoldenSet(path.parent, path) for path in sorted(IN_REPOSITORY.glob("*/forward.safetensors"))]
+    more = [path.with_name("golden.safetensors") for path in _additional("*/latest")]
+    return found + [GoldenSet(path.parent.resolve(), path) for path in more]
 
 
 def kept(which: str) -> GoldenSet:
-    """One of those in the repository: ``2b``, ``5b-i2v`` (whole, as SAT wrote it), ``1.5-5b-i2v`` or ``5b-lora``."""
-    return GoldenSet(KEPT / which, KEPT / which / "forward.safetensors")
+    """Return a set of the repository: ``2b``, ``5b-i2v`` (complete, as SAT wrote it), ``1.5-5b-i2v`` or ``5b-lora``."""
+    return GoldenSet(IN_REPOSITORY / which, IN_REPOSITORY / which / "forward.safetensors")
 
 
 def infos(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
-    """What a file with these tensors would say of itself."""
+    """Return the header information of a file with tensors of these shapes."""
     return {name: TensorInfo(name, tuple(shape), torch.float32, Path("given")) for name, shape in shapes.items()}
 
 
 def vae_folders() -> list[Path]:
-    return (
-        [path.parent.parent for path in sorted(Path(os.environ["COGFLOW_GOLDEN"]).glob("*/vae/3d-vae.pt"))]
-        if _given()
-        else []
-    )
+    """Return the folders with a VAE and SAT's outputs: that of the repository, and those in COGFLOW_GOLDEN."""
+    return [IN_REPOSITORY.parent / "sat-vae"] + [path.parent.parent for path in _additional("*/vae/3d-vae.pt")]
 
 
-def _given() -> bool:
-    return bool(os.environ.get("COGFLOW_GOLDEN"))
+def complete_folders() -> list[Path]:
+    """Return the folders whose checkpoint holds transformer, text encoder and VAE."""
+    return [IN_REPOSITORY / "5b-i2v"] + [path.parent for path in _additional("*/latest")]
 
 
-def _more(pattern: str) -> list[Path]:
-    paths = sorted(Path(os.environ["COGFLOW_GOLDEN"]).glob(pattern)) if _given() else []
-    return [path.with_name("golden.safetensors") for path in paths]
+def _additional(pattern: str) -> list[Path]:
+    folder = os.environ.get("COGFLOW_GOLDEN")
+    return sorted(Path(folder).glob(pattern)) if folder else []
 
 
 def set_name(golden: GoldenSet) -> str:

@@ -1,10 +1,10 @@
-"""Configs written from facts: the classes take them whole, the pipeline's checks pass them, SAT's yaml says the same again."""
+"""Test configs built from facts: classes accept every key, pipeline checks pass, and SAT's yaml states the same
+facts."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,28 @@ from cogflow.export.mapping_plan import make_plan
 from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.records.pipeline_records import TransformerOrigin
-from tests.export.evidence_cases import EVERY, KEPT, components, facts, infos, published, yamls
+from tests.export.fact_cases import EVERY, IN_REPOSITORY, components, facts, infos, published, yamls
+from tests.export.golden_sets import complete_folders
 
-GIVEN = os.environ.get("COGFLOW_GOLDEN")
-MORE = sorted(path.parent for path in Path(GIVEN).glob("*/latest")) if GIVEN else []
 PUBLISHED = [name for name in MODEL_SPECS if name != "tiny"]
 
 SCHEDULER = {
-    "_class_name": "CogVideoXDDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "clip_sample": False, "clip_sample_range": 1.0, "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True, "sample_max_value": 1.0, "set_alpha_to_one": True, "snr_shift_scale": 1.0, "steps_offset": 0,
-    "timestep_spacing": "trailing", "trained_betas": None,
-}  # fmt: skip
+    "_class_name": "CogVideoXDDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 1.0,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+    "trained_betas": None,
+}
 """The published scheduler_config.json of CogVideoX1.5-5B, as quoted in huggingface/finetrainers issue 120."""
 
 
@@ -69,9 +79,9 @@ def test_the_transformer_class_has_exactly_the_converted_tensors(name: str) -> N
     assert set(diffusers_configs.settings_of(config)) == keywords("CogVideoXTransformer3DModel")
 
 
-@pytest.mark.parametrize("folder", MORE, ids=lambda folder: folder.name)
-def test_other_folders_that_sat_wrote(folder: Path) -> None:
-    """Sets in COGFLOW_GOLDEN: every fact from each kind of yaml, every class's shapes, every component."""
+@pytest.mark.parametrize("folder", complete_folders(), ids=lambda folder: folder.name)
+def test_every_config_of_a_complete_sat_folder(folder: Path) -> None:
+    """Each kind of yaml gives the same facts, and every class has exactly the converted tensors."""
     parts = components(folder)
     assert parts.transformer is not None and parts.text_encoder is not None and parts.vae is not None
     merged = resolve_facts(parts.transformer.tensors, read_yamls([folder / "training_config.yaml"]))
@@ -97,22 +107,31 @@ def test_other_folders_that_sat_wrote(folder: Path) -> None:
     )
 
 
-def test_the_autoencoder_class_has_exactly_the_converted_tensors() -> None:
-    found = components(KEPT / "5b-i2v").vae
+def test_the_vae_class_has_exactly_the_converted_tensors() -> None:
+    found = components(IN_REPOSITORY / "5b-i2v").vae
     assert found is not None
-    config = diffusers_configs.vae_config(vae_facts(KEPT / "5b-i2v"))
+    config = diffusers_configs.vae_config(vae_facts(IN_REPOSITORY / "5b-i2v"))
     make_plan(sat_tables.vae_table(config, found.tensors), found.tensors, meta_shapes(AutoencoderKLCogVideoX, config))
     assert set(diffusers_configs.settings_of(config)) == keywords("AutoencoderKLCogVideoX")
 
 
-def test_the_text_encoder_is_built_from_its_shapes() -> None:
-    found = components(KEPT / "5b-i2v").text_encoder
+def test_the_text_encoder_config_follows_from_shapes() -> None:
+    found = components(IN_REPOSITORY / "5b-i2v").text_encoder
     assert found is not None
     config = diffusers_configs.t5_config(found.tensors, "bf16")
     wanted = {
-        "d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 1, "vocab_size": 100, "relative_attention_num_buckets": 32,
-        "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "layer_norm_epsilon": 1e-6, "dtype": "bfloat16",
-    }  # fmt: skip
+        "d_model": 32,
+        "d_ff": 64,
+        "d_kv": 16,
+        "num_heads": 2,
+        "num_layers": 1,
+        "vocab_size": 100,
+        "relative_attention_num_buckets": 32,
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu_new",
+        "layer_norm_epsilon": 1e-6,
+        "dtype": "bfloat16",
+    }
     assert {key: config[key] for key in wanted} == wanted
     model = T5EncoderModel(T5Config.from_dict(config))
     assert model.encoder.embed_tokens.weight.data_ptr() == model.shared.weight.data_ptr()
@@ -147,8 +166,8 @@ def test_published_models_get_the_published_values(name: str) -> None:
     assert diffusers_configs.model_index(known)["scheduler"] == ["diffusers", scheduler["_class_name"]]
 
 
-def test_the_family_table_alone_gives_the_shipped_tiny_model() -> None:
-    """Every key but those that the class defaults say for the shipped one and no rotary model reads."""
+def test_published_facts_give_the_config_of_the_shipped_tiny_model() -> None:
+    """The published facts alone, without a checkpoint, give the config of each model."""
     written = diffusers_configs.transformer_config(published_facts("tiny"))
     shipped = CogVideoXTransformer3DModel.load_config(tiny.folder() / "transformer")
     assert diffusers_configs.settings_of(written) == diffusers_configs.settings_of(shipped)
@@ -162,7 +181,7 @@ def test_the_family_table_alone_gives_the_shipped_tiny_model() -> None:
 
 
 @pytest.mark.parametrize("class_name", diffusers_configs.SCHEDULER_CLASSES)
-def test_scheduler_config_is_the_published_one_and_either_class_takes_it(class_name: str) -> None:
+def test_scheduler_config_equals_the_published_one_and_loads_in_both_classes(class_name: str) -> None:
     config = diffusers_configs.scheduler_config(facts("1.5-5b"), class_name)
     assert {key: value for key, value in config.items() if key != "_diffusers_version"} == SCHEDULER | {
         "_class_name": class_name
@@ -202,14 +221,14 @@ def pipeline(
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_an_export_passes_the_pipeline_checks(name: str) -> None:
-    """And fails them with another model's scheduler, so that passing says something."""
+    """The checks pass for the export and fail with another model's scheduler."""
     known = resolve_facts(published(MODEL_SPECS[name]), [], family=name)
-    mini = components(KEPT / "5b-i2v").vae
+    mini = components(IN_REPOSITORY / "5b-i2v").vae
     assert mini is not None
     autoencoder = resolve_vae_facts(mini.tensors, [], family=name)
     training = TransformerOrigin(family=known.family, trained_with=known.trained_with())
     parts = pipeline(known, autoencoder, training)
-    parts["vae"].settings["block_out_channels"] = [128, 256, 256, 512]  # the checkpoint's has two levels, to be small
+    parts["vae"].settings["block_out_channels"] = [128, 256, 256, 512]  # the test checkpoint has only two levels
     checks = check_components(parts, [])
     assert checks.expected["scaling_factor"] == MODEL_SPECS[name].scaling_factor
     parts["scheduler"].settings["snr_shift_scale"] = 2.0
@@ -218,10 +237,10 @@ def test_an_export_passes_the_pipeline_checks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_way_back_is_a_yaml_with_the_same_facts(name: str) -> None:
+def test_the_written_sat_yaml_states_the_same_facts(name: str) -> None:
     first = facts(name)
     config, scheduler = diffusers_configs.transformer_config(first), diffusers_configs.scheduler_config(first)
-    autoencoder = vae_facts(KEPT / "5b-i2v")
+    autoencoder = vae_facts(IN_REPOSITORY / "5b-i2v")
     model = sat_yaml.model_yaml(
         config, scheduler, diffusers_configs.vae_config(autoencoder) | {"scaling_factor": first.scaling_factor}
     )
@@ -230,20 +249,20 @@ def test_the_way_back_is_a_yaml_with_the_same_facts(name: str) -> None:
     again = resolve_facts(plain, [(Path("configs/model.yaml"), model), (Path("training_config.yaml"), merged)])
     lora = ("lora_rank", "lora_alpha")
     assert again.values() == {key: value for key, value in first.values().items() if key not in lora}
-    assert sat_yaml.model_config(config) == json.loads((KEPT / name / "model_config.json").read_text())
-    mini = components(KEPT / "5b-i2v").vae
+    assert sat_yaml.model_config(config) == json.loads((IN_REPOSITORY / name / "model_config.json").read_text())
+    mini = components(IN_REPOSITORY / "5b-i2v").vae
     assert mini is not None
     assert resolve_vae_facts(mini.tensors, [(Path("model.yaml"), model)]).block_out_channels == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
-def test_the_network_section_is_what_sat_wrote(name: str) -> None:
-    """Key by key: the yaml that SAT itself was run with is the source of the layout."""
+def test_the_network_section_equals_sats(name: str) -> None:
+    """The written yaml has the keys and targets of the yaml that SAT ran with."""
     config, scheduler = (
         diffusers_configs.transformer_config(facts(name)),
         diffusers_configs.scheduler_config(facts(name)),
     )
-    mini = diffusers_configs.vae_config(vae_facts(KEPT / "5b-i2v"))
+    mini = diffusers_configs.vae_config(vae_facts(IN_REPOSITORY / "5b-i2v"))
     written = sat_yaml.model_yaml(config, scheduler, mini)["model"]
     theirs = next(data["model"] for _, data in yamls(name, "merged"))
     assert written["network_config"] == theirs["network_config"]
@@ -252,12 +271,12 @@ def test_the_network_section_is_what_sat_wrote(name: str) -> None:
         assert written[section]["target"] == theirs[section]["target"]
 
 
-def test_what_sat_has_no_word_for_is_refused() -> None:
+def test_settings_that_sat_does_not_have_are_refused() -> None:
     config, scheduler = (
         diffusers_configs.transformer_config(facts("2b")),
         diffusers_configs.scheduler_config(facts("2b")),
     )
-    mini = diffusers_configs.vae_config(vae_facts(KEPT / "5b-i2v"))
+    mini = diffusers_configs.vae_config(vae_facts(IN_REPOSITORY / "5b-i2v"))
     with pytest.raises(ConversionError, match="prediction_type is epsilon, SAT's is v_prediction"):
         sat_yaml.model_yaml(config, scheduler | {"prediction_type": "epsilon"}, mini)
     with pytest.raises(ConversionError, match=r"block_out_channels are \[32, 48\]"):

@@ -1,4 +1,4 @@
-"""SAT's own folders through the whole export, as ``stage=export`` runs it, and back."""
+"""Test the whole export of folders that SAT wrote, as ``stage=export`` runs it, in both directions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export(
 
 
 @SETS
-def test_an_export_in_fp32_computes_what_sat_computed(golden: GoldenSet, tmp_path: Path) -> None:
+def test_an_fp32_export_computes_sats_output(golden: GoldenSet, tmp_path: Path) -> None:
     report = export(golden.folder, tmp_path / "out", dtype="fp32")
     model = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer").eval()
     recorded = golden.recorded()
@@ -63,9 +63,13 @@ def test_an_export_in_fp32_computes_what_sat_computed(golden: GoldenSet, tmp_pat
     assert rotary is None or len(rotary[0]) == frames // per_t * (height // 2) * (width // 2)
     with torch.no_grad():
         output = model(
-            latents, recorded["forward.text_embeds"], recorded["forward.timesteps"], ofs=recorded.get("forward.ofs"),
-            image_rotary_emb=rotary, return_dict=False,
-        )[0]  # fmt: skip
+            latents,
+            recorded["forward.text_embeds"],
+            recorded["forward.timesteps"],
+            ofs=recorded.get("forward.ofs"),
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
     assert float((output - recorded["forward.output"]).abs().max()) < 5e-5
     (run,) = report["proof"]["transformer"]["runs"]
     assert run["difference"] < 5e-6 < run["eps_difference"] < 5e-5
@@ -74,13 +78,13 @@ def test_an_export_in_fp32_computes_what_sat_computed(golden: GoldenSet, tmp_pat
 
 
 @SETS
-def test_the_first_and_the_last_block_alone(golden: GoldenSet, tmp_path: Path) -> None:
+def test_verify_ends_compares_the_first_and_the_last_block(golden: GoldenSet, tmp_path: Path) -> None:
     runs = export(golden.folder, tmp_path / "out", verify="ends")["proof"]["transformer"]["runs"]
     assert [run["layers"] for run in runs] == [[0], [len(golden.network()) and golden.network()["num_layers"] - 1]]
     assert all(run["difference"] < 5e-6 and run["absmax"] > 0.5 for run in runs)
 
 
-def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
+def test_every_source_tensor_is_used_or_dropped(tmp_path: Path) -> None:
     report = export(kept("5b-i2v").folder, tmp_path / "out", ("transformer", "text_encoder", "vae"))
     source = kept("5b-i2v").checkpoint().tensors
     used = {name for fact in report["tensors"] for name in fact["sources"]}
@@ -99,19 +103,21 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "vae" / "config.json").read_text())["scaling_factor"] == 0.7
 
 
-def test_what_is_not_asked_for_is_counted(tmp_path: Path) -> None:
+def test_unrequested_components_are_counted_as_ignored(tmp_path: Path) -> None:
     report = export(kept("5b-i2v").folder, tmp_path / "out")
     assert report["ignored"] == {"vae": 148, "text_encoder": 13}
 
 
-def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
-    reports = [export(kept("5b-lora").folder, tmp_path / name, shard="100KB") for name in ("one", "two")]
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_same_source_gives_the_same_bytes(tmp_path: Path, separate: bool) -> None:
+    source = kept("5b-lora").folder
+    reports = [export(source, tmp_path / name, shard="100KB", separate=separate) for name in ("one", "two")]
     assert reports[0]["files"] == reports[1]["files"]
     assert (tmp_path / "one" / "export.json").read_bytes() == (tmp_path / "two" / "export.json").read_bytes()
 
 
-def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two norms of one shape, swapped: it loads strictly, and computes something else."""
+def test_the_output_comparison_finds_a_swapped_pair_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two swapped norms of one shape load strictly but change the output."""
     table = sat_tables.transformer_table
     one, other = "transformer_blocks.1.attn1.norm_q.weight", "transformer_blocks.1.attn1.norm_k.weight"
 
@@ -128,7 +134,7 @@ def test_a_swapped_pair_of_tensors_is_found_by_the_proof(tmp_path: Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_of_other_positions_is_refused(tmp_path: Path) -> None:
+def test_a_position_table_of_another_grid_is_refused(tmp_path: Path) -> None:
     origin = open_origin(identify(kept("2b").folder), ["transformer"])
     prepared = prepare_export(origin, ExportRequest(["transformer"]))
     (component,) = prepared.components
@@ -142,7 +148,7 @@ def test_a_table_of_other_positions_is_refused(tmp_path: Path) -> None:
         check_computed_tables(wrong)
 
 
-def test_values_that_are_not_finite_stop_it(tmp_path: Path) -> None:
+def test_non_finite_values_stop_the_export(tmp_path: Path) -> None:
     folder = kept("5b-lora").folder
     content = torch.load(folder / "500" / "mp_rank_00_model_states.pt", weights_only=False)
     content["module"]["model.diffusion_model.time_embed.0.bias"][2] = float("nan")
@@ -152,11 +158,11 @@ def test_values_that_are_not_finite_stop_it(tmp_path: Path) -> None:
     assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
 
 
-def test_lora_merged_or_separate(tmp_path: Path) -> None:
+def test_lora_is_merged_or_written_separately(tmp_path: Path) -> None:
     folder = kept("5b-lora").folder
     merged = export(folder, tmp_path / "merged", dtype="fp32")
     separate = export(folder, tmp_path / "separate", dtype="fp32", separate=True)
-    # SAT takes alpha from the yaml alone, and 1 where that says nothing.
+    # SAT reads alpha only from the yaml; its default is 1.
     content = yaml.safe_load((folder / "training_config.yaml").read_text())
     content["model"]["network_config"]["params"]["modules"]["lora_config"]["params"]["lora_alpha"] = 2
     (tmp_path / "alpha.yaml").write_text(yaml.safe_dump(content))
@@ -180,7 +186,7 @@ def test_lora_merged_or_separate(tmp_path: Path) -> None:
 
 
 @SETS
-def test_there_and_back_again(golden: GoldenSet, tmp_path: Path) -> None:
+def test_export_to_sat_restores_the_checkpoint(golden: GoldenSet, tmp_path: Path) -> None:
     export(golden.folder, tmp_path / "there")
     report = export(tmp_path / "there", tmp_path / "back", to="sat")
     (folder,) = (path for path in (tmp_path / "back").iterdir() if path.name == "500")
@@ -190,18 +196,20 @@ def test_there_and_back_again(golden: GoldenSet, tmp_path: Path) -> None:
     adapters = any("matrix_A" in name for name in ours)
     if not adapters:
         assert set(again.tensors) == ours
-        for name in ours - {"model.diffusion_model.transformer.position_embeddings.weight"}:  # which SAT never reads
+        for name in ours - {
+            "model.diffusion_model.transformer.position_embeddings.weight"
+        }:  # SAT never reads this table
             assert torch.equal(again.read(name).to(before.tensors[name].dtype), before.read(name)), name
     assert (tmp_path / "back" / "latest").read_text() == "500" and report["step"] == 500
     assert "equal to the bit" in report["proof"]["transformer"]["what"]
-    # What was written is itself a source that needs no word from the user.
+    # The written folder can be exported without facts from the user.
     once_more = export(tmp_path / "back", tmp_path / "more")
     first = json.loads((tmp_path / "there" / "export.json").read_text())
     assert once_more["weights_sha256"] == first["weights_sha256"]
     assert once_more["trained_with"] == first["trained_with"]
 
 
-def test_what_no_evidence_settles_is_asked_for(tmp_path: Path) -> None:
+def test_missing_facts_are_requested_by_name(tmp_path: Path) -> None:
     folder = kept("5b-i2v").folder
     content = torch.load(folder / "500" / "mp_rank_00_model_states.pt", weights_only=False)
     torch.save(content["module"], tmp_path / "bare.pt")
@@ -211,19 +219,24 @@ def test_what_no_evidence_settles_is_asked_for(tmp_path: Path) -> None:
         "scaling_factor" in str(caught.value) and "snr_shift_scale" in str(caught.value) and caught.value.exit_code == 2
     )
     given = {
-        "scaling_factor": 0.7, "snr_shift_scale": 1.0, "dtype": "bf16", "latent_frames": 3, "latent_height": 8, "latent_width": 12,
+        "scaling_factor": 0.7,
+        "snr_shift_scale": 1.0,
+        "dtype": "bf16",
+        "latent_frames": 3,
+        "latent_height": 8,
+        "latent_width": 12,
         "temporal_compression": 4,
-    }  # fmt: skip
+    }
     report = export(tmp_path / "bare.pt", tmp_path / "out", given=given)
     assert report["trained_with"]["scaling_factor"] == 0.7
 
 
-def test_a_component_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_component_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"holds no vae.*transformer"):
         export(kept("2b").folder, tmp_path / "out", ("transformer", "vae"))
 
 
-def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cogflow.files.atomic_write.shutil.disk_usage", lambda path: type("usage", (), {"free": 10})())
     with pytest.raises(StorageError, match="GB"):
         export(kept("5b-lora").folder, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Facts of a SAT model come from evidence; contradictions and gaps are named, never filled in."""
+"""Test that facts of a SAT model are resolved from their sources, and that conflicts and missing facts are named."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cogflow.errors import ConfigError, ConversionError
 from cogflow.export.facts import resolve_facts, resolve_vae_facts
 from cogflow.export.facts_from_yaml import read_yamls, transformer_values_from_yaml
 from cogflow.models.family import MODEL_SPECS
-from tests.export.evidence_cases import (
+from tests.export.fact_cases import (
     EVERY,
-    KEPT,
+    IN_REPOSITORY,
     components,
     facts,
     infos,
@@ -26,31 +26,53 @@ from tests.export.evidence_cases import (
 )
 
 COMMON = {
-    "out_channels": 16, "patch_size": 2, "text_width": 32, "time_embed_dim": 64, "text_tokens": 10, "temporal_compression": 4,
-    "in_channels": 16, "heads": 2, "head_dim": 32, "layers": 2, "ofs_embed_dim": None, "patch_size_t": None, "latent_height": 8,
-    "latent_width": 12, "latent_frames": 3, "scaling_factor": 0.7, "snr_shift_scale": 1.0, "invert_scale_latents": False,
-    "position": "rotary", "dtype": "bf16",
-}  # fmt: skip
+    "out_channels": 16,
+    "patch_size": 2,
+    "text_width": 32,
+    "time_embed_dim": 64,
+    "text_tokens": 10,
+    "temporal_compression": 4,
+    "in_channels": 16,
+    "heads": 2,
+    "head_dim": 32,
+    "layers": 2,
+    "ofs_embed_dim": None,
+    "patch_size_t": None,
+    "latent_height": 8,
+    "latent_width": 12,
+    "latent_frames": 3,
+    "scaling_factor": 0.7,
+    "snr_shift_scale": 1.0,
+    "invert_scale_latents": False,
+    "position": "rotary",
+    "dtype": "bf16",
+}
 NEWER = {"patch_size_t": 2, "latent_height": 16, "latent_width": 16, "latent_frames": 4, "invert_scale_latents": True}
 WANTED: dict[str, dict[str, Any]] = {
     "2b": {
-        "hidden": 128, "head_dim": 64, "position": "sincos", "scaling_factor": 1.15258426, "snr_shift_scale": 3.0, "dtype": "fp32",
-        "spatial_interpolation": 1.875, "temporal_interpolation": 1.0,
+        "hidden": 128,
+        "head_dim": 64,
+        "position": "sincos",
+        "scaling_factor": 1.15258426,
+        "snr_shift_scale": 3.0,
+        "dtype": "fp32",
+        "spatial_interpolation": 1.875,
+        "temporal_interpolation": 1.0,
     },
     "5b-i2v": {"hidden": 96, "heads": 3, "in_channels": 32, "position": "learned+rotary"},
     "1.5-5b": {"hidden": 64, **NEWER},
     "1.5-5b-i2v": {"hidden": 64, "in_channels": 32, "ofs_embed_dim": 64, **NEWER},
     "5b-lora": {"hidden": 64, "lora_rank": 8, "lora_alpha": 1},
-}  # fmt: skip
+}
 """What each folder under tests/golden/sat is, by the hand that made it."""
 
 
 @pytest.mark.parametrize("which", ["model", "merged", "all"])
 @pytest.mark.parametrize("name", EVERY)
-def test_every_fact_of_every_kind_of_model(name: str, which: str) -> None:
+def test_facts_of_every_kind_of_model(name: str, which: str) -> None:
     found = resolve_facts(infos(name), yamls(name, which))
     assert found.values() == COMMON | WANTED[name]
-    assert found.family is None  # none of the published ones is this small
+    assert found.family is None  # no published model is this small
     assert found.image_to_video == name.endswith("i2v")
     assert all(
         origin.startswith("checkpoint: ") or ".yaml" in origin or "diffusers'" in origin
@@ -58,7 +80,7 @@ def test_every_fact_of_every_kind_of_model(name: str, which: str) -> None:
     )
 
 
-def test_origins_say_where_each_fact_is_from() -> None:
+def test_sources_state_where_each_fact_is_from() -> None:
     origins = {key: origin for key, _, origin in facts("1.5-5b").rows()}
     assert origins["text_width"] == "checkpoint: mixins.patch_embed.text_proj.weight [64, 32]"
     assert origins["scaling_factor"] == "configs/cogvideox1.5_5b.yaml: model.scale_factor"
@@ -67,11 +89,17 @@ def test_origins_say_where_each_fact_is_from() -> None:
     assert "left out, 1 in SAT's code" in facts("5b-lora").sources["lora_alpha"]
 
 
-def test_trained_with_has_the_keys_that_training_writes() -> None:
+def test_trained_with_has_the_values_of_training() -> None:
     assert facts("2b").trained_with().known() == {
-        "scaling_factor": 1.15258426, "invert_scale_latents": False, "snr_shift_scale": 3.0, "prediction_type": "v_prediction",
-        "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "dtype": "fp32", "max_sequence_length": 10,
-    }  # fmt: skip
+        "scaling_factor": 1.15258426,
+        "invert_scale_latents": False,
+        "snr_shift_scale": 3.0,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "dtype": "fp32",
+        "max_sequence_length": 10,
+    }
 
 
 @pytest.mark.parametrize(
@@ -89,7 +117,9 @@ def test_trained_with_has_the_keys_that_training_writes() -> None:
         ("num_frames", 49, "latent grid", ("312 patches", "72 rows")),
     ],
 )
-def test_a_yaml_against_the_shapes_shows_both(key: str, value: Any, fact: str, both: tuple[str, str]) -> None:
+def test_a_conflict_between_yaml_and_shapes_shows_both_values(
+    key: str, value: Any, fact: str, both: tuple[str, str]
+) -> None:
     altered = yamls("5b-lora", "merged")
     network(altered[0][1])[key] = value
     with pytest.raises(ConversionError) as refused:
@@ -99,8 +129,8 @@ def test_a_yaml_against_the_shapes_shows_both(key: str, value: Any, fact: str, b
     assert refused.value.exit_code == 2
 
 
-def test_the_sizes_that_sat_writes_beside_the_weights_must_agree() -> None:
-    folder = KEPT / "2b"
+def test_model_config_json_must_agree() -> None:
+    folder = IN_REPOSITORY / "2b"
     told = read_yamls([folder / "model_config.json"])
     assert {claim.key: claim.value for claim in transformer_values_from_yaml(*told[0], [])} == {
         "layers": 2,
@@ -114,7 +144,7 @@ def test_the_sizes_that_sat_writes_beside_the_weights_must_agree() -> None:
         resolve_facts(infos("2b"), [*yamls("2b"), (told[0][0], {**told[0][1], "num_layers": 30})])
 
 
-def test_two_yamls_that_differ_are_a_contradiction() -> None:
+def test_two_conflicting_yamls_are_refused() -> None:
     altered = yamls("2b")
     altered[-1][1]["model"]["scale_factor"] = 0.7
     with pytest.raises(
@@ -123,7 +153,7 @@ def test_two_yamls_that_differ_are_a_contradiction() -> None:
         resolve_facts(infos("2b"), altered)
 
 
-def test_every_contradiction_is_in_one_message() -> None:
+def test_all_conflicts_are_in_one_message() -> None:
     altered = yamls("2b", "merged")
     data = altered[0][1]
     network(data)["num_layers"] = 30
@@ -160,14 +190,14 @@ def test_every_contradiction_is_in_one_message() -> None:
         ("cogvideox-5b-i2v", ("in_channels: 16", "learned+rotary")),
     ],
 )
-def test_a_model_asked_for_must_agree(model: str, traits: tuple[str, ...]) -> None:
+def test_a_requested_model_must_agree_with_the_checkpoint(model: str, traits: tuple[str, ...]) -> None:
     with pytest.raises(ConversionError) as refused:
         facts("5b-lora", family=model)
     assert all(trait in refused.value.message for trait in traits)
 
 
 @pytest.mark.parametrize("key", ["scale_factor", "latent_width", "time_compressed_rate"])
-def test_a_missing_key_is_unsettled_and_can_be_given(key: str) -> None:
+def test_a_missing_fact_can_be_given(key: str) -> None:
     fact, value = {"scale_factor": ("scaling_factor", 0.7), "latent_width": ("latent_width", 12)}.get(
         key, ("temporal_compression", 4)
     )
@@ -181,7 +211,7 @@ def test_a_missing_key_is_unsettled_and_can_be_given(key: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_without_a_yaml_nothing_is_guessed(name: str) -> None:
+def test_facts_without_a_source_must_be_given(name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve_facts(infos(name), [])
     for key in ("scaling_factor", "snr_shift_scale", "latent_height"):
@@ -195,30 +225,45 @@ def test_without_a_yaml_nothing_is_guessed(name: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: network(data).update(num_layer=network(data).pop("num_layers")), "num_layer is unknown to SAT; num_layers is meant"),
-        (lambda data: data["model"].update(scale_facter=data["model"].pop("scale_factor")), "scale_facter is unknown to SAT; scale_factor"),
+        (
+            lambda data: network(data).update(num_layer=network(data).pop("num_layers")),
+            "num_layer is unknown to SAT; num_layers is meant",
+        ),
+        (
+            lambda data: data["model"].update(scale_facter=data["model"].pop("scale_factor")),
+            "scale_facter is unknown to SAT; scale_factor",
+        ),
         (lambda data: schedules(data)[0]["params"].update(shift=2.0), "params.shift is unknown to SAT"),
         (lambda data: network(data).update(num_layers="two"), "num_layers is 'two', not a whole number"),
         (lambda data: data["model"].update(scale_factor="0.7"), "scale_factor is '0.7', not a number"),
         (lambda data: network(data).update(patch_size=[2, 2]), r"patch_size is \[2, 2\]"),
-        (lambda data: network(data).update(use_RMSNorm=True), "use_RMSNorm is True: diffusers has no CogVideoX like that"),
-        (lambda data: network(data)["modules"]["adaln_layer_config"]["params"].update(qk_ln=False), "qk_ln is False: diffusers has no"),
+        (
+            lambda data: network(data).update(use_RMSNorm=True),
+            "use_RMSNorm is True: diffusers has no CogVideoX like that",
+        ),
+        (
+            lambda data: network(data)["modules"]["adaln_layer_config"]["params"].update(qk_ln=False),
+            "qk_ln is False: diffusers has no",
+        ),
         (lambda data: schedules(data)[1]["params"].update(post_shift=True), "post_shift is True"),
         (lambda data: schedules(data)[0].update(target="x.EDMDiscretization"), "EDMDiscretization"),
-        (lambda data: network(data)["modules"]["lora_config"]["params"].update(r=16), r"lora_rank: 8 \(checkpoint.*16 \("),
+        (
+            lambda data: network(data)["modules"]["lora_config"]["params"].update(r=16),
+            r"lora_rank: 8 \(checkpoint.*16 \(",
+        ),
         (lambda data: data["deepspeed"]["fp16"].update(enabled=True), "enables bf16 and fp16"),
         (lambda data: data["model"].update(noised_image_input=True), "image_to_video: no .* against yes"),
         (lambda data: data.update(model=[]), "model is list, not a mapping"),
     ],
-)  # fmt: skip
-def test_a_yaml_that_sat_could_not_have_run_is_refused(spoil: Any, message: str) -> None:
+)
+def test_a_yaml_that_sat_cannot_run_is_refused(spoil: Any, message: str) -> None:
     altered = yamls("5b-lora", "merged")
     spoil(altered[0][1])
     with pytest.raises(ConversionError, match=message):
         resolve_facts(infos("5b-lora"), altered)
 
 
-def test_given_facts_are_checked() -> None:
+def test_types_of_given_facts_are_checked() -> None:
     with pytest.raises(ConfigError, match="stage.facts.scale_factor is unknown"):
         facts("2b", given={"scale_factor": 1.0})
     for key, value in (
@@ -236,12 +281,12 @@ def test_given_facts_are_checked() -> None:
         facts("2b", given={"scaling_factor": 0.7})
     with pytest.raises(ConfigError, match="model=cogvideox-9b is unknown"):
         facts("2b", family="cogvideox-9b")
-    # What neither weights nor yaml can say, the user may say otherwise.
+    # No source of a checkpoint states this fact, so the user's value wins.
     assert facts("1.5-5b-i2v", given={"invert_scale_latents": False, "layers": None}).invert_scale_latents is False
 
 
 @pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
-def test_a_published_model_needs_its_name_alone_and_is_known_by_its_facts(name: str) -> None:
+def test_a_published_model_needs_only_its_name_and_is_recognised_by_its_facts(name: str) -> None:
     member = MODEL_SPECS[name]
     named = resolve_facts(published(member), [], family=name)
     assert (
@@ -258,7 +303,7 @@ def test_a_published_model_needs_its_name_alone_and_is_known_by_its_facts(name: 
     assert known.family == name
 
 
-def test_broken_shapes_are_named() -> None:
+def test_inconsistent_shapes_are_named() -> None:
     gap = {key: info for key, info in infos("5b-i2v").items() if not key.startswith("transformer.layers.0.")}
     with pytest.raises(ConversionError, match=r"checkpoint has transformer.layers.1 but not transformer.layers.0"):
         resolve_facts(gap, yamls("5b-i2v"))
@@ -269,14 +314,21 @@ def test_broken_shapes_are_named() -> None:
         resolve_facts(shaped([("transformer_blocks.0.attn1.to_q.weight", (2, 2))]), [])
 
 
-def test_an_autoencoder_says_its_sizes_but_not_its_scale() -> None:
-    vae = components(KEPT / "5b-i2v").vae
+def test_vae_shapes_show_sizes_but_not_the_scaling_factor() -> None:
+    vae = components(IN_REPOSITORY / "5b-i2v").vae
     assert vae is not None
     found = resolve_vae_facts(vae.tensors, yamls("5b-i2v"))
     assert found.values() == {
-        "block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 16, "vae_in_channels": 3, "vae_out_channels": 3,
-        "temporal_compression": 4, "scaling_factor": 0.7, "invert_scale_latents": False, "dtype": "bf16",
-    }  # fmt: skip
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "latent_channels": 16,
+        "vae_in_channels": 3,
+        "vae_out_channels": 3,
+        "temporal_compression": 4,
+        "scaling_factor": 0.7,
+        "invert_scale_latents": False,
+        "dtype": "bf16",
+    }
     with pytest.raises(ConfigError, match="temporal_compression, scaling_factor, invert_scale_latents"):
         resolve_vae_facts(vae.tensors, [])
     assert resolve_vae_facts(vae.tensors, [], family="cogvideox1.5-5b").invert_scale_latents is True
@@ -293,22 +345,22 @@ def test_an_autoencoder_says_its_sizes_but_not_its_scale() -> None:
         resolve_vae_facts(infos("2b"), [])
 
 
-def test_a_stripped_2b_is_told_by_its_yaml() -> None:
-    """CogVideo's converter needs the table taken out by hand; such files exist."""
+def test_a_yaml_decides_the_positions_of_a_2b_without_table() -> None:
+    """Users of CogVideo's converter remove the position table by hand, so such files exist."""
     stripped = {key: info for key, info in infos("2b").items() if "pos_embed" not in key}
     assert resolve_facts(stripped, yamls("2b")).position == "sincos"
     with pytest.raises(ConfigError, match="position"):
         resolve_facts(stripped, [])
 
 
-def test_yaml_files_are_read_or_named(tmp_path: Path) -> None:
+def test_an_unreadable_yaml_is_named(tmp_path: Path) -> None:
     for content in ("model: [", "- a list", ""):
         (tmp_path / "a.yaml").write_text(content)
         with pytest.raises(ConfigError, match="a.yaml"):
             read_yamls([tmp_path / "a.yaml"])
 
 
-def test_a_stored_dtype_fills_a_gap_and_halves_do_not_mix() -> None:
+def test_the_stored_dtype_only_fills_a_gap_and_halves_conflict() -> None:
     wider = {name: type(info)(name, info.shape, torch.float32, info.file) for name, info in infos("5b-i2v").items()}
     assert resolve_facts(wider, yamls("5b-i2v")).dtype == "bf16"
     half = {name: type(info)(name, info.shape, torch.float16, info.file) for name, info in infos("5b-i2v").items()}

@@ -1,4 +1,4 @@
-"""LoRA as SAT saves it: merged, taken out, and as a file for diffusers."""
+"""Test SAT's LoRA: merging, removing, and writing a file for diffusers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def without(source: RenamedTensors, *names: str) -> RenamedTensors:
     return RenamedTensors(source.source, {name: inner for name, inner in source.names.items() if name not in names})
 
 
-def test_what_is_adapted(source: RenamedTensors) -> None:
+def test_find_lora_returns_rank_and_adapted_layers(source: RenamedTensors) -> None:
     facts = lora.find_lora(source)
     assert facts is not None and facts.rank == 8
     assert facts.layers == {
@@ -43,7 +43,7 @@ def test_what_is_adapted(source: RenamedTensors) -> None:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 12.0])
-def test_each_part_is_added_to_its_rows(source: RenamedTensors, alpha: float) -> None:
+def test_merging_adds_each_part_to_its_rows(source: RenamedTensors, alpha: float) -> None:
     merged = lora.merge_lora(source, alpha, rank=8, dtype=torch.float32)
     weight, change = merged.read(f"{QKV}.weight"), torch.empty(192, 64)
     for part in range(3):
@@ -55,20 +55,20 @@ def test_each_part_is_added_to_its_rows(source: RenamedTensors, alpha: float) ->
     assert torch.equal(merged.read(f"{QKV}.bias"), source.read(f"{QKV}.original.bias"))
 
 
-def test_in_the_files_own_dtype_the_sum_is_rounded_once(source: RenamedTensors) -> None:
+def test_merging_in_the_stored_dtype_rounds_once(source: RenamedTensors) -> None:
     kept, exact = lora.merge_lora(source, 1.0), lora.merge_lora(source, 1.0, dtype=torch.float32)
     assert kept.tensors[f"{QKV}.weight"].dtype == torch.bfloat16
     assert torch.equal(kept.read(f"{QKV}.weight"), exact.read(f"{QKV}.weight").bfloat16())
 
 
-def test_merging_changes_no_value_of_the_source(source: RenamedTensors) -> None:
+def test_merging_does_not_change_the_source(source: RenamedTensors) -> None:
     before = source.read(f"{QKV}.original.weight").clone()
     lora.merge_lora(source, 100.0).read(f"{QKV}.weight")
     assert torch.equal(source.read(f"{QKV}.original.weight"), before)
     assert torch.equal(lora.without_lora(source).read(f"{QKV}.weight"), before)
 
 
-def test_the_file_for_diffusers_adds_what_merging_adds(source: RenamedTensors) -> None:
+def test_the_lora_file_adds_the_same_change_as_merging(source: RenamedTensors) -> None:
     table = sat_tables.transformer_table(kept("5b-lora").config())
     file = lora.to_diffusers_lora(source, table, alpha=4.0)
     made, header = file.tensors, file.metadata
@@ -87,7 +87,7 @@ def test_the_file_for_diffusers_adds_what_merging_adds(source: RenamedTensors) -
         assert a.is_contiguous() and b.is_contiguous() and a.shape == (8, 64) and b.shape == (64, 8)
 
 
-def test_diffusers_knows_the_files_names(source: RenamedTensors) -> None:
+def test_diffusers_recognises_the_names_of_the_lora_file(source: RenamedTensors) -> None:
     from diffusers.loaders import CogVideoXLoraLoaderMixin
 
     config = kept("5b-lora").config()
@@ -99,9 +99,7 @@ def test_diffusers_knows_the_files_names(source: RenamedTensors) -> None:
         assert isinstance(model.get_submodule(name.removeprefix("transformer.").split(".lora_")[0]), torch.nn.Linear)
 
 
-def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(
-    source: RenamedTensors, tmp_path: Path
-) -> None:
+def test_a_pipeline_with_the_lora_file_equals_merged_weights(source: RenamedTensors, tmp_path: Path) -> None:
     config = kept("5b-lora").config()
     table = sat_tables.transformer_table(config)
     file = lora.to_diffusers_lora(source, table, alpha=4.0)
@@ -130,7 +128,7 @@ def test_a_pipeline_with_the_file_computes_what_the_merged_weights_compute(
     assert (before - expected).abs().max() > 1e-3
 
 
-def test_broken_adapters_are_all_listed(source: RenamedTensors) -> None:
+def test_all_incomplete_adapters_are_listed(source: RenamedTensors) -> None:
     broken = without(source, f"{QKV}.matrix_B.1", "transformer.layers.0.attention.dense.original.weight")
     with pytest.raises(ConversionError) as caught:
         lora.find_lora(broken)
@@ -138,14 +136,14 @@ def test_broken_adapters_are_all_listed(source: RenamedTensors) -> None:
     assert "layers.0.attention.dense: adapters without the weight" in caught.value.message
 
 
-def test_a_rank_that_contradicts_and_weights_without_lora(source: RenamedTensors) -> None:
+def test_another_rank_and_weights_without_lora_are_refused(source: RenamedTensors) -> None:
     with pytest.raises(ConversionError, match=r"rank is 8 .* 128 by its yaml"):
         lora.merge_lora(source, 1.0, rank=128)
     with pytest.raises(ConversionError, match="no LoRA"):
         lora.merge_lora(lora.without_lora(source), 1.0)
 
 
-def test_an_adapter_that_diffusers_has_no_place_for(source: RenamedTensors) -> None:
+def test_an_adapter_without_counterpart_is_refused(source: RenamedTensors) -> None:
     table = [
         operation
         for operation in sat_tables.transformer_table(kept("5b-lora").config())

@@ -1,4 +1,4 @@
-"""The T5 inside of a training checkpoint that SAT wrote."""
+"""Test the conversion of the T5 encoder in a training checkpoint that SAT wrote."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from cogflow.export.tensor_operations import inverse_table
 from cogflow.weights.tensor_source import RenamedTensors
 
 CONFIG = {
-    "vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+    "vocab_size": 100,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def settings(source: RenamedTensors) -> dict[str, object]:
     return CONFIG | {"num_layers": len(layers), "d_ff": width}
 
 
-def test_there_and_back(source: RenamedTensors) -> None:
+def test_the_inverse_restores_every_tensor(source: RenamedTensors) -> None:
     config = settings(source)
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**config))
@@ -47,7 +53,7 @@ def test_there_and_back(source: RenamedTensors) -> None:
 
 
 @pytest.mark.parametrize("absent", [sat_tables.SHARED_EMBEDDING, sat_tables.ENCODER_EMBEDDING])
-def test_an_embedding_that_is_there_once(source: RenamedTensors, absent: str) -> None:
+def test_an_embedding_stored_once_is_accepted(source: RenamedTensors, absent: str) -> None:
     names = {name: inner for name, inner in source.names.items() if name != absent}
     once = RenamedTensors(source.source, names)
     there = ConvertedTensors(
@@ -56,7 +62,7 @@ def test_an_embedding_that_is_there_once(source: RenamedTensors, absent: str) ->
     assert torch.equal(there.read(sat_tables.SHARED_EMBEDDING), source.read(sat_tables.SHARED_EMBEDDING))
 
 
-def test_two_embeddings_that_differ_are_refused(source: RenamedTensors) -> None:
+def test_two_different_embeddings_are_refused(source: RenamedTensors) -> None:
     class Altered(RenamedTensors):
         def read(self, name: str) -> torch.Tensor:
             return super().read(name) + (name == sat_tables.ENCODER_EMBEDDING)
@@ -69,7 +75,7 @@ def test_two_embeddings_that_differ_are_refused(source: RenamedTensors) -> None:
         there.read(sat_tables.SHARED_EMBEDDING)
 
 
-def test_an_old_t5_is_not_gated() -> None:
+def test_a_t5_of_the_first_release_is_not_gated() -> None:
     table = sat_tables.text_encoder_table({"num_layers": 2, "feed_forward_proj": "relu"})
     names = {name for operation in table for name in operation.sources}
     assert "encoder.block.1.layer.1.DenseReluDense.wi.weight" in names

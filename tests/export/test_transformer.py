@@ -1,4 +1,4 @@
-"""SAT's own checkpoints of the video transformer: converted, they compute what SAT computed; converted back, they are what SAT wrote."""
+"""Test the conversion of SAT's transformers: outputs equal SAT's, and the inverse restores the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ every_set = pytest.mark.parametrize("golden", sets(), ids=set_name)
 
 @cache
 def converted(golden: GoldenSet) -> tuple[TensorSource, ConvertedTensors, dict[str, Any]]:
-    """(source, its conversion, the model's config)."""
+    """Return the source, its conversion and the model's config."""
     config, source = golden.config(), golden.transformer()
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(config)
@@ -54,21 +54,21 @@ def output(model: CogVideoXTransformer3DModel, recorded: dict[str, torch.Tensor]
 
 
 @every_set
-def test_forward_is_what_sat_computed(golden: GoldenSet) -> None:
+def test_the_converted_transformer_computes_sats_output(golden: GoldenSet) -> None:
     _, weights, config = converted(golden)
     model = CogVideoXTransformer3DModel.from_config(config).eval()
     model.load_state_dict({name: weights.read(name).float() for name in weights.tensors}, strict=True)
     recorded = golden.recorded()
     for which in ("forward", "forward_short"):
         if f"{which}.output" in recorded:
-            model.norm_out.norm.eps = 1e-5  # as diffusers publishes it
+            model.norm_out.norm.eps = 1e-5  # the published value
             torch.testing.assert_close(output(model, recorded, which), recorded[f"{which}.output"], atol=5e-5, rtol=0)
-            model.norm_out.norm.eps = 1e-6  # as SAT has it
+            model.norm_out.norm.eps = 1e-6  # SAT's value
             torch.testing.assert_close(output(model, recorded, which), recorded[f"{which}.output"], atol=3e-6, rtol=0)
 
 
 @every_set
-def test_there_and_back_to_the_bit(golden: GoldenSet) -> None:
+def test_the_inverse_conversion_restores_every_bit(golden: GoldenSet) -> None:
     source, weights, config = converted(golden)
     names = {name: info.shape for name, info in source.tensors.items()}
     plan = make_plan(inverse_table(sat_tables.transformer_table(config)), weights.tensors, names)
@@ -79,12 +79,12 @@ def test_there_and_back_to_the_bit(golden: GoldenSet) -> None:
     for name in source.tensors:
         assert back.read(name).dtype == source.read(name).dtype
         assert torch.equal(back.read(name), source.read(name)), name
-    for name in unused:  # nothing kept it, and SAT reads it nowhere
+    for name in unused:  # SAT never reads this tensor
         assert ConvertedTensors(plan, weights).read(name).count_nonzero() == 0
 
 
 @every_set
-def test_dropped_tables_are_those_that_diffusers_computes(golden: GoldenSet) -> None:
+def test_dropped_tables_equal_the_computed_ones(golden: GoldenSet) -> None:
     source, weights, _ = converted(golden)
     found = computed_table_differences(weights.plan, source)
     tables = {name for name in source.tensors if name.endswith(("freqs_sin", "freqs_cos"))}
@@ -93,7 +93,7 @@ def test_dropped_tables_are_those_that_diffusers_computes(golden: GoldenSet) -> 
     assert found == dict.fromkeys(tables, 0.0)
 
 
-def test_a_wrong_interpolation_shows_in_the_dropped_table() -> None:
+def test_a_wrong_interpolation_changes_the_computed_table() -> None:
     golden = kept("2b")
     source, config = golden.transformer(), golden.config() | {"spatial_interpolation_scale": 1.0}
     plan = make_plan(sat_tables.transformer_table(config), source.tensors)
@@ -109,14 +109,14 @@ def test_a_wrong_interpolation_shows_in_the_dropped_table() -> None:
         ({"use_learned_positional_embeddings": True}, "mixins.pos_embed.pos_embedding: missing"),
     ],
 )
-def test_another_variant_is_refused(changes: dict[str, Any], complaint: str) -> None:
+def test_a_checkpoint_of_another_variant_is_refused(changes: dict[str, Any], complaint: str) -> None:
     golden = kept("1.5-5b-i2v")
     with pytest.raises(ConversionError) as caught:
         make_plan(sat_tables.transformer_table(golden.config() | changes), golden.transformer().tensors)
     assert complaint in caught.value.message
 
 
-def test_a_config_without_layers() -> None:
+def test_a_config_without_layers_is_refused() -> None:
     with pytest.raises(ConversionError, match="num_layers"):
         sat_tables.transformer_table({})
 

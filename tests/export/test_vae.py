@@ -1,4 +1,4 @@
-"""The VAE's names, against SAT's own files, diffusers' own model and what SAT's VAE computed."""
+"""Test the conversion of the VAE: SAT's files, diffusers' model, and outputs that SAT's VAE computed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def there_and_back(source: TensorSource, settings: dict[str, Any]) -> ConvertedTensors:
-    """The conversion, after every tensor came back to the bit."""
+def convert_and_restore(source: TensorSource, settings: dict[str, Any]) -> ConvertedTensors:
+    """Convert, check that the inverse restores every bit, and return the conversion."""
     table = sat_tables.vae_table(settings, source.tensors)
     there = ConvertedTensors(make_plan(table, source.tensors, shapes(settings)), source)
     wanted = {name: info.shape for name, info in source.tensors.items() if not name.startswith("loss.")}
@@ -47,27 +47,27 @@ def there_and_back(source: TensorSource, settings: dict[str, Any]) -> ConvertedT
     return there
 
 
-def test_the_vae_inside_a_training_checkpoint() -> None:
-    """SAT wrote it: two levels of equal width, so without shortcuts."""
+def test_the_vae_of_a_training_checkpoint_is_restored_to_the_bit() -> None:
+    """This VAE has two levels of equal width, so no shortcuts."""
     source = sat_tables.split_components(kept("5b-i2v").checkpoint()).vae
     assert source is not None
-    there_and_back(source, config((32, 32), 1))
+    convert_and_restore(source, config((32, 32), 1))
 
 
-def test_the_losses_of_a_vae_training_are_dropped() -> None:
+def test_tensors_of_the_training_loss_are_dropped() -> None:
     source = sat_tables.split_components(kept("5b-i2v").checkpoint()).vae
     assert source is not None
     loss = "loss.discriminator.weight"
     source.names[loss] = source.names["encoder.conv_in.conv.weight"]
     source.tensors = {**source.tensors, loss: source.tensors["encoder.conv_in.conv.weight"]}
-    assert there_and_back(source, config((32, 32), 1)).plan.dropped == [
+    assert convert_and_restore(source, config((32, 32), 1)).plan.dropped == [
         (loss, "part of the training loss, not of the VAE")
     ]
 
 
 @pytest.mark.parametrize(("channels", "layers"), [((32, 64, 64, 96), 2), ((128, 256, 256, 512), 3)])
-def test_every_tensor_of_diffusers_has_one_origin(channels: tuple[int, ...], layers: int) -> None:
-    """Levels of changing width, and the published VAE: diffusers' names to SAT's and back, each shape where it belongs."""
+def test_every_tensor_of_diffusers_has_one_source(channels: tuple[int, ...], layers: int) -> None:
+    """Test levels of changing width and the published VAE, from diffusers' names to SAT's and back."""
     settings = config(channels, layers)
     table = sat_tables.vae_table(settings)
     expected = shapes(settings)
@@ -90,12 +90,12 @@ def test_another_number_of_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("folder", vae_folders(), ids=lambda folder: folder.name)
-def test_encode_and_decode_are_what_sat_computed(folder: Path) -> None:
-    """Needs a golden VAE; none is small enough to be kept here."""
+def test_the_converted_vae_encodes_and_decodes_like_sat(folder: Path) -> None:
+    """Outputs are in fp32; SAT decodes latent frames in chunks of 3, 2, 2, ... with its convolution cache."""
     source = sat_tables.split_components(TorchFile(folder / "vae" / "3d-vae.pt")).vae
     assert source is not None
     settings = from_yaml(folder)
-    weights = there_and_back(source, settings)
+    weights = convert_and_restore(source, settings)
     model = AutoencoderKLCogVideoX(**settings).eval()
     model.load_state_dict({name: weights.read(name).float() for name in weights.tensors}, strict=True)
     recorded = load_file(folder / "golden.safetensors")
@@ -103,7 +103,7 @@ def test_encode_and_decode_are_what_sat_computed(folder: Path) -> None:
         for name, video in recorded.items():
             stem, kind = name.rsplit(".", 1)
             if name.startswith("encode") and kind == "video":
-                # SAT encodes all frames at once, diffusers eight at a time
+                # SAT encodes all frames at once, diffusers eight at a time by default
                 model.num_sample_frames_batch_size = max(8, video.shape[2] - 1)
                 torch.testing.assert_close(model._encode(video), recorded[f"{stem}.moments"], atol=1e-4, rtol=0)
             if name.startswith("decode") and kind == "latents":

@@ -22,13 +22,14 @@ from cogflow.export.sat_tables import transformer_table
 from cogflow.models.family import MODEL_SPECS
 from cogflow.sampling import sat_samplers
 from cogflow.sampling.sat_schedule import alpha_table, make_schedule, schedule_of, visited_timesteps
-from tests.export.golden_sets import KEPT, GoldenSet, sets
+from tests.export.golden_sets import IN_REPOSITORY, GoldenSet, sets
 
-GOLDEN = KEPT.parent
+GOLDEN = IN_REPOSITORY.parent
 RECORDED = {"sat_dpm": "dpmpp2m", "sat_ddim": "ddim"}
 TOLERANCE = 5e-5  # of values up to 5; the last norm's eps alone (1e-5 here, 1e-6 in SAT) makes 2e-5
 KEPT_SETS = {
-    name: GoldenSet(KEPT / name, GOLDEN / f"sampler-{name}.safetensors") for name in ("2b", "5b-i2v", "1.5-5b-i2v")
+    name: GoldenSet(IN_REPOSITORY / name, GOLDEN / f"sampler-{name}.safetensors")
+    for name in ("2b", "5b-i2v", "1.5-5b-i2v")
 }
 MORE_SETS = {golden.folder.name: golden for golden in sets() if golden.golden.name == "golden.safetensors"}
 CASES = [

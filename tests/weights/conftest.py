@@ -1,4 +1,4 @@
-"""A small transformer and checkpoints of it, as training saves them."""
+"""Provide a small transformer and checkpoints of it as training saves them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 
-# Tests are imported by path; this makes their helper (saving.py) importable, too.
+# Make the helper saving.py importable: tests are imported by path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from saving import TRAINED_WITH, small_transformer
@@ -25,7 +25,7 @@ def transformer() -> CogVideoXTransformer3DModel:
 
 @pytest.fixture
 def save_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Publish ``<tmp>/run/checkpoints/step-...`` from models, and return it."""
+    """Publish ``<tmp>/run/checkpoints/step-...`` from models and return it."""
 
     def save(
         step: int,

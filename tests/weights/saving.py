@@ -1,4 +1,4 @@
-"""A small transformer of random weights, and what a checkpoint says it was trained with."""
+"""Build a small transformer of random weights; TRAINED_WITH is what its checkpoint states about training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,17 @@ TRAINED_WITH = {
 def small_transformer(**changes: Any) -> CogVideoXTransformer3DModel:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16, "out_channels": 16, "time_embed_dim": 8,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 16,
+        "out_channels": 16,
+        "time_embed_dim": 8,
         "text_embed_dim": 8,
-        "num_layers": 2, "sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text_seq_length": 8,
+        "num_layers": 2,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 5,
+        "max_text_seq_length": 8,
         "use_rotary_positional_embeddings": True,
-    }  # fmt: skip
+    }
     return CogVideoXTransformer3DModel(**(settings | changes))

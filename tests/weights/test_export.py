@@ -1,4 +1,4 @@
-"""Export: the same numbers in diffusers' layout, or nothing at all."""
+"""Test the export of cogflow's own checkpoints: the same weights in diffusers' layout, or nothing is published."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_nothing_published(output: Path) -> None:
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None], rehash: bool = True) -> None:
-    """Change the tensors of a checkpoint; with ``rehash`` as if it had been saved so."""
+    """Change the tensors of a checkpoint. ``rehash``: update its manifest, too."""
     file = checkpoint / "transformer" / WEIGHTS
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
@@ -57,7 +57,7 @@ def edit(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None], re
 
 
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
-def test_a_checkpoint_becomes_what_from_pretrained_loads_bit_for_bit(
+def test_from_pretrained_loads_an_exported_checkpoint_to_the_bit(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel, shard: str
 ) -> None:
     report = export(save_checkpoint(100, transformer), tmp_path / "out", shard=shard)
@@ -84,7 +84,7 @@ def test_sharded_sources_export_to_the_same_files(
     )
 
 
-def test_auto_casts_to_the_dtype_of_training_and_tells_what_it_cost(
+def test_dtype_auto_casts_to_the_dtype_of_training_and_reports_the_change(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     report = export(save_checkpoint(1, transformer, dtype="bf16"), tmp_path / "out")
@@ -103,7 +103,7 @@ def test_auto_casts_to_the_dtype_of_training_and_tells_what_it_cost(
     assert report["summary"]["changed"] > 0
 
 
-def test_the_newest_whole_checkpoint_of_a_run(
+def test_the_newest_complete_checkpoint_of_a_run_is_exported(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     for step in (9, 50, 100):
@@ -115,7 +115,9 @@ def test_the_newest_whole_checkpoint_of_a_run(
     assert source.passed_over == ["step-000100/deepspeed/states.pt: content changed (sha256 differs)"]
 
 
-def test_ema_or_model(tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel) -> None:
+def test_weights_selects_ema_or_model(
+    tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
+) -> None:
     average = small_transformer()
     torch.nn.init.constant_(average.proj_out.bias, 0.5)
     checkpoint = save_checkpoint(1, transformer, ema=average)
@@ -137,7 +139,7 @@ def test_a_plain_transformer_folder_keeps_its_dtype(tmp_path: Path, transformer:
         }
 
 
-def test_an_export_of_an_export_passes_on_what_it_was_trained_with(
+def test_an_export_of_an_export_keeps_trained_with(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     export(save_checkpoint(7, transformer), tmp_path / "one")
@@ -145,7 +147,7 @@ def test_an_export_of_an_export_passes_on_what_it_was_trained_with(
     assert report["trained_with"] == TRAINED_WITH and report["step"] == 7
 
 
-def test_a_tampered_shard_is_found_before_it_is_read(
+def test_a_changed_shard_is_refused_before_it_is_read(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
@@ -163,7 +165,7 @@ def test_a_tampered_shard_is_found_before_it_is_read(
     assert_nothing_published(tmp_path / "out")
 
 
-def test_missing_extra_and_misshapen_tensors_are_all_listed(
+def test_all_missing_extra_and_misshapen_tensors_are_listed(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
@@ -187,7 +189,7 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_stop_it(
+def test_non_finite_values_stop_the_export(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel, value: float
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
@@ -198,7 +200,7 @@ def test_values_that_are_not_finite_stop_it(
     assert_nothing_published(tmp_path / "out")
 
 
-def test_a_cast_beyond_fp16_stops_it_and_one_below_is_counted(
+def test_overflow_in_fp16_stops_the_export_and_underflow_is_counted(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
@@ -214,7 +216,7 @@ def test_a_cast_beyond_fp16_stops_it_and_one_below_is_counted(
     assert export(checkpoint, tmp_path / "out", dtype="fp16")["summary"]["became_zero"] >= 1
 
 
-def test_a_rerun_replaces_and_a_failing_one_leaves_the_old(
+def test_a_second_export_replaces_the_first_and_a_failed_one_keeps_it(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     export(save_checkpoint(1, transformer), tmp_path / "out")
@@ -228,7 +230,7 @@ def test_a_rerun_replaces_and_a_failing_one_leaves_the_old(
     assert (load(tmp_path / "out").proj_out.bias == 2.0).all()
 
 
-def test_a_folder_that_wants_code_or_is_another_class_is_refused(
+def test_a_folder_with_custom_code_or_of_another_class_is_refused(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
@@ -247,7 +249,7 @@ def test_a_folder_that_wants_code_or_is_another_class_is_refused(
     assert_nothing_published(tmp_path / "out")
 
 
-def test_wrong_options_and_places(
+def test_wrong_options_and_paths_are_refused(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)

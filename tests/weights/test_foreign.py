@@ -76,8 +76,11 @@ def test_a_sat_folder_is_opened_as_model_or_average(
     found = find(sat / given, weights)
     assert (found.layout, found.weights, found.step, value(found)) == ("sat", chosen, 500, expected)
     assert [path.relative_to(sat).as_posix() for path in found.yamls] == [
-        "training_config.yaml", "model_config.json", "configs/cogvideox_5b.yaml", "configs/sft.yaml",
-    ]  # fmt: skip
+        "training_config.yaml",
+        "model_config.json",
+        "configs/cogvideox_5b.yaml",
+        "configs/sft.yaml",
+    ]
     assert [path.parent.name for path in found.files] == ["500-ema" if chosen == "ema" else "500"]
     assert note in "".join(found.notes) and bool(note) == bool(found.notes)
     assert found.metadata["wrapper"] == "module" and found.metadata["iteration"] == 500

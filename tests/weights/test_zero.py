@@ -1,7 +1,7 @@
-"""ZeRO checkpoints against what DeepSpeed makes of them, and against vectors cut by hand.
+"""Test reading ZeRO checkpoints against DeepSpeed's own converter and against vectors cut by hand.
 
-``tests/golden/zero`` was written by ``zero_writer.py`` on two ranks (DeepSpeed 0.19.8); ``expected.safetensors`` there is what
-``deepspeed.utils.zero_to_fp32`` makes of it. The slow test writes others anew.
+``tests/golden/zero`` was written by ``zero_writer.py`` on two ranks (DeepSpeed 0.19.8); ``expected.safetensors``
+there is the result of ``deepspeed.utils.zero_to_fp32``. The slow test writes new checkpoints.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ def check(folder: Path, stage: int, ranks: int, expected: dict[str, torch.Tensor
     assert expected.keys() | FROZEN <= zero.tensors.keys() <= expected.keys() | FROZEN | {"tied.weight"}
     assert (zero.metadata["zero_stage"], zero.metadata["ranks"], zero.step) == (stage, ranks, 2)
     if stage < 3:
-        assert torch.equal(zero.read("tied.weight"), zero.read("second.weight"))  # not its bf16 copy in the module
+        assert torch.equal(
+            zero.read("tied.weight"), zero.read("second.weight")
+        )  # the master weight, not the bf16 copy in the module
     else:
         assert "tied.weight" in "".join(zero.notes)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_golden(stage: int) -> None:
+def test_master_weights_equal_deepspeeds_own_conversion(stage: int) -> None:
     folder = GOLDEN / f"stage{stage}-bf16"
     expected = load_file(folder / "expected.safetensors")
     check(folder, stage, 2, expected)
@@ -62,11 +64,11 @@ def test_golden(stage: int) -> None:
     masters = ZeroCheckpoint(folder).read("first.weight")
     assert masters.dtype == torch.float32 and not torch.equal(
         masters, masters.bfloat16().float()
-    )  # more than the module's copy
+    )  # more precise than the module's copy
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_as_stored(stage: int) -> None:
+def test_stored_weights_equal_the_module(stage: int) -> None:
     folder = GOLDEN / f"stage{stage}-bf16"
     module = torch.load(folder / "global_step2/mp_rank_00_model_states.pt", weights_only=True)["module"]
     zero = ZeroCheckpoint(folder, "bf16")
@@ -79,7 +81,7 @@ def copied(tmp_path: Path, stage: int) -> Path:
     return Path(shutil.copytree(GOLDEN / f"stage{stage}-bf16", tmp_path / "run")) / "global_step2"
 
 
-def test_gathered_stage_3(tmp_path: Path) -> None:
+def test_stage_3_as_stored_needs_gathered_weights(tmp_path: Path) -> None:
     folder = copied(tmp_path, 3)
     with pytest.raises(CheckpointError, match=r"ZeRO-3 without gathering: 6 tensors, first.weight first"):
         ZeroCheckpoint(folder, "bf16")
@@ -92,7 +94,7 @@ def test_gathered_stage_3(tmp_path: Path) -> None:
     assert torch.equal(ZeroCheckpoint(folder, "bf16").read("first.weight"), whole.read("first.weight").bfloat16())
 
 
-def test_nothing_of_deepspeed_is_built() -> None:
+def test_deepspeed_objects_are_read_as_inert_objects() -> None:
     state = read_state_file(GOLDEN / "stage2-bf16/global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")[
         "optimizer_state_dict"
     ]
@@ -147,7 +149,9 @@ WHOLE, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_st
         (2, lambda f: [path.unlink() for path in f.iterdir()], "holds no mp_rank_00_model_states.pt. It holds nothing"),
     ],
 )
-def test_faults(tmp_path: Path, stage: int, change: Callable[[Path], Any], complaint: str) -> None:
+def test_damaged_checkpoints_are_refused(
+    tmp_path: Path, stage: int, change: Callable[[Path], Any], complaint: str
+) -> None:
     folder = copied(tmp_path, stage)
     ZeroCheckpoint(folder)
     change(folder)
@@ -172,7 +176,7 @@ def by_hand(
                 padded = torch.cat([value.reshape(-1), torch.full((share * ranks - value.numel(),), 1e27)])
                 stretches.append(padded[rank * share : (rank + 1) * share])
             flat = torch.cat(stretches)
-            states[rank] = list(flat.split(max(5, len(flat) // 7)))  # sub-groups that end amid parameters
+            states[rank] = list(flat.split(max(5, len(flat) // 7)))  # sub-groups that end inside parameters
     else:
         for group in shapes:
             flat = torch.cat([torch.cat([values[name].reshape(-1), torch.full((pad,), 1e27)]) for name in group])
@@ -196,7 +200,7 @@ def by_hand(
 ODD: list[dict[str, tuple[int, ...]]] = [{"a": (3, 3), "b": (1,), "c": (11,)}, {"d": (2, 1, 1)}]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 12])  # of 12, most hold padding alone
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 12])  # with 12 ranks, most hold only padding
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
@@ -207,7 +211,7 @@ ODD: list[dict[str, tuple[int, ...]]] = [{"a": (3, 3), "b": (1,), "c": (11,)}, {
         (2, {"pad": 3, "param_alignment_paddings": [[3, 3, 3], [3]]}),
     ],
 )
-def test_cut_by_hand(tmp_path: Path, stage: int, ranks: int, options: dict[str, Any]) -> None:
+def test_shards_cut_by_hand_are_joined(tmp_path: Path, stage: int, ranks: int, options: dict[str, Any]) -> None:
     values = by_hand(tmp_path / "global_step1", ODD, ranks, stage, **options)
     zero = ZeroCheckpoint(tmp_path / "global_step1")
     assert zero.tensors.keys() == values.keys() and zero.metadata["zero_stage"] == stage
@@ -215,15 +219,15 @@ def test_cut_by_hand(tmp_path: Path, stage: int, ranks: int, options: dict[str, 
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file backs."""
+    """Return the bytes of this process's memory that no file backs."""
     with Path("/proc/self/status").open(encoding="utf-8") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_memory_is_one_tensor(tmp_path: Path, stage: int) -> None:
-    """48 MiB over two ranks, 3 MiB each tensor: never more than a few tensors in memory."""
+def test_reading_needs_memory_for_one_tensor(tmp_path: Path, stage: int) -> None:
+    """With 48 MiB on two ranks in tensors of 3 MiB, reading holds at most a few tensors in memory."""
     by_hand(tmp_path / "step", [{f"{number:02d}": (768, 1024) for number in range(16)}], 2, stage)
     before = most = anonymous()
     zero = ZeroCheckpoint(tmp_path / "step")
@@ -238,7 +242,8 @@ def opened(path: Path, masters: str = "auto") -> ForeignWeights:
 
 
 def test_foreign_checkpoints_are_opened_as_masters_or_as_stored(tmp_path: Path) -> None:
-    """The reader of foreign checkpoints takes the masters of a DeepSpeed folder, and the stored weights of SAT's, unless told otherwise."""
+    """The reader of foreign checkpoints takes the masters of a DeepSpeed folder, and the stored weights of SAT's,
+    unless told otherwise."""
     names = [{"model.diffusion_model.time_embed.0.weight": (4, 4), "model.diffusion_model.time_embed.0.bias": (4,)}]
     name = "model.diffusion_model.time_embed.0.weight"
     values = by_hand(tmp_path / "global_step1", names, 2, 2)
@@ -263,7 +268,7 @@ def test_foreign_checkpoints_are_opened_as_masters_or_as_stored(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("ranks", "kinds"), [(1, ["2-bf16", "3-bf16"]), (2, ["1-bf16", "2-bf16", "3-bf16"]), (3, ["2-fp32", "3-bf16"])]
 )
-def test_deepspeed_writes(tmp_path: Path, ranks: int, kinds: list[str]) -> None:
+def test_checkpoints_written_by_deepspeed_are_read(tmp_path: Path, ranks: int, kinds: list[str]) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = Path(__file__).with_name("zero_writer.py")
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}

@@ -1,4 +1,4 @@
-"""Let DeepSpeed itself write ZeRO checkpoints of small odd models. Run by torchrun: ``zero_writer.py <folder> <stage>...``."""
+"""Write ZeRO checkpoints of a small model with DeepSpeed. Run by torchrun: ``zero_writer.py <folder> <stage>...``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import deepspeed
 import torch
 
 
-class Odd(torch.nn.Module):
-    """Sizes that no number of ranks divides, two groups, frozen, tied and unused weights, a buffer of each kind."""
+class UnevenModel(torch.nn.Module):
+    """A model with sizes that no number of ranks divides, two groups, frozen, tied and unused weights, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Odd(torch.nn.Module):
 
 def write(folder: Path, stage: int, dtype: str = "bf16") -> None:
     torch.manual_seed(0)
-    model = Odd()
+    model = UnevenModel()
     trained = [
         {"params": [*model.first.parameters()], "weight_decay": 0.1},
         {"params": [*model.second.parameters(), model.scale], "weight_decay": 0.0},
@@ -57,7 +57,7 @@ def write(folder: Path, stage: int, dtype: str = "bf16") -> None:
 
 
 if __name__ == "__main__":
-    # else a shared-memory extension is compiled, whose processes wait for each other by spinning
+    # Without this a shared-memory extension is compiled, whose processes busy-wait for each other.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     for word in sys.argv[2:]:

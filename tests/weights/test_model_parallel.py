@@ -1,4 +1,4 @@
-"""Parts split as SAT splits them are joined to the bit; what cannot be settled is named."""
+"""Test joining model-parallel parts that are split as SAT splits them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LAYER = HEAD + "transformer.layers.0."
 WIDTH = 12
 
 
-class Held:
-    """Tensors in memory."""
+class MemorySource:
+    """A source of tensors in memory."""
 
     def __init__(self, values: dict[str, torch.Tensor]) -> None:
         self.values = values
@@ -51,7 +51,8 @@ def network(original: str = "") -> dict[str, torch.Tensor]:
 
 
 def part(values: dict[str, torch.Tensor], number: int, count: int) -> dict[str, torch.Tensor]:
-    """What rank ``number`` keeps, as ``ColumnParallelLinear.repartition`` and ``RowParallelLinear.repartition`` of SAT take it."""
+    """Return the tensors of rank ``number``, split as SAT's ``ColumnParallelLinear.repartition`` and
+    ``RowParallelLinear.repartition`` do."""
 
     def rows(value: torch.Tensor) -> torch.Tensor:
         size = value.shape[0] // count
@@ -73,9 +74,9 @@ def part(values: dict[str, torch.Tensor], number: int, count: int) -> dict[str, 
 
 @pytest.mark.parametrize("original", ["", "original."])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_parts_are_joined(count: int, original: str) -> None:
+def test_joined_parts_equal_the_whole(count: int, original: str) -> None:
     whole = network(original)
-    joined = join_parts([Held(part(whole, number, count)) for number in range(count)])
+    joined = join_parts([MemorySource(part(whole, number, count)) for number in range(count)])
     assert {name: info.shape for name, info in joined.tensors.items()} == {
         name: tuple(value.shape) for name, value in whole.items()
     }
@@ -84,24 +85,24 @@ def test_parts_are_joined(count: int, original: str) -> None:
         torch.testing.assert_close(joined.read(name), value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_split_matters() -> None:
-    """Joined without the stride of three, or in another order, the result would differ: the test above can fail."""
+def test_parts_joined_without_stride_or_in_another_order_differ() -> None:
+    """This shows that the test above can fail."""
     whole = network()
     parts = [part(whole, number, 2) for number in range(2)]
     name = LAYER + "attention.query_key_value.weight"
     assert not torch.equal(torch.cat([parts[0][name], parts[1][name]]), whole[name])
-    assert not torch.equal(join_parts([Held(parts[1]), Held(parts[0])]).read(name), whole[name])
+    assert not torch.equal(join_parts([MemorySource(parts[1]), MemorySource(parts[0])]).read(name), whole[name])
 
 
 def changed(
     name: str, change: Callable[[torch.Tensor], torch.Tensor | None], numbers: tuple[int, ...] = (1,)
-) -> list[Held]:
+) -> list[MemorySource]:
     parts = [part(network(), number, 2) for number in range(2)]
     for number in numbers:
         value = change(parts[number].pop(name, torch.zeros(0)))
         if value is not None:
             parts[number][name] = value
-    return [Held(values) for values in parts]
+    return [MemorySource(values) for values in parts]
 
 
 @pytest.mark.parametrize(
@@ -129,23 +130,23 @@ def changed(
             changed(LAYER + "attention.query_key_value.weight", lambda value: value[:-6], (0, 1)),
             "attention.*do not fit",
         ),
-        ([Held(network()), Held(network())], "attention.*do not fit"),
+        ([MemorySource(network()), MemorySource(network())], "attention.*do not fit"),
     ],
 )
-def test_what_is_not_settled_is_named(parts: list[Held], complaint: str) -> None:
+def test_parts_that_cannot_be_joined_are_named(parts: list[MemorySource], complaint: str) -> None:
     with pytest.raises(ConversionError, match=complaint) as error:
         join_parts(parts)
     assert error.value.exit_code == 2
 
 
-def test_parts_that_should_be_the_same_and_are_not() -> None:
+def test_unsplit_tensors_that_differ_are_refused() -> None:
     name = HEAD + "mixins.patch_embed.proj.weight"
     joined = join_parts(changed(name, lambda value: torch.ones(WIDTH, 16, 2, 2)))
     with pytest.raises(ConversionError, match="proj.weight differs between the model-parallel parts 0 and 1"):
         joined.read(name)
 
 
-def test_missing_parts(tmp_path: Path) -> None:
+def test_missing_parts_are_named(tmp_path: Path) -> None:
     for number in (0, 2):
         (tmp_path / f"mp_rank_{number:02d}_model_states.pt").touch()
     with pytest.raises(CheckpointError, match="lacks mp_rank_01_model_states.pt"):

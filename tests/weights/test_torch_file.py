@@ -1,4 +1,4 @@
-"""What .pt files are read as, and which are refused. Nothing in a file may run."""
+"""Test reading .pt files: which are accepted, which are refused, and that no code in them runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = OrderedDict(
 )
 
 
-class Evil:
+class CodeRunner:
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -66,7 +66,9 @@ def check(file: TorchFile) -> None:
     ],
 )
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
-def test_wrappers(tmp_path: Path, wrap: Callable[[Any], Any], wrapper: str, new: bool) -> None:
+def test_wrappers_of_state_dicts_are_removed(
+    tmp_path: Path, wrap: Callable[[Any], Any], wrapper: str, new: bool
+) -> None:
     file = TorchFile(saved(tmp_path / "x.pt", wrap(WEIGHTS), _use_new_zipfile_serialization=new))
     check(file)
     assert file.wrapper == file.metadata["wrapper"] == wrapper
@@ -74,8 +76,8 @@ def test_wrappers(tmp_path: Path, wrap: Callable[[Any], Any], wrapper: str, new:
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_random_states_are_read_past(tmp_path: Path, module: str) -> None:
-    """SAT's checkpoints, with the random state as numpy 1 and 2 spell it; numpy's own code is not called."""
+def test_random_states_are_read_as_inert_objects(tmp_path: Path, module: str) -> None:
+    """Random states of numpy 1 and 2 in SAT's checkpoints are read without calling numpy."""
     content = {
         "module": WEIGHTS,
         "iteration": 500,
@@ -101,8 +103,8 @@ def test_random_states_are_read_past(tmp_path: Path, module: str) -> None:
     assert isinstance(state[1], InertObject) and not isinstance(state[1], np.ndarray)
 
 
-def test_it_is_mapped(tmp_path: Path) -> None:
-    """A value written into the file after it was opened is seen: nothing was copied."""
+def test_tensors_are_mapped_from_the_file(tmp_path: Path) -> None:
+    """A value written to the file after opening is visible, so nothing was copied."""
     path = saved(tmp_path / "x.pt", {"a": torch.full((4096,), 7.0)})
     file = TorchFile(path)
     content = path.read_bytes()
@@ -115,16 +117,16 @@ def test_it_is_mapped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_pickle_that_needs_more_is_refused_unread(tmp_path: Path, new: bool, wrapped: bool) -> None:
+def test_a_pickle_that_needs_other_code_is_refused(tmp_path: Path, new: bool, wrapped: bool) -> None:
     trace = tmp_path / "ran"
-    content = {"module": WEIGHTS, "x": Evil(str(trace))} if wrapped else Evil(str(trace))
+    content = {"module": WEIGHTS, "x": CodeRunner(str(trace))} if wrapped else CodeRunner(str(trace))
     path = saved(tmp_path / "x.pt", content, _use_new_zipfile_serialization=new)
     with pytest.raises(CheckpointError, match=r"needs (_?io\.)?open to be read") as error:
         TorchFile(path)
     assert error.value.exit_code == 2 and not trace.exists()
 
 
-def test_only_what_is_named_is_read(tmp_path: Path) -> None:
+def test_only_listed_classes_are_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", {"a": torch.ones(1), "random": np.random.RandomState(0)})
     with pytest.raises(CheckpointError, match=r"needs numpy\.random"):
         TorchFile(path)
@@ -135,7 +137,7 @@ def test_only_what_is_named_is_read(tmp_path: Path) -> None:
 
 
 def squeezed(path: Path) -> bytes:
-    """The same archive, packed again."""
+    """Return the archive packed again with compression."""
     target = path.with_suffix(".zip")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry in source.infolist():
@@ -171,7 +173,9 @@ def other_zip(path: Path) -> bytes:
         ("squeezed", squeezed, "packed again with compression"),
     ],
 )
-def test_what_is_no_torch_file(tmp_path: Path, name: str, broken: Callable[[Path], bytes], complaint: str) -> None:
+def test_files_of_other_kinds_are_refused(
+    tmp_path: Path, name: str, broken: Callable[[Path], bytes], complaint: str
+) -> None:
     good = saved(tmp_path / "good.pt", {"module": WEIGHTS})
     path = tmp_path / f"{name}.pt"
     path.write_bytes(broken(good))
@@ -180,7 +184,7 @@ def test_what_is_no_torch_file(tmp_path: Path, name: str, broken: Callable[[Path
     assert str(path) in error.value.message and error.value.hint and "Traceback" not in str(error.value)
 
 
-def test_old_files_that_are_cut(tmp_path: Path) -> None:
+def test_truncated_old_files_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", WEIGHTS, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -200,12 +204,12 @@ def test_old_files_that_are_cut(tmp_path: Path) -> None:
         ({"a": torch.ones(2).to_sparse()}, "a: torch.sparse_coo"),
     ],
 )
-def test_what_holds_no_weights(tmp_path: Path, content: Any, complaint: str) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path, content: Any, complaint: str) -> None:
     with pytest.raises(CheckpointError, match=complaint):
         TorchFile(saved(tmp_path / "x.pt", content))
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         TorchFile(tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="is a folder"):
@@ -213,8 +217,8 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
-def test_changed_bytes_never_surprise(tmp_path: Path, new: bool) -> None:
-    """Bytes of the pickle changed at random: read, or refused in the same words as ever."""
+def test_random_damage_is_read_or_refused(tmp_path: Path, new: bool) -> None:
+    """A pickle with random changes is read or raises CheckpointError, never another exception."""
     good = saved(
         tmp_path / "good.pt", {"module": WEIGHTS, "state": np.random.get_state()}, _use_new_zipfile_serialization=new
     )

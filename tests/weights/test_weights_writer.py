@@ -1,4 +1,4 @@
-"""Streamed files are what the libraries themselves would have written, and the statistics are those of the values."""
+"""Test that streamed files equal those of the libraries and that statistics match the values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write(
     return {fact.name: fact for fact in facts}
 
 
-def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_a_file_equals_that_of_safetensors_byte_for_byte(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write(tensors, tmp_path)
     save_file(
         {name: t.contiguous() for name, t in tensors.items()},
@@ -65,7 +65,7 @@ def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path: Path, tensors
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_shards_hold_every_tensor_once_and_the_index_says_where(tmp_path: Path) -> None:
+def test_shards_hold_every_tensor_once_and_the_index_names_its_file(tmp_path: Path) -> None:
     tensors = {f"layer.{i}": torch.randn(30, 30) for i in range(7)}
     write(tensors, tmp_path, shard="8KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -75,14 +75,14 @@ def test_shards_hold_every_tensor_once_and_the_index_says_where(tmp_path: Path) 
         assert (tmp_path / file).stat().st_size < 9000
 
 
-def test_a_size_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_shard_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_shard_size"):
         write({"x": torch.zeros(2)}, tmp_path, shard="lots")
 
 
 def test_statistics_of_a_cast(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    x = torch.randn(70_001) * 3 + 1  # more than one chunk, and no whole number of them
+    x = torch.randn(70_001) * 3 + 1  # more than one chunk, and not a multiple of the chunk size
     x[:4] = torch.tensor([1e-42, 1e-7, 7e4, 0.0])
     fact = write({"x": x}, tmp_path, torch.float16)["x"]
     out = load_file(tmp_path / "model.safetensors")["x"]
@@ -93,14 +93,14 @@ def test_statistics_of_a_cast(tmp_path: Path) -> None:
     assert fact.std_in == pytest.approx(float(x.double().std(correction=0)), rel=1e-9)
     assert fact.absmax_in == 7e4 and fact.absmax_out == float(out[finite].abs().max())
     assert fact.changed == float(change[finite].max())
-    assert fact.relative == 1.0  # what became zero lost all of itself
+    assert fact.relative == 1.0  # a value that became zero changed by all of itself
     subnormal = int(((out != 0) & (out.abs().double() < torch.finfo(torch.float16).tiny)).sum())
     assert (fact.became_inf, fact.became_zero, fact.nonfinite) == (1, 1, 0) and fact.became_subnormal == subnormal >= 1
     assert fact.sha256 == hashlib.sha256(out.numpy().tobytes()).hexdigest() != fact.sha256_in
     assert fact.sha256_in == hashlib.sha256(x.numpy().tobytes()).hexdigest()
 
 
-def test_values_that_were_rounded_before_are_told(tmp_path: Path) -> None:
+def test_earlier_rounding_is_detected(tmp_path: Path) -> None:
     torch.manual_seed(2)
     x = torch.randn(5000)
     facts = write({"free": x, "bf16": x.bfloat16().float(), "fp16": x.half().float(), "zero": torch.zeros(9)}, tmp_path)
@@ -112,7 +112,7 @@ def test_values_that_were_rounded_before_are_told(tmp_path: Path) -> None:
     }
 
 
-def test_nan_and_infinity_are_counted_apart(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_counted_separately(tmp_path: Path) -> None:
     x = torch.ones(100_000)
     x[7], x[99_999], x[50_000] = float("nan"), float("inf"), -3.0
     fact = write({"x": x}, tmp_path, torch.bfloat16)["x"]
@@ -120,9 +120,7 @@ def test_nan_and_infinity_are_counted_apart(tmp_path: Path) -> None:
     assert fact.mean_in == pytest.approx((99_997 - 3) / 99_998)
 
 
-def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(
-    tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
+def test_a_torch_file_loads_in_torch_and_is_deterministic(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_torch_file(
@@ -141,7 +139,7 @@ def test_a_torch_file_is_what_torch_loads_and_the_same_each_time(
         assert torch.equal(loaded["module"][name], tensor) and torch.equal(mapped.read(name), tensor)
 
 
-def test_a_torch_file_is_cast_on_its_way(tmp_path: Path) -> None:
+def test_a_torch_file_is_written_in_the_requested_dtype(tmp_path: Path) -> None:
     x = torch.randn(11, 3)
     write_torch_file(
         tmp_path / "x.pt", outputs({"x": x}), "state_dict", {}, lambda output: torch.bfloat16, lambda fact: None

@@ -1,4 +1,4 @@
-"""Operations: what they make, that their inverses undo them, and what they refuse."""
+"""Test tensor operations: their results, their inverses, and the inputs they refuse."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def rows(count: int, start: int = 0) -> torch.Tensor:
     return torch.arange(start, start + count * 2.0).reshape(count, 2)
 
 
-def test_split_gives_views_in_order() -> None:
+def test_split_returns_views_in_order() -> None:
     whole = rows(6)
     made = apply_operation(split_rows("qkv", "q", "k", "v"), {"qkv": whole})
     assert torch.equal(made["k"], whole[2:4])
     assert made["k"].data_ptr() == whole[2:4].data_ptr()
 
 
-def test_regroup_deals_chunks_by_number() -> None:
+def test_regroup_concatenates_chunks_by_number() -> None:
     whole = torch.arange(24.0)
     made = apply_operation(ADALN, {"all": whole})
     assert made["video"].tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17]
@@ -51,7 +51,7 @@ def test_regroup_deals_chunks_by_number() -> None:
         (Alias(("a", "b"), "c"), {"a": rows(3), "b": rows(3)}),
     ],
 )
-def test_the_inverse_undoes(operation: Operation, tensors: dict[str, torch.Tensor]) -> None:
+def test_the_inverse_restores_the_sources(operation: Operation, tensors: dict[str, torch.Tensor]) -> None:
     made = apply_operation(operation, tensors)
     shapes = [{name: tuple(tensor.shape) for name, tensor in either.items()} for either in (tensors, made)]
     assert operation.out_shapes(shapes[0]) == shapes[1]
@@ -62,7 +62,7 @@ def test_the_inverse_undoes(operation: Operation, tensors: dict[str, torch.Tenso
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
-def test_regroup_of_a_merge_is_the_same_order_again() -> None:
+def test_merging_a_regroup_restores_the_order() -> None:
     merge = ADALN.inverse()
     assert merge.sources == ("video", "text") and merge.targets == ("all",)
     whole = torch.arange(12.0)
@@ -70,22 +70,22 @@ def test_regroup_of_a_merge_is_the_same_order_again() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 2), (), (0, 2)])
-def test_rows_that_cannot_be_cut(shape: tuple[int, ...]) -> None:
+def test_rows_that_do_not_divide_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConversionError, match="equal parts"):
         split_rows("a", "x", "y").out_shapes({"a": shape})
 
 
-def test_merging_what_does_not_fit() -> None:
+def test_merging_tensors_of_other_shapes_is_refused() -> None:
     with pytest.raises(ConversionError, match="fit"):
         split_rows("a", "x", "y").inverse().out_shapes({"x": (2, 3), "y": (2, 4)})
 
 
-def test_a_tie_needs_equal_values() -> None:
+def test_an_alias_with_different_values_is_refused() -> None:
     with pytest.raises(ConversionError, match="values differ"):
         Alias(("a", "b"), "c").make("c", {"a": rows(1), "b": rows(1, start=1)})
 
 
-def test_a_dropped_table_is_measured_and_restored() -> None:
+def test_a_dropped_table_is_compared_and_restored() -> None:
     recipe = TensorFormula((2,), lambda: torch.tensor([0.1, 0.2]), "two numbers")
     drop = Drop("table", "computed elsewhere", recipe)
     assert drop.difference(torch.tensor([0.1, 0.2]).bfloat16()) == 0
@@ -96,14 +96,14 @@ def test_a_dropped_table_is_measured_and_restored() -> None:
     assert restore.make("table", {}).tolist() == recipe.make().tolist()
 
 
-def test_a_stand_in_is_not_measured() -> None:
+def test_an_inexact_formula_is_not_compared() -> None:
     assert (
         Drop("unused", "never read", TensorFormula((2,), lambda: torch.zeros(2), exact=False)).difference(torch.ones(2))
         is None
     )
 
 
-def test_fields_are_filled_in_everywhere() -> None:
+def test_fill_names_replaces_fields_in_all_names() -> None:
     rows = fill_names((split_rows("l.{layer}.qkv", "b.{layer}.q", "b.{layer}.k"), Drop("l.{layer}.x", "why")), layer=4)
     assert [(row.sources, row.targets) for row in rows] == [(("l.4.qkv",), ("b.4.q", "b.4.k")), (("l.4.x",), ())]
 
@@ -112,5 +112,5 @@ def test_fields_are_filled_in_everywhere() -> None:
     ("operation", "kind"),
     [(split_rows("a", "x", "y"), "split"), (ADALN, "regroup"), (split_rows("a", "x", "y").inverse(), "merge")],
 )
-def test_what_a_report_says(operation: ChunkMap, kind: str) -> None:
+def test_kind_of_a_chunk_map(operation: ChunkMap, kind: str) -> None:
     assert operation.kind == kind

@@ -1,4 +1,4 @@
-"""Reading weights: what is broken or leads outside is refused before it is read, and named."""
+"""Test reading safetensors folders: broken files and paths outside the folder are refused before they are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def edit_index(folder: Path, name: str, shard: str | None) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def test_reads_every_tensor_of_all_shards(sharded: Path, transformer: CogVideoXTransformer3DModel) -> None:
+def test_every_tensor_of_all_shards_is_read(sharded: Path, transformer: CogVideoXTransformer3DModel) -> None:
     weights = WeightsFolder(sharded)
     expected = transformer.state_dict()
     assert weights.tensors.keys() == expected.keys()
@@ -57,7 +57,7 @@ def test_a_shard_that_is_a_link_to_the_outside_is_refused(sharded: Path) -> None
         WeightsFolder(sharded)
 
 
-def test_links_inside_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+def test_links_inside_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
     repo = tmp_path / "models--org--name"
     component = repo / "snapshots" / "abc" / "transformer"
     component.mkdir(parents=True)
@@ -85,13 +85,13 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
         WeightsFolder(sharded)
 
 
-def test_index_and_shards_at_odds(sharded: Path) -> None:
+def test_an_index_in_conflict_with_shards_is_refused(sharded: Path) -> None:
     edit_index(sharded, "proj_out.bias", None)
     with pytest.raises(CheckpointError, match=r"proj_out.bias: in .*, not in the index"):
         WeightsFolder(sharded)
 
 
-def test_one_name_in_two_files(sharded: Path) -> None:
+def test_one_name_in_two_files_is_refused(sharded: Path) -> None:
     save_file({"norm_final.weight": torch.zeros(32)}, sharded / "more.safetensors")
     edit_index(sharded, "extra", "more.safetensors")
     with pytest.raises(CheckpointError, match="in two files"):
@@ -104,19 +104,21 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         WeightsFolder(tmp_path)
 
 
-def test_single_file_beside_an_index(sharded: Path) -> None:
+def test_a_single_file_beside_an_index_is_refused(sharded: Path) -> None:
     save_file({"a": torch.zeros(1)}, sharded / f"{STEM}.safetensors")
     with pytest.raises(CheckpointError, match="unclear"):
         WeightsFolder(sharded)
 
 
-def test_values_are_those_that_safetensors_reads(tmp_path: Path) -> None:
-    """Of every dtype, empty ones and scalars, also where bytes before them leave the others unaligned."""
+def test_values_equal_those_that_safetensors_reads(tmp_path: Path) -> None:
+    """Test every dtype, empty tensors, scalars, and tensors that are not aligned in the file."""
     tensors = {
-        "bytes": torch.arange(5, dtype=torch.uint8), "flags": torch.tensor([True, False, True]), "scalar": torch.tensor(3.5),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "flags": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.5),
         "none": torch.empty(0, 4, dtype=torch.bfloat16),
         **{str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in SAFETENSORS_DTYPES.values()},
-    }  # fmt: skip
+    }
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file(tensors, path)
     folder = WeightsFolder(tmp_path)

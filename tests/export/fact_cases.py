@@ -1,4 +1,4 @@
-"""What the tests of facts and configs start from: SAT's own folders, and the names and shapes of the published models."""
+"""Inputs of the tests of facts and configs: SAT's own folders, and names and shapes of the published models."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ from cogflow.models.family import ModelSpec
 from cogflow.weights.tensor_source import TensorInfo
 from cogflow.weights.torch_file import TorchFile
 
-KEPT = Path(__file__).resolve().parent.parent / "golden" / "sat"
+IN_REPOSITORY = Path(__file__).resolve().parent.parent / "golden" / "sat"
 EVERY = ("2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v", "5b-lora")
 
 
 def yamls(name: str, which: str = "all") -> list[tuple[Path, dict[str, Any]]]:
-    """A folder's yaml files: ``model`` (per-model and sft), ``merged`` (training_config.yaml) or all. Free to alter."""
-    paths = sorted((KEPT / name / "configs").glob("*.yaml")) if which != "merged" else []
-    paths += [KEPT / name / "training_config.yaml"] if which != "model" else []
+    """Return copies of a folder's yaml files: ``model`` (per-model and sft), ``merged`` (training_config.yaml) or
+    all."""
+    paths = sorted((IN_REPOSITORY / name / "configs").glob("*.yaml")) if which != "merged" else []
+    paths += [IN_REPOSITORY / name / "training_config.yaml"] if which != "model" else []
     return [(path, copy.deepcopy(dict(data))) for path, data in read_yamls(paths)]
 
 
 @cache
 def components(folder: Path) -> sat_tables.SatComponents:
-    """The components of the checkpoint in a folder that SAT wrote."""
+    """Return the components of the checkpoint in a folder that SAT wrote."""
     step = (folder / "latest").read_text(encoding="utf-8").strip()
     return sat_tables.split_components(TorchFile(folder / step / "mp_rank_00_model_states.pt"))
 
 
 def infos(name: str) -> dict[str, TensorInfo]:
-    """The transformer's tensors; of ``5b-lora`` with the LoRA unmerged."""
-    found = components(KEPT / ("1.5-5b-i2v" if name == "1.5-5b" else name)).transformer
+    """Return the transformer's tensors, for ``5b-lora`` with unmerged LoRA."""
+    found = components(IN_REPOSITORY / ("1.5-5b-i2v" if name == "1.5-5b" else name)).transformer
     assert found is not None
     if name != "1.5-5b":
         return dict(found.tensors)
-    # Of 1.5 only the larger checkpoint is kept: text to video has half the input channels and no ofs.
+    # The repository has only the image-to-video checkpoint of 1.5: text to video has half the input channels and no
+    # ofs.
     kept = {key: info for key, info in found.tensors.items() if not key.startswith("ofs_embed.")}
     return kept | shaped([("mixins.patch_embed.proj.weight", (64, 128))])
 
@@ -55,7 +57,7 @@ def network(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedules(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The three places that spell the noise schedule."""
+    """Return the three copies of the noise schedule in a yaml."""
     model = data["model"]
     return [
         model["denoiser_config"]["params"]["discretization_config"],
@@ -69,7 +71,7 @@ def shaped(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype = t
 
 
 def published(member: ModelSpec, time_embed_dim: int = 512) -> dict[str, TensorInfo]:
-    """SAT's names and shapes of a member at its full size, as far as they say something (no MLP, no biases)."""
+    """Return SAT's names and shapes of a member at its full size, without tensors that show no fact (MLP, biases)."""
     width, patch, area = (
         member.heads * member.head_dim,
         member.patch_size,

@@ -1,4 +1,4 @@
-"""Which tensors belong to which component."""
+"""Test which tensors of a SAT checkpoint belong to which component."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def split(*names: str) -> sat_tables.SatComponents:
     return sat_tables.split_components(source)
 
 
-def test_a_whole_engine() -> None:
+def test_a_complete_checkpoint_is_split_by_prefixes() -> None:
     found = sat_tables.split_components(kept("5b-i2v").checkpoint())
     assert found.transformer is not None and found.text_encoder is not None and found.vae is not None
     assert [len(found.transformer.tensors), len(found.text_encoder.tensors), len(found.vae.tensors)] == [56, 13, 148]
@@ -32,7 +32,7 @@ def test_a_whole_engine() -> None:
     assert "encoder.conv_in.conv.weight" in found.vae.tensors
 
 
-def test_what_belongs_to_no_component_is_named() -> None:
+def test_tensors_of_no_component_are_listed() -> None:
     found = split(
         "model.diffusion_model.time_embed.0.weight",
         "conditioner.embedders.1.weight",
@@ -43,7 +43,7 @@ def test_what_belongs_to_no_component_is_named() -> None:
     assert found.transformer is not None and found.vae is None and found.text_encoder is None
 
 
-def test_a_bare_vae_and_a_bare_transformer() -> None:
+def test_single_components_are_recognised_without_prefix() -> None:
     vae = split("encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight", "loss.logvar")
     assert vae.vae is not None and list(vae.vae.tensors) == [
         "encoder.conv_in.conv.weight",

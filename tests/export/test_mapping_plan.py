@@ -1,4 +1,4 @@
-"""A plan accounts for every tensor, or says of each one what is wrong, all at once."""
+"""Test that a plan uses every tensor, and that all problems are listed in one message."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TABLE: tuple[Operation, ...] = (
 )
 
 
-class Given:
-    """Tensors in memory, as a source."""
+class MemorySource:
+    """A source of tensors in memory."""
 
     def __init__(self, **values: torch.Tensor) -> None:
         self.values = values
@@ -33,8 +33,8 @@ class Given:
         return self.values[name]
 
 
-def whole(dtype: torch.dtype = torch.bfloat16) -> Given:
-    return Given(
+def whole(dtype: torch.dtype = torch.bfloat16) -> MemorySource:
+    return MemorySource(
         qkv=torch.arange(12.0).reshape(6, 2).to(dtype),
         bias=torch.ones(2, dtype=dtype),
         table=torch.tensor([1 / 3, 1.0, 2.0]).to(dtype),
@@ -42,14 +42,14 @@ def whole(dtype: torch.dtype = torch.bfloat16) -> Given:
 
 
 def message(
-    source: Given, expected: dict[str, tuple[int, ...]] | None = None, table: tuple[Operation, ...] = TABLE
+    source: MemorySource, expected: dict[str, tuple[int, ...]] | None = None, table: tuple[Operation, ...] = TABLE
 ) -> str:
     with pytest.raises(ConversionError) as caught:
         make_plan(table, source.tensors, expected)
     return caught.value.message
 
 
-def test_there_and_back() -> None:
+def test_the_inverse_restores_every_tensor() -> None:
     source = whole()
     plan = make_plan(TABLE, source.tensors, {"q": (2, 2), "k": (2, 2), "v": (2, 2), "b": (2,)})
     assert plan.dropped == [("table", "computed")]
@@ -82,26 +82,26 @@ def test_every_problem_is_listed() -> None:
     assert "b (from bias): [2], the model has [5]" in said
 
 
-def test_targets_that_the_model_lacks_or_waits_for() -> None:
+def test_unknown_and_missing_targets_are_listed() -> None:
     said = message(whole(), {"q": (2, 2), "k": (2, 2), "b": (2,), "extra": (1,)})
     assert "v (from qkv): the model has no such tensor" in said
     assert "extra [1]: nothing produces it" in said
 
 
-def test_two_outcomes_and_two_origins() -> None:
+def test_a_source_used_twice_and_a_target_made_twice_are_refused() -> None:
     said = message(whole(), table=(*TABLE, Rename("bias", "q")))
     assert "bias: 2 rules use it" in said
-    said = message(Given(a=torch.ones(1), b=torch.ones(1)), {"x": (1,)}, (Rename("a", "x"), Rename("b", "x")))
+    said = message(MemorySource(a=torch.ones(1), b=torch.ones(1)), {"x": (1,)}, (Rename("a", "x"), Rename("b", "x")))
     assert "x: produced 2 times" in said
 
 
-def test_two_origins_without_expectation() -> None:
+def test_a_target_made_twice_is_refused_without_expected_shapes() -> None:
     assert "x: produced 2 times" in message(
-        Given(a=torch.ones(1), b=torch.ones(1)), None, (Rename("a", "x"), Rename("b", "x"))
+        MemorySource(a=torch.ones(1), b=torch.ones(1)), None, (Rename("a", "x"), Rename("b", "x"))
     )
 
 
-def test_rows_that_cannot_be_cut_and_dtypes_that_differ() -> None:
-    assert "3 equal parts" in message(Given(qkv=torch.ones(7, 2), bias=torch.ones(2)))
-    source = Given(q=torch.ones(2), k=torch.ones(2), v=torch.ones(2).half(), b=torch.ones(2))
+def test_rows_that_do_not_divide_and_mixed_dtypes_are_refused() -> None:
+    assert "3 equal parts" in message(MemorySource(qkv=torch.ones(7, 2), bias=torch.ones(2)))
+    source = MemorySource(q=torch.ones(2), k=torch.ones(2), v=torch.ones(2).half(), b=torch.ones(2))
     assert "v float16" in message(source, table=inverse_table(TABLE))

@@ -162,7 +162,7 @@ def kind_named(word: str, key: str) -> ArtifactKind | None:
 
 
 @dataclass(frozen=True)
-class Rule:
+class KindRule:
     """``find`` returns what a place is by this rule, or ``None``. ``kinds``: what it can return; ``needs``: what it
     looks for.
     """
@@ -393,19 +393,19 @@ WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 
 _STEP_FILES = "latest, mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt"
 
-PRECEDENCE: tuple[Rule, ...] = (
-    Rule((ArtifactKind.PIPELINE,), MODEL_INDEX, _pipeline),
-    Rule((ArtifactKind.EXPORT,), f"{EXPORT_REPORT} beside a component folder such as transformer/", _export),
-    Rule((ArtifactKind.CHECKPOINT,), f"{TRAINER} and {MANIFEST}", _checkpoint),
-    Rule((ArtifactKind.RUN,), "checkpoints/ with a checkpoint in it", _run_with_checkpoints),
-    Rule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.DEEPSPEED), _STEP_FILES, _step_files, reads_weights=True),
-    Rule((ArtifactKind.COMPONENTS,), "a component folder such as transformer/ with config.json", _components),
-    Rule((ArtifactKind.COMPONENT,), "config.json of a diffusers model", _component),
-    Rule((ArtifactKind.RUN,), "export/, pipeline/, samples/, cache/ or metrics.jsonl", _run_without_checkpoints),
-    Rule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.DEEPSPEED), "a step folder", _only_step, reads_weights=True),
-    Rule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.SAT_VAE), "a .pt file", _torch_file, reads_weights=True),
-    Rule((ArtifactKind.VIDEOS,), f"a video ({' '.join(VIDEO_SUFFIXES)})", _videos),
-    Rule((ArtifactKind.FRAMES,), f"a picture ({' '.join(PICTURE_SUFFIXES)})", _frames),
+PRECEDENCE: tuple[KindRule, ...] = (
+    KindRule((ArtifactKind.PIPELINE,), MODEL_INDEX, _pipeline),
+    KindRule((ArtifactKind.EXPORT,), f"{EXPORT_REPORT} beside a component folder such as transformer/", _export),
+    KindRule((ArtifactKind.CHECKPOINT,), f"{TRAINER} and {MANIFEST}", _checkpoint),
+    KindRule((ArtifactKind.RUN,), "checkpoints/ with a checkpoint in it", _run_with_checkpoints),
+    KindRule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.DEEPSPEED), _STEP_FILES, _step_files, reads_weights=True),
+    KindRule((ArtifactKind.COMPONENTS,), "a component folder such as transformer/ with config.json", _components),
+    KindRule((ArtifactKind.COMPONENT,), "config.json of a diffusers model", _component),
+    KindRule((ArtifactKind.RUN,), "export/, pipeline/, samples/, cache/ or metrics.jsonl", _run_without_checkpoints),
+    KindRule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.DEEPSPEED), "a step folder", _only_step, reads_weights=True),
+    KindRule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.SAT_VAE), "a .pt file", _torch_file, reads_weights=True),
+    KindRule((ArtifactKind.VIDEOS,), f"a video ({' '.join(VIDEO_SUFFIXES)})", _videos),
+    KindRule((ArtifactKind.FRAMES,), f"a picture ({' '.join(PICTURE_SUFFIXES)})", _frames),
 )
 """The rules, first match first. A pipeline stays a pipeline whatever else is put into its folder. Videos and pictures
 decide only where no rule of models fits.

@@ -11,15 +11,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAINER = "trainer.json"
+from cogflow.records.export_records import ExportRecord
+from cogflow.records.pipeline_records import AssemblyRecord
+from cogflow.records.sample_records import SamplesRecord
+from cogflow.records.training_records import TrainerRecord
+
+TRAINER = TrainerRecord.file_name
 """File of a checkpoint: the state of training and the settings it was trained with."""
-LATEST = "latest.json"
-"""File of ``checkpoints/``: the newest checkpoint that was read back as it was written."""
-SAMPLES_RECORD = "samples.json"
+SAMPLES_RECORD = SamplesRecord.file_name
 """File of a samples folder: how the samples were made, and their metrics."""
-EXPORT_REPORT = "export.json"
+EXPORT_REPORT = ExportRecord.file_name
 """File of an export folder: the source, the facts and the hashes of the exported components."""
-ASSEMBLY = "assembly.json"
+ASSEMBLY = AssemblyRecord.file_name
 """File of an assembled pipeline: where each component comes from."""
 MODEL_INDEX = "model_index.json"
 """File of a diffusers pipeline folder: the class of the pipeline and of each component."""
@@ -103,3 +106,9 @@ class RunLayout:
     def pipeline(self) -> Path:
         """Output of stage=assemble."""
         return self.root / "pipeline"
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path | None:
+    """Return the run whose ``checkpoints/`` contains ``checkpoint``, ``None`` for a checkpoint at another place."""
+    run = checkpoint.parent.parent
+    return run if RunLayout(run).checkpoints == checkpoint.parent else None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cogflow.artifacts.run_layout import MODEL_INDEX
 from cogflow.benchmarking.command_cost import run_command
 from cogflow.benchmarking.random_pipeline import make_pipeline
 from cogflow.benchmarking.results import BenchmarkResult, format_cell, median_or_none
@@ -51,7 +52,7 @@ def measure_assemble(config: Config[BenchmarkStage], folder: Path) -> BenchmarkR
     place = Path(stage.folder).expanduser() if stage.folder else folder / "benchmark"
     place.mkdir(parents=True, exist_ok=True)
     source = place / "source"
-    if not (source / "model_index.json").is_file():
+    if not (source / MODEL_INDEX).is_file():
         make_pipeline(source, config.model.name, stage.layers)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     echo(f"pipeline: {source} ({size / 1e9:.2f} GB)")

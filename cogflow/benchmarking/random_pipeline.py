@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cogflow.artifacts.run_layout import MODEL_INDEX
 from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs
 from cogflow.export.diffusers_configs import PUBLISHED_VAE
@@ -66,7 +67,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
         shutil.copytree(tiny.folder() / "tokenizer", partly / "tokenizer")
         (partly / "scheduler").mkdir()
         write_json(partly / "scheduler" / "scheduler_config.json", diffusers_configs.scheduler_config(facts))
-        write_json(partly / "model_index.json", diffusers_configs.model_index(facts))
+        write_json(partly / MODEL_INDEX, diffusers_configs.model_index(facts))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

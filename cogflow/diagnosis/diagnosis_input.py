@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
-from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD, RunLayout
+from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD, RunLayout, run_of_checkpoint
 from cogflow.assemble.components import PipelineComponent, read_component
 from cogflow.assemble.expectations import Expectation, expectations, family_of
 from cogflow.config.model_section import ModelConfig
@@ -156,7 +156,7 @@ def _of_parts(
     family = family_of(transformer) if transformer is not None else None
     expected = expectations(transformer, family) if transformer is not None else {}
     source = Path((transformer.training.source if transformer is not None else None) or "")
-    run = source.parent.parent if source.parent.name == "checkpoints" and source.parent.is_dir() else None
+    run = run_of_checkpoint(source) if source.parent.is_dir() else None
     sampling = _recorded(run) if run is not None else None
     if (place / ASSEMBLY).is_file():
         sampling = read_record(place / ASSEMBLY, AssemblyRecord).sampling

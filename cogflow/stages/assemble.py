@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cogflow.artifacts.identify import Artifact, identify, kind_named
-from cogflow.artifacts.run_layout import RunLayout
+from cogflow.artifacts.run_layout import RunLayout, run_of_checkpoint
 from cogflow.assemble import hub
 from cogflow.assemble.component_sources import ComponentSource, ExportOptions, base_of, find_component, read_parts
 from cogflow.assemble.components import PipelineComponent, override_settings
@@ -186,8 +186,7 @@ def echo_manual_decisions(checks: ConsistencyResult, components: Mapping[str, Pi
 
 def training_run(transformer: PipelineComponent) -> Path | None:
     """Return the run that contains the transformer's checkpoint, or ``None``."""
-    source = Path(transformer.training.source or "")
-    return source.parent.parent if source.parent.name == "checkpoints" else None
+    return run_of_checkpoint(Path(transformer.training.source or ""))
 
 
 def store_last_rung(reference: Reference, comparison: Comparison) -> None:

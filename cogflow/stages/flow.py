@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.config import Config
 from cogflow.config.diagnose_settings import FlowStage
 from cogflow.files.paths import run_folder
@@ -29,7 +30,7 @@ def run(config: Config[FlowStage]) -> None:
     folder = run_folder(config.run)
     # Before hours of preparing clips: the training will ask it again.
     sequence.check(config)
-    examined = replace(stage.diagnose, candidate=stage.diagnose.candidate or str(folder / "pipeline"))
+    examined = replace(stage.diagnose, candidate=stage.diagnose.candidate or str(RunLayout(folder).pipeline))
     steps: list[tuple[str, Callable[[], None]]] = [
         ("prepare", lambda: prepare.run(config.with_stage(stage.prepare))),
         ("train", lambda: train.run(config.with_stage(stage.train))),
@@ -49,7 +50,7 @@ def run(config: Config[FlowStage]) -> None:
 def close(config: Config[FlowStage], folder: Path, started: float) -> None:
     """Write ``flow.json`` and the report, print the closing table and the places."""
     rows = closing_rows(folder)
-    pipeline, samples = folder / "pipeline", newest_samples(folder / "samples")
+    pipeline, samples = RunLayout(folder).pipeline, newest_samples(RunLayout(folder).samples)
     results: dict[str, Any] = {"summary": f"{len(rows)} stages", "where": str(pipeline), "table": rows}
     with open_tracker(config, "flow", folder) as tracker:
         tracker.table("flow/stages", ["stage", "result", "seconds", "where"], rows)

@@ -1,4 +1,4 @@
-"""stage=sample: sample a run, a checkpoint or a pipeline, or read clips that exist; measure the clips and compare them."""
+"""stage=sample: sample a run, a checkpoint or a pipeline, or read clips that exist; measure and compare the clips."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SAMPLED = (
 
 
 @dataclass(frozen=True)
-class Job:
+class SampleJob:
     """One run of the stage: its settings, the run folder, what is measured, and when it started (``time.time()``).
 
     ``clips``: path of the clips to measure. ``reference``: path of the clips to compare them with.
@@ -77,11 +77,11 @@ def run(config: Config[SampleStage]) -> None:
     source = resolve_source(stage, folder)
     reference = resolve_reference(stage)
     if source.kind in MEDIA:
-        job = Job(config, folder, source, source.root, reference, started)
+        job = SampleJob(config, folder, source, source.root, reference, started)
         how = None
     else:
         output = Path(stage.output).expanduser() if stage.output else RunLayout(folder).sampled
-        job = Job(config, folder, source, output, reference, started)
+        job = SampleJob(config, folder, source, output, reference, started)
         how = sample(job)
     if ranks.is_main():
         conclude(job, how)
@@ -133,7 +133,7 @@ def resolve_model(source: Artifact, model: ModelConfig) -> tuple[Path, Path]:
     return loading.model_folder(model), transformer
 
 
-def sample(job: Job) -> dict[str, Any]:
+def sample(job: SampleJob) -> dict[str, Any]:
     """Sample every prompt from its fixed noise into ``job.clips``; return how the samples were made."""
     config, data = job.config, job.config.data
     device = ranks.device()
@@ -179,7 +179,7 @@ def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
 
 
 def captions(config: Config[SampleStage]) -> list[str]:
-    """Return the captions of the prepared clips, which are sampled when the data is the user's own and no prompts are given."""
+    """Return the captions of the prepared clips: the prompts where the data is the user's own and none are given."""
     if config.data.name == "shapes" or config.sampling.prompts:
         return []
     from cogflow.data.cache import LatentCache
@@ -188,7 +188,7 @@ def captions(config: Config[SampleStage]) -> list[str]:
     return [cache.texts[index] for index in cache.holdout or cache.train]
 
 
-def conclude(job: Job, how: dict[str, Any] | None) -> None:
+def conclude(job: SampleJob, how: dict[str, Any] | None) -> None:
     """Measure the clips, print and log the result, and write ``sample.json``. ``how``: how samples were made.
 
     Raise :class:`QualityGateError` when the reference is better.
@@ -225,7 +225,7 @@ def conclude(job: Job, how: dict[str, Any] | None) -> None:
         )
 
 
-def compare_with_reference(job: Job, ours: MeasuredClips, others: MeasuredClips) -> ClipComparison:
+def compare_with_reference(job: SampleJob, ours: MeasuredClips, others: MeasuredClips) -> ClipComparison:
     """Compare the clips with those of the reference, print the changes, and return the comparison."""
     comparison = compare_clips(ours, others, job.config.stage.fail_on)
     for note in comparison_notes(ours, others):
@@ -235,7 +235,7 @@ def compare_with_reference(job: Job, ours: MeasuredClips, others: MeasuredClips)
     return comparison
 
 
-def log_result(job: Job, ours: MeasuredClips, comparison: ClipComparison | None) -> None:
+def log_result(job: SampleJob, ours: MeasuredClips, comparison: ClipComparison | None) -> None:
     """Log the metrics and the comparison to the tracker."""
     names = list(next(iter(ours.metrics.values())))
     rows = [[name, *metrics.values()] for name, metrics in ours.metrics.items()]
@@ -255,7 +255,7 @@ def measure_or_refuse(place: Path, like: MeasuredClips | None = None) -> Measure
 
 
 def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str, float]]:
-    """Return learned scores by clip; an empty dictionary when ``sampling.clip_model`` names no CLIP model on disk."""
+    """Return learned scores by clip; an empty dictionary when ``sampling.clip_model`` names no CLIP model."""
     if config.sampling.clip_model is None:
         return {}
     from cogflow.sharpness.learned import ClipScores

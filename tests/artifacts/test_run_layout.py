@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.artifacts.run_layout import parse_step, step_folders, step_name, step_of
+from cogflow.artifacts.run_layout import parse_step, run_of_checkpoint, step_folders, step_name, step_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,12 @@ def test_step_folders_are_sorted_by_step(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert [path.name for path in step_folders(tmp_path)] == ["step-000003", "step-000020", "step-1000000"]
     assert step_folders(tmp_path / "missing") == []
+
+
+def test_a_checkpoint_in_checkpoints_belongs_to_its_run(tmp_path: Path) -> None:
+    assert run_of_checkpoint(tmp_path / "run" / "checkpoints" / "step-000004") == tmp_path / "run"
+    assert run_of_checkpoint(tmp_path / "copies" / "step-000004") is None
+    assert run_of_checkpoint(Path()) is None
 
 
 def test_no_other_module_formats_or_parses_step_names(repository: Path) -> None:

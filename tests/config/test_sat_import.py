@@ -11,7 +11,7 @@ import pytest
 
 from cogflow.config import sat_import, sat_keys
 from cogflow.config.build import build, known_keys
-from cogflow.config.compose import compose
+from cogflow.config.compose import compose, configs_folder
 from cogflow.config.config import Config
 from cogflow.config.diagnose_settings import FlowStage
 from cogflow.config.train_settings import TrainStage
@@ -65,6 +65,46 @@ def test_the_experiment_is_sats_recipe_value_by_value() -> None:
         else:
             assert value(experiment, setting.key) == setting.value, setting.key
     assert set(DEVIATIONS) <= {setting.key for setting in settings}
+
+
+def test_the_recipe_file_is_sats_recipe_value_by_value() -> None:
+    """``recipe=sat`` sets what SAT's yaml and SAT's defaults say about the optimization, except for the clips per GPU."""
+    from omegaconf import OmegaConf
+
+    imported = {
+        setting.key.removeprefix("stage."): setting.value
+        for setting in sat_import.read_recipe([str(SFT), str(MODEL)]).settings
+        if setting.key.startswith("stage.")
+    }
+    chosen_per_run = {
+        "steps",
+        "save_every",
+        "evaluate_every",
+        "sample_every",
+        "gradient_accumulation",
+        "seed",
+        "batch_size",
+    }
+    loaded = OmegaConf.to_container(OmegaConf.load(configs_folder() / "recipe" / "sat.yaml"))
+    assert isinstance(loaded, dict)
+    recipe_file = dict(loaded["stages"]["train"])
+    assert recipe_file.pop("batch_size") == 1 and imported["batch_size"] == 2
+    assert recipe_file == {name: value for name, value in imported.items() if name not in chosen_per_run}
+
+
+@pytest.mark.parametrize("name", sorted(YAMLS))
+def test_each_large_model_selects_sats_recipe_and_adds_nothing_to_it(name: str) -> None:
+    selected, named = (
+        compose(["stage=train", f"model={name}", "model.path=/m", *more]) for more in ([], ["recipe=sat"])
+    )
+    assert selected == named
+    tiny = compose(["stage=train", "recipe=sat"])
+    assert selected.stage == tiny.stage and selected.stage.ema_decay == 0.9999
+    assert compose(["stage=train", f"model={name}", "model.path=/m", "recipe=default"]).stage == TrainStage()
+
+
+def test_a_named_recipe_overrides_the_import() -> None:
+    assert recipe("recipe=sat").stage.batch_size == 1 and recipe().stage.batch_size == 2
 
 
 def test_every_setting_taken_is_in_the_config() -> None:

@@ -111,6 +111,10 @@ def test_the_defaults_are_sound() -> None:
         check(Config(stage=kind()))
 
 
+def test_the_demo_runs_with_all_defaults() -> None:
+    assert compose(["stage=flow"]) == Config(stage=FlowStage())
+
+
 def test_a_recipe_reaches_the_training_inside_flow() -> None:
     stage = compose(["experiment=cogvideox_5b_sft", "stage=flow", "stage.train.steps=7", *PLACES]).stage
     assert isinstance(stage, FlowStage)

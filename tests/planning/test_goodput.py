@@ -23,7 +23,15 @@ RUN = Goodput(
 def made(*words: str) -> Plan:
     return plan(
         compose(
-            ["stage=train", "stage.plan=true", "model=cogvideox-5b", "stage.plan_gpus=64", "stage.steps=100000", *words]
+            [
+                "stage=train",
+                "stage.plan=true",
+                "model=cogvideox-5b",
+                "stage.plan_gpus=64",
+                "stage.steps=100000",
+                "stage.ema_decay=0",
+                *words,
+            ]
         )
     )
 

@@ -28,7 +28,15 @@ def test_gradients_do_not_depend_on_what_is_kept(server: Server, tmp_path: Path,
 
 def words(*more: str) -> Any:
     return compose(
-        ["stage=train", "model=cogvideox-5b", "stage.plan=true", "stage.plan_memory_gb=141", "stage.plan_gpus=8", *more]
+        [
+            "stage=train",
+            "model=cogvideox-5b",
+            "stage.ema_decay=0",
+            "stage.plan=true",
+            "stage.plan_memory_gb=141",
+            "stage.plan_gpus=8",
+            *more,
+        ]
     )
 
 

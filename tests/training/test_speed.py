@@ -130,6 +130,7 @@ def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
         given = [
             "stage=train",
             "model=cogvideox-5b",
+            "stage.ema_decay=0",
             "data=folder",
             "stage.plan=true",
             "stage.plan_gpus=8",
@@ -154,6 +155,7 @@ def test_recomputed_blocks_keep_as_much_as_memory_allows() -> None:
         given = [
             "stage=train",
             "model=cogvideox-5b",
+            "stage.ema_decay=0",
             "data=folder",
             "stage.plan=true",
             "stage.plan_gpus=8",

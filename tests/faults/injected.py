@@ -1,8 +1,8 @@
-"""Faults that happen for real, at a named point of the work: ``kill@renaming#2/0`` kills rank 0 the second time it is
-about to rename.
+"""Real faults at named points of a run: ``kill@renaming#2/0`` kills rank 0 before it renames for the second time.
 
-``ACTION@POINT#N/RANK``; N counts from 1 (default 1), RANK may be left out (all ranks); several are joined by commas. A
-fault that fires writes its name down first. The points are those places in cogflow where something can be lost.
+The format is ``ACTION@POINT#N/RANK``. N counts from 1 (default 1); without RANK the fault happens on all ranks; faults are
+joined by commas. A fault writes its name to a file before it happens. Points are places in cogflow where something can be
+lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 POINTS: dict[str, tuple[str, str, str]] = {
-    # point: (module, name, before or after)
+    # point: (module, name, when: before or after the call, or with its result)
     "step": ("cogflow.training.loop", "Trainer.train_step", "before"),
     "micro": ("cogflow.training.batch", "Loader.take", "before"),
     "losses": ("cogflow.training.objective", "Objective.losses", "result"),
@@ -52,26 +52,22 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "placing": ("cogflow.assemble.pipeline_folder", "place_file", "before"),
 }
 
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
-
 
 def arm(faults: str, rank: int, fired: Path) -> None:
-    """Have the ``faults`` of this rank happen.
+    """Arrange the ``faults`` of this rank; each appends its name to the file ``fired`` when it happens.
 
-    ``fp16``: let DeepSpeed train in it on a CPU, which it refuses though torch can. ``impatient``: W&B is waited for a
-    few seconds where it would be minutes.
+    ``fp16``: DeepSpeed trains in fp16 on a CPU, which it refuses although torch can. ``impatient``: cogflow waits a few
+    seconds for W&B where it would wait minutes.
     """
     for fault in filter(None, faults.split(",")):
         if fault == "impatient":
             from cogflow.tracking import wandb_run
 
             wandb_run.SETTINGS.update(init_timeout=3.0, finish_timeout=3.0)
-            wandb_run.USE_SECONDS, wandb_run.CALL_SECONDS, wandb_run.FINISH_SECONDS, wandb_run.ARTIFACT_SECONDS = (
-                1.0,
-                2.0,
-                3.0,
-                5.0,
-            )
+            wandb_run.USE_SECONDS = 1.0
+            wandb_run.CALL_SECONDS = 2.0
+            wandb_run.FINISH_SECONDS = 3.0
+            wandb_run.ARTIFACT_SECONDS = 5.0
             continue
         if fault == "fp16":
             from deepspeed.accelerator import get_accelerator
@@ -82,7 +78,7 @@ def arm(faults: str, rank: int, fired: Path) -> None:
         rest, _, of = rest.partition("/")
         point, _, number = rest.partition("#")
         if not of or int(of) == rank:
-            _patch(POINTS[point], _act(action, fault, fired), int(number or 1))
+            _patch(POINTS[point], _firing(action, fault, fired), int(number or 1))
 
 
 def _patch(point: tuple[str, str, str], act: Callable[[Any], Any], number: int) -> None:
@@ -106,46 +102,81 @@ def _patch(point: tuple[str, str, str], act: Callable[[Any], Any], number: int) 
     setattr(owner, last, patched)
 
 
-def _act(action: str, fault: str, fired: Path) -> Callable[[Any], Any]:
+def _firing(action: str, fault: str, fired: Path) -> Callable[[Any], Any]:
+    """Return ``action`` with the name of ``fault`` appended to ``fired`` first."""
+
     def act(value: Any) -> Any:
-        with open(fired, "a", encoding="utf-8") as file:
+        with fired.open("a", encoding="utf-8") as file:
             file.write(fault + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if action in SIGNALS:
-            sys.stdout.flush()
-            os.kill(os.getpid(), SIGNALS[action])
-        elif action in ("unserve", "freeze"):
-            for pid in _services():
-                os.kill(pid, signal.SIGKILL if action == "unserve" else signal.SIGSTOP)
-        elif action == "twice":
-            # As people do when nothing seems to happen: more than the echo of the first one.
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(3.2)
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif action == "hang":
-            time.sleep(3600)
-        elif action == "full":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        elif action == "nan":
-            value.per_sample[0] = math.nan
-            value.mean = value.mean * math.nan
-        elif action == "spike":
-            value.per_sample[:] = 1e4 * value.per_sample
-            value.mean = value.mean * 1e4
-        elif action == "infgrad":
-            # The loss itself stays finite: what overflows is the gradient.
-            loss: torch.Tensor = value[1]
-            loss.register_hook(lambda gradient: gradient * math.inf)
-        else:
-            raise ValueError(action)
+        ACTIONS[action](value)
         return value
 
     return act
 
 
+def _send(number: signal.Signals) -> Callable[[Any], None]:
+    def send(value: Any) -> None:
+        sys.stdout.flush()
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+def _send_twice(value: Any) -> None:
+    """Send SIGTERM twice, later than signals that count as one request."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _signal_services(number: signal.Signals) -> Callable[[Any], None]:
+    def send(value: Any) -> None:
+        for pid in _services():
+            os.kill(pid, number)
+
+    return send
+
+
+def _fill_disk(value: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _set_nan(losses: Any) -> None:
+    losses.per_sample[0] = math.nan
+    losses.mean = losses.mean * math.nan
+
+
+def _set_spike(losses: Any) -> None:
+    losses.per_sample[:] = 1e4 * losses.per_sample
+    losses.mean = losses.mean * 1e4
+
+
+def _set_infinite_gradient(arguments: Any) -> None:
+    """Make the gradient infinite; the loss itself stays finite."""
+    loss: torch.Tensor = arguments[1]
+    loss.register_hook(lambda gradient: gradient * math.inf)
+
+
+ACTIONS: dict[str, Callable[[Any], None]] = {
+    "kill": _send(signal.SIGKILL),
+    "term": _send(signal.SIGTERM),
+    "usr1": _send(signal.SIGUSR1),
+    "int": _send(signal.SIGINT),
+    "twice": _send_twice,
+    "unserve": _signal_services(signal.SIGKILL),
+    "freeze": _signal_services(signal.SIGSTOP),
+    "hang": lambda value: time.sleep(3600),
+    "full": _fill_disk,
+    "nan": _set_nan,
+    "spike": _set_spike,
+    "infgrad": _set_infinite_gradient,
+}
+
+
 def _services() -> list[int]:
-    """W&B's service that this process started: it must be there."""
+    """Return the process ids of W&B's service that this process started."""
     from cogflow.tracking.wandb_service import service_pids
 
     if not (found := service_pids()):

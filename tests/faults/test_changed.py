@@ -26,7 +26,7 @@ def resumed(world: World, half: str, name: str, *more: str, stage: str = "stage.
     return done.code, done.text
 
 
-def test_what_may_change_is_told_and_goes_on(world: World, half: str) -> None:
+def test_settings_that_may_change_are_reported(world: World, half: str) -> None:
     code, text = resumed(
         world, half, "tuned", "stage.learning_rate=3e-5", "stage.evaluate_every=1", "stage.text_dropout=0.2"
     )
@@ -40,7 +40,7 @@ def test_what_may_change_is_told_and_goes_on(world: World, half: str) -> None:
     assert "stage.evaluate_every is now" not in text and world.checkpoints("tuned") == [2, 3]
 
 
-def test_all_that_may_not_is_refused_at_once_and_nothing_is_touched(world: World, half: str) -> None:
+def test_settings_that_may_not_change_are_all_refused_at_once(world: World, half: str) -> None:
     more = ["stage.seed=4", "stage.freeze=[patch_embed.*]", "stage.gradient_accumulation=3", "stage.ema_decay=0"]
     code, text = resumed(world, half, "refused", *more)
     assert code == 2 and "Traceback" not in text, text[-3000:]
@@ -56,7 +56,7 @@ def test_all_that_may_not_is_refused_at_once_and_nothing_is_touched(world: World
     assert world.checkpoints("refused") == [2] and world.pointer("refused") == 2
 
 
-def test_frozen_weights_stay_to_the_bit_and_go_on_under_another_stage(world: World) -> None:
+def test_frozen_weights_keep_their_bits_under_another_zero_stage(world: World) -> None:
     words = ["stage.freeze=[transformer_blocks.0.*,patch_embed.*]", "stage.save_every=0", "stage.learning_rate=1e-3"]
     server_says(world.train("frozen", *words, "stage.steps=2", "deepspeed=zero2"), 0)
     server_says(world.train("frozen", *words, "stage.steps=3", "deepspeed=zero3"), 0, "after step 2", "resharded")

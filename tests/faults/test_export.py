@@ -55,9 +55,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("stage", KILLS)
-def test_killed_between_shards_the_old_one_stays_and_a_rerun_gives_the_same(
-    trained: World, tmp_path: Path, stage: str
-) -> None:
+def test_a_killed_export_keeps_the_old_folder_and_a_rerun_is_equal(trained: World, tmp_path: Path, stage: str) -> None:
     """Each kill meets what the one before has left."""
     # All at one place: a pipeline's card holds the command that made it.
     target = tmp_path / "killed" / "out"
@@ -85,7 +83,7 @@ def test_killed_between_shards_the_old_one_stays_and_a_rerun_gives_the_same(
 
 
 @pytest.mark.parametrize("stage", KILLS)
-def test_a_file_that_may_not_grow_leaves_the_old_one(trained: World, tmp_path: Path, stage: str) -> None:
+def test_a_full_disk_in_an_export_keeps_the_old_folder(trained: World, tmp_path: Path, stage: str) -> None:
     target = tmp_path / "out"
     server_says(run(trained, stage, target, 1), 0)
     old = hashes(target)
@@ -111,7 +109,7 @@ def test_a_disk_without_room_names_path_needed_and_free(trained: World, tmp_path
         os.system(f"umount {disk}")
 
 
-def test_a_log_that_may_not_grow_ends_training_with_whole_lines(world: World) -> None:
+def test_a_full_disk_under_the_metrics_log_keeps_whole_lines(world: World) -> None:
     """The disk is full when a step is logged: every line that is there is whole, and training goes on from the last
     checkpoint.
     """

@@ -21,7 +21,7 @@ def sound(world: World) -> str:
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("what", ["nan@losses#6", "infgrad@backward#6"])
-def test_stop_leaves_the_step_before_and_says_so(world: World, zero: str, what: str) -> None:
+def test_a_step_that_is_not_finite_stops_the_run_and_changes_no_weight(world: World, zero: str, what: str) -> None:
     """The second micro step of the third step."""
     name, whole = f"{what.split('@')[0]}-{zero}", f"sound-{zero}"
     if not (world.root / whole).exists():
@@ -36,7 +36,7 @@ def test_stop_leaves_the_step_before_and_says_so(world: World, zero: str, what: 
     assert world.states(name, 4) == world.states(whole, 4) and world.losses(name) == world.losses(whole)
 
 
-def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) -> None:
+def test_a_skipped_update_has_no_effect_on_the_run(world: World, sound: str) -> None:
     done = world.train("skipped", *STEP, "stage.on_not_finite=skip", fault="nan@losses#6")
     server_says(done, 0, "an update was skipped")
     assert done.fired and world.states("skipped", 3) == world.states("skipped", 2) == world.states(sound, 2)
@@ -51,7 +51,7 @@ def test_skip_goes_on_and_the_step_counts_for_nothing(world: World, sound: str) 
     assert next(line for line in lines if line["step"] == 3)["train/loss"] is None
 
 
-def test_rollback_goes_back_with_a_lower_rate(world: World, sound: str) -> None:
+def test_a_rollback_resumes_the_checkpoint_with_a_lower_rate(world: World, sound: str) -> None:
     words = [*STEP, "stage.on_not_finite=rollback", "stage.rollback.learning_rate_ratio=0.5"]
     done = server_says(world.train("back", *words, fault="nan@losses#6"), 0, "rolling back to")
     assert done.fired
@@ -68,13 +68,13 @@ def test_rollback_goes_back_with_a_lower_rate(world: World, sound: str) -> None:
     assert rates[2] == undisturbed[2] and rates[3] == pytest.approx(0.5 * undisturbed[3])
 
 
-def test_a_clip_that_never_gives_a_number_ends_the_run(world: World) -> None:
+def test_twenty_skipped_updates_in_a_row_end_the_run(world: World) -> None:
     faults = ",".join(f"nan@losses#{number}" for number in range(1, 60))
     done = world.train("never", "stage.steps=40", "stage.save_every=0", "stage.on_not_finite=skip", fault=faults)
     server_says(done, 3, "20th skipped update in a row")
 
 
-def test_a_nan_on_one_of_two_ranks_stops_both_before_the_update(world: World, sound: str) -> None:
+def test_a_nan_on_one_rank_stops_both_ranks_before_the_update(world: World, sound: str) -> None:
     done = world.train(
         "one-of-two",
         "stage.steps=4",
@@ -89,7 +89,7 @@ def test_a_nan_on_one_of_two_ranks_stops_both_before_the_update(world: World, so
     assert two.codes == [0, 0] and world.states("one-of-two", 2) == world.states("two", 2)
 
 
-def test_a_spike_is_told_and_left_out_where_that_is_asked_for(world: World) -> None:
+def test_a_spike_is_reported_and_skipped_on_request(world: World) -> None:
     words = ["stage.steps=40", "stage.save_every=0", "stage.gradient_accumulation=1", "stage.learning_rate=0"]
     told = world.train("spike-told", *words, fault="spike@losses#36")
     assert told.fired and "a spike: step 36" in server_says(told, 0).text
@@ -101,7 +101,7 @@ def test_a_spike_is_told_and_left_out_where_that_is_asked_for(world: World) -> N
     assert world.states("spike-left", 40)["steps"] == b"39" and world.states("spike-told", 40)["steps"] == b"40"
 
 
-def test_fp16_looks_for_its_scale_and_logs_it(world: World) -> None:
+def test_fp16_searches_its_loss_scale_and_logs_it(world: World) -> None:
     done = world.train(
         "half",
         "stage.steps=4",

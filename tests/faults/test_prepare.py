@@ -117,7 +117,7 @@ def quarantined(place: Place, name: str) -> dict[str, str]:
     return {row["name"]: row["reason"] for row in map(json.loads, lines)}
 
 
-def test_bad_clips_of_every_kind_are_left_out_by_two_ranks_in_step(place: Place, whole: str, clips: Path) -> None:
+def test_bad_clips_are_left_out_alike_by_two_ranks(place: Place, whole: str, clips: Path) -> None:
     names = [f"good-{number}.mp4" for number in range(GOOD)]
     for number, name in enumerate(BAD):
         names.insert(2 * number + 1, name)
@@ -129,7 +129,7 @@ def test_bad_clips_of_every_kind_are_left_out_by_two_ranks_in_step(place: Place,
     assert tensors(place.root / "some-bad/cache") == tensors(place.root / whole / "cache")
 
 
-def test_too_many_bad_clips_on_one_rank_are_told_by_it_and_end_both(place: Place, clips: Path) -> None:
+def test_too_many_bad_clips_on_one_rank_end_both_ranks(place: Place, clips: Path) -> None:
     """All that are bad fall to rank 1, which alone counts them."""
     names = [name for number, bad in enumerate(BAD) for name in (f"good-{number}.mp4", bad)]
     done = prepare(place, "too-bad", listed(clips, names), "data.max_bad_share=0.2", ranks=2, seconds=60)
@@ -138,7 +138,7 @@ def test_too_many_bad_clips_on_one_rank_are_told_by_it_and_end_both(place: Place
     assert set(quarantined(place, "too-bad")) < set(BAD) and not (place.root / "too-bad/cache/index.json").exists()
 
 
-def test_a_wholly_bad_set_stops_in_seconds_on_both_ranks(place: Place, tmp_path: Path) -> None:
+def test_a_wholly_bad_data_set_stops_both_ranks_in_seconds(place: Place, tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number}.mp4").write_text(f"no video {number}\n" * 50)
     done = prepare(
@@ -150,9 +150,7 @@ def test_a_wholly_bad_set_stops_in_seconds_on_both_ranks(place: Place, tmp_path:
     )
 
 
-def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(
-    place: Place, whole: str, only_good: Path
-) -> None:
+def test_a_killed_rank_is_named_and_finished_work_is_reused(place: Place, whole: str, only_good: Path) -> None:
     done = prepare(place, "killed-rank", only_good, ranks=2, fault="kill@encoding#3/1", seconds=60)
     assert done.fired == ["kill@encoding#3/1"] and done.codes == [1, -9] and not done.timed_out, (
         done.codes,
@@ -166,7 +164,7 @@ def test_a_rank_that_is_killed_is_named_and_nothing_done_is_done_again(
     assert tensors(place.root / "killed-rank/cache") == tensors(place.root / whole / "cache")
 
 
-def test_a_rank_that_stands_still_is_named_and_both_end(place: Place, only_good: Path) -> None:
+def test_a_rank_that_hangs_while_encoding_is_named(place: Place, only_good: Path) -> None:
     done = prepare(
         place, "hung-rank", only_good, "stage.stall_minutes=0.15", ranks=2, fault="hang@encoding#2/1", seconds=60
     )
@@ -177,9 +175,7 @@ def test_a_rank_that_stands_still_is_named_and_both_end(place: Place, only_good:
     assert "rank 1 (" in done.text and "is in phase: encoding clips" in done.text
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_the_shards_that_were_there(
-    place: Place, whole: str, only_good: Path
-) -> None:
+def test_a_disk_that_fills_up_keeps_the_published_shards(place: Place, whole: str, only_good: Path) -> None:
     cache = place.root / "limited-prepare/cache"
     done = prepare(place, "limited-prepare", only_good, "stage.shard_clips=1", fault="full@shard#11")
     assert done.fired == ["full@shard#11"]

@@ -21,7 +21,7 @@ def undisturbed(world: World) -> str:
 
 
 @pytest.mark.parametrize("point", ["backward#4", "states-written#2", "hashed#2", "evaluation#4"])
-def test_a_rank_that_is_killed_is_named_and_the_pointer_stays(world: World, undisturbed: str, point: str) -> None:
+def test_a_killed_rank_is_named_and_the_pointer_stays(world: World, undisturbed: str, point: str) -> None:
     name = f"killed-{point.split('#')[0]}"
     more = [*WORDS, "stage.evaluate_every=1"]
     done = world.train(name, *more, ranks=2, fault=f"kill@{point}/1", seconds=90)
@@ -37,7 +37,7 @@ def test_a_rank_that_is_killed_is_named_and_the_pointer_stays(world: World, undi
     assert world.losses(name) == world.losses(undisturbed) and world.states(name, 4) == world.states(undisturbed, 4)
 
 
-def test_a_rank_that_stands_still_is_named_by_the_other_and_both_end(world: World) -> None:
+def test_a_rank_that_hangs_is_named_and_both_ranks_end(world: World) -> None:
     done = world.train("hung", *WORDS, "stage.stall_minutes=0.1", ranks=2, fault="hang@micro#3/1", seconds=90)
     assert done.fired == ["hang@micro#3/1"] and not done.timed_out and done.codes == [1, 1], (
         done.codes,
@@ -48,7 +48,7 @@ def test_a_rank_that_stands_still_is_named_by_the_other_and_both_end(world: Worl
     assert any("injected.py" in path.read_text() for path in stacks), "the stack shows where it hangs"
 
 
-def test_a_full_disk_on_one_rank_ends_both_and_leaves_what_was_there(world: World) -> None:
+def test_a_full_disk_on_one_rank_ends_both_and_keeps_the_old_checkpoint(world: World) -> None:
     done = world.train("full-one", *WORDS, ranks=2, fault="full@states-written#2/1", seconds=90)
     assert done.fired and not done.timed_out and done.codes[1] == 2 and done.codes[0] != 0, done.text[-3000:]
     assert (
@@ -56,7 +56,7 @@ def test_a_full_disk_on_one_rank_ends_both_and_leaves_what_was_there(world: Worl
     )
 
 
-def test_killed_ranks_of_prepare_lose_nothing_that_was_published(world: World) -> None:
+def test_killed_ranks_of_prepare_lose_no_published_shard(world: World) -> None:
     words = ["stage=prepare", "debug=quick", f"run.root={world.root}", "tracking.wandb=disabled", "stage.shard_clips=2"]
     done = world.server.run(*words, "run.name=prepare-killed", ranks=2, fault="kill@encoding#4/1", seconds=90)
     assert done.fired and done.codes[1] == -9 and done.codes[0] != 0 and not done.timed_out, done.text[-3000:]

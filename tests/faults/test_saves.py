@@ -35,7 +35,7 @@ PHASES = (*BEFORE, *AFTER)
 STEPS = len(PHASES) + 2
 
 
-def test_a_kill_in_every_phase_of_a_save(world: World) -> None:
+def test_a_kill_in_every_phase_of_a_save_loses_no_checkpoint(world: World) -> None:
     common = [f"stage.steps={STEPS}", "stage.save_every=1", "stage.keep_last=2"]
     server_says(world.train("unkilled", *common), 0)
     last = 0
@@ -63,7 +63,7 @@ def test_a_kill_in_every_phase_of_a_save(world: World) -> None:
     assert names == ["latest.json", f"step-{STEPS - 1:06d}", f"step-{STEPS:06d}"]
 
 
-def test_a_file_that_may_not_grow_leaves_what_was_there(world: World) -> None:
+def test_a_full_disk_in_a_save_keeps_the_old_checkpoint(world: World) -> None:
     """As a full disk or a quota does in the middle of a file; the transformer is 5 MB, its optimizer's states 15."""
     common = ["stage.steps=4", "stage.save_every=2"]
     server_says(world.train("limited", *common, "stage.steps=2"), 0)
@@ -76,7 +76,7 @@ def test_a_file_that_may_not_grow_leaves_what_was_there(world: World) -> None:
     assert world.states("limited", 4) == world.states("unlimited", 4)
 
 
-def test_a_disk_without_room_is_found_before_anything_is_written(world: World, tmp_path: Path) -> None:
+def test_a_save_without_room_is_refused_before_it_writes(world: World, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o size=60M none {disk} 2>/dev/null") != 0:
@@ -119,7 +119,7 @@ def flip(path: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
-def test_what_was_changed_is_passed_over_before_anything_of_it_is_loaded(world: World, tmp_path: Path) -> None:
+def test_a_changed_checkpoint_is_skipped_before_it_is_loaded(world: World, tmp_path: Path) -> None:
     server_says(world.train("changed", "stage.steps=3", "stage.save_every=1"), 0)
     for name, change in CHANGES.items():
         folder = tmp_path / name
@@ -129,7 +129,7 @@ def test_what_was_changed_is_passed_over_before_anything_of_it_is_loaded(world: 
         assert found == folder / "step-000002" and len(passed) == 1 and "step-000003" in passed[0], name
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(world: World, tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_not_resumed(world: World, tmp_path: Path) -> None:
     import torch
 
     from cogflow.files.manifest import write_manifest
@@ -151,7 +151,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(world: World, tmp_p
     assert (tmp_path / "canary").exists(), "the payload would not have done anything"
 
 
-def test_weights_alone_are_exported_but_not_resumed(world: World) -> None:
+def test_weights_without_states_are_exported_and_not_resumed(world: World) -> None:
     server_says(world.train("alone", "stage.steps=4", "stage.weights_every=2", "stage.ema_decay=0.9"), 0)
     folder = world.root / "alone/weights/step-000002"
     assert (

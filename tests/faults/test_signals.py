@@ -14,7 +14,7 @@ STEPS = ["stage.steps=4", "stage.save_every=2"]
 
 
 @pytest.mark.parametrize("name", ["term", "usr1", "int"])
-def test_each_signal_saves_and_the_same_command_goes_on(world: World, name: str) -> None:
+def test_each_signal_saves_and_the_same_command_resumes(world: World, name: str) -> None:
     done = world.train(f"stopped-{name}", *STEPS, fault=f"{name}@backward#5")
     assert done.fired and server_says(done, 75, "Stopped after step 3", "Run the same command").seconds < 60
     assert world.checkpoints(f"stopped-{name}") == [2, 3]
@@ -37,7 +37,7 @@ def test_a_signal_during_a_save_lets_it_finish(world: World) -> None:
     assert world.checkpoints("in-a-save") == [2, 3]
 
 
-def test_a_second_signal_ends_at_once_and_harms_nothing(world: World) -> None:
+def test_a_second_signal_ends_at_once_and_damages_nothing(world: World) -> None:
     done = world.train("twice", *STEPS, fault="twice@weights-written#2")
     assert done.fired and done.codes == [128 + signal.SIGTERM] and "ending at once" in done.text, done.text[-3000:]
     assert world.checkpoints("twice") == [2] and world.pointer("twice") == 2

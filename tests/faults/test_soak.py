@@ -69,7 +69,7 @@ def schedule(seed: int) -> list[Life]:
     return lives
 
 
-def test_a_hundred_lives_end_where_one_does(world: World) -> None:
+def test_a_hundred_interrupted_runs_end_like_one_uninterrupted_run(world: World) -> None:
     words = [f"stage.steps={STEPS}", "stage.save_every=1", "stage.keep_last=2", "stage.ema_decay=0.9"]
     server_says(world.train("undisturbed-soak", *words, seconds=600), 0)
     ended: dict[str, int] = {}

@@ -68,7 +68,7 @@ def export(world: World, run: Path, output: Path, *more: str) -> Path:
     ("kind", "zero", "ranks"),
     [("run", "zero0", 1), ("checkpoint", "zero3", 2), ("diffusers", "zero3", 1), ("sat", "zero2", 1)],
 )
-def test_the_weights_are_those_of_the_source(
+def test_the_initial_weights_are_those_of_the_source(
     world: World, trained: Path, tmp_path: Path, kind: str, zero: str, ranks: int
 ) -> None:
     source = {
@@ -90,7 +90,7 @@ def test_the_weights_are_those_of_the_source(
     assert same(found, expected) and not same(found, weights(world.model / "transformer"))
 
 
-def test_the_model_itself_is_what_training_starts_with_else(world: World) -> None:
+def test_training_starts_from_the_model_without_stage_start(world: World) -> None:
     server_says(world.train("from-model", *STILL, "deepspeed=zero3"), 0)
     assert same(
         weights(world.root / "from-model/checkpoints/step-000001/transformer"), weights(world.model / "transformer")
@@ -108,7 +108,7 @@ def test_weights_trained_for_another_schedule_are_refused(world: World, trained:
     assert not (world.root / "other-facts/checkpoints").exists()
 
 
-def test_weights_of_another_model_are_refused_with_the_names_of_its_tensors(
+def test_weights_of_another_model_are_refused_with_their_tensor_names(
     world: World, trained: Path, tmp_path: Path
 ) -> None:
     folder = export(world, trained, tmp_path / "export")
@@ -123,11 +123,11 @@ def test_weights_of_another_model_are_refused_with_the_names_of_its_tensors(
     assert not (world.root / "other-weights/checkpoints").exists()
 
 
-def test_a_start_that_is_not_there_is_a_mistake(world: World) -> None:
+def test_a_start_that_does_not_exist_is_a_user_error(world: World) -> None:
     server_says(world.train("nowhere", *STILL, "stage.start=/nowhere/at/all"), 2, "/nowhere/at/all")
 
 
-def test_a_compilation_that_was_broken_off_is_told_and_not_waited_for(world: World, tmp_path: Path) -> None:
+def test_a_killed_compilation_is_reported_and_not_waited_for(world: World, tmp_path: Path) -> None:
     lock = tmp_path / "py" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -137,7 +137,7 @@ def test_a_compilation_that_was_broken_off_is_told_and_not_waited_for(world: Wor
     server_says(done, 2, "was killed", f"rm -r {lock.parent}")
 
 
-def test_a_machine_without_a_compiler_is_told_what_does_without(world: World, tmp_path: Path) -> None:
+def test_a_missing_compiler_names_settings_that_need_none(world: World, tmp_path: Path) -> None:
     env = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/g++"}
     done = world.train("no-compiler", "deepspeed=zero2_offload", env=env)
     server_says(done, 2, "could not be compiled", "deepspeed=zero2")

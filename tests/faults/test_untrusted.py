@@ -96,7 +96,7 @@ def component(tmp_path: Path, name: str, shard: str) -> Path:
     return folder
 
 
-def test_an_index_that_leads_out_of_its_folder_is_refused_unopened(server: Server, tmp_path: Path) -> None:
+def test_an_index_that_points_outside_is_refused_unopened(server: Server, tmp_path: Path) -> None:
     for name, shard in {
         "up": "../../outside.safetensors",
         "absolute": str(outside(tmp_path)),
@@ -119,7 +119,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused_unopened(server: Serve
             )
 
 
-def test_a_clip_list_that_leads_out_of_its_folder_is_refused_unopened(server: Server, tmp_path: Path) -> None:
+def test_a_clip_list_that_points_outside_is_refused_unopened(server: Server, tmp_path: Path) -> None:
     pipe = tmp_path / "outside.mp4"
     os.mkfifo(pipe)
     for name in ("../outside.mp4", str(pipe), "link.mp4"):
@@ -131,7 +131,7 @@ def test_a_clip_list_that_leads_out_of_its_folder_is_refused_unopened(server: Se
         server_says(run(server, "prepare", tmp_path, "data=folder", f"data.path={folder}"), 2, "DataError", name)
 
 
-def test_a_prompts_name_that_leads_out_of_the_samples_is_refused(server: Server, tmp_path: Path) -> None:
+def test_a_prompt_name_that_points_outside_is_refused(server: Server, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     for name in ("../../canary", str(tmp_path / "canary"), "a/b", ".."):
         prompts.write_text(json.dumps({"id": name, "text": "a circle"}) + "\n")

@@ -32,7 +32,7 @@ def videos(world: World, name: str) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in Path(folder).rglob("*.mp4")}
 
 
-def test_with_validations_and_without_the_losses_and_weights_are_the_same(world: World, undisturbed: str) -> None:
+def test_validations_change_neither_losses_nor_weights(world: World, undisturbed: str) -> None:
     server_says(world.train("not-validated", *WORDS), 0)
     assert world.losses("not-validated") == world.losses(undisturbed) and len(world.losses(undisturbed)) == 4
     assert world.states("not-validated", 4) == world.states(undisturbed, 4)
@@ -47,7 +47,7 @@ def test_with_validations_and_without_the_losses_and_weights_are_the_same(world:
         ("kill@validated#2", -9, ""),
     ],
 )
-def test_stopped_or_killed_around_one_it_ends_as_if_it_had_not_been(
+def test_a_run_stopped_around_a_validation_ends_like_an_uninterrupted_one(
     world: World, undisturbed: str, prompt: str, fault: str, code: int, resumed: str
 ) -> None:
     """The validation at the start is the first; each takes two steps of denoising."""
@@ -61,9 +61,7 @@ def test_stopped_or_killed_around_one_it_ends_as_if_it_had_not_been(
     assert found == expected and len({path.split("/")[0] for path in found}) == 3, "samples of steps 0, 2 and 4"
 
 
-def test_two_ranks_give_up_a_validation_together_and_before_the_first_step_nothing_is_saved(
-    world: World, prompt: str
-) -> None:
+def test_two_ranks_stop_a_validation_together(world: World, prompt: str) -> None:
     one_each = ["stage.gradient_accumulation=1", "deepspeed=zero3"]
     done = world.train("given-up", *WORDS, *WITH, *one_each, prompt, ranks=2, fault="term@denoising#2/1", seconds=90)
     assert done.fired == ["term@denoising#2/1"] and done.codes == [75, 75], done.text[-3000:]

@@ -46,7 +46,7 @@ def train(world: World, name: str, url: str, fault: str, folder: Path) -> Done:
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_training_goes_on_at_its_speed_and_loses_neither_line_nor_key(
+def test_wandb_faults_neither_slow_training_nor_lose_lines(
     world: World, undisturbed: Done, tmp_path: Path, what: str
 ) -> None:
     server, fault, said = FAULTS[what]

@@ -79,7 +79,7 @@ def test_a_spoilt_run_stops_with_a_checkpoint_a_verdict_and_a_picture(stopped: P
 
 
 @pytest.mark.slow
-def test_the_same_command_does_not_walk_past_the_alarm(flow: Path, stopped: Path, cogflow: Command) -> None:
+def test_the_same_command_does_not_continue_after_an_alarm(flow: Path, stopped: Path, cogflow: Command) -> None:
     before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     done = cogflow(*words(flow, "stopped"), *SPOILT, "stage.on_blur=stop", code=3)
     assert "An alarm stopped the run at its newest checkpoint" in done.stderr
@@ -111,7 +111,7 @@ def test_a_rollback_trains_the_same_in_one_process_and_in_two(
 
 
 @pytest.mark.slow
-def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint_and_would_only_repeat(
+def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint(
     flow: Path, sharp: Path, cogflow: Command
 ) -> None:
     folder = copied(sharp, "no-settings")
@@ -128,7 +128,7 @@ def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint_and_would_onl
 
 
 @pytest.mark.slow
-def test_a_resumed_watch_and_indicator_know_what_the_uninterrupted_ones_know(
+def test_a_resumed_watch_and_trend_equal_the_uninterrupted_ones(
     flow: Path, sharp: Path, cogflow: Command
 ) -> None:
     calm = ["stage.steps=6", "stage.learning_rate=1e-5", "stage.keep_last=9"]
@@ -152,7 +152,7 @@ def test_a_resumed_watch_and_indicator_know_what_the_uninterrupted_ones_know(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero3"])  # zero2 is in test_resume
-def test_two_ranks_go_back_together(flow: Path, sharp: Path, cogflow: Command, zero: str) -> None:
+def test_two_ranks_roll_back_together(flow: Path, sharp: Path, cogflow: Command, zero: str) -> None:
     folder = flow.parent / f"two-ranks-{zero}"
     folder.mkdir()
     shutil.copytree(flow / "cache", folder / "cache")
@@ -172,7 +172,7 @@ def test_two_ranks_go_back_together(flow: Path, sharp: Path, cogflow: Command, z
 
 
 @pytest.mark.slow
-def test_latents_at_another_scale_are_told_before_the_first_step(flow: Path, cogflow: Command) -> None:
+def test_latents_at_another_scale_are_reported_before_the_first_step(flow: Path, cogflow: Command) -> None:
     folder = flow.parent / "rescaled"
     folder.mkdir()
     shutil.copytree(flow / "cache", folder / "cache")

@@ -34,7 +34,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "checkpoints/step-000004/transformer/diffusion_pytorch_model.safetensors").read_bytes()
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(flow: Path, cogflow: Command) -> None:
+def test_a_signal_saves_and_the_same_command_resumes(flow: Path, cogflow: Command) -> None:
     # Held-out losses after every step, so that it is not done before the signal comes on a busy machine.
     words = [*beside(flow, "signalled"), "stage.save_every=0", "stage.evaluate_every=1"]
     folder = flow.parent / "signalled"
@@ -58,7 +58,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(flow: Path, cogflow: Comman
     assert losses(folder) == losses(flow) and weights(folder) == weights(flow)
 
 
-def test_a_broken_checkpoint_is_passed_over(flow: Path, cogflow: Command) -> None:
+def test_a_broken_checkpoint_is_skipped(flow: Path, cogflow: Command) -> None:
     words = beside(flow, "broken")
     folder = flow.parent / "broken"
     shutil.copytree(flow / "checkpoints", folder / "checkpoints")

@@ -69,7 +69,7 @@ def close(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stopped_and_resumed_is_uninterrupted_to_the_bit(ran: Ran, ranks: int) -> None:
+def test_a_stopped_and_resumed_run_is_equal_to_the_bit(ran: Ran, ranks: int) -> None:
     cases = [
         f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}",
         f"stopped:zero3:{SOME}",

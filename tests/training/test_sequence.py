@@ -81,7 +81,7 @@ def test_a_training_has_the_numbers_of_one_rank(found: dict[str, Any], name: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_stopped_and_resumed_is_uninterrupted_to_the_bit(found: dict[str, Any], name: str) -> None:
+def test_a_stopped_and_resumed_run_is_equal_to_the_bit(found: dict[str, Any], name: str) -> None:
     one = found[name]
     assert one["codes"] == [75, 0] and one["fired"] == 1
     assert one["whole"] == one["stopped"] and len(one["whole"]["files"]) == 2

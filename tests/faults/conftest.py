@@ -1,4 +1,4 @@
-"""A server that runs cogflow often, prepared clips, and what an undisturbed training of them leaves."""
+"""Fixtures of fault tests: a server that runs cogflow often, prepared clips, and helpers to compare runs."""
 
 from __future__ import annotations
 

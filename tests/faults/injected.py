@@ -1,8 +1,8 @@
 """Real faults at named points of a run: ``kill@renaming#2/0`` kills rank 0 before it renames for the second time.
 
-The format is ``ACTION@POINT#N/RANK``. N counts from 1 (default 1); without RANK the fault happens on all ranks; faults are
-joined by commas. A fault writes its name to a file before it happens. Points are places in cogflow where something can be
-lost.
+The format is ``ACTION@POINT#N/RANK``. N counts from 1 (default 1); without RANK the fault happens on all ranks; faults
+are joined by commas. A fault writes its name to a file before it happens. Points are places in cogflow where something
+can be lost.
 """
 
 from __future__ import annotations

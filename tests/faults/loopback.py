@@ -1,6 +1,4 @@
-"""A Weights & Biases server on this machine that answers, and from some request on does not: it fails, hangs, or is
-slow.
-"""
+"""A Weights & Biases server on this machine that answers, and from some request on fails, hangs, or is slow."""
 
 from __future__ import annotations
 

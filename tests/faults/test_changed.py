@@ -1,4 +1,4 @@
-"""Resuming with other settings: some may change and are told, the rest is refused with what was and what is."""
+"""Test resuming with other settings: some may change with a warning, all others are refused with both values."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_settings_that_may_change_are_reported(world: World, half: str) -> None:
     )
     assert code == 0, text[-3000:]
     for line in (
-        "stage.steps is now 3, it was 2",
-        "stage.learning_rate is now 3e-05, it was 0.0004",
-        "stage.text_dropout is now 0.2, it was 0.1",
+        "stage.steps changes from 2 to 3",
+        "stage.learning_rate changes from 0.0004 to 3e-05",
+        "stage.text_dropout changes from 0.1 to 0.2",
     ):
         assert line in text, text[-3000:]
-    assert "stage.evaluate_every is now" not in text and world.checkpoints("tuned") == [2, 3]
+    assert "stage.evaluate_every changes" not in text and world.checkpoints("tuned") == [2, 3]
 
 
 def test_settings_that_may_not_change_are_all_refused_at_once(world: World, half: str) -> None:

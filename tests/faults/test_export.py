@@ -1,6 +1,4 @@
-"""Export and assemble killed between shards, disks that fill up under them and under the log: the old stays, a rerun
-gives the same.
-"""
+"""Test export and assemble under kills and full disks: the old folder stays, and a rerun gives equal files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite, and spikes: no weight and no moment is changed by such a step, on any rank."""
+"""Test that a step with a loss or gradient that is not finite changes no weight and no moment; and loss spikes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Clips that are no clips, ranks that die or stand still, disks that are full: what is prepared is right, or is not
-there.
-"""
+"""Test stage=prepare with bad clips, ranks that die or hang, and full disks: published clips are correct."""
 
 from __future__ import annotations
 
@@ -172,7 +170,7 @@ def test_a_rank_that_hangs_while_encoding_is_named(place: Place, only_good: Path
         done.codes,
         done.text[-3000:],
     )
-    assert "rank 1 (" in done.text and "is in phase: encoding clips" in done.text
+    assert "rank 1 (" in done.text and "phase: encoding clips" in done.text
 
 
 def test_a_disk_that_fills_up_keeps_the_published_shards(place: Place, whole: str, only_good: Path) -> None:

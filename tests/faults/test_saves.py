@@ -1,6 +1,4 @@
-"""kill -9 in every phase of a save, full disks, changed files: what was whole stays whole, and training goes on from it
-to the same end.
-"""
+"""Test kill -9 in every phase of a save, full disks and changed files: whole checkpoints stay and are resumed."""
 
 from __future__ import annotations
 
@@ -159,7 +157,10 @@ def test_weights_without_states_are_exported_and_not_resumed(world: World) -> No
     )
     assert json.loads((folder / "trainer.json").read_text())["step"] == 2
     server_says(
-        world.train("alone", "stage.steps=5", f"stage.resume={folder}"), 2, "weights alone", f"stage.start={folder}"
+        world.train("alone", "stage.steps=5", f"stage.resume={folder}"),
+        2,
+        "without optimizer states",
+        f"stage.start={folder}",
     )
     server_says(
         world.server.run(

@@ -1,4 +1,4 @@
-"""Signals as schedulers and people send them: one, several, to one rank, during a save, twice."""
+"""Test signals as schedulers and users send them: one, several, to one rank, during a save, twice."""
 
 from __future__ import annotations
 

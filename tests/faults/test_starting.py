@@ -1,6 +1,4 @@
-"""Training starts from whatever holds weights, with exactly these; what does not fit is refused before anything is
-trained.
-"""
+"""Test that training starts from the weights that ``stage.start`` names, and refuses weights that do not fit."""
 
 from __future__ import annotations
 
@@ -104,7 +102,7 @@ def test_weights_trained_for_another_schedule_are_refused(world: World, trained:
     path = copy / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"snr_shift_scale": 3.0}))
     done = world.train("other-facts", *STILL, f"stage.start={trained}", f"model.path={copy}")
-    server_says(done, 2, "snr_shift_scale: the weights were trained with 1.0, the pipeline folder says 3.0")
+    server_says(done, 2, "snr_shift_scale: the weights were trained with 1.0, the pipeline folder has 3.0")
     assert not (world.root / "other-facts/checkpoints").exists()
 
 

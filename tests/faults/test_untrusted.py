@@ -1,9 +1,6 @@
-"""Files from anywhere: pickles that would run code, names that lead elsewhere, code in a pipeline folder.
+"""Test untrusted files: pickles that would run code, names that point outside, code in a pipeline folder.
 
-Exit code 2, and nothing ran.
-
-What must not be opened is a named pipe without a writer: whoever opened it would hang. What must not run would leave a
-canary.
+The exit code is 2, and no code ran.
 """
 
 from __future__ import annotations

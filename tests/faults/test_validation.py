@@ -1,4 +1,4 @@
-"""A validation disturbs nothing: not the losses beside it, not a run that is stopped, killed or resumed around it."""
+"""Test that a validation changes no loss, and that runs stopped, killed or resumed around it are equal."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""W&B that cannot be reached, fails, hangs, is slow, dies or stands still beside a real training: the training does not
-mind.
-"""
+"""Test that a W&B server that is unreachable, fails, hangs, is slow or dies does not disturb a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress and lines: a bar on a terminal, few plain lines in a log, silence on other ranks."""
+"""Test progress output: a bar on a terminal, few plain lines in a log, none on other ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_log_gets_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_work_cut_short_says_how_far_it_came() -> None:
+def test_interrupted_work_shows_its_progress() -> None:
     log = io.StringIO()
     with pytest.raises(KeyboardInterrupt), progress(10, "clips", stream=log) as bar:
         bar.advance(4)
@@ -64,7 +64,7 @@ def test_a_table_shows_cells_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     assert "[bold]x[/bold]" in printed and "p" * 100 in printed and "None" not in printed
 
 
-def test_durations_read_well() -> None:
+def test_durations_are_formatted() -> None:
     assert [clock(seconds) for seconds in (0.44, 9.96, 59.6, 185, 7800)] == [
         "0.4 s",
         "10 s",

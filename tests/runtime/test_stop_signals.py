@@ -1,4 +1,4 @@
-"""What counts as a second signal: another one after the echo of the first; not one that a launcher says it repeats."""
+"""Test which signals count as a second request to stop, and which repeat the first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ USR1, TERM = signal.SIGUSR1, signal.SIGTERM
     ("repeated", "first", "second", "pause"),
     [("SIGUSR1", USR1, USR1, 60), ("SIGUSR1", TERM, USR1, 60), ("", USR1, USR1, 2)],
 )
-def test_the_same_request(
+def test_repeated_signals_are_one_request(
     monkeypatch: pytest.MonkeyPatch, repeated: str, first: signal.Signals, second: signal.Signals, pause: float
 ) -> None:
     monkeypatch.setenv(REPEATED, repeated)
@@ -48,7 +48,7 @@ def test_the_same_request(
 
 
 @pytest.mark.parametrize(("repeated", "first", "second"), [("", USR1, USR1), ("SIGUSR1", USR1, TERM)])
-def test_a_second_request(
+def test_a_second_signal_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, repeated: str, first: signal.Signals, second: signal.Signals
 ) -> None:
     monkeypatch.setenv(REPEATED, repeated)

@@ -1,6 +1,4 @@
-"""A real SLURM of two nodes on this one machine: munged, slurmctld and two slurmd, all of the test's own, stopped by
-their ids.
-"""
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, which the tests start and stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cluster, clips prepared once, and what an undisturbed training of two ranks gives."""
+"""Fixtures: one cluster, clips prepared once, and an undisturbed training on two ranks."""
 
 from __future__ import annotations
 

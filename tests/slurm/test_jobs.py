@@ -71,7 +71,7 @@ def soon_over(cluster: Cluster, job: str) -> bool:
     return cluster.job(job)["TimeLimit"] == f"00:{limit:02d}:00"
 
 
-def test_a_time_limit_that_expires(
+def test_a_job_resumes_after_its_time_limit(
     cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
@@ -95,7 +95,9 @@ def test_a_time_limit_that_expires(
     assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
 
 
-def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_job_resumes_after_a_node_failure(
+    cluster: Cluster, repository: Path, words: Words, undisturbed: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     mine = words("failing", "stage.save_every=2")
     run = undisturbed.parent / "failing"
@@ -115,7 +117,7 @@ def test_a_node_that_fails(cluster: Cluster, repository: Path, words: Words, und
     assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
 
 
-def test_an_array_of_seeds_of_which_one_gives_way(
+def test_a_job_of_an_array_resumes_after_preemption(
     cluster: Cluster, repository: Path, words: Words, clips: Path, tmp_path: Path
 ) -> None:
     mine = words("clips", "stage.steps=4", "stage.save_every=0")
@@ -145,7 +147,7 @@ def test_an_array_of_seeds_of_which_one_gives_way(
 
 
 @pytest.mark.parametrize("mistake", ["stage.stepps=3", "data.frames=5"])
-def test_a_mistake_is_not_queued_again(
+def test_a_user_error_is_not_queued_again(
     cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str
 ) -> None:
     """One in the words, which is found before any task starts; one that only training can find, on both ranks."""

@@ -64,7 +64,7 @@ def stopped(flow: Path, sharp: Path, cogflow: Command) -> Path:
 
 
 @pytest.mark.slow
-def test_a_spoilt_run_stops_with_a_checkpoint_a_verdict_and_a_picture(stopped: Path) -> None:
+def test_an_alarm_stops_the_run_with_a_checkpoint_a_verdict_and_a_picture(stopped: Path) -> None:
     verdict = {
         step: json.loads((stopped / f"checkpoints/step-00000{step}/trainer.json").read_text())["validation"]
         for step in (2, 4)

@@ -1,6 +1,7 @@
-"""Run by the tests' server on one rank or more, with the words FOLDER CASE ...: whole trainings, one after another in
-one process, stopped by real signals and resumed, and what they left behind. Starting a process for each would take most
-of the time.
+"""Program of the tests' server: train, stop by real signals, resume, and record what the runs left behind.
+
+It runs on one rank or more with the words FOLDER CASE ...: whole trainings one after another in one process, because a
+process for each would take most of the time.
 """
 
 from __future__ import annotations
@@ -144,11 +145,11 @@ def stopped(root: Path, zero: str, ends: str) -> dict[str, Any]:
     return {"codes": codes, "fired": fired, "whole": _left(root / whole), "stopped": _left(root / name)}
 
 
-def redealt(root: Path, first: str, then: str) -> dict[str, Any]:
+def resharded(root: Path, first: str, then: str) -> dict[str, Any]:
     """Three steps under one ZeRO stage, the rest under another; beside a run that did not change."""
     whole, name = f"{first}-{ranks.world_size()}-whole", f"{first}-{then}-{ranks.world_size()}"
     train(root, whole, f"deepspeed={first}")
-    half(root, first, name)
+    first_half(root, first, name)
     train(root, name, f"deepspeed={then}")
     return {"whole": _left(root / whole), "changed": _left(root / name)}
 
@@ -160,13 +161,13 @@ def whole(root: Path, zero: str) -> dict[str, Any]:
     return {"whole": _left(root / name)}
 
 
-def half(root: Path, zero: str, name: str) -> dict[str, Any]:
+def first_half(root: Path, zero: str, name: str) -> dict[str, Any]:
     """Three steps of a run, for another number of ranks to go on with."""
     with signalled((2, 1)):
         return {"code": train(root, name, f"deepspeed={zero}")}
 
 
-def go_on(root: Path, zero: str, name: str) -> dict[str, Any]:
+def resume(root: Path, zero: str, name: str) -> dict[str, Any]:
     """The rest of a run that others began."""
     train(root, name, f"deepspeed={zero}")
     return {"changed": _left(root / name)}
@@ -180,9 +181,9 @@ def _left(folder: Path) -> dict[str, Any]:
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "stopped": stopped,
     "whole": whole,
-    "redealt": redealt,
-    "half": half,
-    "go_on": go_on,
+    "resharded": resharded,
+    "first_half": first_half,
+    "resume": resume,
 }
 
 

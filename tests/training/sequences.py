@@ -1,6 +1,7 @@
-"""Run by the tests' server on two ranks, with the word FOLDER: forward and backward passes of small transformers over
-both ranks, beside the same by one, and what differs; then whole trainings that share their batches, stopped and
-resumed.
+"""Program of the tests' server: compare sequence parallelism on two ranks with one rank.
+
+With the word FOLDER it runs forward and backward passes of small transformers on both ranks and on one; then whole
+trainings with sequence parallelism, stopped and resumed.
 """
 
 from __future__ import annotations

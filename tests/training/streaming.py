@@ -1,5 +1,5 @@
-"""Run by the tests on each rank (``python -m tests.training.streaming PIPELINE``): build the transformer of a pipeline
-folder under ZeRO-3 and say how much memory of its own this process held at the height.
+"""Program that each rank runs (``python -m tests.training.streaming PIPELINE``): build a transformer under ZeRO-3 and
+print the peak of this process's own memory.
 """
 
 from __future__ import annotations

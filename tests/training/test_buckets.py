@@ -63,7 +63,7 @@ def bucketed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Bucket
     return Bucketed(tmp_path_factory.mktemp("buckets"), server)
 
 
-def test_each_clip_is_prepared_at_the_size_it_has(bucketed: Bucketed) -> None:
+def test_each_clip_is_prepared_in_its_bucket(bucketed: Bucketed) -> None:
     cache = LatentCache(bucketed.root / "prepared/cache")
     assert len(cache) == 13 and "to train on by bucket: 9x64x96 " in bucketed.prepared.text
     for place in range(len(cache)):
@@ -72,7 +72,7 @@ def test_each_clip_is_prepared_at_the_size_it_has(bucketed: Bucketed) -> None:
         assert tuple(cache.entry(place).mean.shape) == (16, (frames - 1) // 4 + 1, height // 8, width // 8)
 
 
-def test_a_stop_and_a_resume_change_no_bit(bucketed: Bucketed) -> None:
+def test_a_run_with_buckets_resumes_to_the_bit(bucketed: Bucketed) -> None:
     words = [
         "stage.steps=6",
         "stage.save_every=0",
@@ -97,7 +97,7 @@ def test_two_ranks_take_the_same_clips(bucketed: Bucketed) -> None:
         assert bucketed.losses("two")[step][0] == pytest.approx(loss, rel=1e-5)
 
 
-def test_other_buckets_are_told_before_anything_is_trained(bucketed: Bucketed) -> None:
+def test_other_buckets_are_refused_before_training(bucketed: Bucketed) -> None:
     done = bucketed.train("other", "stage.steps=1", "data.buckets=[9x64x96]")
     assert done.code == 2 and "data.buckets=['9x64x96'], prepared with" in done.text, done.text[-2000:]
     bad = bucketed.train("bad", "stage.steps=1", "data.buckets=[9x64x96,9x60x96,8x64x96]")

@@ -1,6 +1,4 @@
-"""Image to video and patches over time: prepared, trained, resumed, sampled, exported, by the real classes at the tiny
-model's size.
-"""
+"""Test image to video and patches over time: prepare, train, resume, sample and export with models of the tiny size."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def configs(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return transformer, vae
 
 
-def test_a_stop_and_a_resume_change_no_bit_and_samples_start_from_first_frames(i2v: Variant) -> None:
+def test_an_image_to_video_run_resumes_to_the_bit_and_samples_from_first_frames(i2v: Variant) -> None:
     words = [
         "stage.steps=4",
         "stage.save_every=0",
@@ -79,7 +77,7 @@ def test_a_stop_and_a_resume_change_no_bit_and_samples_start_from_first_frames(i
     assert any(pixels.equal(cache.first_frame(place)) for place in cache.holdout)
 
 
-def test_two_ranks_train_what_one_does_and_the_export_loads_and_runs_in_diffusers(i2v: Variant, tmp_path: Path) -> None:
+def test_an_image_to_video_export_runs_in_diffusers_and_two_ranks_train_as_one(i2v: Variant, tmp_path: Path) -> None:
     server_says(i2v.train("one", *SHORT, "deepspeed=zero3"), 0)
     assert i2v.train("two", *SHORT, "stage.gradient_accumulation=1", "deepspeed=zero3", ranks=2).codes == [0, 0]
     for step, (loss, _) in i2v.losses("one").items():
@@ -104,7 +102,7 @@ def test_two_ranks_train_what_one_does_and_the_export_loads_and_runs_in_diffuser
     assert tuple(frames.shape) == (1, 9, 3, 64, 96) and bool(frames.isfinite().all())
 
 
-def test_what_stands_beside_the_latents(i2v: Variant) -> None:
+def test_the_first_frame_is_joined_to_the_latents(i2v: Variant) -> None:
     """The first latent frame is the image's own latents, from one of the stored noises, unless it is dropped; all
     others are zero.
     """
@@ -132,9 +130,7 @@ def test_what_stands_beside_the_latents(i2v: Variant) -> None:
     assert list(extra) == ["ofs"] and extra["ofs"].tolist() == [OFS]
 
 
-def test_a_text_model_on_these_clips_and_this_model_on_others_are_refused(
-    i2v: Variant, server: Server, tmp_path: Path
-) -> None:
+def test_clips_prepared_for_the_other_kind_of_model_are_refused(i2v: Variant, server: Server, tmp_path: Path) -> None:
     words = [word for word in i2v.words("as-text", *SHORT) if not word.startswith("model.path=")]
     done = i2v.server.run(*words)
     assert done.code == 2 and "prepare again" in done.text, done.text[-2000:]
@@ -143,7 +139,7 @@ def test_a_text_model_on_these_clips_and_this_model_on_others_are_refused(
     assert done.code == 2 and "without first frames" in done.text, done.text[-2000:]
 
 
-def test_learned_positions_hold_for_one_size_alone(server: Server, tmp_path: Path) -> None:
+def test_learned_positions_fit_one_size_only(server: Server, tmp_path: Path) -> None:
     model = pipeline(tmp_path / "model", "5b-i2v")
     words = [
         "stage=prepare",

@@ -1,4 +1,4 @@
-"""Our loss against values computed by the SAT code, for every variant of the family."""
+"""Test that the loss equals values computed by SAT's code, for every variant of the family."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_value_of_the_loss_is_sats(variant: str) -> None:
+def test_every_value_of_the_loss_equals_sat(variant: str) -> None:
     golden = {
         name.removeprefix("loss."): value for name, value in load_file(GOLDEN / f"loss-{variant}.safetensors").items()
     }
@@ -42,7 +42,7 @@ def test_every_value_of_the_loss_is_sats(variant: str) -> None:
     assert relative(losses.mean, golden["mean"].squeeze()) < 1e-5
 
 
-def test_the_wrong_shift_would_not_pass() -> None:
+def test_a_wrong_shift_gives_other_values() -> None:
     golden = load_file(GOLDEN / "loss-5b.safetensors")
     alphas = CogVideoXDDIMScheduler(**MODEL_SPECS["cogvideox-2b"].scheduler_config()).alphas_cumprod
     assert (
@@ -53,7 +53,7 @@ def test_the_wrong_shift_would_not_pass() -> None:
     )
 
 
-def test_the_loss_is_the_plain_error_of_v_and_finite_at_the_last_timestep() -> None:
+def test_the_loss_is_the_error_of_v_and_finite_at_the_last_timestep() -> None:
     alphas = CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config()).alphas_cumprod
     generator = torch.Generator().manual_seed(0)
     x0, noise, v = (torch.randn(3, 3, 16, 4, 6, generator=generator) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Frozen subsets by pattern, and activation checkpointing of all blocks or of some."""
+"""Test frozen weights by pattern, and activation recomputation of all blocks or of some."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def transformer() -> Iterator[Any]:
     yield tiny.new_transformer().train()
 
 
-def test_what_matches_a_pattern_is_not_trained(transformer: Any) -> None:
+def test_weights_that_match_a_pattern_are_frozen(transformer: Any) -> None:
     initial_weights.freeze(transformer, ["patch_embed.*", "transformer_blocks.0.*"])
     for name, parameter in transformer.named_parameters():
         assert parameter.requires_grad != name.startswith(("patch_embed.", "transformer_blocks.0.")), name
@@ -35,7 +35,7 @@ def test_what_matches_a_pattern_is_not_trained(transformer: Any) -> None:
         (["proj_out"], "Names begin with"),
     ],
 )
-def test_a_pattern_that_helps_nobody_is_refused(transformer: Any, patterns: list[str], said: str) -> None:
+def test_a_useless_freeze_pattern_is_refused(transformer: Any, patterns: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         initial_weights.freeze(transformer, patterns)
     assert said in f"{caught.value} {caught.value.hint}"
@@ -63,7 +63,7 @@ def passed(transformer: Any) -> tuple[list[int], list[torch.Tensor]]:
     return ran, gradients
 
 
-def test_blocks_are_computed_again_as_asked_and_gradients_are_the_same_to_the_bit(transformer: Any) -> None:
+def test_recomputed_blocks_give_equal_gradients_to_the_bit(transformer: Any) -> None:
     plain, expected = passed(transformer)
     assert plain == [1] * len(plain)
     for every in (1, 2, 3):

@@ -1,6 +1,6 @@
-"""Every published model with every way of sharing it out, at its real size: composed, built on the meta device, run
-once there, and its settings read by DeepSpeed itself. What a wrong width, position or setting would break on a cluster
-breaks here, in seconds.
+"""Test every published model with every way of sharding at its real size, on the meta device, in seconds.
+
+A wrong width, position or setting, which would fail on a cluster, fails here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def composed(model: str, sharing: str) -> Config:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_real_clip_goes_through_the_model_on_meta(model: str) -> None:
+def test_shapes_of_a_real_clip_fit_every_published_model(model: str) -> None:
     """With latents and captions of the configured size, shapes fit from the first layer to the last."""
     parameters, dtype, total = MODELS[model]
     config, transformer = composed(model, "zero2"), on_meta(model).to(DTYPES[dtype])
@@ -73,9 +73,7 @@ def test_a_real_clip_goes_through_the_model_on_meta(model: str) -> None:
 
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("model", MODELS)
-def test_deepspeed_reads_the_settings_as_they_are_meant(
-    model: str, sharing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deepspeed_parses_the_settings(model: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     monkeypatch.setattr(deepspeed_start.ranks, "world_size", lambda: 2)  # one sums nothing

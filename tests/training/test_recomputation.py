@@ -1,4 +1,4 @@
-"""What is kept and what is computed again train the same, under every ZeRO stage."""
+"""Test that recomputation does not change gradients, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.server import Server
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_gradients_do_not_depend_on_what_is_kept(server: Server, tmp_path: Path, zero: int) -> None:
+def test_gradients_do_not_depend_on_kept_activations(server: Server, tmp_path: Path, zero: int) -> None:
     keeps = (None, "auto", *(SHARDED_KEEPS if zero == 3 else KEEPS))
     cases = [json.dumps({"what": "kept", "zero": zero, "keep": keep}) for keep in keeps]
     done = server.run(str(tmp_path / "found.json"), *cases, seconds=600, program="tests.training.updates")

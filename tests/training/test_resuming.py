@@ -1,8 +1,7 @@
-"""Exact resume: stopped by a real signal to the last rank, in mid-accumulation, at the edge of an epoch, around
-held-out losses and a save.
+"""Test exact resume after a real signal in mid-accumulation, at the end of an epoch, and around evaluations and saves.
 
-Every number of the training, every weight, average, master and moment is that of the uninterrupted run to the bit,
-under ZeRO 0 to 3 on one rank and on two. On another number of ranks or another stage they agree to rounding.
+All metrics, weights, EMA, master weights and moments equal those of the uninterrupted run to the bit, under ZeRO 0 to 3
+on one rank and on two. With another number of ranks or another stage they agree to rounding.
 """
 
 from __future__ import annotations
@@ -83,34 +82,34 @@ def test_a_stopped_and_resumed_run_is_equal_to_the_bit(ran: Ran, ranks: int) -> 
         equal(found["whole"], found["stopped"])
 
 
-def test_another_zero_stage_goes_on_to_rounding(ran: Ran) -> None:
-    cases = ["redealt:zero2:zero3", "redealt:zero3:zero1", "redealt:zero1:zero0", "redealt:zero0:zero2"]
+def test_a_run_resumed_under_another_zero_stage_agrees_to_rounding(ran: Ran) -> None:
+    cases = ["resharded:zero2:zero3", "resharded:zero3:zero1", "resharded:zero1:zero0", "resharded:zero0:zero2"]
     for found in ran(1, *cases).values():
         close(found["whole"], found["changed"])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its Adam for the host")
-def test_offloaded_states_are_stopped_resumed_and_dealt_out_anew(ran: Ran) -> None:
+def test_offloaded_states_resume_to_the_bit_and_reshard(ran: Ran) -> None:
     found = ran(
         1,
         "stopped:zero2_offload:2",
         "stopped:zero3_offload:2",
-        "redealt:zero2:zero2_offload",
-        "redealt:zero2_offload:zero3",
+        "resharded:zero2:zero2_offload",
+        "resharded:zero2_offload:zero3",
     )
     for zero in ("zero2_offload", "zero3_offload"):
         one = found[f"stopped:{zero}:2"]
         assert one["codes"] == [75, 0] and one["fired"] == 1
         equal(one["whole"], one["stopped"])
-    close(found["stopped:zero2_offload:2"]["whole"], found["redealt:zero2:zero2_offload"]["whole"])
-    for case in ("redealt:zero2:zero2_offload", "redealt:zero2_offload:zero3"):
+    close(found["stopped:zero2_offload:2"]["whole"], found["resharded:zero2:zero2_offload"]["whole"])
+    for case in ("resharded:zero2:zero2_offload", "resharded:zero2_offload:zero3"):
         close(found[case]["whole"], found[case]["changed"])
 
 
-def test_another_number_of_ranks_goes_on_to_rounding(ran: Ran) -> None:
+def test_a_run_resumed_on_another_number_of_ranks_agrees_to_rounding(ran: Ran) -> None:
     """Two ranks in ZeRO-3 to one in ZeRO-2."""
-    one = ran(1, "whole:zero2", "half:zero2:one-to-two")
-    two = ran(2, "half:zero3:two-to-one", "go_on:zero3:one-to-two")
-    assert one["half:zero2:one-to-two"]["code"] == two["half:zero3:two-to-one"]["code"] == 75
-    close(one["whole:zero2"]["whole"], two["go_on:zero3:one-to-two"]["changed"])
-    close(one["whole:zero2"]["whole"], ran(1, "go_on:zero2:two-to-one")["go_on:zero2:two-to-one"]["changed"])
+    one = ran(1, "whole:zero2", "first_half:zero2:one-to-two")
+    two = ran(2, "first_half:zero3:two-to-one", "resume:zero3:one-to-two")
+    assert one["first_half:zero2:one-to-two"]["code"] == two["first_half:zero3:two-to-one"]["code"] == 75
+    close(one["whole:zero2"]["whole"], two["resume:zero3:one-to-two"]["changed"])
+    close(one["whole:zero2"]["whole"], ran(1, "resume:zero2:two-to-one")["resume:zero2:two-to-one"]["changed"])

@@ -1,6 +1,4 @@
-"""Ranks that share a batch's tokens: every gradient and every number of a training are those of one rank, to fp32
-rounding; settings that cannot be are refused, all at once.
-"""
+"""Test sequence parallelism: gradients and metrics equal one rank's to fp32 rounding; bad settings are refused."""
 
 from __future__ import annotations
 
@@ -32,17 +30,17 @@ def found(cogflow: Command, server: Server, tmp_path_factory: pytest.TempPathFac
     small.pipeline(root / "model")
     for ranks, program, words in (
         (2, "tests.training.sequences", []),
-        (1, "tests.training.resuming", ["go_on:zero2:alone"]),
+        (1, "tests.training.resuming", ["resume:zero2:alone"]),
     ):
         done = server.run(str(root), *words, ranks=ranks, seconds=900, program=program)
         assert done.codes == [0] * ranks, done.text[-6000:]
-    alone = json.loads((root / "go_on-zero2-alone-1.json").read_text())["changed"]
+    alone = json.loads((root / "resume-zero2-alone-1.json").read_text())["changed"]
     return json.loads((root / "sequences.json").read_text()) | {"alone": alone}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_predictions_and_gradients_are_those_of_one_rank(found: dict[str, Any], name: str) -> None:
+def test_sequence_parallel_gradients_equal_those_of_one_rank(found: dict[str, Any], name: str) -> None:
     """The mean of the ranks' gradients, as DeepSpeed takes it, beside one rank's; bf16 to bf16's rounding."""
     half = name == "bf16"
     for rank, by_case in enumerate(found["passes"]):
@@ -64,7 +62,7 @@ def test_predictions_and_gradients_are_those_of_one_rank(found: dict[str, Any], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_a_training_has_the_numbers_of_one_rank(found: dict[str, Any], name: str) -> None:
+def test_sequence_parallel_training_agrees_with_one_rank(found: dict[str, Any], name: str) -> None:
     """Losses by quarter of the timesteps, gradient norms, held-out losses, the averages' and the indicator's: every
     step, every number.
     """
@@ -89,13 +87,13 @@ def test_a_stopped_and_resumed_run_is_equal_to_the_bit(found: dict[str, Any], na
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_a_validation_samples_prompts_apart(found: dict[str, Any], name: str) -> None:
+def test_a_validation_samples_whole_prompts_on_each_rank(found: dict[str, Any], name: str) -> None:
     """Three prompts on two ranks, one of which has nothing of its own in the second round."""
     assert [len(samples) for samples in found[name]["samples"]] == [3, 3]
 
 
 @pytest.mark.slow
-def test_going_on_with_a_batch_for_each_rank_agrees_to_rounding(found: dict[str, Any]) -> None:
+def test_resuming_without_sequence_parallelism_agrees_to_rounding(found: dict[str, Any]) -> None:
     for step, values in found["alone"]["numbers"].items():
         for key in ("train/loss", "train/grad_norm", "heldout/loss"):
             if key in values:
@@ -103,7 +101,7 @@ def test_going_on_with_a_batch_for_each_rank_agrees_to_rounding(found: dict[str,
 
 
 @pytest.mark.slow
-def test_a_gradient_lost_among_one_ranks_tokens_stops_all(found: dict[str, Any]) -> None:
+def test_a_gradient_not_finite_on_one_rank_stops_all_ranks(found: dict[str, Any]) -> None:
     assert found["lost"]["exchanges"] == [16, 16]
     for said in found["lost"]["said"]:
         assert "The gradient of step 2 is not finite" in said and "the weights are still those before it" in said
@@ -121,7 +119,7 @@ def words(*more: str) -> list[str]:
         (8, "4", ["parallel.sequence=8", "the 4 ranks"]),
     ],
 )
-def test_sizes_that_do_not_divide_the_ranks_are_refused(
+def test_a_sequence_size_that_does_not_divide_the_ranks_is_refused(
     monkeypatch: pytest.MonkeyPatch, size: int, world: str, parts: list[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
@@ -132,18 +130,18 @@ def test_sizes_that_do_not_divide_the_ranks_are_refused(
 
 
 @pytest.mark.parametrize("more", [["speed.compile=blocks"], ["stage=benchmark", "stage.what=train"]])
-def test_what_does_not_go_with_a_shared_sequence_is_refused(more: list[str]) -> None:
+def test_settings_incompatible_with_sequence_parallelism_are_refused(more: list[str]) -> None:
     stage = [] if more[0].startswith("stage=") else ["stage=train"]
     assert compose([*stage, *more])
     with pytest.raises(ConfigError, match=r"parallel\.sequence=2"):
         compose([*stage, *more, "parallel.sequence=2"])
 
 
-def test_a_launcher_may_ask_for_the_settings_before_there_are_ranks() -> None:
+def test_settings_are_composed_without_ranks() -> None:
     assert compose(words("parallel.sequence=8")).parallel.sequence == 8
 
 
-def test_heads_and_ranks_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_of_heads_and_ranks_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(words("parallel.sequence=4"))
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(ConfigError) as caught:
@@ -154,7 +152,7 @@ def test_heads_and_ranks_are_told_together(monkeypatch: pytest.MonkeyPatch) -> N
     sequence.check(compose(words("parallel.sequence=2")))
 
 
-def test_bad_settings_end_with_2_and_one_message(cogflow: Command, tmp_path: Path) -> None:
+def test_bad_sequence_settings_end_with_exit_code_2_and_one_message(cogflow: Command, tmp_path: Path) -> None:
     """One process, for which alone nobody knows that it will stay alone; heads and ranks are told before a model is
     made.
     """
@@ -163,7 +161,7 @@ def test_bad_settings_end_with_2_and_one_message(cogflow: Command, tmp_path: Pat
     assert done.stderr.count("ConfigError") == 1 and "parallel.sequence=4" in done.stderr
 
 
-def test_the_flow_asks_before_it_prepares(cogflow: Command, tmp_path: Path) -> None:
+def test_the_flow_checks_sequence_settings_before_it_prepares(cogflow: Command, tmp_path: Path) -> None:
     done = cogflow(
         "stage=flow", "debug=quick", "parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled", code=None
     )

@@ -1,4 +1,4 @@
-"""What makes a step faster changes nothing that it computes but its rounding."""
+"""Test that settings of ``speed`` change only the rounding of a step's results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def same(one: tuple[torch.Tensor, dict[str, torch.Tensor]], two: tuple[torch.Ten
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math"])
-def test_every_kernel_of_attention_computes_the_same(kernel: str) -> None:
+def test_every_attention_kernel_computes_the_same(kernel: str) -> None:
     transformer = tiny.new_transformer()
     expected = computed(transformer)
     speed.choose_attention(kernel, CPU, torch.float32)
@@ -63,13 +63,13 @@ def test_every_kernel_of_attention_computes_the_same(kernel: str) -> None:
     ("kernel", "device", "dtype"),
     [("cudnn", "cpu", "bfloat16"), ("efficient", "cpu", "float32"), ("flash", "cuda", "float32")],
 )
-def test_a_kernel_that_there_is_not_is_refused(kernel: str, device: str, dtype: str) -> None:
+def test_an_unavailable_kernel_is_refused(kernel: str, device: str, dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"speed.attention={kernel}"):
         speed.choose_attention(kernel, torch.device(device), getattr(torch, dtype))
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same_by_few_programs_and_keep_their_names() -> None:
+def test_compiled_blocks_compute_the_same_with_few_programs() -> None:
     transformer = tiny.new_transformer()
     expected, names = computed(transformer), list(transformer.state_dict())
     counters.clear()
@@ -87,7 +87,7 @@ def test_compiled_blocks_compute_the_same_by_few_programs_and_keep_their_names()
 
 @pytest.mark.parametrize(("how", "mode"), [("blocks", None), ("graphs", "reduce-overhead")])
 @pytest.mark.parametrize("keep", ["nothing", "products"])
-def test_blocks_are_compiled_for_graphs_whatever_they_keep(
+def test_recomputed_blocks_are_compiled_for_cuda_graphs(
     how: str, mode: str | None, keep: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str | None] = []
@@ -112,7 +112,7 @@ def test_blocks_are_compiled_for_graphs_whatever_they_keep(
 
 
 @pytest.mark.parametrize(("count", "dropped"), [(0, []), (2, [0, 2]), (5, [0, 1, 2, 3, 4])])
-def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> None:
+def test_recomputed_blocks_are_spread_evenly(count: int, dropped: list[int]) -> None:
     transformer = tiny.new_transformer()
     expected = computed(transformer)
     recompute(
@@ -125,7 +125,7 @@ def test_so_many_blocks_are_computed_again(count: int, dropped: list[int]) -> No
     assert [place for place, times in enumerate(ran) if times == 2] == dropped and set(ran) <= {1, 2}
 
 
-def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
+def test_a_plan_recomputes_as_few_blocks_as_memory_allows() -> None:
     def words(memory: float, *more: str) -> list[str]:
         given = [
             "stage=train",
@@ -150,7 +150,7 @@ def test_no_more_blocks_are_computed_again_than_memory_asks_for() -> None:
     assert isinstance(plans[0].stage, TrainStage)
 
 
-def test_recomputed_blocks_keep_as_much_as_memory_allows() -> None:
+def test_a_plan_keeps_as_much_of_recomputed_blocks_as_memory_allows() -> None:
     def kept_of(memory: float, *more: str) -> dict[str, int]:
         given = [
             "stage=train",
@@ -184,7 +184,7 @@ def test_recomputed_blocks_keep_as_much_as_memory_allows() -> None:
 
 
 @pytest.mark.parametrize("keep", ["attention", "products", "all"])
-def test_what_is_kept_is_not_computed_twice_and_gradients_are_the_same_to_the_bit(keep: str) -> None:
+def test_kept_activations_are_not_recomputed_and_gradients_are_equal(keep: str) -> None:
     transformer = tiny.new_transformer()
     expected = computed(transformer)
     with Counted() as plain:

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 no rank holds the model: each has its share and one tensor on its way."""
+"""Test that no rank holds the whole model under ZeRO-3: each has its shard and one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_each_rank_holds_its_share_and_little_besides(pipeline: Path) -> None:
+def test_each_rank_holds_its_shard_and_little_more(pipeline: Path) -> None:
     # Freed memory goes back at once: what is measured is what is held, not what malloc keeps for later.
     env = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     start = [

@@ -1,4 +1,4 @@
-"""The lightened update computes what DeepSpeed's own does."""
+"""Test that the fused ZeRO update computes what DeepSpeed's own update computes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def found(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("case", range(len(USUAL)))
-def test_weights_and_norms_are_those_of_deepspeeds_own(found: dict[str, Any], case: int) -> None:
+def test_weights_and_norms_equal_deepspeeds_update(found: dict[str, Any], case: int) -> None:
     mine, own = found["usual"][case]
     assert own["by itself"] and not mine["by itself"]
     assert mine["norms"] == pytest.approx(own["norms"], rel=1e-6) and min(own["norms"]) > 0.05
@@ -45,11 +45,11 @@ def test_weights_and_norms_are_those_of_deepspeeds_own(found: dict[str, Any], ca
 
 
 @pytest.mark.parametrize("case", [0, 1])
-def test_a_gradient_that_is_not_finite_is_left_out_by_its_norm(found: dict[str, Any], case: int) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_update(found: dict[str, Any], case: int) -> None:
     spoilt = found["spoilt"][case]
     assert spoilt["applied"] == [True, True, False, True] and all(map(torch.isfinite, torch.tensor(spoilt["weights"])))
 
 
-def test_what_fills_up_the_last_part_is_zero() -> None:
+def test_the_padding_of_the_last_part_is_zero() -> None:
     found = optimizer_update.flat([torch.ones(2, 3, dtype=torch.bfloat16), torch.full((4,), 2.0)], 12, torch.empty(0))
     assert found.tolist() == [1.0] * 6 + [2.0] * 4 + [0.0] * 2 and found.dtype == torch.float32

@@ -1,5 +1,7 @@
-"""Run by the tests' server on one rank, with the words FILE CASE ...: DeepSpeed's updates in a process of their own,
-which they change for good (ZeRO-3 puts its own linear layers into torch). What they found goes into FILE.
+"""Program of the tests' server: run DeepSpeed's updates on one rank in their own process.
+
+DeepSpeed changes the process for good: ZeRO-3 replaces torch's linear layers. Words: FILE CASE ...; results go to
+FILE.
 """
 
 from __future__ import annotations

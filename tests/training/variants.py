@@ -1,6 +1,4 @@
-"""Pipeline folders of the tiny model's size with the traits of the family's other members: image to video, patches over
-time.
-"""
+"""Pipeline folders of the tiny size with traits of other models: image to video, patches over time."""
 
 from __future__ import annotations
 

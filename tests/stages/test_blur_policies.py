@@ -111,9 +111,7 @@ def test_a_rollback_trains_the_same_in_one_process_and_in_two(
 
 
 @pytest.mark.slow
-def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint(
-    flow: Path, sharp: Path, cogflow: Command
-) -> None:
+def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint(flow: Path, sharp: Path, cogflow: Command) -> None:
     folder = copied(sharp, "no-settings")
     done = cogflow(*words(flow, "no-settings"), *SPOILT, "stage.on_blur=rollback", code=3)
     assert "the same settings would repeat the same run" in done.stderr
@@ -128,9 +126,7 @@ def test_a_rollback_without_settings_stops_at_the_sharp_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_resumed_watch_and_trend_equal_the_uninterrupted_ones(
-    flow: Path, sharp: Path, cogflow: Command
-) -> None:
+def test_a_resumed_watch_and_trend_equal_the_uninterrupted_ones(flow: Path, sharp: Path, cogflow: Command) -> None:
     calm = ["stage.steps=6", "stage.learning_rate=1e-5", "stage.keep_last=9"]
     whole, parts = copied(sharp, "whole"), copied(sharp, "parts")
     cogflow(*words(flow, "whole"), *calm)

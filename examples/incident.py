@@ -7,8 +7,8 @@ tools/convert_weight_sat2hf.py at commit 34dd614) left the VAE's ``scaling_facto
 hard-coded ``snr_shift_scale`` and ``timestep_spacing``, and stored the weights in fp16. These are the settings of
 CogVideoX-2B. The weights were undamaged, and every load succeeded.
 
-The example runs ``stage=flow`` on the tiny model, writes ``<run>/pipeline-2024`` with the converter's settings, and runs
-``stage=diagnose`` on it with ``<run>/pipeline`` as the reference. The diagnosis must exit with code 3 and write
+The example runs ``stage=flow`` on the tiny model, writes ``<run>/pipeline-2024`` with the converter's settings, and
+runs ``stage=diagnose`` on it with ``<run>/pipeline`` as the reference. The diagnosis must exit with code 3 and write
 ``<run>/repaired``. OVERRIDES are options of the command line of cogflow; those of ``stage.`` apply to the flow only.
 """
 
@@ -78,7 +78,9 @@ def cogflow(*options: str) -> int:
 
 
 def convert_as_in_2024(pipeline: Path, output: Path) -> Path:
-    """Write ``output``: ``pipeline`` with the converter's settings and all weights in fp16. Weights are held in memory."""
+    """Write ``output``: ``pipeline`` with the converter's settings and all weights in fp16. Weights are held in
+    memory.
+    """
     with publish_folder(output, replace=True) as partial:
         shutil.copy2(pipeline / "model_index.json", partial / "model_index.json")
         for name in COMPONENTS:

@@ -158,13 +158,14 @@ def _files(name: str, folder: Path) -> tuple[dict[str, Path], list[str]]:
 def _complete(class_name: str, config: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
     """Return ``config`` with the defaults that diffusers uses for missing keys, and those keys.
 
-    A default may be the value of another model: ``scaling_factor`` of the VAE is that of CogVideoX-2B.
+    A default may be the value of another model: ``scaling_factor`` of the VAE is that of CogVideoX-2B. Tuples become
+    lists, as in a config file.
     """
     cls = getattr(diffusers, class_name, None)
     if cls is None:
         return config, frozenset()
     defaults = {
-        key: parameter.default
+        key: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         for key, parameter in inspect.signature(cls.__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }

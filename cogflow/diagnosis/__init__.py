@@ -1,1 +1,1 @@
-"""Which component, which field or tensor makes a pipeline blurry: facts, weights, swaps, precision, evidence, and a verdict that mends."""
+"""Find which component, config field or tensor degrades the samples of a pipeline, and repair it."""

@@ -1,8 +1,7 @@
-"""The steps of a diagnosis on two sides: what each needs from those before it, and what is rendered for them."""
+"""Run the steps of a diagnosis on a candidate and a reference, and prove a repaired folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +13,13 @@ from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
 from cogflow.config.diagnose_settings import DiagnoseStage
 from cogflow.config.model_section import ModelConfig
-from cogflow.diagnosis import probe_latents
 from cogflow.diagnosis.config_differences import compare_configs
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput, resolve
-from cogflow.diagnosis.finding import StepResult
-from cogflow.diagnosis.precision import compare_precision
-from cogflow.diagnosis.probes import probes_of
-from cogflow.diagnosis.rendering import Mix, Rendered, Renderer, mix_of, swapped
+from cogflow.diagnosis.finding import DiagnosisFinding, StepResult, SwapsResult, WeightsResult
+from cogflow.diagnosis.precision import ProbeClips, cached_clips, compare_precision, drawn_clips, make_probes
+from cogflow.diagnosis.rendering import Mix, Rendered, Renderer, SampleShape, mix_of, swapped
 from cogflow.diagnosis.sample_quality import compare_rungs, compare_trainings
-from cogflow.diagnosis.swaps import SAME, Suspect, Tried, attempt, psnr, shown, suspects_of, try_swaps
+from cogflow.diagnosis.swaps import SAME_PSNR, SwapTrials, format_psnr, mean_psnr, suspects_of, try_rendering
 from cogflow.diagnosis.weight_differences import compare_weights
 from cogflow.diagnosis.weight_evidence import EvidenceProbe, weigh_evidence
 from cogflow.errors import QualityGateError
@@ -33,146 +30,155 @@ from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.sampling.prompts import prompts_for
 
+STEPS = ("facts", "weights", "rungs", "swaps", "precision", "evidence")
+"""Names of the steps in their order; each is a method of :class:`Examination`."""
+
+UNUSABLE_KINDS = ("broken", "missing", "shape", "transposed", "non_finite")
+"""Kinds of faults with which a component cannot be loaded, or gives no finite numbers."""
+
 
 class Examination:
-    """``candidate`` held against ``reference``, which may have no files. Steps are methods; each takes the results so far."""
+    """Compares ``candidate`` with ``reference``, which may have no files. ``steps``: results so far."""
 
-    def __init__(
-        self, candidate: DiagnosisInput, reference: DiagnosisInput, config: Config[DiagnoseStage], stage: DiagnoseStage
-    ) -> None:
-        self.candidate, self.reference, self.config, self.stage = candidate, reference, config, stage
+    def __init__(self, candidate: DiagnosisInput, reference: DiagnosisInput, config: Config[DiagnoseStage]) -> None:
+        self.candidate, self.reference, self.config = candidate, reference, config
         self.device = ranks.device()
-        self.tried: list[Tried] = []
+        self.steps: list[StepResult] = []
         self.goal: Rendered | None = None
         self.found: Rendered | None = None
-        self.healed: Rendered | None = None
+        self.repaired: Rendered | None = None
         self._target: Mix | None = None
-        self._render: Renderer | None = None
+        self._renderer: Renderer | None = None
 
-    def skip(self, name: str, steps: Sequence[StepResult]) -> str:
-        """Why a step is left out; empty when it is taken."""
-        equal = all(not step.findings for step in steps) and not self._changed(steps)
-        explained = any(step.name == "swaps" and step.facts["healed_by"] for step in steps)
+    def run_step(self, name: str) -> StepResult:
+        """Run the step of :data:`STEPS` and keep its result."""
+        method = {
+            "facts": self.facts,
+            "weights": self.weights,
+            "rungs": self.rungs,
+            "swaps": self.swaps,
+            "precision": self.precision,
+            "evidence": self.evidence,
+        }[name]
+        result = method()
+        self.steps.append(result)
+        return result
+
+    def skip_reason(self, name: str) -> str:
+        """Return why a step cannot run or is not needed; empty when it is to run."""
+        return self._cannot_run(name) or ("" if self.config.stage.full else self._not_needed(name))
+
+    def _cannot_run(self, name: str) -> str:
         if name == "weights" and not self.reference.parts:
             return "there is no reference to compare them with"
         if name in ("rungs", "swaps") and not (self.candidate.complete and self.reference.complete):
-            return "needs a complete pipeline on both sides"
+            return "needs two complete pipelines"
         if name == "precision" and not self.candidate.complete:
             return "needs a complete pipeline"
-        if name in ("rungs", "swaps") and self._from_image():
+        if name in ("rungs", "swaps") and self.candidate.parts["transformer"].from_image:
             return "image-to-video pipelines are not sampled yet"
-        if name in ("precision", "evidence") and self._broken(
-            steps, "text_encoder" if name == "precision" else "transformer"
-        ):
-            return "what it would run is not whole"
-        if self.stage.full:
-            return ""
-        if name in ("rungs", "swaps", "precision", "evidence") and equal and self.reference.parts:
-            return "nothing differs (stage.full=true looks all the same)"
-        if name in ("precision", "evidence") and explained:
-            return "the swaps explain all (stage.full=true looks all the same)"
+        runs = {"precision": "text_encoder", "evidence": "transformer"}
+        if name in runs and not self._usable(runs[name]):
+            return f"the {runs[name].replace('_', ' ')} cannot be run"
         return ""
 
-    def facts(self, steps: Sequence[StepResult]) -> StepResult:
+    def _not_needed(self, name: str) -> str:
+        equal = not self._findings() and not self._changed_components()
+        if name not in ("facts", "weights") and equal and self.reference.parts:
+            return "nothing differs (stage.full=true runs it anyway)"
+        explained = any(isinstance(step, SwapsResult) and step.repaired_by for step in self.steps)
+        if name in ("precision", "evidence") and explained:
+            return "the swaps explain all (stage.full=true runs it anyway)"
+        return ""
+
+    def facts(self) -> StepResult:
         return compare_configs(self.candidate, self.reference)
 
-    def weights(self, steps: Sequence[StepResult]) -> StepResult:
+    def weights(self) -> StepResult:
         return compare_weights(self.candidate, self.reference, lambda name: echo(f"  reading {name}"))
 
-    def rungs(self, steps: Sequence[StepResult]) -> StepResult:
-        render, target = self.renderer(), self.target(steps)
-        self.goal = render(target)
-        self.found, failed = attempt(render, mix_of(self.candidate, self.config.sampling))
+    def rungs(self) -> StepResult:
+        render = self.renderer()
+        self.goal = render(self.target())
+        self.found, failed = try_rendering(render, mix_of(self.candidate, self.config.sampling))
         result = compare_rungs(self.candidate, self.found, self.goal, failed)
-        if self.found is not None and self._transformer_is_its_own(steps):
-            # In the reference's surroundings: what is wrong with the candidate's own is not training's fault.
-            trained = compare_trainings(self.goal, render(mix_of(self.reference, self.config.sampling)))
-            result = replace(
-                result, findings=[*result.findings, *trained.findings], lines=[*result.lines, *trained.lines]
-            )
-        return result
+        if self.found is None or not self._is_finetune():
+            return result
+        # In the reference's pipeline: faults of the candidate's other components are not training's.
+        trained = compare_trainings(self.goal, render(mix_of(self.reference, self.config.sampling)))
+        return replace(result, findings=[*result.findings, *trained.findings], lines=[*result.lines, *trained.lines])
 
-    def swaps(self, steps: Sequence[StepResult]) -> StepResult:
-        findings = [finding for step in steps for finding in step.findings]
-        different = self._changed(steps)
-        target = self.target(steps)
-        if not self._transformer_is_its_own(steps):
-            different = (
-                [*different, "transformer"]
-                if "transformer" not in different and self._moved(steps, "transformer")
-                else different
-            )
-        else:
-            different = [name for name in different if name != "transformer"]
-        suspects = suspects_of(findings, different)
-        result, self.tried = try_swaps(
-            mix_of(self.candidate, self.config.sampling),
-            target,
-            suspects,
-            self.renderer(),
-            target=target,
-            advance=_told,
-        )
-        return result
+    def swaps(self) -> StepResult:
+        changed = self._changed_components()
+        if self._is_finetune():
+            changed = [name for name in changed if name != "transformer"]
+        suspects = suspects_of(self._findings(), changed)
+        candidate = mix_of(self.candidate, self.config.sampling)
+        trials = SwapTrials(candidate, self.target(), self.renderer(), lambda note: echo(f"    {note}"))
+        return trials.run(suspects)
 
-    def precision(self, steps: Sequence[StepResult]) -> StepResult:
-        latents, captions = self._clips()
-        embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions[:1])
-        whole = {name for name in STEMS if not self._broken(steps, name)}
-        probes = probes_of(self.candidate, latents[0], captions[0], embeds[0], self.device, whole)
+    def precision(self) -> StepResult:
+        clips = self._clips()
+        mix = mix_of(self.candidate, self.config.sampling)
+        embeds = self.renderer().embed(mix, clips.captions[:1])
+        usable = {name for name in STEMS if self._usable(name)}
+        probes = make_probes(self.candidate, clips, embeds[0], self.device, usable)
         return compare_precision(probes, self.candidate.rung, self.device.type == "cpu")
 
-    def evidence(self, steps: Sequence[StepResult]) -> StepResult:
+    def evidence(self) -> StepResult:
         part = self.candidate.parts["transformer"]
-        if self._from_image():
-            return StepResult("evidence", [], ["not for models that take an image"], {})
+        if part.from_image:
+            return StepResult("evidence", [], ["not for models that take an image"])
         transformer = CogVideoXTransformer3DModel.from_pretrained(
             part.folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY
         )
-        latents, captions = self._clips()
-        embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), captions)
-        clips = [
-            ProbeClip(clip, text, f"evidence:{index}")
-            for index, (clip, text) in enumerate(zip(latents, embeds[:-1], strict=True))
+        clips = self._clips()
+        embeds = self.renderer().embed(mix_of(self.candidate, self.config.sampling), clips.captions)
+        probe_clips = [
+            ProbeClip(latents, text, f"evidence:{index}")
+            for index, (latents, text) in enumerate(zip(clips.latents, embeds[:-1], strict=True))
         ]
-        probe = EvidenceProbe(transformer.to(self.device).eval(), clips, self.device, torch.float32)
-        return weigh_evidence(self.candidate, probe, self.stage.scaling_factors, self.stage.snr_shift_scales)
+        probe = EvidenceProbe(transformer.to(self.device).eval(), probe_clips, self.device, torch.float32)
+        stage = self.config.stage
+        return weigh_evidence(self.candidate, probe, stage.scaling_factors, stage.snr_shift_scales)
 
     def renderer(self) -> Renderer:
-        if self._render is None:
-            called = self.reference.sampling or self.candidate.sampling
+        """Return the renderer of all samples of this diagnosis."""
+        if self._renderer is None:
             data = self._data()
-            prompts = prompts_for(self.config.sampling.prompts, data.name if data.name == "shapes" else "shapes", [])[
-                : self.stage.prompts
-            ]
-            self._render = Renderer(
-                prompts, self.config.sampling, frames=(called or data).frames, height=(called or data).height, width=(called or data).width, device=self.device, dtype=self._dtype(),
-            )  # fmt: skip
-        return self._render
+            recorded = self.reference.sampling or self.candidate.sampling
+            shape = SampleShape(data.frames, data.height, data.width)
+            if recorded is not None:
+                shape = SampleShape(recorded.frames, recorded.height, recorded.width)
+            prompts = prompts_for(self.config.sampling.prompts, "shapes", [])[: self.config.stage.prompts]
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            self._renderer = Renderer(prompts, self.config.sampling, shape, self.device, dtype)
+        return self._renderer
 
-    def target(self, steps: Sequence[StepResult]) -> Mix:
-        """How the candidate should look: the reference; where the candidate is a finetune of its model, with the candidate's weights."""
+    def target(self) -> Mix:
+        """Return how the candidate should look.
+
+        It is the reference; for a finetune of the reference's model, the candidate's weights in the reference's
+        pipeline.
+        """
         if self._target is None:
             target = mix_of(self.reference, self.config.sampling)
-            if self._transformer_is_its_own(steps):
-                mine = mix_of(self.candidate, self.config.sampling)
-                fields = [
-                    one.name
-                    for step in steps
-                    for one in step.findings
-                    if one.component == "transformer" and one.kind == "config"
-                ]
-                for field in fields:
-                    mine = swapped(mine, "transformer", field, target)
-                target = swapped(target, "transformer", "", mine)
+            if self._is_finetune():
+                own = mix_of(self.candidate, self.config.sampling)
+                for finding in self._findings():
+                    if finding.component == "transformer" and finding.kind == "config":
+                        own = swapped(own, "transformer", finding.name, target)
+                target = swapped(target, "transformer", "", own)
             self._target = target
         return self._target
 
-    def called(self) -> PipelineSampling:
-        """How to sample the mended pipeline, for its card."""
-        data, sampling = self._data(), self.config.sampling
+    def recorded_sampling(self) -> PipelineSampling:
+        """Return how to sample the repaired pipeline: as recorded, else by this command's settings."""
         recorded = self.candidate.sampling or self.reference.sampling
-        return recorded or PipelineSampling(
+        if recorded is not None:
+            return recorded
+        data, sampling = self._data(), self.config.sampling
+        return PipelineSampling(
             height=data.height,
             width=data.width,
             frames=data.frames,
@@ -183,107 +189,91 @@ class Examination:
             dtype="fp32",
         )
 
-    def prove(self, partial: Path) -> VerifyRecord:
-        """That the mended folder has no fault left in its facts, and samples as it should."""
-        side = resolve(partial, ModelConfig(name="auto"), "candidate")
-        found = compare_configs(side, self.reference).findings
-        left = [one.place for one in found if one.guilty and one.kind == "config" and one.component != "sampling"]
+    def verify_repair(self, folder: Path) -> VerifyRecord:
+        """Check that the repaired ``folder`` has the right fields and gives the target's samples.
+
+        Raises :class:`QualityGateError` when it does not.
+        """
+        subject = resolve(folder, ModelConfig(name="auto"), "candidate")
+        left = [
+            finding.location
+            for finding in compare_configs(subject, self.reference).findings
+            if finding.faulty and finding.kind == "config" and finding.component != "sampling"
+        ]
         if left:
             raise QualityGateError(
-                f"The mended folder is not healed: {', '.join(left)} still differ.", "Give stage.reference=FOLDER."
+                f"The folder is not repaired: {', '.join(left)} still differ.", "Give stage.reference=FOLDER."
             )
         if self.goal is None or self._target is None:
-            reason, line = "there is no reference to sample", "its facts are as they should be; not sampled"
-            return VerifyRecord("skipped", reason=reason, line=line)
-        mix = replace(mix_of(side, self.config.sampling), sampling=self._target.sampling)
-        self.healed, failed = attempt(self.renderer(), mix)
-        before, after = psnr(self.found, self.goal), psnr(self.healed, self.goal)
-        if after < SAME:
-            raise QualityGateError(
-                f"The mended folder is not healed: {failed or shown(after)} against how it should look.", ""
-            )
-        line = f"samples {shown(after)} against how they should look, {shown(before)} before"
+            line = "its config fields are right; not sampled"
+            return VerifyRecord("skipped", reason="there is no reference to sample", line=line)
+        mix = replace(mix_of(subject, self.config.sampling), sampling=self._target.sampling)
+        self.repaired, failed = try_rendering(self.renderer(), mix)
+        before, after = mean_psnr(self.found, self.goal), mean_psnr(self.repaired, self.goal)
+        if after < SAME_PSNR:
+            raise QualityGateError(f"The folder is not repaired: {failed or format_psnr(after)} against the target.")
+        line = f"samples against the target: {format_psnr(after)}, before the repair {format_psnr(before)}"
         return VerifyRecord("repaired", line=line, before=before, after=after)
 
-    def pictures(self) -> dict[str, dict[str, torch.Tensor]]:
-        """By sample: the frames of each side, for the page."""
+    def frames(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return frames ``[T, H, W, 3]`` in 0..1 by sample name and by title, for the page."""
         rows: dict[str, dict[str, torch.Tensor]] = {}
-        for title, rendered in (("as it should be", self.goal), ("candidate", self.found), ("mended", self.healed)):
+        for title, rendered in (("target", self.goal), ("candidate", self.found), ("repaired", self.repaired)):
             for name, frames in (rendered.frames if rendered is not None else {}).items():
                 rows.setdefault(name, {})[title] = frames
         return rows
 
-    def numbers(self) -> dict[str, float]:
-        """For W&B."""
+    def metrics(self) -> dict[str, float]:
+        """Return the PSNR of the candidate and of the repaired pipeline against the target, for the tracker."""
         if self.goal is None:
             return {}
-        found = {"diagnose/psnr": psnr(self.found, self.goal)}
-        return found | ({"diagnose/psnr_mended": psnr(self.healed, self.goal)} if self.healed is not None else {})
+        found = {"diagnose/psnr": mean_psnr(self.found, self.goal)}
+        if self.repaired is not None:
+            found["diagnose/psnr_repaired"] = mean_psnr(self.repaired, self.goal)
+        return found
 
-    def _changed(self, steps: Sequence[StepResult]) -> list[str]:
-        """Components whose weights differ by more than a cast."""
-        facts = next((step.facts for step in steps if step.name == "weights"), {})
-        return [name for name, one in facts.items() if not one.get("equal")]
+    def _findings(self) -> list[DiagnosisFinding]:
+        return [finding for step in self.steps for finding in step.findings]
 
-    def _broken(self, steps: Sequence[StepResult], component: str) -> bool:
-        """Whether it cannot be loaded, or gives no numbers: then nothing can be learned from running it."""
-        kinds = ("broken", "missing", "shape", "transposed", "non_finite")
-        return component not in self.candidate.parts or any(
-            one.component == component and one.guilty and one.kind in kinds for step in steps for one in step.findings
+    def _changed_components(self) -> list[str]:
+        """Return the components whose weights differ by more than a cast."""
+        return [name for step in self.steps if isinstance(step, WeightsResult) for name in step.changed]
+
+    def _usable(self, component: str) -> bool:
+        """Return whether the component can be loaded and gives finite numbers."""
+        return component in self.candidate.parts and not any(
+            finding.component == component and finding.faulty and finding.kind in UNUSABLE_KINDS
+            for finding in self._findings()
         )
 
-    def _from_image(self) -> bool:
-        settings = self.candidate.parts["transformer"].settings
-        return bool(settings.get("in_channels") != settings.get("out_channels"))
-
-    def _moved(self, steps: Sequence[StepResult], name: str) -> bool:
-        return name in self._changed(steps)
-
-    def _transformer_is_its_own(self, steps: Sequence[StepResult]) -> bool:
-        """Whether the transformers differ, and nothing is wrong with that."""
-        accused = any(
-            one.component == "transformer" and one.guilty
-            for step in steps
-            if step.name == "weights"
-            for one in step.findings
+    def _is_finetune(self) -> bool:
+        """Return whether the transformers differ, and the comparison of the weights found no fault in that."""
+        faulty = any(
+            finding.component == "transformer" and finding.faulty and finding.step == "weights"
+            for finding in self._findings()
         )
-        return self._moved(steps, "transformer") and not accused
+        return "transformer" in self._changed_components() and not faulty
 
-    def _clips(self) -> probe_latents.Clips:
-        places = [
-            Path(self.stage.data).expanduser() if self.stage.data else None,
-            self.candidate.run,
-            self.reference.run,
-        ]
-        places += [self.candidate.place, self.reference.place]
-        found = probe_latents.from_runs(places, self.stage.clips)
+    def _clips(self) -> ProbeClips:
+        """Return latents and captions of real clips: of stage.data, of the run of either input, or else drawn ones."""
+        stage = self.config.stage
+        data = Path(stage.data).expanduser() if stage.data else None
+        runs = [data, self.candidate.run, self.reference.run, self.candidate.place, self.reference.place]
+        found = cached_clips(runs, stage.clips)
         if found is not None:
             return found
-        side = self.reference if "vae" in self.reference.parts else self.candidate
+        subject = self.reference if "vae" in self.reference.parts else self.candidate
         vae = AutoencoderKLCogVideoX.from_pretrained(
-            side.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY
+            subject.parts["vae"].folder, torch_dtype=torch.float32, **SAFETENSORS_ONLY
         )
-        return probe_latents.drawn(
-            use_onednn_convolutions(vae.eval().requires_grad_(False)), self._data(), self.stage.clips
-        )
+        return drawn_clips(use_onednn_convolutions(vae.eval().requires_grad_(False)), self._data(), stage.clips)
 
     def _data(self) -> DataConfig:
-        family = self.candidate.family
-        called = self.candidate.sampling
-        if called is not None:
-            return replace(self.config.data, frames=called.frames, height=called.height, width=called.width)
-        if family is None:
-            return self.config.data
-        return replace(
-            self.config.data, frames=family.frames, height=family.height, width=family.width, fps=float(family.fps)
-        )
-
-    def _dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
-
-
-def _told(note: str) -> None:
-    echo(f"    {note}")
-
-
-__all__ = ["Examination", "Suspect"]
+        """Return the data settings with the clip size that the candidate was sampled with, or its family's."""
+        data, recorded, family = self.config.data, self.candidate.sampling, self.candidate.family
+        if recorded is not None:
+            return replace(data, frames=recorded.frames, height=recorded.height, width=recorded.width)
+        if family is not None:
+            fps = float(family.fps)
+            return replace(data, frames=family.frames, height=family.height, width=family.width, fps=fps)
+        return data

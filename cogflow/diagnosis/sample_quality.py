@@ -5,7 +5,7 @@ from __future__ import annotations
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
 from cogflow.diagnosis.rendering import Rendered
-from cogflow.diagnosis.swaps import psnr, shown
+from cogflow.diagnosis.swaps import format_psnr, mean_psnr
 from cogflow.sharpness.metrics import METRICS
 from cogflow.sharpness.verdict import compare
 
@@ -30,7 +30,7 @@ def compare_trainings(found: Rendered, other: Rendered) -> StepResult:
             confidence=0.6 if one.defect in LOST else 0.3,
             why=why.format(one.line()),
         )
-        for one in compare(found.panels, other.panels).findings
+        for one in compare(found.metrics, other.metrics).findings
         if one.level == "alarm"
     ]
     lines = [f"rung 4: against the reference's own training: {finding.kind}, {finding.why}" for finding in findings]
@@ -47,12 +47,12 @@ def compare_rungs(candidate: DiagnosisInput, found: Rendered | None, goal: Rende
             [why],
             {"psnr": 0.0},
         )
-    overall = psnr(found, goal)
-    verdict = compare(found.panels, goal.panels)
+    overall = mean_psnr(found, goal)
+    verdict = compare(found.metrics, goal.metrics)
     moved = sorted(
         (name for name in METRICS if name in verdict.changes), key=lambda name: -abs(verdict.changes[name].z)
     )[:TOLD]
-    lines = [f"rung {candidate.rung}: {len(goal.frames)} samples against how they should look: {shown(overall)}"]
+    lines = [f"rung {candidate.rung}: {len(goal.frames)} samples against how they should look: {format_psnr(overall)}"]
     changes = {name: verdict.changes[name].size for name in moved}
     kinds = [finding.defect for finding in verdict.findings if finding.level == "alarm"] if overall < BY_EYE else []
     if overall < BY_EYE:

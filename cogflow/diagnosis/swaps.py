@@ -1,157 +1,154 @@
-"""Step 4, swaps: which of the differences show in the picture, and the smallest set of them that heals it.
+"""Step 4, swaps: find which differences change the samples, and the smallest set of them whose exchange repairs the
+samples.
 
-Every suspect (a component's files, or one field of its config) is tried alone both ways: the reference with the candidate's, which shows
-what it does by itself, and the candidate without it. Where the candidate is a finetune of the reference's model, the reference is
-the candidate's transformer with everything else from the reference: what it gives there is how it should look.
+Each suspect (a component, or one field of its config) is tried in two ways: the target with the candidate's suspect
+shows its effect alone, and the candidate with the target's suspect shows what remains. The target is how the candidate
+should look: the reference, or for a finetune of the reference's model, the candidate's transformer with everything
+else from the reference.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
 import torch
 
-from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
-from cogflow.diagnosis.rendering import SAMPLING, Mix, Rendered, Renderer, swapped
+from cogflow.diagnosis.finding import DiagnosisFinding, Suspect, SwapsResult, SwapTrial
+from cogflow.diagnosis.rendering import Mix, Rendered, Renderer, swapped
 from cogflow.sharpness.verdict import compare
 
-SAME = 45.0
-"""dB between samples of one pipeline whose weights were stored in another dtype: bf16 gives about 48 on the tiny model. Below, something
-else differs, too. A wrong SNR shift or spacing gives 37 to 40, a wrong scaling factor 17."""
-MOST = 6  # suspects of which pairs and threes are tried
+SAME_PSNR = 45.0
+"""PSNR in dB between samples of one pipeline whose weights are stored in two dtypes: bf16 gives about 48 on the tiny
+model.
+
+Below it something else differs, too. A wrong SNR shift or spacing gives 37 to 40, a wrong scaling factor 17.
+"""
+
+EQUAL_PSNR = 100.0
+"""PSNR in dB that stands for equal samples, instead of infinity."""
+
+MAX_COMBINED = 6
+"""Suspects whose pairs and larger combinations are tried, those with the largest effect."""
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """A field of a component's config, or with an empty ``field`` all of the component."""
-
-    component: str
-    field: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.component}.{self.field}" if self.field else self.component
-
-
-@dataclass(frozen=True)
-class Tried:
-    """What one suspect does. ``harm``: dB of the reference with it; ``without``: dB of the candidate without it; both against the target.
-
-    ``kinds``: what the panel calls the reference with it, against the target. ``failed``: what loading said.
-    """
-
-    suspect: Suspect
-    harm: float
-    without: float
-    kinds: list[str]
-    failed: str = ""
-
-    @property
-    def harms(self) -> bool:
-        return bool(self.failed) or self.harm < SAME
-
-
-def suspects_of(findings: Sequence[DiagnosisFinding], different: Sequence[str]) -> list[Suspect]:
-    """What the steps before came upon: fields by themselves, components whose weights differ as a whole."""
+def suspects_of(findings: Sequence[DiagnosisFinding], changed: Sequence[str]) -> list[Suspect]:
+    """Return the components in ``changed`` and the config fields that the findings name."""
+    components = [Suspect(name) for name in changed]
     fields = [
-        Suspect(one.component, one.name)
-        for one in findings
-        if one.step == "facts" and one.kind == "config" and one.name
+        Suspect(finding.component, finding.name)
+        for finding in findings
+        if finding.step == "facts" and finding.kind == "config" and finding.name
     ]
-    fields = [one for one in fields if one.component != "tokenizer" and one.field != "_class_name"]
-    whole = [Suspect(name) for name in different]
-    return list(dict.fromkeys([*whole, *fields]))
+    # A tokenizer's fields have no effect on the loaded tokenizer, and another sampler is no fault.
+    usable = [suspect for suspect in fields if suspect.component != "tokenizer" and suspect.field != "_class_name"]
+    return list(dict.fromkeys([*components, *usable]))
 
 
-def try_swaps(
-    candidate: Mix,
-    reference: Mix,
-    suspects: Sequence[Suspect],
-    render: Renderer,
-    *,
-    target: Mix,
-    advance: Callable[[str], None],
-) -> tuple[StepResult, list[Tried]]:
-    """Render what it takes; ``target`` is how the candidate should look. The findings name the suspects that show in the picture."""
-    goal = render(target)
-    base, failed = attempt(render, candidate)
-    overall = psnr(base, goal)
-    kinds = kinds_of(base, goal)
-    tried = []
-    for suspect in suspects:
-        advance(suspect.name)
-        alone, failure = attempt(render, swapped(target, suspect.component, suspect.field, candidate))
-        healed, _ = attempt(render, swapped(candidate, suspect.component, suspect.field, target))
-        tried.append(Tried(suspect, psnr(alone, goal), psnr(healed, goal), kinds_of(alone, goal), failure))
-    healing = smallest(candidate, target, tried, render, goal, advance) if overall < SAME else []
-    lines = [
-        f"candidate against how it should look: {shown(overall)}{', ' + ', '.join(kinds) if kinds else ''}{failed and ' ' + failed}"
-    ]
-    lines += [
-        f"{one.suspect.name}: alone in the reference {one.failed or shown(one.harm)}, without it {shown(one.without)}"
-        + (f" ({', '.join(one.kinds)})" if one.kinds else "")
-        for one in tried
-    ]
-    if overall < SAME:
-        lines.append(f"healed by: {', '.join(one.name for one in healing) or 'nothing that was tried'}")
-    findings = [
-        DiagnosisFinding(
-            "swaps",
-            one.component,
-            "shows",
-            one.field,
-            rung=None,
-            confidence=0.9,
-            why="Without it the samples are as they should be.",
+class SwapTrials:
+    """Trials of suspects between a candidate and its target. ``advance`` is called with the name of each trial."""
+
+    def __init__(self, candidate: Mix, target: Mix, render: Renderer, advance: Callable[[str], None]) -> None:
+        self.candidate, self.target, self.render, self.advance = candidate, target, render, advance
+        self.goal = render(target)
+
+    def run(self, suspects: Sequence[Suspect]) -> SwapsResult:
+        """Try each suspect, and then combinations; the findings are the smallest set that repairs the samples."""
+        samples, failed = try_rendering(self.render, self.candidate)
+        psnr = mean_psnr(samples, self.goal)
+        defects = defects_of(samples, self.goal)
+        trials = [self._try(suspect) for suspect in suspects]
+        repaired_by = self._smallest_repair(trials) if psnr < SAME_PSNR else []
+        findings = [
+            DiagnosisFinding(
+                step="swaps",
+                component=suspect.component,
+                kind="shows",
+                name=suspect.field,
+                confidence=0.9,
+                why="With the target's value the samples are as they should be.",
+            )
+            for suspect in repaired_by
+        ]
+        difference = ", ".join([format_psnr(psnr), *defects]) + (f" {failed}" if failed else "")
+        lines = [f"candidate against the target: {difference}", *map(_trial_line, trials)]
+        if psnr < SAME_PSNR:
+            names = ", ".join(suspect.location for suspect in repaired_by) or "nothing that was tried"
+            lines.append(f"repaired by: {names}")
+        return SwapsResult(
+            name="swaps",
+            findings=findings,
+            lines=lines,
+            measurements=_measurements(psnr, defects, repaired_by, trials),
+            psnr=psnr,
+            unexplained=psnr < SAME_PSNR and not repaired_by,
+            repaired_by=repaired_by,
+            trials=trials,
         )
-        for one in healing
-    ]
-    facts: dict[str, Any] = {
-        "psnr": overall, "kinds": kinds, "healed_by": [one.name for one in healing],
-        "tried": [
-            {"suspect": one.suspect.name, "alone": one.harm, "without": one.without, "kinds": one.kinds, "failed": one.failed}
-            for one in tried
-        ],
-    }  # fmt: skip
-    return StepResult("swaps", findings, lines, facts), tried
+
+    def _try(self, suspect: Suspect) -> SwapTrial:
+        self.advance(suspect.location)
+        alone, failed = try_rendering(self.render, self._exchange(self.target, [suspect], self.candidate))
+        without, _ = try_rendering(self.render, self._exchange(self.candidate, [suspect], self.target))
+        psnr = mean_psnr(alone, self.goal)
+        return SwapTrial(
+            suspect=suspect,
+            alone=psnr,
+            without=mean_psnr(without, self.goal),
+            defects=defects_of(alone, self.goal),
+            visible=bool(failed) or psnr < SAME_PSNR,
+            failed=failed,
+        )
+
+    def _smallest_repair(self, trials: Sequence[SwapTrial]) -> list[Suspect]:
+        """Return the smallest set whose exchange makes the candidate's samples the target's; empty when none does."""
+        visible = sorted((trial for trial in trials if trial.visible), key=lambda trial: trial.alone)[:MAX_COMBINED]
+        suspects = [trial.suspect for trial in visible]
+        for size in range(1, len(suspects) + 1):
+            for chosen in combinations(suspects, size):
+                self.advance(", ".join(suspect.location for suspect in chosen))
+                samples, _ = try_rendering(self.render, self._exchange(self.candidate, chosen, self.target))
+                if mean_psnr(samples, self.goal) >= SAME_PSNR:
+                    return list(chosen)
+        return []
+
+    @staticmethod
+    def _exchange(mix: Mix, suspects: Sequence[Suspect], other: Mix) -> Mix:
+        for suspect in suspects:
+            mix = swapped(mix, suspect.component, suspect.field, other)
+        return mix
 
 
-def smallest(
-    candidate: Mix,
-    target: Mix,
-    tried: Sequence[Tried],
-    render: Renderer,
-    goal: Rendered,
-    advance: Callable[[str], None],
-) -> list[Suspect]:
-    """The smallest set whose replacement makes the candidate's samples the target's; empty when not even all of them do."""
-    guilty = sorted((one for one in tried if one.harms), key=lambda one: one.harm)[:MOST]
-    for size in range(1, len(guilty) + 1):
-        for chosen in combinations(guilty, size):
-            mix = candidate
-            for one in chosen:
-                mix = swapped(mix, one.suspect.component, one.suspect.field, target)
-            advance(", ".join(one.suspect.name for one in chosen))
-            healed, _ = attempt(render, mix)
-            if psnr(healed, goal) >= SAME:
-                return [one.suspect for one in chosen]
-    return []
+def _trial_line(trial: SwapTrial) -> str:
+    alone = trial.failed or format_psnr(trial.alone)
+    defects = f" ({', '.join(trial.defects)})" if trial.defects else ""
+    return f"{trial.suspect.location}: alone in the target {alone}, without it {format_psnr(trial.without)}{defects}"
 
 
-def attempt(render: Renderer, mix: Mix) -> tuple[Rendered | None, str]:
-    """The samples of a mix, or what diffusers said of it: a part that does not load is a finding, not an end."""
+def _measurements(
+    psnr: float, defects: list[str], repaired_by: list[Suspect], trials: list[SwapTrial]
+) -> dict[str, Any]:
+    return {
+        "psnr": psnr,
+        "defects": defects,
+        "repaired_by": [suspect.location for suspect in repaired_by],
+        "trials": [{**asdict(trial), "suspect": trial.suspect.location} for trial in trials],
+    }
+
+
+def try_rendering(render: Renderer, mix: Mix) -> tuple[Rendered | None, str]:
+    """Return the samples of ``mix``, or ``None`` and the error of diffusers: a component may fail to load."""
     try:
         return render(mix), ""
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, NotImplementedError) as error:
         return None, f"does not load or run: {str(error).splitlines()[0][:160]}"
 
 
-def psnr(found: Rendered | None, goal: Rendered) -> float:
-    """Mean over the samples in dB, at most 100; 0 for what could not be rendered."""
+def mean_psnr(found: Rendered | None, goal: Rendered) -> float:
+    """Return the mean PSNR over the samples in dB, at most 100; 0 when ``found`` is missing or of another shape."""
     if found is None:
         return 0.0
     values = []
@@ -160,30 +157,16 @@ def psnr(found: Rendered | None, goal: Rendered) -> float:
         if frames is None or frames.shape != expected.shape:
             return 0.0
         error = float(torch.where(frames.isfinite(), frames - expected, 1.0).double().square().mean())
-        values.append(100.0 if error == 0 else min(100.0, -10 * math.log10(error)))
+        values.append(EQUAL_PSNR if error == 0 else min(EQUAL_PSNR, -10 * math.log10(error)))
     return round(sum(values) / len(values), 2)
 
 
-def kinds_of(found: Rendered | None, goal: Rendered) -> list[str]:
-    """What the panel calls it; exact pairs, so that rounding is the null."""
+def defects_of(found: Rendered | None, goal: Rendered) -> list[str]:
+    """Return the defects that the sharpness metrics find in ``found`` against ``goal``, sample by sample."""
     if found is None:
         return []
-    return [finding.defect for finding in compare(found.panels, goal.panels).findings if finding.level == "alarm"]
+    return [finding.defect for finding in compare(found.metrics, goal.metrics).findings if finding.level == "alarm"]
 
 
-def shown(value: float) -> str:
-    return "equal" if value >= 100 else f"{value:.1f} dB"
-
-
-__all__ = [
-    "SAMPLING",
-    "Suspect",
-    "Tried",
-    "attempt",
-    "kinds_of",
-    "psnr",
-    "shown",
-    "smallest",
-    "suspects_of",
-    "try_swaps",
-]
+def format_psnr(value: float) -> str:
+    return "equal" if value >= EQUAL_PSNR else f"{value:.1f} dB"

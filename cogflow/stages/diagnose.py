@@ -1,117 +1,146 @@
-"""stage=diagnose: which component, field or tensor makes a pipeline blurry, and the command that mends it."""
+"""stage=diagnose: find which component, field or tensor degrades a pipeline, and print or run the command that repairs
+it.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cogflow.artifacts.identify import kind_named
 from cogflow.config.config import Config
 from cogflow.config.diagnose_settings import DiagnoseStage
-from cogflow.diagnosis.conclusion import Diagnosis, as_json, conclude, mending
+from cogflow.diagnosis.conclusion import Conclusion, conclude, repair, repair_command
 from cogflow.diagnosis.diagnosis_input import resolve
-from cogflow.diagnosis.examination import Examination
-from cogflow.diagnosis.finding import StepResult
+from cogflow.diagnosis.examination import STEPS, Examination
 from cogflow.diagnosis.html_page import write_page
-from cogflow.diagnosis.repair import repair
 from cogflow.errors import QualityGateError
-from cogflow.files.atomic_write import write_json
 from cogflow.files.paths import run_folder
-from cogflow.records.pipeline_records import VerifyRecord
+from cogflow.files.record_io import record_values, write_record
+from cogflow.records.pipeline_records import DiagnosisRecord, RepairedFolder
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 
-ORDER = ("facts", "weights", "rungs", "swaps", "precision", "evidence")
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """Result of a diagnosis. ``place``: as the user named the candidate; ``not_checked``: steps left out, with the
+    reason.
+    """
+
+    place: Path
+    examination: Examination
+    conclusion: Conclusion
+    command: str
+    not_checked: list[str]
+    repaired: RepairedFolder | None = None
 
 
 def run(config: Config[DiagnoseStage]) -> None:
-    """Look at ``stage.candidate``, write ``<run>/diagnosis.json`` and ``diagnosis.html``; exit code 3 when something is wrong with it."""
+    """Diagnose ``stage.candidate`` and write ``<run>/diagnosis.json`` and ``diagnosis.html``. Rank 0 works, the others
+    wait.
+
+    Raises :class:`QualityGateError` when a fault is found.
+    """
     if ranks.is_main():
-        diagnose(config)
+        started = time.time()
+        report(config, diagnose(config), started)
     ranks.barrier()
 
 
-def diagnose(config: Config[DiagnoseStage]) -> None:
-    stage = config.stage
-    started = time.time()
-    folder = run_folder(config.run)
+def diagnose(config: Config[DiagnoseStage]) -> Diagnosed:
+    """Run the steps, conclude, and with stage.fix=true repair the candidate."""
+    stage, folder = config.stage, run_folder(config.run)
     place = Path(stage.candidate).expanduser() if stage.candidate else folder
+    reference_place = Path(stage.reference).expanduser() if stage.reference else None
     kind = kind_named(stage.candidate_kind, "stage.candidate_kind")
     candidate = resolve(place, config.model, "candidate", kind=kind)
     kind = kind_named(stage.reference_kind, "stage.reference_kind")
-    reference_place = Path(stage.reference).expanduser() if stage.reference else None
     reference = resolve(reference_place, config.model, "reference", candidate, kind)
-    for side in (candidate, reference):
-        if side.artifact is not None:
-            echo(side.artifact.line(f"stage.{side.role}"))
-    examination = Examination(candidate, reference, config, stage)
-    steps: list[StepResult] = []
-    for number, name in enumerate(ORDER, start=1):
-        if reason := examination.skip(name, steps):
-            echo(f"[{number}/7] {name}: {reason}")
+    for given in (candidate, reference):
+        if given.artifact is not None:
+            echo(given.artifact.line(f"stage.{given.role}"))
+    examination = Examination(candidate, reference, config)
+    not_checked = run_steps(examination)
+    output = Path(stage.output).expanduser() if stage.output else folder / "repaired"
+    command = repair_command(place, reference.place, config.model.name, output)
+    conclusion = conclude(candidate, reference, examination.steps, command)
+    echo(f"[{len(STEPS) + 1}/{len(STEPS) + 1}] verdict\n  {conclusion.verdict}")
+    repaired = None
+    if stage.fix and not conclusion.agrees:
+        repaired = repair(
+            output,
+            candidate,
+            reference,
+            conclusion.findings,
+            examination.recorded_sampling(),
+            examination.verify_repair,
+        )
+        for location in repaired.left:
+            echo(f"  not repaired, because it needs a reference: {location}")
+        echo(f"  repaired: {output} ({repaired.verify.line})")
+    return Diagnosed(place, examination, conclusion, command, not_checked, repaired)
+
+
+def run_steps(examination: Examination) -> list[str]:
+    """Run every step that can run and is needed, and return the others with the reason."""
+    not_checked: list[str] = []
+    for number, name in enumerate(STEPS, start=1):
+        reason = examination.skip_reason(name)
+        echo(f"[{number}/{len(STEPS) + 1}] {name}" + (f": {reason}" if reason else ""))
+        if reason:
+            not_checked.append(f"{name}: {reason}")
             continue
-        echo(f"[{number}/7] {name}")
-        result = getattr(examination, name)(steps)
-        for line in result.lines:
+        for line in examination.run_step(name).lines:
             echo(f"  {line}")
-        steps.append(result)
-    output = Path(stage.output).expanduser() if stage.output else folder / "mended"
-    command = mending(place, reference.place, config.model.name, output)
-    verdict = conclude(candidate, reference, steps, examination.tried, command)
-    echo(f"[7/7] verdict\n  {verdict.line}")
-    facts: dict[str, Any] = {
-        "candidate": str(place),
-        "reference": str(reference.place or reference.family and reference.family.name or "its own record"),
-        "command": command,
-    }
-    if not verdict.agrees and stage.fix:
-        facts["mended"] = mended(output, examination, verdict)
-    conclusion(config, folder, examination, verdict, steps, facts, started)
+    return not_checked
 
 
-def mended(output: Path, examination: Examination, verdict: Diagnosis) -> dict[str, Any]:
-    """Write the mended folder; what proved it."""
-    assembly, left = repair(
-        output, examination.candidate, examination.reference, verdict.findings, examination.called(), examination.prove
-    )  # fmt: skip
-    for finding in left:
-        echo(f"  left as it is, for want of a reference: {finding.line()}")
-    proof = assembly.verify or VerifyRecord("skipped")
-    echo(f"  mended: {output} ({proof.line})")
-    return {"where": str(output), **asdict(proof), "left": [finding.place for finding in left]}
-
-
-def conclusion(
-    config: Config[DiagnoseStage],
-    folder: Path,
-    examination: Examination,
-    verdict: Diagnosis,
-    steps: list[StepResult],
-    facts: dict[str, Any],
-    started: float,
-) -> None:
-    """Write what was found where people look for it; :class:`QualityGateError` when there is a fault."""
-    found = as_json(verdict, steps, **facts)
+def report(config: Config[DiagnoseStage], found: Diagnosed, started: float) -> None:
+    """Write diagnosis.json, the page, the stage's record and the tracker's table; raise when there is a fault."""
+    folder, conclusion = run_folder(config.run), found.conclusion
+    record = diagnosis_record(found)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "diagnosis.json", found)
-    page = write_page(folder, found, examination.pictures())
+    write_record(folder / DiagnosisRecord.file_name, record)
+    page = write_page(folder, record, found.examination.frames())
     columns = ["rung", "component", "field or tensor", "kind", "confidence", "why"]
-    rows = [[one.rung, one.component, one.name, one.kind, one.confidence, one.why] for one in verdict.findings]
+    rows = [[one.rung, one.component, one.name, one.kind, one.confidence, one.why] for one in conclusion.findings]
     with open_tracker(config, "diagnose", folder) as tracker:
         tracker.table("diagnose/findings", columns, rows)
-        tracker.log(0, {"diagnose/findings": float(len(rows)), **examination.numbers()})
+        tracker.log(0, {"diagnose/findings": float(len(rows)), **found.examination.metrics()})
         for name, path in page.pictures.items():
             tracker.image(0, f"diagnose/{name}", path)
-    summary = "agrees" if verdict.agrees else verdict.line
-    inputs = {"candidate": facts["candidate"], "reference": facts["reference"]}
-    record_stage(
-        folder, "diagnose", config, inputs, {"summary": summary, "where": str(page.path), **facts}, started=started
+    summary = "agrees" if conclusion.agrees else conclusion.verdict
+    results = {"summary": summary, "where": str(page.path), "command": found.command}
+    if found.repaired is not None:
+        results["repaired"] = record_values(record)["repaired"]
+    inputs = {"candidate": record.candidate, "reference": record.reference}
+    record_stage(folder, "diagnose", config, inputs, results, started=started)
+    echo(f"diagnosis: {folder / DiagnosisRecord.file_name}\npage:      {page.path}")
+    if not conclusion.agrees:
+        hint = f"Repaired: {found.repaired.where}" if found.repaired else f"To repair it: {found.command}"
+        raise QualityGateError(conclusion.verdict, hint)
+
+
+def diagnosis_record(found: Diagnosed) -> DiagnosisRecord:
+    """Return diagnosis.json."""
+    examination, conclusion = found.examination, found.conclusion
+    reference = examination.reference
+    declared = reference.family.name if reference.family is not None else "its own record"
+    return DiagnosisRecord(
+        agrees=conclusion.agrees,
+        verdict=conclusion.verdict,
+        findings=[finding.record() for finding in conclusion.findings],
+        notes=[finding.record() for finding in conclusion.notes],
+        ruled_out=conclusion.ruled_out,
+        steps={step.name: {"lines": step.lines, **step.measurements} for step in examination.steps},
+        candidate=str(found.place),
+        reference=str(reference.place or declared),
+        command=found.command,
+        checked=[step.name for step in examination.steps],
+        not_checked=found.not_checked,
+        repaired=found.repaired,
     )
-    echo(f"diagnosis: {folder / 'diagnosis.json'}\npage:      {page.path}")
-    if not verdict.agrees:
-        hint = f"Mended: {facts['mended']['where']}" if "mended" in facts else f"To mend it: {facts['command']}"
-        raise QualityGateError(verdict.line, hint)

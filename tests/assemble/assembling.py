@@ -1,4 +1,4 @@
-"""What the tests of assembly share."""
+"""Shared helpers of the tests of assembly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINED_WITH = {
 
 
 class Work:
-    """A test's own copies of ``base`` and ``run``, and the config that assembles them."""
+    """A test's copies of ``base`` and ``run``, and the config that assembles them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base, self.run = folder, folder / "base", folder / "run"

@@ -1,4 +1,4 @@
-"""A small model in a base folder, a run that exported a checkpoint of it, and the run's own samples. All random weights."""
+"""A small model with random weights in a base folder, and a run with an export and samples of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import loading
 from cogflow.models.family import MODEL_SPECS
-from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sample_folder import write_samples
+from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.weights.tensor_source import weights_fingerprint
 from tools.tiny_text import make_tokenizer
 
-# Tests are imported by path; this makes their helper (assembling.py) importable, too.
+# Tests are imported by path; this makes the helper module assembling.py importable.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from assembling import TOKENS, TRAINED_WITH, Work
@@ -37,18 +37,36 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer(base / "tokenizer")
     T5EncoderModel(
         T5Config(
-            vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
+            vocab_size=len(tokenizer),
+            d_model=8,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
         )
-    ).save_pretrained(base / "text_encoder")  # fmt: skip
+    ).save_pretrained(base / "text_encoder")
     AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16, scaling_factor=0.7
-    ).save_pretrained(base / "vae")  # fmt: skip
+    ).save_pretrained(base / "vae")
     CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config()).save_pretrained(base / "scheduler")
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, time_embed_dim=8, text_embed_dim=8, num_layers=1,
-        sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=TOKENS, use_rotary_positional_embeddings=True,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=5,
+        max_text_seq_length=TOKENS,
+        use_rotary_positional_embeddings=True,
+    )
     transformer.save_pretrained(base / "transformer")
     shutil.rmtree(base / "tokenizer" / ".cache", ignore_errors=True)
     _run(root / "run", base, transformer)
@@ -74,9 +92,17 @@ def _run(run: Path, base: Path, transformer: CogVideoXTransformer3DModel) -> Non
     prompts = [Prompt("circle", "a red circle moves left over a light background")]
     embeds = loading.encode_prompts(tokenizer, encoder, [prompt.text for prompt in prompts] + [""], TOKENS)
     sampler = Sampler(
-        transformer, loading.load_vae(base), loading.load_scheduler(base), embeds[-1], SamplingConfig(steps=3),
-        frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
+        transformer,
+        loading.load_vae(base),
+        loading.load_scheduler(base),
+        embeds[-1],
+        SamplingConfig(steps=3),
+        frames=5,
+        height=32,
+        width=32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
     facts = {"step": 4, "weights": "model", "weights_sha256": weights}
     write_samples(
         run / "samples" / "step-000004", sampler, requests(prompts, embeds, [0]), fps=8.0, facts=facts, title="samples"

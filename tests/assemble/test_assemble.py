@@ -1,4 +1,6 @@
-"""Assembled pipelines: right files and index, loadable by diffusers alone, equal to the run's own videos, or kept apart."""
+"""Test the assembled folder: files and index, loading by diffusers, verification against the run's videos,
+rejection.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,7 @@ from cogflow.stages import assemble
 CAPTION = "a red circle moves left over a light background"
 
 
-def test_the_folder_is_checked_against_the_run_in_a_fresh_process_and_published(
-    work: Work, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_gives_the_runs_videos_is_published(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
     assemble.run(work.config(verify=True))
     pipeline = work.run / "pipeline"
     assembly = json.loads((pipeline / "assembly.json").read_text())
@@ -47,8 +47,8 @@ def test_the_folder_is_checked_against_the_run_in_a_fresh_process_and_published(
     assert record["results"]["where"] == str(pipeline)
 
 
-def test_a_pipeline_that_gives_other_videos_is_kept_apart(work: Work) -> None:
-    """A VAE with other weights: every config agrees, only the frames tell."""
+def test_a_folder_that_gives_other_videos_is_rejected(work: Work) -> None:
+    """The VAE has other weights and the right config, so only the frames differ."""
     file = work.base / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["decoder.conv_out.conv.weight"] *= 0.5
@@ -62,7 +62,7 @@ def test_a_pipeline_that_gives_other_videos_is_kept_apart(work: Work) -> None:
     assert (rejected / "model_index.json").is_file() and (rejected / "verify-frames.safetensors").is_file()
 
 
-def test_a_folder_that_diffusers_cannot_run_is_kept_apart(
+def test_a_folder_that_diffusers_cannot_run_is_rejected(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "fresh.py"
@@ -75,7 +75,7 @@ def test_a_folder_that_diffusers_cannot_run_is_kept_apart(
     assert not (work.run / "pipeline").exists() and (work.run / "pipeline.rejected").is_dir()
 
 
-def test_from_pretrained_gives_every_component(work: Work) -> None:
+def test_from_pretrained_loads_every_component(work: Work) -> None:
     assemble.run(work.config())
     pipeline = work.run / "pipeline"
     index = json.loads((pipeline / "model_index.json").read_text())
@@ -100,11 +100,11 @@ def test_from_pretrained_gives_every_component(work: Work) -> None:
 def test_weights_are_linked_and_configs_copied(work: Work) -> None:
     assemble.run(work.config())
     for name, file in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
-        assert os.path.samefile(work.run / "pipeline" / name / file, work.base / name / file)
-    assert not os.path.samefile(work.run / "pipeline" / "vae" / "config.json", work.base / "vae" / "config.json")
+        assert (work.run / "pipeline" / name / file).samefile(work.base / name / file)
+    assert not (work.run / "pipeline" / "vae" / "config.json").samefile(work.base / "vae" / "config.json")
 
 
-def test_without_hard_links_weights_are_copied(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_copied_where_hard_links_fail(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
 
@@ -114,7 +114,7 @@ def test_without_hard_links_weights_are_copied(work: Work, monkeypatch: pytest.M
     assert hash_file(file) == hash_file(work.base / "vae" / file.name) and file.stat().st_nlink == 1
 
 
-def test_components_from_different_places_and_a_rerun(work: Work) -> None:
+def test_components_from_another_folder_and_from_an_earlier_pipeline_are_the_same(work: Work) -> None:
     assemble.run(work.config())
     first = json.loads((work.run / "pipeline" / "assembly.json").read_text())
     own = work.folder / "own"
@@ -126,7 +126,7 @@ def test_components_from_different_places_and_a_rerun(work: Work) -> None:
         assert second["made"] == first["made"]
 
 
-def test_the_base_is_the_model_that_was_trained(work: Work) -> None:
+def test_the_default_base_is_the_model_that_was_trained(work: Work) -> None:
     with pytest.raises(PipelineError, match="does not say which model"):
         assemble.run(work.config(base=None))
     work.edit(
@@ -140,7 +140,7 @@ def test_the_base_is_the_model_that_was_trained(work: Work) -> None:
 
 
 @pytest.mark.parametrize("reason", ["samples", "weights", "sampler"])
-def test_a_check_that_cannot_be_made_is_said_and_recorded(
+def test_a_skipped_verification_is_recorded_with_its_reason(
     work: Work, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if reason == "samples":
@@ -154,7 +154,7 @@ def test_a_check_that_cannot_be_made_is_said_and_recorded(
             "run/samples/step-000004/samples.json", lambda record: record.update(weights="ema", weights_sha256="0" * 64)
         )
         expected = "was sampled with other weights (ema of step 4)"
-    # The export names the run it came from; both it and this run are looked at.
+    # The samples of the run that the export names would be found, too: hide them.
     exported = json.loads((work.run / "export" / "export.json").read_text())["source"]
     assert not Path(exported).is_relative_to(work.folder)
     (Path(exported).parent.parent / "samples").rename(Path(exported).parent.parent / "hidden")
@@ -169,7 +169,7 @@ def test_a_check_that_cannot_be_made_is_said_and_recorded(
 
 
 def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
-    """DPM draws noise between its steps: the run and the fresh process draw the same."""
+    """DPM adds noise between its steps; the run and the fresh process draw the same noise."""
     source = str(work.run / "checkpoints" / "step-000004")
     work.edit("run/export/export.json", lambda report: report.update(source=source))
     write_manifest(work.run / "export")
@@ -183,9 +183,17 @@ def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
         loading.load_tokenizer(work.base), loading.load_text_encoder(work.base), [CAPTION, ""], TOKENS
     )
     sampler = Sampler(
-        transformer, loading.load_vae(work.base), scheduler, embeds[-1], SamplingConfig(steps=3),
-        frames=5, height=32, width=32, device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
+        transformer,
+        loading.load_vae(work.base),
+        scheduler,
+        embeds[-1],
+        SamplingConfig(steps=3),
+        frames=5,
+        height=32,
+        width=32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
     facts = {key: record[key] for key in ("step", "weights", "weights_sha256")}
     sample_folder.write_samples(
         samples, sampler, requests([Prompt("circle", CAPTION)], embeds, [0]), fps=8.0, facts=facts, title="samples"

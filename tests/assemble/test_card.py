@@ -1,4 +1,4 @@
-"""What goes along with a pipeline: the run's videos, its training, its ladder, the command; and what goes to the hub."""
+"""Test the model card, the copied sample videos and the upload to the hub."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ RECORD = {
 
 
 @pytest.fixture
-def told(work: Work) -> Work:
-    """The run with its training's record and a ladder; the export names a checkpoint of it."""
+def trained(work: Work) -> Work:
+    """The run with a train.json and a ladder; the export names a checkpoint of it."""
     work.edit(
         "run/export/export.json", lambda report: report.update(source=str(work.run / "checkpoints" / "step-000004"))
     )
@@ -70,37 +70,52 @@ def told(work: Work) -> Work:
 
 
 @pytest.mark.slow
-def test_the_card_tells_the_training_the_samples_the_ladder_and_the_command(told: Work) -> None:
-    assemble.run(told.config(verify=True))
-    pipeline = told.run / "pipeline"
+def test_the_card_has_the_training_the_samples_the_ladder_and_the_command(trained: Work) -> None:
+    assemble.run(trained.config(verify=True))
+    pipeline = trained.run / "pipeline"
     card = (pipeline / "README.md").read_text()
     for line in (
-        "| started from | tiny |", "| clips | 5 x 32 x 32 at 8 frames per second |", "| micro steps per step | 3 |",
-        "| learning rate | 1e-05, cosine |", "| time | 1 h 02 min |", "| result | 4 steps of 2 clips |",
-        "- [a red circle moves left over a light background](samples/circle-seed0.mp4)", "![one frame of each sample](samples/contact.png)",
-        "| 4 tuned | 1 | 3 base | 1 |", "| 5 exported | 1 | 4 tuned | 1 |", "Assembled by",
-    ):  # fmt: skip
+        "| started from | tiny |",
+        "| clips | 5 x 32 x 32 at 8 frames per second |",
+        "| micro steps per step | 3 |",
+        "| learning rate | 1e-05, cosine |",
+        "| time | 1 h 02 min |",
+        "| result | 4 steps of 2 clips |",
+        "- [a red circle moves left over a light background](samples/circle-seed0.mp4)",
+        "![one frame of each sample](samples/contact.png)",
+        "| 4 tuned | 1 | 3 base | 1 |",
+        "| 5 exported | 1 | 4 tuned | 1 |",
+        "Assembled by",
+    ):
         assert line in card, line
-    video = told.run / "samples" / "step-000004" / "circle-seed0.mp4"
+    video = trained.run / "samples" / "step-000004" / "circle-seed0.mp4"
     assert hash_file(pipeline / "samples" / "circle-seed0.mp4") == hash_file(video)
-    assert str(told.folder) not in card and check_manifest(pipeline) == []
+    assert str(trained.folder) not in card and check_manifest(pipeline) == []
     sampling = json.loads((pipeline / "assembly.json").read_text())["sampling"]
     wanted = {
-        "steps": 3, "guidance_scale": 6.0, "use_dynamic_cfg": True, "frames": 5, "height": 32, "width": 32, "fps": 8.0, "dtype": "fp32",
-        "max_sequence_length": 16, "from": str(video.parent),
-    }  # fmt: skip
+        "steps": 3,
+        "guidance_scale": 6.0,
+        "use_dynamic_cfg": True,
+        "frames": 5,
+        "height": 32,
+        "width": 32,
+        "fps": 8.0,
+        "dtype": "fp32",
+        "max_sequence_length": 16,
+        "from": str(video.parent),
+    }
     assert {key: sampling[key] for key in wanted} == wanted
 
 
-def test_samples_of_other_weights_stay_behind(told: Work) -> None:
-    told.edit("run/samples/step-000004/samples.json", lambda record: record.update(weights_sha256="0" * 64))
-    assemble.run(told.config())
-    card = (told.run / "pipeline" / "README.md").read_text()
-    assert "## Training" in card and "## Samples" not in card and not (told.run / "pipeline" / "samples").exists()
+def test_samples_of_other_weights_are_not_copied(trained: Work) -> None:
+    trained.edit("run/samples/step-000004/samples.json", lambda record: record.update(weights_sha256="0" * 64))
+    assemble.run(trained.config())
+    card = (trained.run / "pipeline" / "README.md").read_text()
+    assert "## Training" in card and "## Samples" not in card and not (trained.run / "pipeline" / "samples").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
-def test_without_a_run_the_family_says_sampling_settings(name: str, work: Work) -> None:
+def test_without_a_run_the_family_gives_the_sampling_settings(name: str, work: Work) -> None:
     member = MODEL_SPECS[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
         "max_text_seq_length": member.text_tokens
@@ -125,16 +140,16 @@ def test_without_a_run_the_family_says_sampling_settings(name: str, work: Work) 
         ("stage.output=pipelines/one", "stage.output=pipelines/one"),
     ],
 )
-def test_places_are_left_out(command: str, shown: str) -> None:
+def test_paths_of_the_command_are_cut_to_two_names(command: str, shown: str) -> None:
     assert shorten_command(command) == shown
 
 
-def test_cells_cannot_break_a_table() -> None:
+def test_table_cells_are_escaped() -> None:
     assert _escape_cell("a|b\n[c](d)") == "a\\|b \\[c\\](d)"
 
 
 class Hub:
-    """Stands for the hub: keeps what it was asked, and a copy of what it was given."""
+    """Replaces the hub: records the calls and copies the uploaded folder."""
 
     def __init__(self, keep: Path, error: Exception | None = None) -> None:
         self.keep, self.error, self.asked = keep, error, []  # type: ignore[var-annotated]
@@ -154,14 +169,14 @@ class Hub:
         return SimpleNamespace(commit_url="https://hub/me/mine/commit/1")
 
 
-def test_nothing_is_pushed_unless_asked(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_uploaded_by_default(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
     assemble.run(work.config())
     assert hub.asked == []
 
 
-def test_the_finished_folder_is_pushed_without_places(
+def test_the_finished_folder_is_uploaded_without_local_paths(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(tmp_path / "hub")
@@ -179,9 +194,9 @@ def test_the_finished_folder_is_pushed_without_places(
 
 
 @pytest.mark.parametrize(
-    "error", [huggingface_hub.errors.LocalTokenNotFoundError("no token"), ConnectionError("no way there")]
+    "error", [huggingface_hub.errors.LocalTokenNotFoundError("no token"), ConnectionError("unreachable")]
 )
-def test_a_hub_that_refuses_leaves_the_folder(
+def test_a_refused_upload_leaves_the_folder_published(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     hub = Hub(tmp_path / "hub", error)
@@ -192,7 +207,7 @@ def test_a_hub_that_refuses_leaves_the_folder(
     assert check_manifest(work.run / "pipeline") == [] and (work.run / "assemble.json").is_file()
 
 
-def test_a_folder_that_failed_is_not_pushed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_failed_is_not_uploaded(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
     work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(snr_shift_scale=3.0))
@@ -201,7 +216,7 @@ def test_a_folder_that_failed_is_not_pushed(work: Work, tmp_path: Path, monkeypa
     assert hub.asked == []
 
 
-def test_the_hubs_own_api_takes_what_is_given_to_it() -> None:
+def test_the_hubs_api_has_the_arguments_that_are_used() -> None:
     import inspect
 
     for name, given in (

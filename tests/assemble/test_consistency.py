@@ -1,4 +1,4 @@
-"""What loads without a word and gives blurry videos is refused before anything is written."""
+"""Test that contradictions between components are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def refused(work: Work, **stage: Any) -> str:
     return caught.value.message
 
 
-def test_the_incident_every_wrong_value_is_named_at_once(work: Work) -> None:
-    """The converter of CogVideo issue 236 wrote 2B's values beside 5B's weights."""
+def test_every_wrong_value_is_named_at_once(work: Work) -> None:
+    """The config has the values that CogVideo's converter wrote in 2024: those of 2B beside weights of 5B."""
     work.edit(
         "base/vae/config.json", lambda config: config.update(scaling_factor=1.15258426, invert_scale_latents=True)
     )
@@ -50,14 +50,16 @@ def test_the_incident_every_wrong_value_is_named_at_once(work: Work) -> None:
     for line in (
         f"vae.scaling_factor is 1.15258426 ({vae}); {trained} 0.7 ({export}). {right}.vae.scaling_factor=0.7",
         f"vae.invert_scale_latents is true ({vae}); {trained} false ({export}). {right}.vae.invert_scale_latents=false",
-        f"scheduler.snr_shift_scale is 3.0 ({scheduler}); {trained} 1.0 ({export}). {right}.scheduler.snr_shift_scale=1.0",
-        f"scheduler.timestep_spacing is linspace ({scheduler}); {trained} trailing ({export}). {right}.scheduler.timestep_spacing=trailing",
+        f"scheduler.snr_shift_scale is 3.0 ({scheduler}); {trained} 1.0 ({export}). "
+        f"{right}.scheduler.snr_shift_scale=1.0",
+        f"scheduler.timestep_spacing is linspace ({scheduler}); {trained} trailing ({export}). "
+        f"{right}.scheduler.timestep_spacing=trailing",
     ):
         assert line in message
     assert message.count("\n") == 4
 
 
-def test_a_value_left_out_counts_as_the_default_that_diffusers_takes(work: Work) -> None:
+def test_a_missing_value_counts_as_the_default_of_diffusers(work: Work) -> None:
     work.edit("base/vae/config.json", lambda config: config.pop("scaling_factor"))
     work.edit(
         "base/scheduler/scheduler_config.json",
@@ -73,7 +75,7 @@ def test_a_value_left_out_counts_as_the_default_that_diffusers_takes(work: Work)
     assert f"scheduler.rescale_betas_zero_snr is false ({scheduler}); " in message
 
 
-def test_widths_and_channels(work: Work) -> None:
+def test_other_widths_and_channels_are_refused(work: Work) -> None:
     work.edit("base/vae/config.json", lambda config: config.update(latent_channels=4))
     work.edit("base/text_encoder/config.json", lambda config: config.update(d_model=4096, vocab_size=10))
     message = refused(work)
@@ -85,15 +87,15 @@ def test_widths_and_channels(work: Work) -> None:
         in message
     )
     assert (
-        f"transformer.out_channels is 16 ({own}); latent channels of the VAE: 4 ({vae}). To correct it: stage.vae=FOLDER"
-        in message
+        f"transformer.out_channels is 16 ({own}); latent channels of the VAE: 4 ({vae}). "
+        "To correct it: stage.vae=FOLDER" in message
     )
     assert f"transformer.text_embed_dim is 8 ({own}); width of the text encoder: 4096 ({text})" in message
     assert f"text_encoder: the tensors in {text.parent} are not those of its config" in message
     assert ", 8], the config requires [10, 4096]" in message
 
 
-def test_text_length_of_training(work: Work) -> None:
+def test_another_text_length_than_in_training_is_refused(work: Work) -> None:
     export = work.run / "export"
     with publish_folder(export, replace=True) as partial:
         for path in (work.base / "transformer").iterdir():
@@ -114,7 +116,7 @@ def test_code_is_refused(work: Work, component: str) -> None:
     assert f"{component}: modeling.py" in refused(work)
 
 
-def test_classes_that_ask_for_code_are_refused(work: Work) -> None:
+def test_configs_that_require_code_are_refused(work: Work) -> None:
     work.edit(
         "base/scheduler/scheduler_config.json", lambda config: config.update(_class_name=["my_scheduler", "Mine"])
     )
@@ -150,7 +152,7 @@ def test_broken_weights_and_an_index_that_leads_outside_are_refused(work: Work) 
     assert "../text_encoder/model.safetensors leads out of its folder" in message
 
 
-def test_an_export_that_was_changed_is_refused(work: Work) -> None:
+def test_a_changed_export_is_refused(work: Work) -> None:
     file = work.run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
@@ -158,7 +160,7 @@ def test_an_export_that_was_changed_is_refused(work: Work) -> None:
     assert "transformer.diffusion_pytorch_model.safetensors is sha256" in refused(work)
 
 
-def test_missing_places_are_all_named(work: Work) -> None:
+def test_all_missing_paths_are_named(work: Work) -> None:
     message = refused(work, vae=str(work.folder / "nowhere"), scheduler=str(work.base / "vae"))
     assert "stage.vae" in message and "stage.scheduler" in message
     assert "stage=export" in _error(work, transformer=None, export=False)
@@ -173,7 +175,7 @@ def _error(work: Work, export: bool, **stage: Any) -> str:
 
 
 @pytest.mark.parametrize("name", list(MODEL_SPECS))
-def test_a_foreign_transformer_is_held_to_the_facts_of_its_family(name: str) -> None:
+def test_a_transformer_without_a_record_must_fit_its_family(name: str) -> None:
     member = MODEL_SPECS[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()}
     transformer = PipelineComponent("transformer", Path("t"), "CogVideoXTransformer3DModel", settings)
@@ -183,12 +185,15 @@ def test_a_foreign_transformer_is_held_to_the_facts_of_its_family(name: str) -> 
     assert expected["snr_shift_scale"].value == member.snr_shift_scale
 
 
-def test_an_export_that_names_a_family_must_have_its_positions() -> None:
+def test_an_export_must_have_the_positions_of_its_family() -> None:
     member = MODEL_SPECS["cogvideox-5b"]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()} | {
-        "use_rotary_positional_embeddings": False, "out_channels": 16, "text_embed_dim": 4096, "temporal_compression_ratio": 4,
+        "use_rotary_positional_embeddings": False,
+        "out_channels": 16,
+        "text_embed_dim": 4096,
+        "temporal_compression_ratio": 4,
         "max_text_seq_length": 226,
-    }  # fmt: skip
+    }
     parts = {
         "transformer": PipelineComponent(
             "transformer",
@@ -212,8 +217,8 @@ def test_an_export_that_names_a_family_must_have_its_positions() -> None:
         check_components(parts, ["a problem found before"])
 
 
-def test_halves_that_are_not_those_of_training(work: Work) -> None:
-    """The converter's fp16 beside weights trained in bf16; a VAE in fp16 beside them overflows."""
+def test_another_16_bit_dtype_than_in_training_is_refused(work: Work) -> None:
+    """fp16 weights of a model trained in bf16 lose their range, and an fp16 VAE overflows."""
 
     def trained_in_bf16(report: dict[str, Any]) -> None:
         report["trained_with"]["dtype"] = "bf16"
@@ -227,17 +232,15 @@ def test_halves_that_are_not_those_of_training(work: Work) -> None:
         save_file(tensors | {first: tensors[first].half()}, file, metadata={"format": "pt"})
     write_manifest(work.run / "export")
     message = refused(work)
-    assert (
-        f"transformer.dtype is fp16 (1 of {len(load_file(work.run / 'export/transformer/diffusion_pytorch_model.safetensors'))}"
-        in message
-    )
+    count = len(load_file(work.run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"))
+    assert f"transformer.dtype is fp16 (1 of {count} " in message
     assert "the transformer was trained in bf16" in message
     assert "To correct it: stage.transformer=/runs/a/checkpoints/step-000100 stage.dtype=bf16" in message
     assert "vae.dtype is fp16" in message and "text_encoder.dtype" not in message
 
 
-def test_wider_or_asked_for_is_no_contradiction(work: Work) -> None:
-    """fp32 weights of a model trained in bf16, and 16 bits of one trained in fp32, both are what somebody wanted."""
+def test_wider_and_requested_dtypes_are_accepted(work: Work) -> None:
+    """fp32 weights of a model trained in bf16, and fp16 weights of a model trained in fp32."""
     work.edit("run/export/export.json", lambda report: report["trained_with"].update(dtype="bf16"))
     write_manifest(work.run / "export")
     assemble.run(work.config())
@@ -248,8 +251,8 @@ def test_wider_or_asked_for_is_no_contradiction(work: Work) -> None:
     assemble.run(work.config())
 
 
-def test_every_manifest_holds(work: Work) -> None:
-    """Of an earlier pipeline: a component that was exchanged in it by hand, one that was added to, one that lost a file."""
+def test_every_change_against_a_manifest_is_refused(work: Work) -> None:
+    """An earlier pipeline with a changed, an additional and a missing file."""
     assemble.run(work.config(output=str(work.folder / "first")))
     first = work.folder / "first"
     file = first / "vae" / "diffusion_pytorch_model.safetensors"
@@ -266,7 +269,7 @@ def test_every_manifest_holds(work: Work) -> None:
     assert "vae.manifest.json is unreadable" in refused(work, base=str(first))
 
 
-def test_a_file_of_the_hubs_cache_is_what_its_name_says(work: Work) -> None:
+def test_a_changed_file_of_the_hubs_cache_is_refused(work: Work) -> None:
     cache = work.folder / "models--zai--CogVideoX"
     blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"
     blobs.mkdir(parents=True)
@@ -285,8 +288,8 @@ def test_a_file_of_the_hubs_cache_is_what_its_name_says(work: Work) -> None:
     assert f"it was downloaded as sha256 {sha256}" in refused(work, vae=str(snapshot))
 
 
-def test_tensors_that_the_config_does_not_ask_for(work: Work) -> None:
-    """Both load: what is missing is filled with noise, what is left over is dropped."""
+def test_missing_and_extra_tensors_are_refused(work: Work) -> None:
+    """Diffusers loads both: it fills a missing tensor with noise and drops an extra one."""
     file = work.base / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["decoder.conv_more.weight"] = tensors.pop("decoder.conv_out.conv.bias")
@@ -295,7 +298,7 @@ def test_tensors_that_the_config_does_not_ask_for(work: Work) -> None:
     assert "missing: decoder.conv_out.conv.bias [3]" in message and "extra: decoder.conv_more.weight [3]" in message
 
 
-def test_a_tokenizer_that_is_too_short_and_one_that_knows_too_much(work: Work) -> None:
+def test_a_tokenizer_with_a_shorter_length_is_refused(work: Work) -> None:
     work.edit("base/tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=8))
     assert (
         "tokenizer.model_max_length is 8" in (message := refused(work))
@@ -305,8 +308,8 @@ def test_a_tokenizer_that_is_too_short_and_one_that_knows_too_much(work: Work) -
 
 
 @pytest.mark.parametrize("name", [name for name in MODEL_SPECS if name != "tiny"])
-def test_positions_of_a_foreign_transformer_are_those_of_its_family(name: str) -> None:
-    """Nobody says what it is: everything but the flag does."""
+def test_a_wrong_position_flag_does_not_hide_the_family(name: str) -> None:
+    """All other keys identify the family."""
     member = MODEL_SPECS[name]
     settings = {key: getattr(member, field) for key, field in ARCHITECTURE.items()}
     settings["use_rotary_positional_embeddings"] = not settings["use_rotary_positional_embeddings"]
@@ -314,7 +317,7 @@ def test_positions_of_a_foreign_transformer_are_those_of_its_family(name: str) -
     assert family_of(part) == member
 
 
-def test_the_checkpoints_own_positions_count(work: Work) -> None:
+def test_the_positions_of_the_checkpoint_are_preferred(work: Work) -> None:
     fact = {"fact": "position", "value": "sincos", "from": "2b.yaml"}
     work.edit("run/export/export.json", lambda report: report.update(facts=[fact]))
     write_manifest(work.run / "export")
@@ -323,7 +326,7 @@ def test_the_checkpoints_own_positions_count(work: Work) -> None:
     assert "the checkpoint has false" in message and "which has it from 2b.yaml" in message
 
 
-def test_the_family_that_the_command_names(work: Work) -> None:
+def test_the_family_of_the_command_is_preferred(work: Work) -> None:
     config = dataclasses.replace(work.config(), model=ModelConfig(name="cogvideox-2b"))
     with pytest.raises(PipelineError) as caught:
         assemble.run(config)

@@ -1,4 +1,4 @@
-"""Image to video through the same check: a picture to each prompt, the run's noise, the frames compared."""
+"""Test that image-to-video pipelines are verified from the first frames of the run's samples."""
 
 from __future__ import annotations
 
@@ -25,13 +25,23 @@ TEXT = "a red circle moves left over a light background"
 
 @pytest.fixture
 def from_image(work: Work) -> Work:
-    """The run's export and samples replaced by those of an image-to-video transformer, sampled by diffusers alone."""
+    """Replace the run's export and samples by those of an image-to-video transformer, sampled by diffusers."""
     torch.manual_seed(1)
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=32, out_channels=16, time_embed_dim=8, text_embed_dim=8, num_layers=1,
-        sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=TOKENS, use_rotary_positional_embeddings=True,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=32,
+        out_channels=16,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=5,
+        max_text_seq_length=TOKENS,
+        use_rotary_positional_embeddings=True,
         use_learned_positional_embeddings=True,
-    )  # fmt: skip
+    )
     weights = weights_fingerprint(transformer.state_dict().items())
     report = json.loads((work.run / "export" / "export.json").read_text())
     report |= {
@@ -43,17 +53,29 @@ def from_image(work: Work) -> Work:
         transformer.save_pretrained(folder / "transformer")
         write_json(folder / "export.json", report)
     pipe = CogVideoXImageToVideoPipeline(
-        loading.load_tokenizer(work.base), loading.load_text_encoder(work.base), loading.load_vae(work.base), transformer,
+        loading.load_tokenizer(work.base),
+        loading.load_text_encoder(work.base),
+        loading.load_vae(work.base),
+        transformer,
         loading.load_scheduler(work.base),
-    )  # fmt: skip
+    )
     samples = work.run / "samples" / "step-000004"
     picture = Image.effect_noise((32, 32), 80).convert("RGB")
     picture.save(samples / "circle.png")
     video = pipe(
-        image=picture, prompt=TEXT, latents=noise_for(0, "circle", (1, 2, 16, 4, 4)), generator=step_generator(0, "circle"),
-        height=32, width=32, num_frames=5, num_inference_steps=3, guidance_scale=6.0, use_dynamic_cfg=True, max_sequence_length=TOKENS,
+        image=picture,
+        prompt=TEXT,
+        latents=noise_for(0, "circle", (1, 2, 16, 4, 4)),
+        generator=step_generator(0, "circle"),
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=3,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        max_sequence_length=TOKENS,
         output_type="pt",
-    ).frames[0]  # fmt: skip
+    ).frames[0]
     save_file(
         {"circle-seed0": (video * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()},
         samples / "frames.safetensors",
@@ -65,7 +87,7 @@ def from_image(work: Work) -> Work:
 
 
 @pytest.mark.slow
-def test_the_pictures_of_the_run_give_its_videos_again(from_image: Work) -> None:
+def test_the_first_frames_of_the_run_give_its_videos(from_image: Work) -> None:
     work = from_image
     assemble.run(work.config(verify=True))
     pipeline = work.run / "pipeline"
@@ -75,8 +97,8 @@ def test_the_pictures_of_the_run_give_its_videos_again(from_image: Work) -> None
 
 
 @pytest.mark.slow
-def test_image_latents_at_another_scale_are_kept_apart(from_image: Work) -> None:
-    """1.5's ``invert_scale_latents`` on a model trained without: only the image's latents change."""
+def test_image_latents_at_another_scale_are_rejected(from_image: Work) -> None:
+    """``invert_scale_latents`` of 1.5 on a model trained without it changes the image's latents only."""
     work = from_image
     changed = {"set": {"vae": {"invert_scale_latents": True}}, "force": ["vae.invert_scale_latents"]}
     with pytest.raises(QualityGateError, match="circle-seed0: PSNR") as caught:
@@ -84,7 +106,7 @@ def test_image_latents_at_another_scale_are_kept_apart(from_image: Work) -> None
     assert caught.value.exit_code == 3 and not (work.run / "pipeline").exists()
 
 
-def test_without_pictures_nothing_is_compared_and_that_is_said(from_image: Work) -> None:
+def test_samples_without_first_frames_are_not_compared(from_image: Work) -> None:
     work = from_image
     work.edit("run/samples/step-000004/samples.json", lambda record: record["samples"][0].pop("image"))
     assemble.run(work.config(verify=True))

@@ -1,4 +1,4 @@
-"""Components from everywhere: runs, checkpoints, exports, pipelines, component folders, and what SAT wrote."""
+"""Test components from runs, checkpoints, exports, pipelines, component folders and SAT checkpoints."""
 
 from __future__ import annotations
 
@@ -29,10 +29,18 @@ def wide(work: Work) -> Work:
     shutil.rmtree(work.base / "text_encoder")
     T5EncoderModel(
         T5Config(
-            vocab_size=200, d_model=32, d_kv=4, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
+            vocab_size=200,
+            d_model=32,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
         )
-    ).save_pretrained(work.base / "text_encoder")  # fmt: skip
+    ).save_pretrained(work.base / "text_encoder")
     return work
 
 
@@ -43,17 +51,19 @@ def assembled(work: Work, **stage: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_sat_checkpoint_is_exported_on_the_way_and_its_yaml_decides(wide: Work) -> None:
-    """2B beside 5B's VAE and scheduler: the incident, the other way round."""
+def test_a_sat_checkpoint_is_exported_first_and_its_yaml_decides(wide: Work) -> None:
+    """A 2B transformer beside the VAE and the scheduler of 5B."""
     with pytest.raises(PipelineError) as caught:
         assemble.run(wide.config(transformer=str(SAT / "2b")))
     report = wide.run / "parts" / "transformer" / "export.json"
     vae, scheduler = wide.base / "vae/config.json", wide.base / "scheduler/scheduler_config.json"
     for line in (
         f"vae.scaling_factor is 0.7 ({vae}); the transformer was trained with 1.15258426 ({report}, which has it from ",
-        f"scheduler.snr_shift_scale is 1.0 ({scheduler}); the transformer was trained with 3.0 ({report}, which has it from ",
-        "training_config.yaml", "discretization_config.params.shift_scale", "stage.set.vae.scaling_factor=1.15258426",
-    ):  # fmt: skip
+        f"scheduler.snr_shift_scale is 1.0 ({scheduler}); the transformer was trained with 3.0 ({report}, ",
+        "training_config.yaml",
+        "discretization_config.params.shift_scale",
+        "stage.set.vae.scaling_factor=1.15258426",
+    ):
         assert line in caught.value.message
     # The scheduler it was trained with comes with it.
     chosen = {
@@ -68,7 +78,7 @@ def test_a_sat_checkpoint_is_exported_on_the_way_and_its_yaml_decides(wide: Work
 
 
 def test_a_whole_sat_checkpoint_becomes_an_image_to_video_pipeline(wide: Work) -> None:
-    """Transformer, VAE, T5 and scheduler out of one file; its VAE has two levels, which no CogVideoX has, and its T5 a hundred tokens."""
+    """One file with transformer, VAE, T5 and scheduler. Its VAE has two levels, and its T5 a hundred tokens."""
     everything = {name: str(SAT / "5b-i2v") for name in ("transformer", "vae", "text_encoder", "scheduler")}
     with pytest.raises(PipelineError, match=r"vae\.spatial_compression is 2 .*every CogVideoX: 8") as caught:
         assemble.run(wide.config(**everything, base=None, tokenizer=str(wide.base)))
@@ -86,7 +96,7 @@ def test_a_whole_sat_checkpoint_becomes_an_image_to_video_pipeline(wide: Work) -
     assert "CogVideoXImageToVideoPipeline" in (wide.run / "pipeline" / "README.md").read_text()
 
 
-def test_one_point_five_from_images(wide: Work) -> None:
+def test_an_image_to_video_checkpoint_of_1_5_becomes_a_pipeline(wide: Work) -> None:
     chosen = {"transformer": str(SAT / "1.5-5b-i2v"), "set": {"vae": {"invert_scale_latents": True}}}
     assembly = assembled(wide, **chosen)
     pipe = CogVideoXImageToVideoPipeline.from_pretrained(wide.run / "pipeline")
@@ -96,7 +106,7 @@ def test_one_point_five_from_images(wide: Work) -> None:
 
 @pytest.fixture
 def checkpointed(work: Work) -> Work:
-    """The run with the checkpoint that its export came from, as training saves it."""
+    """The run with two checkpoints as training saves them; its export is of the second."""
     report = json.loads((work.run / "export" / "export.json").read_text())
     for step in (2, 4):
         with publish_folder(work.run / "checkpoints" / f"step-{step:06d}") as folder:
@@ -110,24 +120,24 @@ def checkpointed(work: Work) -> Work:
     return work
 
 
-def test_a_run_is_its_newest_checkpoint_and_the_model_it_was_trained_from(checkpointed: Work) -> None:
+def test_a_run_gives_its_newest_checkpoint_and_the_model_it_was_trained_from(checkpointed: Work) -> None:
     work = checkpointed
     assembly = assembled(work, transformer=str(work.run), base=str(work.run))
     assert assembly["made"]["step"] == 4 and assembly["made"]["source"] == str(work.run / "checkpoints" / "step-000004")
     origins = {name: Path(part["from"]).parent for name, part in assembly["components"].items()}
     assert origins.pop("transformer") == work.run / "parts" / "transformer" and set(origins.values()) == {work.base}
-    # Nothing but the run named: the model stands in the checkpoint.
+    # Without stage.base the checkpoint names the model.
     again = assembled(work, transformer=str(work.run), base=None)
     assert again["components"]["vae"]["from"] == str(work.base / "vae")
 
 
-def test_a_checkpoint_is_that_one(checkpointed: Work) -> None:
+def test_a_named_checkpoint_is_exported(checkpointed: Work) -> None:
     work = checkpointed
     assembly = assembled(work, transformer=str(work.run / "checkpoints" / "step-000002"), output=None)
     assert assembly["made"]["step"] == 2
 
 
-def test_the_runs_own_export_is_taken_when_it_is_of_the_newest_checkpoint(
+def test_the_runs_export_of_the_newest_checkpoint_is_used(
     checkpointed: Work, capfd: pytest.CaptureFixture[str]
 ) -> None:
     work = checkpointed
@@ -145,14 +155,14 @@ def test_the_runs_own_export_is_taken_when_it_is_of_the_newest_checkpoint(
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def test_a_run_that_only_exported_and_assembled(work: Work) -> None:
+def test_a_run_without_checkpoints_gives_its_export_and_pipeline(work: Work) -> None:
     assembled(work)
     assembly = assembled(work, transformer=str(work.run), vae=str(work.run), output=str(work.run / "pipeline"))
     origins = {name: Path(part["from"]).parent.name for name, part in assembly["components"].items()}
     assert (origins["transformer"], origins["vae"], origins["scheduler"]) == ("export", "pipeline", "base")
 
 
-def test_places_that_hold_nothing_are_all_named(work: Work, tmp_path: Path) -> None:
+def test_all_paths_without_a_component_are_named(work: Work, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     torch.save({"module": {"nothing": torch.ones(1)}}, tmp_path / "other.pt")
     with pytest.raises(PipelineError) as caught:
@@ -166,8 +176,7 @@ def test_places_that_hold_nothing_are_all_named(work: Work, tmp_path: Path) -> N
     assert not (work.run / "pipeline").exists()
 
 
-def test_the_folder_loads_as_its_parts_did(checkpointed: Work) -> None:
-    """A component folder each, whatever they are called."""
+def test_component_folders_may_have_any_name(checkpointed: Work) -> None:
     work = checkpointed
     for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
         (work.base / name).rename(work.folder / f"my-{name}")

@@ -1,4 +1,4 @@
-"""Values that are set on the way, and contradictions that are passed over: recorded, told, and only those that are named."""
+"""Test stage.set and stage.force: their effect, the records of it, and what they cannot do."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cogflow.errors import ConfigError, PipelineError
 from cogflow.stages import assemble
 
 
-def incident(work: Work) -> None:
+def write_values_of_2b(work: Work) -> None:
     work.edit("base/vae/config.json", lambda config: config.update(scaling_factor=1.15258426))
     work.edit("base/scheduler/scheduler_config.json", lambda config: config.update(snr_shift_scale=3.0))
 
 
 @pytest.mark.slow
-def test_the_words_of_the_message_make_it_right(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
-    incident(work)
+def test_the_options_of_the_message_correct_the_values(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
+    write_values_of_2b(work)
     with pytest.raises(PipelineError) as caught:
         assemble.run(work.config())
     words = [line.rpartition("To correct it: ")[2] for line in caught.value.message.splitlines()[1:]]
@@ -30,9 +30,7 @@ def test_the_words_of_the_message_make_it_right(work: Work, capfd: pytest.Captur
     assert isinstance(stage, AssembleStage)
     assemble.run(work.config(set=stage.set, verify=True))
     assembly = json.loads((work.run / "pipeline" / "assembly.json").read_text())
-    assert (
-        assembly["verify"]["status"] == "passed"
-    )  # it gives the run's own videos, which the values as they were do not
+    assert assembly["verify"]["status"] == "passed"  # it gives the run's videos, unlike the old values
     assert assembly["components"]["vae"]["set"] == {"scaling_factor": {"before": 1.15258426, "now": 0.7}}
     pipe = CogVideoXPipeline.from_pretrained(work.run / "pipeline")
     assert pipe.vae.config.scaling_factor == 0.7 and pipe.scheduler.config.snr_shift_scale == 1.0
@@ -41,8 +39,8 @@ def test_the_words_of_the_message_make_it_right(work: Work, capfd: pytest.Captur
     assert "| vae.scaling_factor | 0.7, set by hand |" in (work.run / "pipeline" / "README.md").read_text()
 
 
-def test_force_passes_what_it_names_and_no_more(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
-    incident(work)
+def test_force_accepts_only_the_named_contradictions(work: Work, capfd: pytest.CaptureFixture[str]) -> None:
+    write_values_of_2b(work)
     with pytest.raises(PipelineError) as caught:
         assemble.run(work.config(force=["vae.scaling_factor"]))
     assert (
@@ -51,16 +49,17 @@ def test_force_passes_what_it_names_and_no_more(work: Work, capfd: pytest.Captur
     )
     assert "stage.force=[vae.scaling_factor,scheduler.snr_shift_scale]" in caught.value.hint
     assemble.run(work.config(force=["vae.scaling_factor", "scheduler.snr_shift_scale", "vae.latent_channels"]))
-    told = capfd.readouterr().out
-    assert "warning: stage.force: vae.scaling_factor is 1.15258426; the transformer was trained with 0.7" in told
-    assert "note: stage.force=vae.latent_channels: nothing contradicts it" in told
+    output = capfd.readouterr().out
+    assert "warning: stage.force: vae.scaling_factor is 1.15258426; the transformer was trained with 0.7" in output
+    assert "note: stage.force=vae.latent_channels: nothing contradicts it" in output
     for record in (
         json.loads((work.run / "pipeline" / "assembly.json").read_text())["forced"],
         json.loads((work.run / "assemble.json").read_text())["results"]["forced"],
     ):
         assert [(one["key"], one["value"], one["needed"]) for one in record] == [
-            ("vae.scaling_factor", 1.15258426, 0.7), ("scheduler.snr_shift_scale", 3.0, 1.0),
-        ]  # fmt: skip
+            ("vae.scaling_factor", 1.15258426, 0.7),
+            ("scheduler.snr_shift_scale", 3.0, 1.0),
+        ]
     assert "**vae.scaling_factor is 1.15258426**" in (work.run / "pipeline" / "README.md").read_text()
 
 
@@ -70,7 +69,7 @@ def test_code_cannot_be_forced(work: Work) -> None:
         assemble.run(work.config(force=["vae", "vae.modeling.py"]))
 
 
-def test_settings_and_kinds_that_do_not_exist_are_named_at_once(work: Work) -> None:
+def test_unknown_settings_and_values_of_another_type_are_named_at_once(work: Work) -> None:
     chosen = {
         "vae": {"scaling_facter": 0.7, "invert_scale_latents": 3},
         "scheduler": {"snr_shift_scale": 1, "prediction_type": 7},
@@ -85,12 +84,12 @@ def test_settings_and_kinds_that_do_not_exist_are_named_at_once(work: Work) -> N
     )
 
 
-def test_a_value_that_the_weights_contradict_is_refused(work: Work) -> None:
+def test_a_value_that_contradicts_the_weights_cannot_be_forced(work: Work) -> None:
     with pytest.raises(PipelineError, match=r"missing: transformer_blocks\.1\.attn1\.norm_k\.bias"):
         assemble.run(work.config(set={"transformer": {"num_layers": 2}}, force=["transformer.num_layers"]))
 
 
-def test_the_command_line_takes_any_setting_of_a_component() -> None:
+def test_the_command_line_sets_any_setting_of_a_component() -> None:
     stage = compose(
         ["stage=assemble", "stage.set.vae.scaling_factor=0.7", "stage.set.scheduler.timestep_spacing=trailing"]
     ).stage

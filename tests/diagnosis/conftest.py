@@ -1,4 +1,4 @@
-"""A world made by hand: the shipped model, moved a little, as two finetunes with checkpoints. Real ones: the confusion table."""
+"""Two artificial finetunes of the shipped model with checkpoints. The table of confusion.py uses real ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLING = {
 
 
 def finetuned(run: Path, seed: int) -> Path:
-    """A run of two checkpoints with EMA; its pipeline has the newest averages."""
+    """Write a run of two checkpoints with EMA, and a pipeline with the newest EMA weights."""
     base = load_file(tiny.folder() / "transformer" / STEM)
     generator = torch.Generator().manual_seed(seed)
     moves = {

@@ -1,4 +1,7 @@
-"""All planted faults and clean pairs through stage=diagnose; prints a table: python -m tests.diagnosis.confusion FOLDER [words]"""
+"""Diagnose every planted fault and every clean pair with real samples, and write a table to FOLDER/confusion.md.
+
+python -m tests.diagnosis.confusion FOLDER [OVERRIDES...]
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from cogflow.config.compose import compose
 from cogflow.errors import QualityGateError
 from cogflow.models import tiny
 from cogflow.stages import load
-from tests.diagnosis.faults import CLEAN, FAULTS, World, spoiled
+from tests.diagnosis.faults import CLEAN, FAULTS, Fault, World, planted
 
 
 def world_in(root: Path) -> World:
-    """Two short flows, made once."""
+    """Return two short flows; they run once for each ``root``."""
     for seed, name in enumerate(("run", "other")):
         if not (root / name / "pipeline" / "assembly.json").is_file():
             words = ["stage=flow", "debug=quick", f"run.root={root}", f"run.name={name}", "tracking.wandb=disabled"]
@@ -34,15 +37,15 @@ def world_in(root: Path) -> World:
     return World(root / "run", root / "other", tiny.folder())
 
 
-def diagnose(candidate: Path, reference: Path | None, root: Path, *words: str) -> dict[str, Any]:
-    """What stage=diagnose writes."""
+def diagnose(candidate: Path, reference: Path | None, root: Path, *overrides: str) -> dict[str, Any]:
+    """Return the diagnosis.json of stage=diagnose."""
     given = [
         "stage=diagnose",
         f"stage.candidate={candidate}",
         f"run.root={root}",
         "run.name=diagnosis",
         "tracking.wandb=disabled",
-        *words,
+        *overrides,
     ]
     given += [f"stage.reference={reference}"] if reference is not None else ["model=tiny"]
     with contextlib.suppress(QualityGateError):
@@ -52,14 +55,24 @@ def diagnose(candidate: Path, reference: Path | None, root: Path, *words: str) -
 
 
 def named(found: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(component, field or tensor, confidence) of each finding."""
+    """Return (component, field or tensor, confidence) of each finding."""
     return [
         (one["component"], str(one.get("field") or one.get("tensor") or ""), one["confidence"])
         for one in found["findings"]
     ]
 
 
-def main(root: Path, words: list[str]) -> None:
+def verdict_of(found: list[tuple[str, str, float]], expected: Fault | None) -> str:
+    """Return whether the findings name the ``expected`` fault; ``None``: there is none."""
+    if expected is None:
+        return "wrong" if found else "agrees"
+    right = [one for one in found if one[0] == expected.component and one[1].startswith(expected.name)]
+    if not right:
+        return "missed"
+    return "named" if len(right) == len(found) else "named, and more"
+
+
+def main(root: Path, overrides: list[str]) -> None:
     world = world_in(root)
     rows = []
     for title, plant, expected in [
@@ -68,32 +81,17 @@ def main(root: Path, words: list[str]) -> None:
     ]:
         shutil.rmtree(root / "candidate", ignore_errors=True)
         began = time.time()
-        found = diagnose(spoiled(root / "candidate", plant, world), world.pipeline, root, *words)
-        accused = named(found)
-        right = [
-            one
-            for one in accused
-            if expected is not None and one[0] == expected.component and one[1].startswith(expected.name)
-        ]
-        verdict = (
-            "named"
-            if right and len(right) == len(accused)
-            else "named, and more"
-            if right
-            else "missed"
-            if expected
-            else "quiet"
-        )
-        verdict = "accused" if expected is None and accused else verdict
+        found = diagnose(planted(root / "candidate", plant, world), world.pipeline, root, *overrides)
+        found_faults = named(found)
+        verdict = verdict_of(found_faults, expected)
         psnr = (found["steps"].get("rungs") or {}).get("psnr")
-        told = ", ".join(
-            f"{component}.{name}".rstrip(".") + f" ({confidence:.2f})" for component, name, confidence in accused
+        samples = "not needed" if psnr is None else f"{psnr:.1f} dB"
+        cells = ", ".join(
+            f"{component}.{name}".rstrip(".") + f" ({confidence:.2f})" for component, name, confidence in found_faults
         )
-        rows.append(
-            f"| {title} | {verdict} | {told or '-'} | {'' if psnr is None else f'{psnr:.1f} dB'} | {time.time() - began:.0f} s |"
-        )
+        rows.append(f"| {title} | {verdict} | {cells or '-'} | {samples} | {time.time() - began:.0f} s |")
         print(rows[-1], flush=True)
-    head = "| planted | verdict | accused (confidence) | samples | time |\n" + "| --- " * 5 + "|\n"
+    head = "| planted | verdict | findings (confidence) | samples | time |\n" + "| --- " * 5 + "|\n"
     (root / "confusion.md").write_text(head + "\n".join(rows) + "\n")
 
 

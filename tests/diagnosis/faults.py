@@ -1,4 +1,7 @@
-"""Planted faults: what is done to a copy of a sound pipeline, and what the diagnosis must name. Clean pairs: what it must not."""
+"""Faults to plant in a copy of a sound pipeline, and changes that are no faults.
+
+The diagnosis must name each fault and must not name the others.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ BLOCK = "transformer_blocks.2."
 
 @dataclass(frozen=True)
 class World:
-    """Two short finetunes of the shipped model (``base``), with EMA: ``run`` gave ``pipeline``, ``other`` is another run."""
+    """Two short finetunes of the shipped model ``base`` with EMA: ``run``, which wrote ``pipeline``, and ``other``."""
 
     run: Path
     other: Path
@@ -40,7 +43,9 @@ Plant = Callable[[Path, World], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """``plant`` spoils a copy of the pipeline; ``component`` and a beginning of ``name`` are what must be named."""
+    """``plant`` changes a copy of the pipeline. The diagnosis must name ``component`` and a field or tensor that
+    starts with ``name``.
+    """
 
     title: str
     plant: Plant
@@ -54,7 +59,7 @@ def field(component: str, key: str, value: Any) -> Plant:
         path = folder / component / names.get(component, "config.json")
         config = json.loads(path.read_text())
         if config.get(key) == value:
-            raise AssertionError(f"{component}.{key} is {value} already: there would be no fault")
+            raise AssertionError(f"{component}.{key} is {value} already, so this plants no fault")
         write(path, json.dumps(config | {key: value}))
 
     return plant
@@ -69,7 +74,7 @@ def tensors(component: str, change: Callable[[dict[str, torch.Tensor], World], N
         if all(torch.equal(after[name], before[name]) for name in before if name in after) and set(after) == set(
             before
         ):
-            raise AssertionError("nothing has changed: there would be no fault")
+            raise AssertionError("nothing has changed, so this plants no fault")
         save(path, after)
 
     return plant
@@ -98,7 +103,7 @@ def swap_adaln_halves(weights: dict[str, torch.Tensor], _: World) -> None:
 
 
 def swap_block_adaln(weights: dict[str, torch.Tensor], _: World) -> None:
-    """Shift and scale of a block's first norm."""
+    """Exchange shift and scale of a block's first norm."""
     for end in ("weight", "bias"):
         name = f"{BLOCK}norm1.linear.{end}"
         parts = list(weights[name].chunk(6))
@@ -241,7 +246,7 @@ def equal(_: Path, __: World) -> None:
 
 
 def sharded(folder: Path, _: World) -> None:
-    """The transformer in three files with an index."""
+    """Store the transformer in three files with an index."""
     path = folder / "transformer" / STEM
     weights = load_file(path)
     names = sorted(weights)
@@ -271,7 +276,7 @@ def all_in_bf16(folder: Path, world: World) -> None:
 
 
 def older_configs(folder: Path, _: World) -> None:
-    """As diffusers 0.30 wrote them: another version, and without keys that had the class's default."""
+    """Write configs like diffusers 0.30: another version, and no keys that have the default of their class."""
     for path in (
         folder / "vae/config.json",
         folder / "transformer/config.json",
@@ -312,8 +317,8 @@ CLEAN: dict[str, Plant] = {
 }
 
 
-def spoiled(target: Path, plant: Plant, world: World) -> Path:
-    """A copy of the world's pipeline at ``target`` (hard links where nothing is written), spoiled."""
+def planted(target: Path, plant: Plant, world: World) -> Path:
+    """Copy the pipeline to ``target``, with hard links where nothing is written, and plant the change."""
     shutil.copytree(world.pipeline, target, copy_function=link)
     plant(target, world)
     return target
@@ -324,7 +329,7 @@ def link(source: str, target: str) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """To a new file: the old one may be a link to the sound pipeline's."""
+    """Write to a new file, because the old one may be a hard link to the sound pipeline's."""
     path.unlink()
     path.write_text(text)
 

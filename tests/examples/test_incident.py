@@ -35,9 +35,9 @@ def test_the_incident_is_found_and_repaired(repository: Path, tmp_path: Path) ->
     confidence = {(finding["component"], finding["field"]): finding["confidence"] for finding in found["findings"]}
     assert confidence["vae", "scaling_factor"] > 0.9
     assert confidence["scheduler", "snr_shift_scale"] > 0.9
-    assert "the vae's weights" in found["acquitted"]
+    assert "the vae's weights" in found["ruled_out"]
     assert found["steps"]["rungs"]["psnr"] < 25
-    assert found["mended"]["after"] > 60
+    assert found["repaired"]["verify"]["after"] > 60
     repaired = diffusers.CogVideoXPipeline.from_pretrained(folder / "repaired", local_files_only=True)
     assert repaired.vae.config.scaling_factor == 0.7
     assert repaired.scheduler.config.snr_shift_scale == 1.0

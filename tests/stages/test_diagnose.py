@@ -1,4 +1,4 @@
-"""stage=diagnose by the command line on a real flow's pipeline: what agrees exits with 0, what is wrong with 3, and is mended."""
+"""Test stage=diagnose on the command line: exit code 0 for a sound pipeline, 3 and a repair for a faulty one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Command
 
-PAIR = 100.0  # dB: equal
+EQUAL_PSNR = 100.0  # dB
 
 
 def diagnosis(folder: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def test_the_flows_own_pipeline_agrees(flow: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_guilty_fields_are_named_mended_and_proven(flow: Path, cogflow: Command, tmp_path: Path) -> None:
+def test_two_wrong_fields_are_named_and_repaired(flow: Path, cogflow: Command, tmp_path: Path) -> None:
     folder = tmp_path / "wrong"
     shutil.copytree(flow / "pipeline", folder)
     for file, fields in (
@@ -54,21 +54,22 @@ def test_both_guilty_fields_are_named_mended_and_proven(flow: Path, cogflow: Com
     named = {(one["component"], one["field"]) for one in found["findings"]}
     assert named == {("vae", "scaling_factor"), ("scheduler", "snr_shift_scale")} and found["agrees"] is False
     assert all(one["confidence"] > 0.9 and one["rung"] == 5 and one["fix"] for one in found["findings"])
-    assert set(found["steps"]["swaps"]["healed_by"]) == {"vae.scaling_factor", "scheduler.snr_shift_scale"}
-    assert "the vae's weights" in found["acquitted"] and "Mended" in done.stderr
-    assert (
-        found["mended"]["status"] == "repaired" and found["mended"]["before"] < 30 and found["mended"]["after"] == PAIR
-    )
-    mended = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "d" / "mended", local_files_only=True)
-    assert mended.vae.config.scaling_factor == 0.7 and mended.scheduler.config.snr_shift_scale == 1.0
-    # Without any reference the record of its training, and the weights themselves, speak.
+    assert set(found["steps"]["swaps"]["repaired_by"]) == {"vae.scaling_factor", "scheduler.snr_shift_scale"}
+    assert "the vae's weights" in found["ruled_out"] and "Repaired" in done.stderr
+    verify = found["repaired"]["verify"]
+    assert verify["status"] == "repaired"
+    assert verify["before"] < 30
+    assert verify["after"] == EQUAL_PSNR
+    repaired = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "d" / "repaired", local_files_only=True)
+    assert repaired.vae.config.scaling_factor == 0.7 and repaired.scheduler.config.snr_shift_scale == 1.0
+    # Without a reference, the training record and the weights themselves show the faults.
     cogflow(*words, "run.name=alone", "stage.full=true", code=3)
     found = diagnosis(tmp_path / "alone")
     assert {(one["component"], one["field"]) for one in found["findings"]} == named
     assert "error of" in " ".join(one["why"] for one in found["findings"])
 
 
-def test_a_place_that_is_nothing_and_no_model_exit_2(cogflow: Command, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_diagnosed_exits_with_2(cogflow: Command, tmp_path: Path) -> None:
     words = ["stage=diagnose", f"run.root={tmp_path}", "tracking.wandb=disabled"]
     assert "is nothing that cogflow knows" in cogflow(*words, f"stage.candidate={tmp_path}", code=2).stderr
     assert "does not exist" in cogflow(*words, f"stage.candidate={tmp_path / 'nowhere'}", code=2).stderr

@@ -15,7 +15,7 @@ from cogflow.diagnosis.finding import DiagnosisFinding, WeightsResult
 from cogflow.diagnosis.tensor_comparison import TensorPair, block_of, compare_tensors, original_of, row_order_of
 from cogflow.errors import CogflowError
 from cogflow.files.record_io import JsonObject, JsonValue
-from cogflow.tracking.stage_record import plain
+from cogflow.tracking.stage_record import to_json
 from cogflow.weights.tensor_source import WeightsFolder
 
 SUSPICIOUS_COSINE = 0.9
@@ -351,7 +351,7 @@ def _measurements(tensors: list[TensorPair]) -> dict[str, Any]:
         "equal": all(tensor.equal for tensor in tensors),
         "tensors": len(tensors),
         "different": sum(not tensor.equal for tensor in tensors),
-        "largest": [plain(tensor) for tensor in by_change[:MAX_LISTED] if not tensor.equal],
+        "largest": [to_json(tensor) for tensor in by_change[:MAX_LISTED] if not tensor.equal],
     }
 
 

@@ -16,8 +16,8 @@ from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import loading
 from cogflow.models.family import MODEL_SPECS
-from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.prompts import Prompt
+from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.weights.tensor_source import weights_fingerprint
 from tools.tiny_text import make_tokenizer

@@ -125,9 +125,7 @@ def test_the_weights_show_what_they_were_trained_with(
 
 
 @pytest.mark.parametrize("over_time", [{}, {"patch_size_t": 2, "patch_bias": False}])
-def test_untrained_weights_give_no_evidence(
-    world: World, probe: EvidenceProbe, over_time: dict[str, Any]
-) -> None:
+def test_untrained_weights_give_no_evidence(world: World, probe: EvidenceProbe, over_time: dict[str, Any]) -> None:
     torch.manual_seed(0)
     fresh = CogVideoXTransformer3DModel.from_config({**probe.transformer.config, **over_time}).eval()
     side = with_fields(resolve(world.base, AUTO, "candidate"), 1.15258426, 3.0)

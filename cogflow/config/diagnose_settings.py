@@ -25,7 +25,7 @@ class DiagnoseStage:
     reference_kind: str = kind_setting("stage.reference")
     full: bool = setting(False, help="Run all checks, even if an early one explains everything.")
     fix: bool = setting(False, help="Write a repaired folder, and verify the repair.")
-    output: str | None = setting(None, help="Folder that stage.fix writes. Default: <run>/mended.")
+    output: str | None = setting(None, help="Folder that stage.fix writes. Default: <run>/repaired.")
     prompts: int = setting(2, help="Prompts sampled when components are swapped.", rule=at_least(1))
     clips: int = setting(4, help="Clips used to examine the weights.", rule=at_least(1))
     data: str | None = setting(

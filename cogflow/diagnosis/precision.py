@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.assemble.components import STEMS
 from cogflow.config.data_section import DataConfig
-from cogflow.data.cache import INDEX, LatentCache
+from cogflow.data.cache import LatentCache
 from cogflow.data.encode import encode_frames
 from cogflow.data.shapes import draw, scenes
 from cogflow.diagnosis.config_differences import dtype_of
@@ -31,6 +31,7 @@ from cogflow.files.record_io import JsonValue
 from cogflow.ladder.schedule_probe import predict_velocity
 from cogflow.models.loading import DTYPES, SAFETENSORS_ONLY, encode_prompts, use_onednn_convolutions
 from cogflow.models.transformer_inputs import pad_latent_frames
+from cogflow.records.cache_records import CacheIndex
 from cogflow.sampling.noise import noise_for
 from cogflow.weights.tensor_source import WeightsFolder
 
@@ -61,7 +62,7 @@ class ProbeClips:
 def cached_clips(runs: Sequence[Path | None], most: int) -> ProbeClips | None:
     """Return up to ``most`` prepared clips of the first of ``runs`` that has any, or ``None``."""
     for run in runs:
-        if run is None or not (RunLayout(run).cache / INDEX).is_file():
+        if run is None or not (RunLayout(run).cache / CacheIndex.file_name).is_file():
             continue
         cache = LatentCache(RunLayout(run).cache)
         chosen = (cache.holdout or cache.train)[:most]

@@ -19,7 +19,7 @@ class World:
     """Runs below one folder, all on the same prepared clips."""
 
     def __init__(self, root: Path, server: Server, prepared: Path | None = None, model: Path | None = None) -> None:
-        """``prepared``: a run whose clips are taken; else they are prepared.
+        """``prepared``: a run whose clips are used; without it they are prepared.
 
         ``model``: what is trained; else the small one.
         """
@@ -35,7 +35,7 @@ class World:
         )
 
     def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
-        """Words that train in a run of its own, which is made if it is not there."""
+        """Return words that train in the run ``name``, which is created with the prepared clips if it is missing."""
         folder = self.root / name
         if not folder.exists():
             folder.mkdir()
@@ -66,12 +66,12 @@ class World:
         return int(json.loads(path.read_text())["step"]) if path.is_file() else None
 
     def losses(self, name: str) -> dict[int, tuple[float, float]]:
-        """Loss and gradient norm by step, exactly as computed."""
+        """Return loss and gradient norm by step, exactly as computed."""
         lines = [json.loads(line) for line in (self.root / name / "metrics.jsonl").read_text().splitlines()]
         return {line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line}
 
     def states(self, name: str, step: int) -> dict[str, bytes]:
-        """Masters and moments of every parameter at a checkpoint, and Adam's count."""
+        """Return master weights and moments of every parameter at a checkpoint, and Adam's step count."""
         folder = self.root / name / "checkpoints" / f"step-{step:06d}"
         names = parameter_names(folder)
         saved = SavedAdamStates(folder / "deepspeed" / "state", names)
@@ -90,13 +90,13 @@ def prepared(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(server: Server, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """For each file its own, so that names of runs are its own, too."""
+    """Return a folder of runs for each test file, so that names of runs do not collide."""
     return World(tmp_path_factory.mktemp("faults"), server, prepared)
 
 
 def server_says(done: Done, code: int, *texts: str) -> Done:
-    """``done`` ended with ``code`` on rank 0 and said all of ``texts``."""
+    """Assert that ``done`` ended with ``code`` on rank 0 and printed all of ``texts``; return it."""
     assert done.code == code and not done.timed_out, f"exit code {done.codes}, expected {code}\n{done.text[-4000:]}"
     for text in texts:
-        assert text in done.text, f"{text!r} is not said:\n{done.text[-4000:]}"
+        assert text in done.text, f"{text!r} is not printed:\n{done.text[-4000:]}"
     return done

@@ -41,7 +41,7 @@ class Loopback:
             daemon_threads = True
 
             def handle_error(server, *_: object) -> None:
-                """A client that went away."""
+                """Ignore a client that disconnected."""
 
         self._server = Quiet(("127.0.0.1", 0), Handler)
 
@@ -70,7 +70,7 @@ class Loopback:
         handler.wfile.write(answer)
 
     def _data(self, body: bytes) -> dict[str, object]:
-        """An empty answer is taken for a run that was accepted; whoever wants to upload is told where to."""
+        """Return an empty answer, which W&B takes for an accepted run, or the address for uploads."""
         if b"createRunFiles" not in body:
             return {}
         names = json.loads(body)["variables"]["files"]

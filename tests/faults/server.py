@@ -60,17 +60,17 @@ class Done:
 
     @property
     def code(self) -> int:
-        """That of rank 0."""
+        """Return the exit code of rank 0."""
         return self.codes[0]
 
     @property
     def text(self) -> str:
-        """All that was written, messages first."""
+        """Return all output, standard error first."""
         return self.err + self.out
 
 
 class Server:
-    """The asking end; use it as a context manager. ``folder``: for logs."""
+    """The client side; use it as a context manager. ``folder``: for logs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
@@ -92,7 +92,7 @@ class Server:
         self._process.wait(timeout=60)
 
     def run(self, *words: str, **order: Any) -> Done:
-        """One run to its end."""
+        """Run once and wait for the end."""
         self._count += 1
         log = self.folder / f"run-{self._count:04d}"
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -108,7 +108,7 @@ class Server:
 
 
 def serve() -> None:
-    """The answering end."""
+    """Answer requests: the server side."""
     # Libraries print what they like to standard output.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -186,7 +186,7 @@ def _run(order: Order, rank: int, port: int) -> None:
 
 
 def _wait(pids: list[int], seconds: float) -> tuple[list[int], bool]:
-    """Their exit codes in order; when ``seconds`` are over, what still runs is killed."""
+    """Return the exit codes in order; kill what still runs after ``seconds``."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     killed = False

@@ -31,7 +31,7 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def trained(world: World) -> World:
-    """A run with checkpoints of two steps, each exported."""
+    """Return a run with checkpoints of two steps, each exported."""
     server_says(world.train("source", "stage.steps=2", "stage.save_every=1"), 0)
     for step in (1, 2):
         server_says(run(world, "export", world.root / f"export-{step}", step), 0)
@@ -54,7 +54,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("stage", KILLS)
 def test_a_killed_export_keeps_the_old_folder_and_a_rerun_is_equal(trained: World, tmp_path: Path, stage: str) -> None:
-    """Each kill meets what the one before has left."""
+    """Each kill happens on what the kill before left."""
     # All at one place: a pipeline's card holds the command that made it.
     target = tmp_path / "killed" / "out"
     server_says(run(trained, stage, target, 2), 0)
@@ -108,7 +108,7 @@ def test_a_disk_without_room_names_path_needed_and_free(trained: World, tmp_path
 
 
 def test_a_full_disk_under_the_metrics_log_keeps_whole_lines(world: World) -> None:
-    """The disk is full when a step is logged: every line that is there is whole, and training goes on from the last
+    """When the disk is full at a log line, every line is whole, and training resumes from the last
     checkpoint.
     """
     words = ["stage.steps=12", "stage.save_every=0"]

@@ -22,7 +22,7 @@ def sound(world: World) -> str:
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("what", ["nan@losses#6", "infgrad@backward#6"])
 def test_a_step_that_is_not_finite_stops_the_run_and_changes_no_weight(world: World, zero: str, what: str) -> None:
-    """The second micro step of the third step."""
+    """The fault is in the second micro step of the third step."""
     name, whole = f"{what.split('@')[0]}-{zero}", f"sound-{zero}"
     if not (world.root / whole).exists():
         server_says(world.train(whole, *STEP, f"deepspeed={zero}"), 0)

@@ -44,7 +44,7 @@ def listed(folder: Path, names: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten that are whole, and one of each kind that is not."""
+    """Return ten good clips and one of each bad kind."""
     folder = tmp_path_factory.mktemp("clips")
     for number, scene in enumerate(scenes(GOOD, 0)):
         write_video(folder / f"good-{number}.mp4", draw(scene, 20, 64, 96), 8)
@@ -58,7 +58,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lying(source: Path, target: Path) -> None:
-    """The frames of ``source`` behind a header that claims a minute more."""
+    """Write the frames of ``source`` with a header that claims a minute more."""
     with av.open(str(source)) as taken, av.open(str(target), "w") as made:
         stream = taken.streams.video[0]
         copy = made.add_stream_from_template(stream)
@@ -89,7 +89,7 @@ def prepare(place: Place, name: str, clips: Path, *more: str, root: Path | None 
 
 
 def tensors(cache: Path) -> dict[str, tuple[bytes, ...]]:
-    """Every tensor of a cache, by the name of its clip."""
+    """Return every tensor of a cache by the name of its clip."""
     held = LatentCache(cache)
     entries = (held.entry(position) for position in range(len(held)))
     return {
@@ -100,7 +100,7 @@ def tensors(cache: Path) -> dict[str, tuple[bytes, ...]]:
 
 @pytest.fixture(scope="module")
 def whole(place: Place, clips: Path) -> str:
-    """Prepared by one rank, undisturbed."""
+    """Return a run prepared by one rank without a fault."""
     server_says(prepare(place, "folder-whole", listed(clips, [f"good-{number}.mp4" for number in range(GOOD)])), 0)
     return "folder-whole"
 
@@ -128,7 +128,7 @@ def test_bad_clips_are_left_out_alike_by_two_ranks(place: Place, whole: str, cli
 
 
 def test_too_many_bad_clips_on_one_rank_end_both_ranks(place: Place, clips: Path) -> None:
-    """All that are bad fall to rank 1, which alone counts them."""
+    """All bad clips are on rank 1, and only it counts them."""
     names = [name for number, bad in enumerate(BAD) for name in (f"good-{number}.mp4", bad)]
     done = prepare(place, "too-bad", listed(clips, names), "data.max_bad_share=0.2", ranks=2, seconds=60)
     assert done.codes[1] == 2 and done.codes[0] != 0 and not done.timed_out, done.text[-3000:]

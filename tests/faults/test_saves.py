@@ -28,7 +28,7 @@ BEFORE = (
 )
 """Phases of a save in which nothing new may be visible."""
 AFTER = ("renamed", "pointing", "deleting", "deleted")
-"""Phases in which the new checkpoint is whole; the pointer moves in the second."""
+"""Phases in which the new checkpoint is whole; ``latest.json`` moves in the second."""
 PHASES = (*BEFORE, *AFTER)
 STEPS = len(PHASES) + 2
 
@@ -62,7 +62,7 @@ def test_a_kill_in_every_phase_of_a_save_loses_no_checkpoint(world: World) -> No
 
 
 def test_a_full_disk_in_a_save_keeps_the_old_checkpoint(world: World) -> None:
-    """As a full disk or a quota does in the middle of a file; the transformer is 5 MB, its optimizer's states 15."""
+    """A limit acts like a full disk in the middle of a file; the transformer has 5 MB, its optimizer states 15 MB."""
     common = ["stage.steps=4", "stage.save_every=2"]
     server_says(world.train("limited", *common, "stage.steps=2"), 0)
     done = world.train("limited", *common, largest_file=3_000_000)

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 LIVES = int(os.environ.get("COGFLOW_SOAK", "100"))
 SEED = int(os.environ.get("COGFLOW_SOAK_SEED", "1"))
 STEPS = LIVES
-"""A life that is ended in its first or second save or step gets on by one step or by none: training is not over before
+"""A run that is ended in its first or second save or step advances by one step or none: training is not over before
 the lives are.
 """
 KILLED_AT = (

@@ -18,7 +18,7 @@ from tests.faults.server import Server
 pytestmark = pytest.mark.slow
 
 STILL = ["stage.steps=1", "stage.learning_rate=1e-30", "stage.save_every=0"]
-"""One step that moves no weight by a bit."""
+"""One step that changes no bit of a weight."""
 
 
 EXPORTED = {"run": "ema", "checkpoint": "ema"}
@@ -26,13 +26,13 @@ EXPORTED = {"run": "ema", "checkpoint": "ema"}
 
 @pytest.fixture(scope="module")
 def world(server: Server, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Of the tiny model itself: weights in SAT's layout are held against its facts."""
+    """Return runs of the tiny model itself, because weights in SAT's layout are compared with its facts."""
     return World(tmp_path_factory.mktemp("starting"), server, prepared, tiny.folder())
 
 
 @pytest.fixture(scope="module")
 def trained(world: World) -> Path:
-    """A run whose weights and averages differ from the model's own, and from each other."""
+    """Return a run whose weights and EMA differ from the model's weights and from each other."""
     words = [
         "stage.steps=4",
         "stage.learning_rate=1e-3",
@@ -96,7 +96,7 @@ def test_training_starts_from_the_model_without_stage_start(world: World) -> Non
 
 
 def test_weights_trained_for_another_schedule_are_refused(world: World, trained: Path, tmp_path: Path) -> None:
-    """The incident itself: weights of one SNR shift trained on beside the scheduler of another."""
+    """Weights trained with one SNR shift are refused beside a scheduler with another."""
     copy = tmp_path / "pipeline"
     shutil.copytree(world.model, copy)
     path = copy / "scheduler/scheduler_config.json"

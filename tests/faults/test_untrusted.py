@@ -75,7 +75,7 @@ def test_a_pickle_in_deepspeeds_states_is_refused_by_export(server: Server, tmp_
 
 
 def outside(tmp_path: Path) -> Path:
-    """A file that hangs whoever opens it."""
+    """Return a file whose opening hangs."""
     pipe = tmp_path / "outside.safetensors"
     if not pipe.exists():
         os.mkfifo(pipe)
@@ -83,7 +83,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 def component(tmp_path: Path, name: str, shard: str) -> Path:
-    """A transformer's folder whose index names ``shard``; where that is a link, it leads outside."""
+    """Return a transformer folder whose index names ``shard``; where that is a link, it points outside."""
     folder = tmp_path / name / "transformer"
     folder.mkdir(parents=True)
     shutil.copy(tiny.folder() / "transformer" / "config.json", folder)

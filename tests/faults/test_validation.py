@@ -50,7 +50,7 @@ def test_validations_change_neither_losses_nor_weights(world: World, undisturbed
 def test_a_run_stopped_around_a_validation_ends_like_an_uninterrupted_one(
     world: World, undisturbed: str, prompt: str, fault: str, code: int, resumed: str
 ) -> None:
-    """The validation at the start is the first; each takes two steps of denoising."""
+    """The first validation is the one before step 1; each has two denoising steps."""
     name = fault.split("#")[0].replace("@", "-")
     done = world.train(name, *WORDS, *WITH, prompt, fault=fault)
     assert done.fired == [fault] and done.codes == [code], done.text[-3000:]

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 KEY = "0123456789abcdef" * 2 + "01234567"
 WORDS = ["stage.steps=8", "stage.save_every=0", "tracking.wandb=online"]
 MOST_SECONDS = 60.0
-"""That a run may take longer in all, on a machine that is busy.
+"""Most seconds that a run may take longer in total on a busy machine.
 
-Left to itself W&B tries for minutes, in places for days.
+By default W&B retries for minutes, in places for days.
 """
 
 FAULTS = {

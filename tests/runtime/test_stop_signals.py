@@ -16,8 +16,8 @@ class Ended(Exception):
 
 
 def send(first: signal.Signals, second: signal.Signals, monkeypatch: pytest.MonkeyPatch, pause: float) -> str | None:
-    """What was received when ``second`` comes ``pause`` seconds after ``first``; raises ``Ended`` when the process
-    would have ended.
+    """Send ``second`` ``pause`` seconds after ``first``; return what was received. Raise ``Ended`` where the process
+    would end.
     """
 
     def end(code: int) -> None:

@@ -52,7 +52,7 @@ PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, or ``None``."""
+    """Return why no cluster can be started here, or ``None``."""
     if absent := [name for name in PROGRAMS if not shutil.which(name, path=PATH)]:
         return f"{', '.join(absent)} not found: apt-get install slurmctld slurmd slurm-client munge"
     return None
@@ -118,9 +118,9 @@ class Cluster:
         self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """What a node leaves behind that loses its power: neither its daemon nor its job's processes say a word."""
+        """Kill a node like a loss of power: its daemon and its job's processes end without a message."""
         daemon = self._daemons.pop(name)
-        # A step's processes are no children of the daemon; they say in their environment which node they are on.
+        # A step's processes are no children of the daemon; their environment names their node.
         victims = [pid for pid in processes() if of_step(pid, str(self.folder), name)]
         for pid in [daemon.pid, *victims]:
             with contextlib.suppress(ProcessLookupError):
@@ -133,7 +133,7 @@ class Cluster:
         return done.stdout
 
     def submit(self, *words: str, cwd: Path, **env: str) -> str:
-        """The id of the job that ``sbatch words`` makes in ``cwd``."""
+        """Return the id of the job that ``sbatch words`` creates in ``cwd``."""
         done = subprocess.run(
             ["sbatch", "--parsable", *words],
             env={**self.env, **env},
@@ -146,7 +146,7 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job; of an array's task as ``12_3``."""
+        """Return SLURM's record of a job, or of an array task such as ``12_3``."""
         line = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
@@ -169,7 +169,7 @@ class Cluster:
         return dict(line.split() for line in lines)
 
     def logs(self) -> str:
-        """The last words of every daemon."""
+        """Return the end of every daemon's log."""
         return "\n".join(
             f"{path.name}:\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(self.folder.glob("*.log"))
         )
@@ -192,7 +192,7 @@ MUNGE = (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("seed-
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
+    """Return different ports without listeners."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -201,7 +201,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def until(true: Callable[[], object], what: str, seconds: float = 30, context: Callable[[], str] = str) -> None:
-    """Wait until ``true()``, or fail saying what was waited for."""
+    """Wait until ``true()``, or fail and name what was waited for."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain: {what}\n{context()}"
@@ -213,7 +213,7 @@ def processes() -> list[int]:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The environment a process was started with; empty when it is gone."""
+    """Return the environment of a process; empty when it has ended."""
     try:
         words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -222,7 +222,7 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def of_step(pid: int, folder: str, node: str) -> bool:
-    """Whether a process belongs to a step of this cluster's ``node``: a task, or the slurmstepd that looks after it."""
+    """Return whether a process belongs to a step of this cluster's ``node``: a task or its slurmstepd."""
     known = environment(pid)
     if known.get("SLURM_CONF") != f"{folder}/slurm.conf":
         return False

@@ -51,13 +51,13 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def clips(undisturbed: Path) -> Path:
-    """The run whose clips all others train on."""
+    """Return the run whose clips all others train on."""
     return undisturbed.parent / "clips"
 
 
 @pytest.fixture(scope="session")
 def words(clips: Path) -> Words:
-    """Words of a run of its own on these clips, without the stage."""
+    """Return words of another run on these clips, without the stage."""
 
     def beside(name: str, *more: str) -> list[str]:
         if name != clips.name:

@@ -27,7 +27,7 @@ def submit(cluster: Cluster, repository: Path, log: Path, *words: str, script: s
 
 
 def ranks_of(job: str) -> dict[int, int]:
-    """Rank to the id of the process that trains as this rank of ``job``."""
+    """Return the process id of each rank of ``job``."""
     found = {}
     for pid in processes():
         known = environment(pid)
@@ -38,7 +38,7 @@ def ranks_of(job: str) -> dict[int, int]:
 
 @contextlib.contextmanager
 def held(pid: int | None) -> Iterator[None]:
-    """Nothing of the process goes on meanwhile; it may have ended."""
+    """Stop a process inside the block; it may have ended."""
     try:
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -58,13 +58,13 @@ def command(pid: int) -> bytes:
 
 
 def unlimited(cluster: Cluster, job: str) -> bool:
-    """Whether the job has ten minutes now."""
+    """Give the job ten minutes; return whether it has them."""
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10", check=False)
     return cluster.job(job)["TimeLimit"] == "00:10:00"
 
 
 def soon_over(cluster: Cluster, job: str) -> bool:
-    """Whether the job's time limit is the next whole minute but for a quarter of one."""
+    """Set the job's time limit to the minute after the next 15 seconds; return whether it is set."""
     hours, minutes, seconds = map(int, cluster.job(job)["RunTime"].split(":"))
     limit = (60 * (60 * hours + minutes) + seconds + 15) // 60 + 1
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}", check=False)
@@ -150,7 +150,7 @@ def test_a_job_of_an_array_resumes_after_preemption(
 def test_a_user_error_is_not_queued_again(
     cluster: Cluster, repository: Path, words: Words, tmp_path: Path, mistake: str
 ) -> None:
-    """One in the words, which is found before any task starts; one that only training can find, on both ranks."""
+    """One error is in the words, found before any task starts; the other only training finds, on both ranks."""
     log = tmp_path / "log"
     job = submit(cluster, repository, log, *TWO, *words(f"mistaken-{mistake[:5]}", mistake))
     end = cluster.ended(job)

@@ -1,4 +1,4 @@
-"""A real run that is spoilt by a huge learning rate: told, stopped, and taken back to the last sharp checkpoint."""
+"""Test a real run with a far too large learning rate: reported, stopped, rolled back to the last sharp checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weights(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def sharp(flow: Path, cogflow: Command) -> Path:
-    """Two harmless steps, with a checkpoint and a quiet validation after them."""
+    """Return a run of two harmless steps, with a checkpoint and a good validation after them."""
     folder = flow.parent / "sharp"
     folder.mkdir()
     shutil.copytree(flow / "cache", folder / "cache")
@@ -90,7 +90,7 @@ def test_the_same_command_does_not_continue_after_an_alarm(flow: Path, stopped: 
 def test_a_rollback_trains_the_same_in_one_process_and_in_two(
     flow: Path, sharp: Path, stopped: Path, cogflow: Command
 ) -> None:
-    """In one process the loop goes back by itself; the stopped run goes back when it is resumed. Equal to the bit."""
+    """The loop rolls back in its process; a stopped run rolls back when it is resumed. Both are equal to the bit."""
     tamed = ["stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=1e-4"]
     one = copied(sharp, "one-process")
     done = cogflow(*words(flow, "one-process"), *SPOILT, *tamed)

@@ -1,4 +1,4 @@
-"""Stopping and going on, against a run that was never stopped: equal to the bit."""
+"""Test that stopped and resumed runs equal an uninterrupted run to the bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.stages.conftest import Command, losses
 
 
 def beside(flow: Path, name: str) -> list[str]:
-    """Words that train on the prepared clips of ``flow`` in a run of their own."""
+    """Return words that train on the prepared clips of ``flow`` in a new run."""
     folder = flow.parent / name
     folder.mkdir()
     shutil.copytree(flow / "cache", folder / "cache")

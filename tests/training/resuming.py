@@ -23,16 +23,14 @@ from cogflow.stages import load
 from cogflow.training import batch as batches
 
 STEPS = 6
-"""Of 10 clips, 4 to a step: the first epoch ends within step 3, the second with step 5.
+"""Steps of 4 clips, of 10: the first epoch ends within step 3, the second with step 5.
 
 Held-out losses after 2, 4, 6, a save after 4.
 """
 
 
 def words(root: Path, name: str, *more: str) -> list[str]:
-    """A short training with everything on that may disturb it: two micro steps, averages, held-out losses, several
-    checkpoints.
-    """
+    """Return words of a short training with two micro steps, an EMA, held-out losses and several checkpoints."""
     batch = 2 // ranks.world_size()
     return [
         "stage=train",
@@ -70,7 +68,7 @@ def train(root: Path, name: str, *more: str) -> int:
 
 @contextmanager
 def signalled(at: tuple[int, int], number: int = signal.SIGUSR1, rank: int = 0) -> Iterator[list[tuple[int, int]]]:
-    """Have ``rank`` send itself a real signal when it begins ``at``, a (step, micro step); yields where it fired."""
+    """Make ``rank`` send itself a real signal when it begins ``at``, a (step, micro step); yield where it was sent."""
     take, fired = batches.Loader.take, []
 
     def taking(self: Any, step: int, micro: int) -> Any:
@@ -87,9 +85,7 @@ def signalled(at: tuple[int, int], number: int = signal.SIGUSR1, rank: int = 0) 
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run leaves: every number of its training by step, and hashes of weights, averages and the optimizer's
-    states.
-    """
+    """Return every training metric of a run by step, and hashes of weights, EMA and optimizer states."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers: dict[str, dict[str, float]] = {}
     for line in lines:

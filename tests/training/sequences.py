@@ -63,7 +63,7 @@ def transformer(kind: str, text: int, dtype: torch.dtype) -> Any:
 def passed(
     made: Any, text: int, place: RankPlacement, frames: int = 3, batch: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The prediction, the loss and the gradients of all parameters."""
+    """Return the prediction, the loss and the gradients of all parameters."""
     config, dtype = made.config, made.dtype
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(
@@ -90,7 +90,7 @@ def passed(
 
 
 def apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The norm of the difference over the norm."""
+    """Return the norm of the difference divided by the norm."""
     return float((one.double() - two.double()).norm() / two.double().norm())
 
 
@@ -103,8 +103,8 @@ def case(
     dtype: torch.dtype = torch.float32,
     size: int = 2,
 ) -> dict[str, Any]:
-    """What the passes of one transformer differ by, relative; whether its names stayed, and whether it runs by itself
-    as before.
+    """Return the relative differences between the passes on two ranks and on one, whether parameter names stayed, and
+    whether the transformer still runs alone.
     """
     plain, shared = transformer(kind, text, dtype), transformer(kind, text, dtype)
     for one in (plain, shared):
@@ -144,12 +144,12 @@ def case(
 
 
 SHARED = ("parallel.sequence=2", "stage.batch_size=2")
-"""A step of as many clips as one rank with two takes."""
+"""Words for a step of as many clips as one rank takes in two micro steps."""
 
 
 def trained(root: Path, zero: str, *more: str) -> dict[str, Any]:
-    """An uninterrupted run that shares its batches and samples three prompts on two ranks, and one that a signal
-    stopped.
+    """Train an uninterrupted run with sequence parallelism and three sampled prompts on two ranks, and one that a
+    signal stopped.
     """
     prompts = root / "prompts.txt"
     if ranks.is_main():
@@ -170,7 +170,7 @@ def trained(root: Path, zero: str, *more: str) -> dict[str, Any]:
 
 
 def apart_later(root: Path) -> dict[str, Any]:
-    """Two steps and a half with shared batches, the rest with a batch for each rank."""
+    """Train two and a half steps with sequence parallelism, the rest with a batch for each rank."""
     with resuming.signalled((2, 1)):
         resuming.train(root, "apart-later", "deepspeed=zero2", *SHARED)
     resuming.train(root, "apart-later", "deepspeed=zero2", "stage.batch_size=1")
@@ -178,7 +178,7 @@ def apart_later(root: Path) -> dict[str, Any]:
 
 
 def lost(root: Path) -> dict[str, Any]:
-    """A gradient that is not finite among the second rank's tokens alone, in the second step; what each rank ends with,
+    """Make a gradient not finite among the second rank's tokens only, in the second step; return how each rank ends,
     and says.
     """
     back, seen, said = sequence._Exchange.backward, [0], ""
@@ -206,7 +206,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """FOLDER holds ``prepared/cache`` and ``model``; rank 0 writes the findings into it."""
+    """Run all cases; FOLDER holds ``prepared/cache`` and ``model``, and rank 0 writes the results into it."""
     root = Path(arguments[0])
     ranks.setup()
     passes = ranks.gather({name: case(**given) for name, given in CASES.items()})

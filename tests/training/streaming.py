@@ -25,7 +25,7 @@ def own_memory() -> int:
 
 
 class Peak(threading.Thread):
-    """Follows the memory every two milliseconds."""
+    """Measures the peak memory every two milliseconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

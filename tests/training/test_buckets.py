@@ -20,7 +20,7 @@ SIZES = {"wide": (9, 64, 96, 6), "tall": (9, 96, 64, 4), "short": (5, 64, 64, 3)
 
 
 def clips(folder: Path) -> Path:
-    """Clips of three sizes in one folder, with one index."""
+    """Return a folder with clips of three sizes and one index."""
     rows = []
     for name, (frames, height, width, count) in SIZES.items():
         made = with_defaults(DataConfig(frames=frames, height=height, width=width, clips=count, holdout=0))

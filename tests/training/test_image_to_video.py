@@ -103,7 +103,7 @@ def test_an_image_to_video_export_runs_in_diffusers_and_two_ranks_train_as_one(i
 
 
 def test_the_first_frame_is_joined_to_the_latents(i2v: Variant) -> None:
-    """The first latent frame is the image's own latents, from one of the stored noises, unless it is dropped; all
+    """The first latent frame holds the image's latents with one of the stored noises, unless it is dropped; all
     others are zero.
     """
     cache, given = LatentCache(i2v.root / "prepared/cache"), TransformerInputs.of(*configs(i2v.model))

@@ -42,7 +42,7 @@ def test_a_useless_freeze_pattern_is_refused(transformer: Any, patterns: list[st
 
 
 def passed(transformer: Any) -> tuple[list[int], list[torch.Tensor]]:
-    """How often each block ran in one forward and backward pass, and the gradients."""
+    """Return how often each block ran in one forward and backward pass, and the gradients."""
     config, ran = transformer.config, [0] * len(transformer.transformer_blocks)
     hooks = []
     for index, block in enumerate(transformer.transformer_blocks):

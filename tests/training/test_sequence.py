@@ -24,7 +24,7 @@ from tests.training.trainer_records import trainer_record
 
 @pytest.fixture(scope="module")
 def found(cogflow: Command, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks found, in one run, and under ``alone`` what one rank's training of the same clips left."""
+    """Return the results of two ranks and, under ``alone``, those of one rank's training on the same clips."""
     root = tmp_path_factory.mktemp("sequence")
     cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
     small.pipeline(root / "model")

@@ -32,7 +32,7 @@ def usual_attention() -> Iterator[None]:
 
 
 def computed(transformer: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Prediction and gradients for one drawn clip."""
+    """Return prediction and gradients for one random clip."""
     generator = torch.Generator().manual_seed(1)
     config = transformer.config
     transformer.zero_grad()
@@ -206,7 +206,7 @@ def test_kept_activations_are_not_recomputed_and_gradients_are_equal(keep: str) 
 
 
 class Counted(TorchDispatchMode):
-    """Counts attention and matrix products of linear layers, those that widen apart."""
+    """Counts attention and matrix products of linear layers, the widening ones separately."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ USUAL = list(product((1, 2), ("bfloat16", "float32"), (0.0, 0.05)))
 
 @pytest.fixture(scope="module")
 def found(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of every case its results by cogflow and by DeepSpeed alone; and of ZeRO-1 and 2 those of a spoilt step."""
+    """Return the results of every case by cogflow and by DeepSpeed alone, and those of a step that is not finite."""
     cases: list[dict[str, Any]] = []
     for zero, dtype, clipping in USUAL:
         cases += [

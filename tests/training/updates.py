@@ -27,7 +27,7 @@ FUSE = optimizer_update.fuse_zero_update
 
 
 def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt: int | None = None) -> dict[str, Any]:
-    """Weights, gradient norms and whether they were applied, of four steps; the gradient of ``spoilt`` holds an
+    """Return weights, gradient norms and applied flags of four steps; the gradient of step ``spoilt`` holds an
     infinity. ``own``: by DeepSpeed's own update.
     """
     called: list[int] = []
@@ -51,7 +51,7 @@ def updated(zero: int, dtype: str, clipping: float, *, own: bool = False, spoilt
 
 
 def kept(zero: int, keep: str | None) -> list[float]:
-    """Gradient norms of two steps of the tiny model whose recomputed blocks keep so much; ``None``: nothing is
+    """Return gradient norms of two steps of the tiny model whose recomputed blocks keep ``keep``; ``None``: nothing is
     recomputed.
     """
     words = [f"deepspeed=zero{zero}", f"deepspeed.activation_checkpointing={str(keep is not None).lower()}"]
@@ -70,7 +70,7 @@ def kept(zero: int, keep: str | None) -> list[float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Each case is a JSON object: the name of a function here, and its arguments."""
+    """Run each case, a JSON object with the name of a function of this module and its arguments."""
     file, *cases = arguments
     found: list[Any] = []
     for case in map(json.loads, cases):

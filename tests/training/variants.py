@@ -20,7 +20,7 @@ TRAITS: dict[str, dict[str, Any]] = {
 
 
 def pipeline(folder: Path, kind: str) -> Path:
-    """A copy of the tiny pipeline whose transformer, random, has the traits of ``kind``."""
+    """Return a copy of the tiny pipeline with a random transformer that has the traits of ``kind``."""
     shutil.copytree(tiny.folder(), folder, ignore=shutil.ignore_patterns("transformer", "manifest.json"))
     torch.manual_seed(0)
     config = {key: value for key, value in tiny.new_transformer().config.items() if not key.startswith("_")}

@@ -67,7 +67,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
         shutil.copytree(tiny.folder() / "tokenizer", partly / "tokenizer")
         (partly / "scheduler").mkdir()
         write_json(partly / "scheduler" / "scheduler_config.json", diffusers_configs.scheduler_config(facts))
-        write_json(partly / MODEL_INDEX, diffusers_configs.model_index(facts))
+        write_json(partly / MODEL_INDEX, diffusers_configs.model_index_config(facts))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

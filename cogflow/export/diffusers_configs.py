@@ -193,7 +193,7 @@ def t5_config(infos: TensorInfos, dtype: str = "fp32") -> dict[str, Any]:
     }
 
 
-def model_index(facts: TransformerFacts) -> dict[str, Any]:
+def model_index_config(facts: TransformerFacts) -> dict[str, Any]:
     """Return ``model_index.json`` of the pipeline that the weights belong to: text-to-video or image-to-video."""
     return {
         "_class_name": "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline",

@@ -21,9 +21,9 @@ from cogflow.export.reported_values import (
     ReportedValue,
     family_member,
     family_values,
-    format_value,
+    format_fact,
     position_kind,
-    resolve,
+    resolve_values,
     user_values,
     values_agree,
 )
@@ -82,7 +82,7 @@ class TransformerFacts:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return (fact, value, source) as text, for the console and export.json."""
-        return [(key, format_value(value), self.sources[key]) for key, value in self.values().items()]
+        return [(key, format_fact(value), self.sources[key]) for key, value in self.values().items()]
 
     def trained_with(self) -> TrainedWith:
         """Return the settings of VAE, scheduler and text encoder that the weights depend on."""
@@ -138,11 +138,11 @@ def resolve_facts(
     member = family_member(family)
     others = [value for path, data in yamls for value in transformer_values_from_yaml(path, data, problems)]
     others += user_values(given or {}) + family_values(member)
-    reported, _ = resolve(others)
+    reported, _ = resolve_values(others)
     hints = {key: fact.value for key, fact in reported.items()}
     hints["patches"] = _patch_count(hints)
     shapes = facts_from_shapes.transformer_values_from_shapes(infos, hints, problems)
-    facts, conflicts = resolve([*shapes, *others])
+    facts, conflicts = resolve_values([*shapes, *others])
     _add_invert_scale_latents(facts)
     problems += conflicts + _grid_conflict(infos, facts) + _dtype_conflict(shapes, facts)
     needed = [key for key in FACT_TYPES if key not in TransformerFacts.OPTIONAL]
@@ -171,7 +171,7 @@ def resolve_vae_facts(
     values = facts_from_shapes.vae_values_from_shapes(infos, problems)
     values += [value for path, data in yamls for value in vae_values_from_yaml(path, data, problems)]
     values += user_values(given or {}) + family_values(family_member(family))
-    facts, conflicts = resolve(values)
+    facts, conflicts = resolve_values(values)
     _add_invert_scale_latents(facts)
     needed = [one.name for one in fields(VaeFacts) if one.name != "sources"]
     problems += [line for line in conflicts if line.partition(":")[0] in (*needed, "patch_size_t")]
@@ -188,7 +188,7 @@ def published_facts(name: str) -> TransformerFacts:
     member = family_member(name)
     if member is None:
         raise ConfigError("model=auto is no member of the family.", f"Choose one of {', '.join(MODEL_SPECS)}.")
-    facts, _ = resolve(family_values(member))
+    facts, _ = resolve_values(family_values(member))
     source = f"model={name}"
     facts["hidden"] = Fact(member.heads * member.head_dim, source)
     # 512 in every yaml of SAT; the tiny model's is in models/tiny.py.

@@ -71,7 +71,7 @@ class Fact:
     source: str
 
 
-def resolve(values: Iterable[ReportedValue]) -> tuple[dict[str, Fact], list[str]]:
+def resolve_values(values: Iterable[ReportedValue]) -> tuple[dict[str, Fact], list[str]]:
     """Return one fact per key, and one line per conflict that shows every value with every source.
 
     The first value of a key wins (callers list shapes first). Values that only fill gaps come last.
@@ -100,7 +100,7 @@ def values_agree(one: FactValue, other: FactValue) -> bool:
     return one == other
 
 
-def format_value(value: FactValue) -> str:
+def format_fact(value: FactValue) -> str:
     """Return a value as text for messages and tables."""
     if value is None:
         return "none"
@@ -120,7 +120,7 @@ def _distinct_values(values: list[ReportedValue]) -> list[str]:
             groups.append([value])
         else:
             group.append(value)
-    return [f"{format_value(group[0].value)} ({'; '.join(value.source for value in group)})" for group in groups]
+    return [f"{format_fact(group[0].value)} ({'; '.join(value.source for value in group)})" for group in groups]
 
 
 def user_values(given: Mapping[str, FactValue]) -> list[ReportedValue]:

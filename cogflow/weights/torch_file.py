@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cogflow.errors import CheckpointError, format_list
+from cogflow.files.record_io import JsonObject, JsonValue
 from cogflow.weights.tensor_source import TensorInfo
 
 WRAPPERS = ("module", "model", "state_dict")
@@ -86,7 +87,7 @@ class TorchFile:
             name: TensorInfo(name, tuple(value.shape), value.dtype, self.path) for name, value in self._values.items()
         }
         others = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
-        self.metadata: dict[str, Any] = {**json_values(beside | others), "wrapper": self.wrapper}
+        self.metadata: JsonObject = {**json_values(beside | others), "wrapper": self.wrapper}
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor as stored. Tensors may share storage, and some may be non-contiguous views."""
@@ -155,9 +156,9 @@ def _holds_tensors(value: Mapping[Any, Any]) -> bool:
     )
 
 
-def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_values(values: Mapping[str, Any]) -> dict[str, JsonValue]:
     """Return the values that JSON can hold and that are small enough to be metadata."""
-    kept = {}
+    kept: dict[str, JsonValue] = {}
     for name, value in values.items():
         try:
             text = json.dumps(value)

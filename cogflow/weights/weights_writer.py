@@ -27,6 +27,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cogflow.errors import ConfigError
+from cogflow.files.record_io import JsonObject
 from cogflow.files.uncached_io import UncachedWriter
 from cogflow.records.export_records import TensorStatistics
 from cogflow.weights.cast_statistics import CastStatistics, torch_dtype_name
@@ -124,7 +125,7 @@ class ShardPlan:
     one file."""
 
     files: dict[str, list[str]]
-    index: dict[str, Any] | None
+    index: JsonObject | None
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], stem: str, max_shard_size: str) -> ShardPlan:
@@ -256,7 +257,7 @@ def write_torch_file(
     path: Path,
     tensors: list[PlannedTensor],
     key: str,
-    beside: Mapping[str, Any],
+    beside: JsonObject,
     dtype_of: Callable[[PlannedTensor], torch.dtype],
     on_tensor: Callable[[TensorStatistics], None],
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cogflow.errors import CheckpointError, ConfigError, format_list
+from cogflow.files.record_io import JsonObject
 from cogflow.weights.tensor_source import TensorInfo
 from cogflow.weights.torch_file import json_values
 from cogflow.weights.zero_files import (
@@ -99,7 +100,7 @@ class ZeroCheckpoint:
         }
         if not self.tensors:
             raise CheckpointError(f"{self.folder} holds no weights.", AGAIN)
-        self.metadata: dict[str, Any] = {
+        self.metadata: JsonObject = {
             **json_values({name: value for name, value in self._models[0].items() if name != "module"}),
             "zero_stage": stage,
             "ranks": max(len(optimizer), len(sharded), 1),

@@ -162,8 +162,8 @@ def test_published_models_get_the_published_values(name: str) -> None:
     scheduler = diffusers_configs.scheduler_config(known)
     assert {key: scheduler[key] for key in member.scheduler_config()} == member.scheduler_config()
     kind = "CogVideoXImageToVideoPipeline" if member.image_to_video else "CogVideoXPipeline"
-    assert diffusers_configs.model_index(known)["_class_name"] == kind
-    assert diffusers_configs.model_index(known)["scheduler"] == ["diffusers", scheduler["_class_name"]]
+    assert diffusers_configs.model_index_config(known)["_class_name"] == kind
+    assert diffusers_configs.model_index_config(known)["scheduler"] == ["diffusers", scheduler["_class_name"]]
 
 
 def test_published_facts_give_the_config_of_the_shipped_tiny_model() -> None:

@@ -243,11 +243,12 @@ print(most - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_reading_needs_memory_for_one_tensor(tmp_path: Path, stage: int) -> None:
-    """With 48 MiB on two ranks in tensors of 3 MiB, reading holds at most a few tensors in memory."""
-    by_hand(tmp_path / "step", [{f"{number:02d}": (768, 1024) for number in range(16)}], 2, stage)
+    """Reading 96 MiB on two ranks in tensors of 3 MiB needs far less memory: a few tensors and what the allocator keeps (3 to 22
+    MiB were measured, whatever the size of the checkpoint)."""
+    by_hand(tmp_path / "step", [{f"{number:02d}": (768, 1024) for number in range(32)}], 2, stage)
     command = [sys.executable, "-c", READ_ALL_AND_PRINT_MEMORY, str(tmp_path / "step")]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    assert 0 < int(result.stdout) < 16 * 2**20
+    assert 0 < int(result.stdout) < 40 * 2**20
 
 
 def opened(path: Path, masters: str = "auto") -> ForeignWeights:

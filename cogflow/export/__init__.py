@@ -1,1 +1,1 @@
-"""Between the SAT and the diffusers layout: facts, tables, plans and proofs."""
+"""Convert weights between the layouts of SAT and diffusers: facts, name tables, plans, writing and comparison of outputs."""

@@ -1,1 +1,1 @@
-"""Weights on disk: read one tensor at a time, written in shards, fingerprinted."""
+"""Read weights from safetensors, torch files and DeepSpeed checkpoints, check them, and write them as streams."""

@@ -17,6 +17,7 @@ from cogflow.ladder.ladder_record import read_ladder, write_rung
 from cogflow.ladder.rung import Rung
 from cogflow.models.family import MODEL_SPECS
 from cogflow.records.ladder_records import BaseRung, ExportedRung, FamilyContradiction, TunedRung, WatchFinding
+from cogflow.records.sample_records import SamplesRecord
 from cogflow.sampling.sample_record import FRAMES_FILE
 from cogflow.sampling.sampler import Sampler
 from cogflow.sharpness.verdict import Finding
@@ -33,7 +34,7 @@ SCHEDULER_FIELDS = (
 """Scheduler settings that decide how samples look."""
 
 
-def record_base_rung(folder: Path, record: Mapping[str, Any], family: str, sampler: Sampler) -> None:
+def record_base_rung(folder: Path, record: SamplesRecord, family: str, sampler: Sampler) -> None:
     """Write the base rung from ``record`` (``samples.json`` of step 0), with the settings that contradict ``family``.
 
     ``folder`` is the run's; ``family`` is ``config.model.name``. Rank 0 only.
@@ -41,21 +42,21 @@ def record_base_rung(folder: Path, record: Mapping[str, Any], family: str, sampl
     before = read_ladder(folder).rungs.base
     pipeline = sampler.pipeline
     base = BaseRung(
-        metrics=metrics_by_sample(record),
-        step=record.get("step"),
+        metrics=record.metrics(),
+        step=record.step,
         contradictions=config_contradictions(family, pipeline.scheduler.config, pipeline.vae.config),
         schedule=before.schedule if before is not None else None,
     )
     write_rung(folder, Rung.BASE, base)
 
 
-def record_tuned_rung(folder: Path, record: Mapping[str, Any], findings: Sequence[Finding] | None) -> None:
-    """Write the tuned rung from ``record`` (``samples.json`` of a later step); it replaces that of an earlier step. Rank 0 only.
+def record_tuned_rung(folder: Path, record: SamplesRecord, findings: Sequence[Finding] | None) -> None:
+    """Write the tuned rung from ``record`` (``samples.json`` of a later step); it replaces that of an earlier step.
 
-    ``findings``: of the quality watch; ``None`` where it could not judge.
+    Rank 0 only. ``findings``: of the quality watch; ``None`` where it could not judge.
     """
     watch = None if findings is None else [_watch_finding(finding) for finding in findings]
-    tuned = TunedRung(metrics_by_sample(record), record.get("step"), record.get("weights"), watch)
+    tuned = TunedRung(record.metrics(), record.step, record.weights, watch)
     write_rung(folder, Rung.TUNED, tuned)
 
 
@@ -72,11 +73,6 @@ def record_exported_rung(
     if worst is not None:
         tuned_and_exported = {Rung.TUNED.title: references[worst], Rung.EXPORTED.title: frames[worst]}
         write_crop_sheet(folder / SAMPLES_SHEET, {worst: _base_frames(folder, worst) | tuned_and_exported})
-
-
-def metrics_by_sample(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the metrics of each sample of ``samples.json`` by the sample's name."""
-    return {sample["name"]: sample["sharpness"] for sample in record["samples"]}
 
 
 def config_contradictions(
@@ -103,7 +99,8 @@ def _watch_finding(finding: Finding) -> WatchFinding:
 
 
 def _base_frames(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Return the frames of a sample from before the first step, read from its video: raw frames are kept of the newest step only."""
+    """Return the frames of a sample from before the first step, read from its video: raw frames are kept of the newest
+    step only."""
     path = RunLayout(folder).samples / step_name(0) / f"{name}.mp4"
     if not path.is_file() or (path.parent / FRAMES_FILE).is_file():
         return {}

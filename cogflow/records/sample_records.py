@@ -42,6 +42,19 @@ class SampleRecord:
 
 
 @dataclass(frozen=True)
+class SampledWeights:
+    """The weights that were sampled: their hash over names and values, and where they come from.
+
+    ``weights``: model or ema, at ``step`` of a training run. ``source``: the path that ``stage=sample`` was given.
+    """
+
+    weights_sha256: str
+    step: int | None = None
+    weights: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
 class SamplesRecord(Record):
     """``samples.json``.
 
@@ -64,3 +77,7 @@ class SamplesRecord(Record):
     samples: list[SampleRecord]
     weights: Annotated[str | None, OMIT_NONE] = None
     source: Annotated[str | None, OMIT_NONE] = None
+
+    def metrics(self) -> dict[str, ClipMetrics]:
+        """Return the sharpness metrics of each sample by the sample's name."""
+        return {sample.name: sample.sharpness for sample in self.samples}

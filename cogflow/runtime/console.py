@@ -1,4 +1,4 @@
-"""Lines and tables for whoever watches the run. Only rank 0 speaks."""
+"""Print lines and tables. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from cogflow.runtime import ranks
 
+LOG_WIDTH = 200
+"""Columns of a table that is not printed on a terminal. rich would assume 80 there and fold paths."""
+
 
 def echo(text: str) -> None:
     """Print one line on rank 0 and flush it, so that a log file shows it at once."""
@@ -20,11 +23,10 @@ def echo(text: str) -> None:
 
 
 def table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> None:
-    """Print ``rows`` under ``columns`` on rank 0. Cells are shown by ``str`` as they are, without markup; a log gets the full width."""
+    """Print ``rows`` under ``columns`` on rank 0. Cells are printed by ``str``, without markup; None is empty."""
     if not ranks.is_main():
         return
-    # A log has no width of its own: rich would assume 80 columns there and fold paths.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LOG_WIDTH
     console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
     grid = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, now and then a plain line in a log."""
+"""Show the progress of long work: a bar on a terminal, a plain line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import report_progress
 
 EVERY_SECONDS = 10.0
-"""At most one line in a log per this many seconds, and the last one."""
+"""Seconds between the lines in a log, at least. The last line is always printed."""
 
 
 class Advancing(Protocol):
-    """What :func:`progress` yields."""
+    """The bar that :func:`progress` yields."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """``n`` more pieces are done; ``note`` (short, replaces the last one) stands behind the bar."""
+        """Count ``n`` more pieces as done. ``note``: a short text behind the bar, which replaces the last one."""
 
 
-class _Silent:
+class _SilentBar:
     def advance(self, n: int = 1, note: str = "") -> None:
         report_progress()
 
 
-class _Bar:
+class _TerminalBar:
     def __init__(self, bar: Progress, total: int, description: str) -> None:
         self._bar = bar
         self._task = bar.add_task(description, total=total, note="")
@@ -51,26 +51,33 @@ class _Bar:
             self._bar.update(self._task, advance=n)
 
 
-class _Lines:
+class _LogLines:
     def __init__(self, stream: TextIO, total: int, description: str, unit: str) -> None:
-        self._stream, self._total, self._description, self._unit = stream, total, description, unit
-        self._done, self._note, self._shown = 0, "", -1
-        self._started = self._spoke = time.monotonic()
+        self._stream = stream
+        self._total = total
+        self._description = description
+        self._unit = unit
+        self._done = 0
+        self._note = ""
+        self._printed_done = -1
+        self._started = self._last_print = time.monotonic()
 
     def advance(self, n: int = 1, note: str = "") -> None:
         report_progress()
         self._done += n
         self._note = note or self._note
         now = time.monotonic()
-        if now - self._spoke >= EVERY_SECONDS:
-            self._say(now)
+        if now - self._last_print >= EVERY_SECONDS:
+            self._print(now)
 
     def close(self) -> None:
-        if self._done and self._shown != self._done:
-            self._say(time.monotonic())
+        """Print the last line, unless it is printed already."""
+        if self._done and self._printed_done != self._done:
+            self._print(time.monotonic())
 
-    def _say(self, now: float) -> None:
-        self._spoke, self._shown = now, self._done
+    def _print(self, now: float) -> None:
+        self._last_print = now
+        self._printed_done = self._done
         spent = now - self._started
         left = ""
         if 0 < self._done < self._total:
@@ -88,13 +95,13 @@ class _Lines:
 def progress(
     total: int, description: str, *, unit: str = "pieces", stream: TextIO | None = None
 ) -> Iterator[Advancing]:
-    """Show work of ``total`` pieces: ``with progress(10, "clips") as bar: bar.advance()``. Silent off rank 0.
+    """Show the progress of ``total`` pieces: ``with progress(10, "clips") as bar: bar.advance()``. Silent off rank 0.
 
-    ``unit``: pieces, or bytes, which are shown as such.
-    Writes to ``stream`` (standard output): a live bar when that is a terminal, plain lines otherwise.
+    ``unit``: pieces, or bytes, which are printed in GB. A live bar on ``stream`` (standard output) when it is a
+    terminal, plain lines otherwise.
     """
     if not ranks.is_main():
-        yield _Silent()
+        yield _SilentBar()
         return
     stream = stream or sys.stdout
     if stream.isatty():
@@ -108,9 +115,9 @@ def progress(
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
         with Progress(*columns, console=Console(file=stream)) as bar:
-            yield _Bar(bar, total, description)
+            yield _TerminalBar(bar, total, description)
         return
-    lines = _Lines(stream, total, description, unit)
+    lines = _LogLines(stream, total, description, unit)
     try:
         yield lines
     finally:
@@ -118,7 +125,7 @@ def progress(
 
 
 def clock(seconds: float) -> str:
-    """``seconds`` as people say it: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    """Return ``seconds`` in usual notation: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

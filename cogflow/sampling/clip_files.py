@@ -52,7 +52,7 @@ def read_clips(place: Path) -> Iterator[ReadClip]:
     """
     raw = place / FRAMES_FILE
     if raw.is_file():
-        fps = float(read_sample_record(place).get("fps", 0)) if (place / SAMPLES_RECORD).is_file() else 0.0
+        fps = read_sample_record(place).fps if (place / SAMPLES_RECORD).is_file() else 0.0
         for name, frames in load_file(raw).items():
             yield ReadClip(name, frames, fps, raw=True)
         return

@@ -1,21 +1,23 @@
-"""What a folder of samples says of itself; read without anything that samples or measures being imported."""
+"""Find and read the record of a folder of samples without importing what samples or measures."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, step_folders
+from cogflow.files.record_io import read_record
+from cogflow.records.sample_records import SamplesRecord
 
 FRAMES_FILE = "frames.safetensors"
+"""Raw frames of the newest samples, uint8 ``[T, H, W, 3]`` by sample name."""
 
 
 def newest_samples(folder: Path) -> Path | None:
-    """The newest ``step-...`` folder of samples below ``folder``."""
+    """Return the newest ``step-...`` folder of samples below ``folder``; None when there is none."""
     found = [path for path in step_folders(folder) if (path / SAMPLES_RECORD).is_file()]
     return found[-1] if found else None
 
 
-def read_sample_record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SAMPLES_RECORD).read_text())
+def read_sample_record(folder: Path) -> SamplesRecord:
+    """Return ``folder/samples.json``. Raises :class:`cogflow.errors.CheckpointError`."""
+    return read_record(folder / SAMPLES_RECORD, SamplesRecord)

@@ -23,6 +23,7 @@ from PIL import Image
 from cogflow.config.sampling_section import SamplingConfig
 from cogflow.errors import PipelineError
 from cogflow.models.loading import DTYPES, dtype_name
+from cogflow.records.sample_records import SamplingRecord
 from cogflow.sampling import sat_samplers
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
@@ -90,22 +91,23 @@ class Sampler:
         self.stop: Callable[[], bool] | None = None
         """Asked after every step, the same answer on every rank: whether to give up with :class:`Interrupted`."""
 
-    def about(self) -> dict[str, Any]:
-        """How samples are made, for records."""
+    def describe(self) -> SamplingRecord:
+        """Return how samples are made, for records."""
         settings = self.settings
         by_sat = settings.sampler in sat_samplers.SOLVERS
-        return {
-            "sampler": settings.sampler,
-            "scheduler": f"SAT {sat_samplers.SOLVERS[settings.sampler]}"
-            if by_sat
-            else type(self.pipeline.scheduler).__name__,
-            "unconditional": "zeros" if by_sat else "empty caption",
-            "steps": settings.steps,
-            "guidance_scale": settings.guidance_scale,
-            "use_dynamic_cfg": settings.use_dynamic_cfg,
-            "vae_dtype": dtype_name(self.vae.dtype),
-            "vae_tiling": bool(self.vae.use_tiling),
-        }
+        scheduler = (
+            f"SAT {sat_samplers.SOLVERS[settings.sampler]}" if by_sat else type(self.pipeline.scheduler).__name__
+        )
+        return SamplingRecord(
+            sampler=settings.sampler,
+            scheduler=scheduler,
+            unconditional="zeros" if by_sat else "empty caption",
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            use_dynamic_cfg=settings.use_dynamic_cfg,
+            vae_dtype=dtype_name(self.vae.dtype),
+            vae_tiling=bool(self.vae.use_tiling),
+        )
 
     def noise(self, request: Request) -> torch.Tensor:
         """fp32 ``[1, latent frames, channels, height / 8, width / 8]``, with the padded frames that a 1.5 transformer needs."""

@@ -17,6 +17,7 @@ from cogflow.export.origin import find_transformer
 from cogflow.files.paths import run_folder
 from cogflow.models import loading
 from cogflow.models.code_check import refuse_code
+from cogflow.records.sample_records import SampledWeights, SamplingRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
 from cogflow.sampling.clip_comparison import (
@@ -133,7 +134,7 @@ def resolve_model(source: Artifact, model: ModelConfig) -> tuple[Path, Path]:
     return loading.model_folder(model), transformer
 
 
-def sample(job: SampleJob) -> dict[str, Any]:
+def sample(job: SampleJob) -> SamplingRecord:
     """Sample every prompt from its fixed noise into ``job.clips``; return how the samples were made."""
     config, data = job.config, job.config.data
     device = ranks.device()
@@ -157,15 +158,9 @@ def sample(job: SampleJob) -> dict[str, Any]:
         device=device,
         dtype=dtype,
     )
-    facts: dict[str, Any] = {
-        "step": None,
-        "source": str(job.source.path),
-        "weights_sha256": weights_fingerprint(transformer.state_dict().items()),
-    }
+    weights = SampledWeights(weights_fingerprint(transformer.state_dict().items()), source=str(job.source.path))
     wanted = requests(prompts, embeds, config.sampling.seeds)
-    record = write_samples(job.clips, sampler, wanted, fps=data.fps, facts=facts, title="samples")
-    how: dict[str, Any] = record["sampling"]
-    return how
+    return write_samples(job.clips, sampler, wanted, fps=data.fps, weights=weights, title="samples").sampling
 
 
 def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
@@ -188,7 +183,7 @@ def captions(config: Config[SampleStage]) -> list[str]:
     return [cache.texts[index] for index in cache.holdout or cache.train]
 
 
-def conclude(job: SampleJob, how: dict[str, Any] | None) -> None:
+def conclude(job: SampleJob, how: SamplingRecord | None) -> None:
     """Measure the clips, print and log the result, and write ``sample.json``. ``how``: how samples were made.
 
     Raise :class:`QualityGateError` when the reference is better.
@@ -202,7 +197,7 @@ def conclude(job: SampleJob, how: dict[str, Any] | None) -> None:
     results: dict[str, Any] = {"where": str(job.clips), "sharpness": ours.metrics}
     if how is not None:
         results["sampling"] = how
-        summary += f", sampled by {how['scheduler']}"
+        summary += f", sampled by {how.scheduler}"
     if learned := clip_scores(job.config, job.clips):
         results["learned"] = learned
     comparison = compare_with_reference(job, ours, others) if others is not None else None

@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -24,6 +23,7 @@ from cogflow.ladder.causes import describe_finding
 from cogflow.ladder.reconstruction_bound import read_reconstruction_bound
 from cogflow.ladder.rung import Rung
 from cogflow.ladder.schedule_probe import record_schedule_probe
+from cogflow.records.sample_records import SampledWeights, SamplesRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.sampling import sample_folder
@@ -59,7 +59,7 @@ class Validation(Callback):
         self.requests, self.scaling_factor = requests, scaling_factor
         self.reconstruction_bound: dict[str, dict[str, float]] | None = None
         self._watch: QualityWatch | None = None
-        self._base: dict[str, Any] | None = None
+        self._base: SamplesRecord | None = None
         self._last: WatchVerdict | None = None
 
     def on_train_start(self, context: TrainingContext) -> None:
@@ -102,8 +102,7 @@ class Validation(Callback):
         if ranks.is_main():
             for folder in folders:
                 if (folder / SAMPLES_RECORD).is_file():
-                    record = read_sample_record(folder)
-                    verdict = self._judge(context, int(record["step"]), record)
+                    verdict = self._judge(context, step_of(folder), read_sample_record(folder))
         self._share_outcome(context, verdict)
 
     def _measure_reconstruction_bound(self, context: TrainingContext, sampler: Sampler) -> None:
@@ -116,28 +115,28 @@ class Validation(Callback):
         record_schedule_probe(context.folder, sampler, self.cache, self.scaling_factor)
         context.engine.flush_prefetch()
 
-    def _sample(self, context: TrainingContext, sampler: Sampler, target: Path) -> dict[str, Any]:
+    def _sample(self, context: TrainingContext, sampler: Sampler, target: Path) -> SamplesRecord:
         """Sample all requests into ``target``, from the EMA where there is one; return the record of the samples."""
         with context.ema.applied(context.engine) if context.ema is not None else contextlib.nullcontext():
-            facts = {
-                "step": context.step,
-                "weights": "ema" if context.ema is not None else "model",
-                "weights_sha256": weights_fingerprint(context.engine.weights()),
-            }
+            weights = SampledWeights(
+                weights_sha256=weights_fingerprint(context.engine.weights()),
+                step=context.step,
+                weights="ema" if context.ema is not None else "model",
+            )
             title = f"samples at step {context.step}"
             return sample_folder.write_samples(
-                target, sampler, self.requests, fps=self.config.data.fps, facts=facts, title=title
+                target, sampler, self.requests, fps=self.config.data.fps, weights=weights, title=title
             )
 
-    def _log_samples(self, context: TrainingContext, target: Path, record: dict[str, Any], *, seconds: float) -> None:
+    def _log_samples(self, context: TrainingContext, target: Path, record: SamplesRecord, *, seconds: float) -> None:
         step, tracker = context.step, context.tracker
         tracker.log(step, {**sample_folder.mean_sharpness(record), "validation/seconds": seconds})
         tracker.image(step, "samples/contact_sheet", target / "contact.png")
-        for sample in record["samples"]:
-            tracker.video(step, f"samples/{sample['name']}", target / sample["video"], sample["text"])
+        for sample in record.samples:
+            tracker.video(step, f"samples/{sample.name}", target / sample.video, sample.text)
 
     def _record_rungs(
-        self, context: TrainingContext, sampler: Sampler, record: dict[str, Any], verdict: WatchVerdict | None
+        self, context: TrainingContext, sampler: Sampler, record: SamplesRecord, verdict: WatchVerdict | None
     ) -> None:
         if context.step == 0:
             sample_rungs.record_base_rung(context.folder, record, self.config.model.name, sampler)
@@ -146,9 +145,9 @@ class Validation(Callback):
             sample_rungs.record_tuned_rung(context.folder, record, findings)
         ladder_report.report_ladder(context.tracker, context.folder, context.step)
 
-    def _judge(self, context: TrainingContext, step: int, record: dict[str, Any]) -> WatchVerdict | None:
+    def _judge(self, context: TrainingContext, step: int, record: SamplesRecord) -> WatchVerdict | None:
         """Update the watch with ``record``; the record of step 0 is the base of all comparisons. Rank 0 only."""
-        metrics = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
+        metrics = record.metrics()
         if any(missing := set(METRICS) - set(values) for values in metrics.values()):
             echo(f"note: the samples of step {step} have no {', '.join(sorted(missing))}: the watch skips them")
             return None
@@ -160,8 +159,8 @@ class Validation(Callback):
         if self._watch is None or self._base is None:
             echo("note: there are no samples from before the first step: the watch has nothing to compare these with")
             return None
-        different = [name for name in COMPARABLE if record.get(name) != self._base.get(name)]
-        if different or {sample["name"] for sample in self._base["samples"]} != set(metrics):
+        different = [name for name in COMPARABLE if getattr(record, name) != getattr(self._base, name)]
+        if different or set(self._base.metrics()) != set(metrics):
             what = ", ".join(different) or "the prompts"
             echo(f"warning: step {step} was sampled with other settings than step 0 ({what}); the watch skips it")
             return None

@@ -16,6 +16,7 @@ from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import loading
 from cogflow.models.family import MODEL_SPECS
+from cogflow.records.sample_records import SampledWeights
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.sampler import Sampler, requests
@@ -103,9 +104,13 @@ def _run(run: Path, base: Path, transformer: CogVideoXTransformer3DModel) -> Non
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    facts = {"step": 4, "weights": "model", "weights_sha256": weights}
     write_samples(
-        run / "samples" / "step-000004", sampler, requests(prompts, embeds, [0]), fps=8.0, facts=facts, title="samples"
+        run / "samples" / "step-000004",
+        sampler,
+        requests(prompts, embeds, [0]),
+        fps=8.0,
+        weights=SampledWeights(weights, 4, "model"),
+        title="samples",
     )
 
 

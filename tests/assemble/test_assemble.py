@@ -23,6 +23,7 @@ from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import check_manifest, write_manifest
 from cogflow.models import loading
 from cogflow.records.pipeline_records import VerifiedSample
+from cogflow.records.sample_records import SampledWeights
 from cogflow.sampling import sample_folder
 from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sample_record import read_sample_record
@@ -194,9 +195,9 @@ def test_a_stochastic_scheduler_gives_the_same_videos(work: Work) -> None:
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    facts = {key: record[key] for key in ("step", "weights", "weights_sha256")}
+    weights = SampledWeights(record.weights_sha256, record.step, record.weights)
     sample_folder.write_samples(
-        samples, sampler, requests([Prompt("circle", CAPTION)], embeds, [0]), fps=8.0, facts=facts, title="samples"
+        samples, sampler, requests([Prompt("circle", CAPTION)], embeds, [0]), fps=8.0, weights=weights, title="samples"
     )
     assemble.run(work.config(verify=True))
     verified = json.loads((work.run / "pipeline" / "assembly.json").read_text())["verify"]

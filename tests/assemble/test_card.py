@@ -63,7 +63,7 @@ def trained(work: Work) -> Work:
     write_manifest(work.run / "export")
     (work.run / "train.json").write_text(json.dumps(RECORD))
     record = read_sample_record(work.run / "samples" / "step-000004")
-    metrics = {sample["name"]: sample["sharpness"] for sample in record["samples"]}
+    metrics = record.metrics()
     write_rung(work.run, Rung.BASE, BaseRung(metrics, step=0))
     write_rung(work.run, Rung.TUNED, TunedRung(metrics, step=4, weights="model"))
     return work

@@ -28,13 +28,25 @@ from cogflow.ladder.sample_rungs import config_contradictions, record_base_rung
 from cogflow.ladder.schedule_probe import record_schedule_probe
 from cogflow.ladder.vae_roundtrip import measure_roundtrip
 from cogflow.records.ladder_records import BaseRung, ClipRung, LadderRecord, LadderRungs, TunedRung
-from cogflow.records.sample_records import ClipMetrics
+from cogflow.records.sample_records import ClipMetrics, SamplesRecord, SamplingRecord
 from cogflow.sampling.sampler import Sampler
 from cogflow.sharpness.metrics import METRICS
 from cogflow.tracking.tracker import Tracker
 from tests.ladder.conftest import World
 
-NO_SAMPLES = {"step": 0, "samples": []}
+NO_SAMPLES = SamplesRecord(
+    step=0,
+    weights_sha256="ab",
+    sampling=SamplingRecord("default", "CogVideoXDDIMScheduler", "empty caption", 2, 6.0, True, "fp32", False),
+    height=64,
+    width=96,
+    frames=9,
+    fps=8.0,
+    max_sequence_length=32,
+    dtype="fp32",
+    device="cpu",
+    samples=[],
+)
 
 
 class RecordingTracker(Tracker):

@@ -13,6 +13,7 @@ from cogflow.config.sampling_section import SAMPLERS, SamplingConfig
 from cogflow.errors import ConfigError, PipelineError
 from cogflow.models import loading, tiny
 from cogflow.models.family import MODEL_SPECS
+from cogflow.records.sample_records import SampledWeights, SamplingRecord
 from cogflow.sampling import sample_folder, sat_samplers
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.prompts import Prompt
@@ -74,8 +75,8 @@ def test_every_choice_is_known() -> None:
 @pytest.mark.parametrize("choice", SAMPLERS)
 def test_each_runs_what_it_names_and_gives_the_same_twice(vae: AutoencoderKLCogVideoX, choice: str) -> None:
     one = sampler(vae, choice)
-    assert one.about()["scheduler"] == RAN[choice] and one.about()["sampler"] == choice
-    assert one.about()["unconditional"] == ("zeros" if choice.startswith("sat_") else "empty caption")
+    assert one.describe().scheduler == RAN[choice] and one.describe().sampler == choice
+    assert one.describe().unconditional == ("zeros" if choice.startswith("sat_") else "empty caption")
     latents = one.latents(REQUEST)
     torch.randn(3)
     assert latents.shape == (3, 16, 4, 4) and torch.isfinite(latents).all()
@@ -173,12 +174,20 @@ def test_noise_between_steps_is_a_function_of_seed_and_prompt() -> None:
 
 def test_the_record_says_which_one_ran(vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
     one = sampler(vae, "sat_ddim", steps=2)
-    record = sample_folder.write_samples(tmp_path / "samples", one, [REQUEST], fps=8.0, facts={}, title="samples")
-    assert record["sampling"] == read_sample_record(tmp_path / "samples")["sampling"]
-    assert record["sampling"] == {
-        "sampler": "sat_ddim", "scheduler": "SAT VideoDDIMSampler", "unconditional": "zeros", "steps": 2, "guidance_scale": 6.0,
-        "use_dynamic_cfg": True, "vae_dtype": "fp32", "vae_tiling": False,
-    }  # fmt: skip
+    record = sample_folder.write_samples(
+        tmp_path / "samples", one, [REQUEST], fps=8.0, weights=SampledWeights("ab"), title="samples"
+    )
+    assert record == read_sample_record(tmp_path / "samples")
+    assert record.sampling == SamplingRecord(
+        sampler="sat_ddim",
+        scheduler="SAT VideoDDIMSampler",
+        unconditional="zeros",
+        steps=2,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        vae_dtype="fp32",
+        vae_tiling=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,8 +216,8 @@ def test_the_vae_decodes_as_asked_and_stays_as_it_was(vae: AutoencoderKLCogVideo
         sampler(vae, "default", vae_tiling=True),
     )
     assert plain.vae is vae and half.vae is not vae and tiled.vae is not vae
-    assert [one.about()["vae_dtype"] for one in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
-    assert [one.about()["vae_tiling"] for one in (plain, half, tiled)] == [False, False, True]
+    assert [one.describe().vae_dtype for one in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
+    assert [one.describe().vae_tiling for one in (plain, half, tiled)] == [False, False, True]
     frames = plain.decode(latents)
     assert 0 < float((half.decode(latents) - frames).abs().max()) < 0.1
     assert float((tiled.decode(latents) - frames).abs().max()) > 0

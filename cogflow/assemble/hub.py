@@ -12,7 +12,7 @@ from typing import Any
 from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout
 from cogflow.assemble.model_card import shorten_paths
 from cogflow.errors import PipelineError
-from cogflow.files.manifest import MANIFEST, write_manifest
+from cogflow.files.manifest import MANIFEST, read_manifest, write_manifest
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:
@@ -46,8 +46,8 @@ def copy_without_paths(folder: Path, target: Path) -> None:
     """
     shutil.copytree(folder, target, copy_function=_link_or_copy)
     assembly = json.loads((folder / ASSEMBLY).read_text(encoding="utf-8"))
-    entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    known = {name: entry["sha256"] for name, entry in entries.items() if name not in (ASSEMBLY, MANIFEST)}
+    files = read_manifest(folder).files
+    known = {name: entry.sha256 for name, entry in files.items() if name not in (ASSEMBLY, MANIFEST)}
     for name in (ASSEMBLY, MANIFEST):
         (target / name).unlink()  # a hard link: writing into it would change the published file
     shortened = json.dumps(_shorten(assembly), indent=2, ensure_ascii=False) + "\n"

@@ -7,16 +7,15 @@ Files are hashed completely; of weights only the headers are parsed.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import diffusers
 
 from cogflow.assemble.components import COMPONENT_SUFFIXES, STEMS, PipelineComponent
-from cogflow.errors import CogflowError, format_list
+from cogflow.errors import CheckpointError, CogflowError, format_list
 from cogflow.files.hashing import Advance, hash_with_cache
-from cogflow.files.manifest import MANIFEST
+from cogflow.files.manifest import MANIFEST, read_manifest
 from cogflow.models.family import ModelSpec
 from cogflow.models.loading import DTYPES
 from cogflow.records.pipeline_records import ContradictionRecord
@@ -115,12 +114,11 @@ def _manifest_of(folder: Path) -> tuple[Path | None, dict[str, str] | None]:
     The hashes are ``None`` for a manifest that cannot be read; both are ``None`` without a manifest.
     """
     for root in (folder, folder.parent):
-        try:
-            entries = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
-            hashes = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
-        except FileNotFoundError:
+        if not (root / MANIFEST).is_file():
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        try:
+            hashes = {name: entry.sha256 for name, entry in read_manifest(root).files.items()}
+        except CheckpointError:
             return root, None
         if any((root / name).parent == folder for name in hashes):
             return root, hashes

@@ -16,7 +16,7 @@ from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
 from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import MANIFEST, check_manifest
+from cogflow.files.manifest import MANIFEST, check_manifest, read_manifest
 from cogflow.files.record_io import read_record
 from cogflow.records.export_records import FileBytes
 from cogflow.records.pipeline_records import ExportedTransformer, TransformerOrigin
@@ -190,10 +190,8 @@ def _checkpoint(
         if part == "ema":
             hint = "It was trained without EMA; use stage.weights=model."
         raise CheckpointError(f"{folder} holds no {part}/config.json.", hint)
-    manifest = read_json(folder / MANIFEST)["files"]
-    files = {
-        name: entry["sha256"] for name, entry in manifest.items() if name.startswith(f"{part}/") or name == TRAINER
-    }
+    manifest = read_manifest(folder).files
+    files = {name: entry.sha256 for name, entry in manifest.items() if name.startswith(f"{part}/") or name == TRAINER}
     training = TransformerOrigin(
         source=str(folder),
         step=facts.step,

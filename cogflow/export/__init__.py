@@ -1,1 +1,1 @@
-"""Convert weights between the layouts of SAT and diffusers: facts, name tables, plans, writing and comparison of outputs."""
+"""Convert weights between the layouts of SAT and diffusers: facts, name tables, plans, writing, output comparison."""

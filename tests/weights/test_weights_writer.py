@@ -126,10 +126,10 @@ def test_a_torch_file_loads_in_torch_and_is_deterministic(tmp_path: Path, tensor
         write_torch_file(
             tmp_path / name / "x.pt",
             outputs(tensors),
-            "module",
-            {"iteration": 7},
-            lambda output: output.dtype,
-            lambda fact: None,
+            key="module",
+            beside={"iteration": 7},
+            dtype_of=lambda output: output.dtype,
+            on_tensor=lambda statistics: None,
         )
     assert (tmp_path / "one" / "x.pt").read_bytes() == (tmp_path / "two" / "x.pt").read_bytes()
     loaded = torch.load(tmp_path / "one" / "x.pt", weights_only=True)
@@ -142,6 +142,11 @@ def test_a_torch_file_loads_in_torch_and_is_deterministic(tmp_path: Path, tensor
 def test_a_torch_file_is_written_in_the_requested_dtype(tmp_path: Path) -> None:
     x = torch.randn(11, 3)
     write_torch_file(
-        tmp_path / "x.pt", outputs({"x": x}), "state_dict", {}, lambda output: torch.bfloat16, lambda fact: None
+        tmp_path / "x.pt",
+        outputs({"x": x}),
+        key="state_dict",
+        beside={},
+        dtype_of=lambda output: torch.bfloat16,
+        on_tensor=lambda statistics: None,
     )
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True)["state_dict"]["x"], x.bfloat16())

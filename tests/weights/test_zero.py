@@ -243,8 +243,8 @@ print(most - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_reading_needs_memory_for_one_tensor(tmp_path: Path, stage: int) -> None:
-    """Reading 96 MiB on two ranks in tensors of 3 MiB needs far less memory: a few tensors and what the allocator keeps (3 to 22
-    MiB were measured, whatever the size of the checkpoint)."""
+    """Reading 96 MiB on two ranks in tensors of 3 MiB needs far less memory: a few tensors and what the allocator
+    keeps (3 to 22 MiB were measured, whatever the size of the checkpoint)."""
     by_hand(tmp_path / "step", [{f"{number:02d}": (768, 1024) for number in range(32)}], 2, stage)
     command = [sys.executable, "-c", READ_ALL_AND_PRINT_MEMORY, str(tmp_path / "step")]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)

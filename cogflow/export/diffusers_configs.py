@@ -12,8 +12,7 @@ values:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import transformers
@@ -21,6 +20,10 @@ import transformers
 from cogflow.errors import ConversionError
 from cogflow.export.facts import TransformerFacts, VaeFacts
 from cogflow.export.facts_from_shapes import TensorInfos, numbered_children
+from cogflow.files.record_io import ForeignObject
+
+DiffusersConfig: TypeAlias = dict[str, Any]
+"""Content of a ``config.json`` of diffusers or transformers."""
 
 SCHEDULER_CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
@@ -38,7 +41,7 @@ PUBLISHED_VAE = {
 """Sizes of the family's published VAE, for a SAT yaml beside a transformer without its own VAE."""
 
 
-def transformer_config(facts: TransformerFacts) -> dict[str, Any]:
+def transformer_config(facts: TransformerFacts) -> DiffusersConfig:
     """Return ``config.json`` of ``CogVideoXTransformer3DModel`` with every key, since class defaults fit only some
     models.
 
@@ -81,7 +84,7 @@ def transformer_config(facts: TransformerFacts) -> dict[str, Any]:
     }
 
 
-def scheduler_config(facts: TransformerFacts, class_name: str = SCHEDULER_CLASSES[0]) -> dict[str, Any]:
+def scheduler_config(facts: TransformerFacts, class_name: str = SCHEDULER_CLASSES[0]) -> DiffusersConfig:
     """Return ``scheduler_config.json`` of one of SCHEDULER_CLASSES with the published keys."""
     trained_with = facts.trained_with()
     return {
@@ -104,7 +107,7 @@ def scheduler_config(facts: TransformerFacts, class_name: str = SCHEDULER_CLASSE
     }
 
 
-def vae_config(facts: VaeFacts) -> dict[str, Any]:
+def vae_config(facts: VaeFacts) -> DiffusersConfig:
     """Return ``config.json`` of ``AutoencoderKLCogVideoX``.
 
     ``sample_height`` and ``sample_width`` set only the tile size of a tiled decode; all members have the published
@@ -138,7 +141,7 @@ def vae_config(facts: VaeFacts) -> dict[str, Any]:
     }
 
 
-def t5_config(infos: TensorInfos, dtype: str = "fp32") -> dict[str, Any]:
+def t5_config(infos: TensorInfos, dtype: str = "fp32") -> DiffusersConfig:
     """Return ``config.json`` of ``T5EncoderModel`` from the shapes of SAT's text encoder (names without prefix).
 
     A T5 v1.1 has a gated gelu with two inner matrices (wi_0, wi_1), a T5 of the first release has relu and one (wi).
@@ -193,7 +196,7 @@ def t5_config(infos: TensorInfos, dtype: str = "fp32") -> dict[str, Any]:
     }
 
 
-def model_index_config(facts: TransformerFacts) -> dict[str, Any]:
+def model_index_config(facts: TransformerFacts) -> DiffusersConfig:
     """Return ``model_index.json`` of the pipeline that the weights belong to: text-to-video or image-to-video."""
     return {
         "_class_name": "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline",
@@ -206,6 +209,6 @@ def model_index_config(facts: TransformerFacts) -> dict[str, Any]:
     }
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: ForeignObject) -> DiffusersConfig:
     """Return a config without the keys that describe the file (``_class_name``, ``_diffusers_version``)."""
     return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -27,10 +27,11 @@ from cogflow.export.reported_values import (
     user_values,
     values_agree,
 )
+from cogflow.files.record_io import ForeignObject
 from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.records.training_records import TrainedWith
 
-Yamls = Sequence[tuple[Path, Mapping[str, Any]]]
+Yamls = Sequence[tuple[Path, ForeignObject]]
 """Path and content of each yaml file."""
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from cogflow.errors import ConfigError
 from cogflow.export.reported_values import ReportedValue
+from cogflow.files.record_io import ForeignObject
 from cogflow.weights.foreign import SIZES
 
 SCHEDULE = {
@@ -116,9 +117,9 @@ _CODER = [
 _LORA = ["r", "lora_alpha", "lora_dropout", "layer_range", "layer_num", "qlora", "cross_layer_range"]
 
 
-def read_yamls(paths: Iterable[Path]) -> list[tuple[Path, Mapping[str, Any]]]:
+def read_yamls(paths: Iterable[Path]) -> list[tuple[Path, ForeignObject]]:
     """Return (path, content) of yaml files. Raises :class:`ConfigError` for a file that is unreadable or no mapping."""
-    found: list[tuple[Path, Mapping[str, Any]]] = []
+    found: list[tuple[Path, ForeignObject]] = []
     for path in paths:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -143,7 +144,7 @@ class YamlSection:
         self.problems = problems
         if data is not None and not isinstance(data, Mapping):
             problems.append(f"{file}: {path} is {type(data).__name__}, not a mapping")
-        self.data: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+        self.data: ForeignObject = data if isinstance(data, Mapping) else {}
         for name in self.data:
             close = difflib.get_close_matches(str(name), known, 1, 0.85) if name not in known else []
             if close and close[0] not in self.data:
@@ -180,7 +181,7 @@ class YamlSection:
             yield ReportedValue(fact, value, self.source(name))
 
 
-def transformer_values_from_yaml(path: Path, data: Mapping[str, Any], problems: list[str]) -> list[ReportedValue]:
+def transformer_values_from_yaml(path: Path, data: ForeignObject, problems: list[str]) -> list[ReportedValue]:
     """Return the values of one yaml for the facts of the transformer and of its training.
 
     ``problems`` receives what cannot be read or converted. SAT's ``model_config.json``, which has only sizes, is
@@ -206,7 +207,7 @@ def transformer_values_from_yaml(path: Path, data: Mapping[str, Any], problems: 
     return values + _text_tokens(model) + _scaling_factor(model) + _noise_schedule(model) + _dtype(path, data, problems)
 
 
-def vae_values_from_yaml(path: Path, data: Mapping[str, Any], problems: list[str]) -> list[ReportedValue]:
+def vae_values_from_yaml(path: Path, data: ForeignObject, problems: list[str]) -> list[ReportedValue]:
     """Return the values of one yaml for the facts of the VAE."""
     model = _model_section(path, data, problems)
     values = _scaling_factor(model)
@@ -233,7 +234,7 @@ def _file_and_folder(path: Path) -> str:
     return "/".join(path.parts[-2:])
 
 
-def _model_section(path: Path, data: Mapping[str, Any], problems: list[str]) -> YamlSection:
+def _model_section(path: Path, data: ForeignObject, problems: list[str]) -> YamlSection:
     file = _file_and_folder(path)
     if "model" not in data and "network_config" in data:
         return YamlSection(file, "", data, _ENGINE, problems)
@@ -388,7 +389,7 @@ def _snr_shift(params: YamlSection) -> list[ReportedValue]:
     return list(params.number("shift_scale", "snr_shift_scale", whole=False))
 
 
-def _dtype(path: Path, data: Mapping[str, Any], problems: list[str]) -> list[ReportedValue]:
+def _dtype(path: Path, data: ForeignObject, problems: list[str]) -> list[ReportedValue]:
     """Return the dtype of training from the deepspeed section. ``args.bf16`` of an inference yaml does not describe
     training."""
     deepspeed = data.get("deepspeed")

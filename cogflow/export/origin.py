@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind
 from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
@@ -17,7 +16,7 @@ from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST, check_manifest, read_manifest
-from cogflow.files.record_io import read_record
+from cogflow.files.record_io import ForeignObject, read_record
 from cogflow.records.export_records import FileBytes
 from cogflow.records.pipeline_records import ExportedTransformer, TransformerOrigin
 from cogflow.records.training_records import TrainingFacts
@@ -65,8 +64,8 @@ class ExportOrigin:
     tensors: TensorSource | None = None
     training: TransformerOrigin = field(default_factory=TransformerOrigin)
     files: Mapping[str, str | FileBytes] = field(default_factory=dict)
-    yamls: Sequence[tuple[Path, Mapping[str, Any]]] = ()
-    json: Mapping[str, Any] | None = None
+    yamls: Sequence[tuple[Path, ForeignObject]] = ()
+    json: ForeignObject | None = None
     notes: Sequence[str] = ()
     passed_over: Sequence[str] = ()
 
@@ -241,9 +240,9 @@ def _plain(artifact: Artifact, weights: str) -> TransformerSource:
     )
 
 
-def _named(configs: Sequence[str]) -> tuple[list[tuple[Path, Mapping[str, Any]]], Mapping[str, Any] | None]:
+def _named(configs: Sequence[str]) -> tuple[list[tuple[Path, ForeignObject]], ForeignObject | None]:
     """Read the files of stage.config: SAT yamls with their paths, and a diffusers config."""
-    yamls: list[tuple[Path, Mapping[str, Any]]] = []
+    yamls: list[tuple[Path, ForeignObject]] = []
     json = None
     for name in configs:
         path = Path(name).expanduser()

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogflow.errors import QualityGateError
+from cogflow.export.diffusers_configs import DiffusersConfig
 from cogflow.export.prepared_export import ExportComponent
 from cogflow.export.sat_reference import (
     LAYERNORM_EPS,
@@ -27,6 +27,7 @@ from cogflow.export.sat_reference import (
     sat_forward,
     sat_rotary_tables,
 )
+from cogflow.files.record_io import ForeignObject
 from cogflow.records.export_records import ProofRecord, ProofRun
 from cogflow.weights.strict_loading import check_strict_load, meta_model
 from cogflow.weights.tensor_source import TensorInfo, TensorSource, WeightsFolder, read_json
@@ -98,7 +99,7 @@ def compare_transformer(
 @dataclass(frozen=True)
 class _ExportedTransformer:
     weights: WeightsFolder
-    config: dict[str, Any]
+    config: DiffusersConfig
 
 
 def _compare_layers(source: TensorSource, exported: _ExportedTransformer, layers: list[int], whole: bool) -> ProofRun:
@@ -141,7 +142,7 @@ def _absmax(x: torch.Tensor) -> float:
     return float(x.abs().max())
 
 
-def _latent_grid(config: Mapping[str, Any], whole: bool) -> tuple[int, int, int]:
+def _latent_grid(config: ForeignObject, whole: bool) -> tuple[int, int, int]:
     """Return latent frames, height and width to run. Added position tables require the native height and width."""
     patch, patch_t = int(config["patch_size"]), int(config.get("patch_size_t") or 1)
     native = (int(config["sample_height"]), int(config["sample_width"]))
@@ -177,7 +178,7 @@ def _network_of_layers(
     return model.eval()
 
 
-def _fill_computed_buffers(model: torch.nn.Module, config: dict[str, Any]) -> None:
+def _fill_computed_buffers(model: torch.nn.Module, config: DiffusersConfig) -> None:
     """Replace buffers on the meta device, which the class computes and no file holds, by those of a network without
     blocks."""
     computed: dict[str, torch.Tensor] | None = None

@@ -6,20 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import diffusers
 import torch
 
 from cogflow.errors import ConfigError, ConversionError
 from cogflow.export import diffusers_configs, sat_tables
+from cogflow.export.diffusers_configs import DiffusersConfig
 from cogflow.export.facts import TransformerFacts, published_facts, resolve_facts, resolve_vae_facts
 from cogflow.export.lora import LoraFile, find_lora, merge_lora, to_diffusers_lora, without_lora
 from cogflow.export.mapping_plan import ConvertedTensors, MappingPlan, computed_table_differences, make_plan
 from cogflow.export.origin import ExportOrigin
 from cogflow.export.reported_values import FactValue
 from cogflow.export.tensor_operations import Operation, inverse_table
-from cogflow.files.record_io import JsonObject
+from cogflow.files.record_io import ForeignObject, JsonObject
 from cogflow.models.loading import DTYPES
 from cogflow.weights.cast_statistics import torch_dtype_name
 from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model, ordered_tensor_names
@@ -57,7 +57,7 @@ class ExportComponent:
 
     name: str
     tensors: TensorSource
-    config: dict[str, Any]
+    config: DiffusersConfig
     dtype: torch.dtype | None = None
     plan: MappingPlan | None = None
     source: TensorSource | None = None
@@ -151,7 +151,7 @@ def check_computed_tables(component: ExportComponent) -> dict[str, float]:
 
 def to_sat_layout(component: ExportComponent) -> ExportComponent:
     """Return the component under SAT's names, by the inverse of the table from SAT to diffusers."""
-    tables: dict[str, Callable[[Mapping[str, Any]], tuple[Operation, ...]]] = {
+    tables: dict[str, Callable[[ForeignObject], tuple[Operation, ...]]] = {
         "transformer": sat_tables.transformer_table,
         "vae": sat_tables.vae_table,
         "text_encoder": sat_tables.text_encoder_table,

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from cogflow.errors import ConversionError
 from cogflow.export.computed_tensors import Drop, TensorFormula, TokenGrid, rotary_table, sincos_table
 from cogflow.export.tensor_operations import Alias, Operation, Rename, fill_names, regroup_rows, split_rows
+from cogflow.files.record_io import ForeignObject
 from cogflow.weights.tensor_source import RenamedTensors, TensorSource
 
 # Components of a checkpoint
@@ -134,9 +134,7 @@ _OUTSIDE_BLOCKS = {
 _OFS = {"ofs_embed.0": "ofs_embedding.linear_1", "ofs_embed.2": "ofs_embedding.linear_2"}
 
 
-def transformer_table(
-    config: Mapping[str, Any], max_sequence_length: int = MAX_SEQUENCE_LENGTH
-) -> tuple[Operation, ...]:
+def transformer_table(config: ForeignObject, max_sequence_length: int = MAX_SEQUENCE_LENGTH) -> tuple[Operation, ...]:
     """Return the operations from SAT to diffusers for a transformer with the given ``config.json`` of diffusers.
 
     ``max_sequence_length``: rows of SAT's unused position embedding, which the inverse writes as zeros. Raises
@@ -156,7 +154,7 @@ def transformer_table(
     return (*linears, *positions, *blocks)
 
 
-def _position_operations(config: Mapping[str, Any], max_sequence_length: int) -> list[Operation]:
+def _position_operations(config: ForeignObject, max_sequence_length: int) -> list[Operation]:
     """Return the operations for the position tables that the model's kind stores.
 
     2B stores the sin-cos table. Rotary 1.0 models store both rotary tables; the image-to-video model also a learned
@@ -188,14 +186,14 @@ def _position_operations(config: Mapping[str, Any], max_sequence_length: int) ->
     return operations
 
 
-def _native_grid(config: Mapping[str, Any]) -> TokenGrid:
+def _native_grid(config: ForeignObject) -> TokenGrid:
     """Return the latent frames, token rows and token columns that the model was built for."""
     frames = (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1
     patch = config["patch_size"]
     return TokenGrid(frames, config["sample_height"] // patch, config["sample_width"] // patch)
 
 
-def _sincos_formula(config: Mapping[str, Any], width: int) -> TensorFormula:
+def _sincos_formula(config: ForeignObject, width: int) -> TensorFormula:
     grid = _native_grid(config)
     text = config["max_text_seq_length"]
     spatial = config["spatial_interpolation_scale"]
@@ -207,7 +205,7 @@ def _sincos_formula(config: Mapping[str, Any], width: int) -> TensorFormula:
     )
 
 
-def _rotary_formula(config: Mapping[str, Any], index: int) -> TensorFormula:
+def _rotary_formula(config: ForeignObject, index: int) -> TensorFormula:
     grid = _native_grid(config)
     head_dim = config["attention_head_dim"]
     return TensorFormula(
@@ -234,7 +232,7 @@ _LAST_NORM = {
 }
 
 
-def vae_table(config: Mapping[str, Any], names: Iterable[str] = ()) -> tuple[Operation, ...]:
+def vae_table(config: ForeignObject, names: Iterable[str] = ()) -> tuple[Operation, ...]:
     """Return the operations from SAT to diffusers for a VAE. ``config``: ``block_out_channels`` and
     ``layers_per_block``.
 
@@ -331,7 +329,7 @@ _T5_OUTSIDE_BLOCKS = (
 
 
 def text_encoder_table(
-    config: Mapping[str, Any], names: Collection[str] = (SHARED_EMBEDDING, ENCODER_EMBEDDING)
+    config: ForeignObject, names: Collection[str] = (SHARED_EMBEDDING, ENCODER_EMBEDDING)
 ) -> tuple[Operation, ...]:
     """Return the operations from SAT to transformers for a T5. ``config``: ``num_layers`` and ``feed_forward_proj``.
 

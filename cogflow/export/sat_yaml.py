@@ -5,17 +5,20 @@ Source of the layout: zai-org/CogVideo, ``sat/configs`` at v1.0 (1.0 models) and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from cogflow.errors import ConversionError
+from cogflow.files.record_io import ForeignObject
+
+SatYaml: TypeAlias = dict[str, Any]
+"""Content of a yaml file of SAT, or of a section of one."""
 
 _DIFFUSION = "sgm.modules.diffusionmodules"
 MAX_SEQUENCE_LENGTH = 64
 """Rows of the position table that SAT's transformer builds and CogVideoX never reads; 64 in every yaml of CogVideo."""
 
 
-def model_yaml(transformer: Mapping[str, Any], scheduler: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+def model_yaml(transformer: ForeignObject, scheduler: ForeignObject, vae: ForeignObject) -> SatYaml:
     """Return ``{"model": ...}``, SAT's per-model yaml for the diffusers configs of a pipeline.
 
     ``transformer``: every key that :func:`~cogflow.export.diffusers_configs.transformer_config` writes. The user sets
@@ -28,7 +31,7 @@ def model_yaml(transformer: Mapping[str, Any], scheduler: Mapping[str, Any], vae
     is_1_5 = transformer["patch_size_t"] is not None
     # 1.5's denoiser asks for an ofs whenever the network has that embedding.
     fixed = {"fixed_frames": 0} if image else {}
-    model: dict[str, Any] = {"scale_factor": vae["scaling_factor"], "disable_first_stage_autocast": True}
+    model: SatYaml = {"scale_factor": vae["scaling_factor"], "disable_first_stage_autocast": True}
     if image:
         model |= {"latent_input": False, "noised_image_input": True, "noised_image_dropout": 0.05}
     elif is_1_5:
@@ -78,7 +81,7 @@ def model_yaml(transformer: Mapping[str, Any], scheduler: Mapping[str, Any], vae
     }
 
 
-def training_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def training_config(model: ForeignObject, dtype: str) -> SatYaml:
     """Return a merged ``training_config.yaml``: the result of :func:`model_yaml` and the dtype, fp32, bf16 or fp16."""
     return {
         **model,
@@ -87,7 +90,7 @@ def training_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def model_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
+def model_config(transformer: ForeignObject) -> SatYaml:
     """Return ``model_config.json`` as SAT's save_checkpoint writes it."""
     return {
         "model_class": "SATVideoDiffusionEngine",
@@ -101,8 +104,8 @@ def model_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_inexpressible(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
-    wanted: tuple[tuple[Mapping[str, Any], str, Any], ...] = (
+def _refuse_inexpressible(transformer: ForeignObject, scheduler: ForeignObject) -> None:
+    wanted: tuple[tuple[ForeignObject, str, Any], ...] = (
         (scheduler, "prediction_type", "v_prediction"),
         (scheduler, "rescale_betas_zero_snr", True),
         (scheduler, "num_train_timesteps", 1000),
@@ -122,11 +125,11 @@ def _refuse_inexpressible(transformer: Mapping[str, Any], scheduler: Mapping[str
         )
 
 
-def _schedule(shift: float) -> dict[str, Any]:
+def _schedule(shift: float) -> SatYaml:
     return {"target": f"{_DIFFUSION}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": shift}}
 
 
-def _network(config: Mapping[str, Any]) -> dict[str, Any]:
+def _network(config: ForeignObject) -> SatYaml:
     heads = config["num_attention_heads"]
     head_dim = config["attention_head_dim"]
     patch = config["patch_size"]
@@ -168,8 +171,8 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _positions(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    params: dict[str, Any] = {"text_length": config["max_text_seq_length"]}
+def _positions(config: ForeignObject, head_dim: int) -> SatYaml:
+    params: SatYaml = {"text_length": config["max_text_seq_length"]}
     if not config["use_rotary_positional_embeddings"]:
         spatial, temporal = config["spatial_interpolation_scale"], config["temporal_interpolation_scale"]
         params |= {"height_interpolation": spatial, "width_interpolation": spatial}
@@ -181,7 +184,7 @@ def _positions(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     return {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin", "params": params}
 
 
-def _conditioner(length: int) -> dict[str, Any]:
+def _conditioner(length: int) -> SatYaml:
     embedder = {
         "is_trainable": False,
         "input_key": "txt",
@@ -192,7 +195,7 @@ def _conditioner(length: int) -> dict[str, Any]:
     return {"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": [embedder]}}
 
 
-def _first_stage(vae: Mapping[str, Any]) -> dict[str, Any]:
+def _first_stage(vae: ForeignObject) -> SatYaml:
     channels = list(vae["block_out_channels"])
     if any(width % channels[0] for width in channels):
         raise ConversionError(f"SAT's VAE needs multiples of its first width; block_out_channels are {channels}.")

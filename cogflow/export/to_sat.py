@@ -27,7 +27,7 @@ from cogflow.export.reported_values import FactValue
 from cogflow.files.atomic_write import require_space, write_json, write_text
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import publish_folder
-from cogflow.files.record_io import write_record
+from cogflow.files.record_io import ForeignObject, write_record
 from cogflow.models.family import MODEL_SPECS
 from cogflow.models.loading import dtype_name
 from cogflow.records.export_records import ExportRecord, ProofRecord, TensorStatistics
@@ -120,9 +120,9 @@ class _TorchComponents:
 class _YamlConfigs:
     """diffusers' configs that SAT's yaml is written from."""
 
-    transformer: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    transformer: ForeignObject
+    scheduler: ForeignObject
+    vae: ForeignObject
 
 
 def _yaml_configs(

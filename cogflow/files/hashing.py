@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cogflow.errors import StorageError, UserError
-from cogflow.files.record_io import Record, read_record, write_record
+from cogflow.files.record_io import RawRecord, Record, read_record, write_record
 
 PIECE = 1 << 22
 """Bytes read at a time. hashlib releases the interpreter's lock while it hashes them."""
@@ -44,7 +44,7 @@ class HashCache(Record):
     hashes: dict[str, str]
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 holds the hashes at the top."""
         return {"hashes": values}
 

@@ -34,6 +34,12 @@ else:
 JsonObject: TypeAlias = Mapping[str, JsonValue]
 """A JSON object whose keys another program defines, such as a ``config.json`` of diffusers."""
 
+ForeignObject: TypeAlias = Mapping[str, Any]
+"""An object from a file that another program defines. Each value is checked where it is used."""
+
+RawRecord: TypeAlias = dict[str, Any]
+"""The JSON object of a record before it is checked."""
+
 Measured: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A measured number, which may be NaN. The file holds null for NaN and for infinity; both are read as NaN."""
 
@@ -58,7 +64,7 @@ class Record:
     max_bytes: ClassVar[int] = 1 << 26
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Return the JSON object ``values`` of the older ``version`` in the layout of ``cls.version``."""
         return values
 
@@ -122,9 +128,9 @@ def write_record(path: Path, record: Record) -> None:
     write_json(path, record_values(record))
 
 
-def record_values(record: Record) -> dict[str, Any]:
+def record_values(record: Record) -> RawRecord:
     """Return ``record`` as the JSON object that its file holds."""
-    values = _adapter(type(record)).dump_python(record, by_alias=True, warnings="error")
+    values: RawRecord = _adapter(type(record)).dump_python(record, by_alias=True, warnings="error")
     return {"version": record.version, **values}
 
 

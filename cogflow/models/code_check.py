@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from cogflow.errors import PipelineError
+from cogflow.files.record_io import ForeignObject
 
 CONFIGS = {
     "transformer": "config.json",
@@ -40,14 +41,14 @@ def refuse_code(folder: Path) -> None:
         )
 
 
-def code_in(folder: Path, config: dict[str, Any]) -> list[str]:
+def code_in(folder: Path, config: ForeignObject) -> list[str]:
     """What in a component's folder, or asked for by its ``config``, is code."""
     return [
         f"{path.relative_to(folder)} in {folder} is code" for path in sorted(folder.rglob("*.py*"))
     ] + asks_for_code(folder, config)
 
 
-def asks_for_code(folder: Path, config: dict[str, Any]) -> list[str]:
+def asks_for_code(folder: Path, config: ForeignObject) -> list[str]:
     found = [f"{folder} asks for code of its own ({key})" for key in ASKS if config.get(key)]
     if isinstance(config.get("_class_name"), list):
         found.append(f"{folder} names a class in a code file: {config['_class_name']}")

@@ -8,7 +8,7 @@ that training and sampling see the same (docs/image-to-video.md).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from cogflow.errors import ConfigError
+from cogflow.files.record_io import ForeignObject
 
 OFS = 2.0
 """The ``ofs`` of 1.5 I2V in SAT's sampling, CogVideo's finetuning and diffusers."""
@@ -41,7 +42,7 @@ class TransformerInputs:
     ofs: bool = False
 
     @classmethod
-    def of(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> TransformerInputs:
+    def of(cls, transformer: ForeignObject, vae: ForeignObject) -> TransformerInputs:
         """Return the inputs that the configs of a transformer and its VAE define.
 
         ``invert_scale_latents`` (1.5) divides the image's latents by the scaling factor where other models multiply.
@@ -133,12 +134,12 @@ def read_transformer_config(model: Path) -> dict[str, Any]:
         ) from error
 
 
-def takes_image(transformer: Mapping[str, Any]) -> bool:
+def takes_image(transformer: ForeignObject) -> bool:
     """Return whether a transformer with this config makes videos from an image."""
     return bool(transformer.get("in_channels", 16) != transformer.get("out_channels", 16))
 
 
-def check_sizes(transformer: Mapping[str, Any], sizes: Iterable[tuple[int, int, int]]) -> None:
+def check_sizes(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]]) -> None:
     """Raise :class:`ConfigError` when :func:`size_problems` finds any."""
     if problems := size_problems(transformer, sizes):
         raise ConfigError(
@@ -147,7 +148,7 @@ def check_sizes(transformer: Mapping[str, Any], sizes: Iterable[tuple[int, int, 
         )
 
 
-def size_problems(transformer: Mapping[str, Any], sizes: Iterable[tuple[int, int, int]]) -> list[str]:
+def size_problems(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]]) -> list[str]:
     """Return one line for each of ``sizes`` (frames, height, width of clips in pixels) that the model's positions do not reach.
 
     Learned positions (5B I2V) exist for one size: diffusers refuses another height or width, and replaces them with computed positions,

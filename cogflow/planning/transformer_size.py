@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 from cogflow.config.model_section import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.export import diffusers_configs, facts
+from cogflow.files.record_io import ForeignObject
 from cogflow.models import tiny
 from cogflow.training import initial_weights
 
@@ -53,7 +54,7 @@ class Tokens:
         return self.text + self.video
 
 
-def of_config(config: Mapping[str, Any], freeze: Sequence[str] = ()) -> TransformerSize:
+def of_config(config: ForeignObject, freeze: Sequence[str] = ()) -> TransformerSize:
     """The shape of the transformer that a ``config.json`` of diffusers describes; what matches ``freeze`` is not trained."""
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(dict(config))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from cogflow.errors import DataError, UserError
-from cogflow.files.record_io import OMIT_NONE, Measured, Record
+from cogflow.files.record_io import OMIT_NONE, Measured, RawRecord, Record
 from cogflow.records.sample_records import ClipMetrics
 
 OMIT_EMPTY = Field(exclude_if=lambda value: not value)
@@ -123,7 +123,7 @@ class CacheIndex(Record):
     softness: SoftnessRecord = field(default_factory=SoftnessRecord)
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Refuse an index without a version: cogflow never wrote one."""
         raise ValueError("an index has a version")
 
@@ -168,7 +168,7 @@ class StoredClip(Record):
     measurement: Annotated[ClipMeasurement | None, OMIT_NONE] = None
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 holds the measurements beside the clip's own facts, with metrics as ``panel``."""
         if not values.get("panel"):
             return values

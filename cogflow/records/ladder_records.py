@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from cogflow.files.record_io import OMIT_NONE, JsonValue, Measured, Record
+from cogflow.files.record_io import OMIT_NONE, JsonValue, Measured, RawRecord, Record
 from cogflow.records.cache_records import SoftGroup
 from cogflow.records.sample_records import ClipMetrics
 
@@ -229,7 +229,7 @@ class LadderRecord(Record):
     table: list[LadderRow] = field(default_factory=list)
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 holds metrics as ``panels``, other keys of a rung in ``facts``, and variants beside the rungs."""
         rungs = {
             number: {"metrics": rung["panels"], **rung["facts"]}
@@ -243,5 +243,5 @@ class LadderRecord(Record):
         return {**values, "rungs": rungs, "findings": [_renamed(one) for one in values.get("findings", [])]}
 
 
-def _renamed(finding: dict[str, Any]) -> dict[str, Any]:
+def _renamed(finding: RawRecord) -> RawRecord:
     return {"metric": finding.get("channel", ""), "defect": finding["kind"], **finding}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from cogflow.errors import PipelineError, UserError
 from cogflow.files.manifest import FileHash
-from cogflow.files.record_io import OMIT_NONE, JsonObject, JsonValue, Measured, Record
+from cogflow.files.record_io import OMIT_NONE, JsonObject, JsonValue, Measured, RawRecord, Record
 from cogflow.records.export_records import FactRow
 from cogflow.records.ladder_records import ToleranceRecord
 from cogflow.records.training_records import ModelIdentity, TrainedWith
@@ -207,7 +207,7 @@ class DiagnosisRecord(Record):
     repaired: Annotated[RepairedFolder | None, OMIT_NONE] = None
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 names the components that were ruled out ``acquitted`` and the repaired folder ``mended``."""
         mended = values.get("mended")
         repaired = mended and {"where": mended["where"], "left": mended.get("left", []), "verify": mended}

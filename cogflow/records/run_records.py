@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from cogflow.files.record_io import OMIT_NONE, JsonObject, Record
+from cogflow.files.record_io import OMIT_NONE, JsonObject, RawRecord, Record
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class HeartbeatRecord(Record):
     time: float
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 names the phase ``what``."""
         return {**values, "phase": values["what"]}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from cogflow.files.record_io import OMIT_NONE, JsonObject, Measured, Record
+from cogflow.files.record_io import OMIT_NONE, JsonObject, Measured, RawRecord, Record
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class TrainerRecord(Record):
     pending: bool = False
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Convert version 0.
 
         It names the last good step ``quiet``, pending work ``owed`` and the step of a report ``told``, and does not
@@ -222,7 +222,7 @@ class TrainerRecord(Record):
         monitor = {name: values[name] for name in ("spikes", "skipped") if values.get(name)}
         if trend := values.get("trend"):
             monitor["trend"] = {**trend, "reported": trend.get("told", {})}
-        evaluation: dict[str, Any] = {"last": values.get("heldout")}
+        evaluation: RawRecord = {"last": values.get("heldout")}
         if averages := values.get("averages"):
             evaluation["ema_check"] = {**averages, "reported_step": averages.get("told")}
         if overfitting := values.get("overfitting"):

@@ -9,14 +9,13 @@ training table, and step counts that do not divide 1000 visit other timesteps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from cogflow.errors import ConfigError, PipelineError
+from cogflow.files.record_io import ForeignObject
 
 FEWEST, MOST = 2, 999
 """SAT's rescale divides by zero with one step, and its code has no timesteps for all 1000."""
@@ -94,7 +93,7 @@ def make_schedule(steps: int, shift: float, beta_start: float = 0.00085, beta_en
     return SatSchedule(tuple(timesteps[::-1]), torch.cat([alphas, alphas.new_ones(1)]), quantized)
 
 
-def schedule_of(config: Mapping[str, Any], steps: int) -> SatSchedule:
+def schedule_of(config: ForeignObject, steps: int) -> SatSchedule:
     """The schedule of a model whose diffusers scheduler has ``config``.
 
     Raises :class:`PipelineError` naming everything in it that SAT's samplers cannot follow.

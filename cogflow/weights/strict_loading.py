@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import ConversionError, format_list
+from cogflow.files.record_io import ForeignObject
 from cogflow.weights.tensor_source import STEM, WeightsFolder, read_json
 
 CLASSES: dict[str, Any] = {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}
@@ -25,7 +26,7 @@ STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
 """Name of a component's safetensors without suffix, in diffusers and in transformers."""
 
 
-def meta_model(config: Mapping[str, Any], where: Path | str, component: str = "transformer") -> torch.nn.Module:
+def meta_model(config: ForeignObject, where: Path | str, component: str = "transformer") -> torch.nn.Module:
     """Return the component that ``config`` describes, on the meta device. ``where`` names the config in messages.
 
     Raises :class:`ConversionError` if the config is not one of the component's class, or names code to run.
@@ -55,7 +56,7 @@ def meta_model(config: Mapping[str, Any], where: Path | str, component: str = "t
     return model
 
 
-def _meta_text_encoder(config: Mapping[str, Any], where: Path | str) -> torch.nn.Module:
+def _meta_text_encoder(config: ForeignObject, where: Path | str) -> torch.nn.Module:
     if config.get("model_type") != "t5" or "auto_map" in config:
         raise ConversionError(
             f"{where} is of type {config.get('model_type')!r}, not a T5 encoder without custom code.",

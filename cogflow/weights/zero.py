@@ -27,6 +27,7 @@ from cogflow.weights.zero_files import (
     AGAIN,
     OPTIMIZER,
     SHARDED_MODEL,
+    PickledState,
     adam_moments,
     check_part,
     flat_groups,
@@ -169,7 +170,7 @@ class ZeroCheckpoint:
             self._take_other_tensors(set(self._models[0].get("buffer_names") or ()))
         return stage
 
-    def _check_rank_count(self, state: dict[str, Any], files: list[Path]) -> None:
+    def _check_rank_count(self, state: PickledState, files: list[Path]) -> None:
         count = state.get("partition_count", len(files))
         counts = set(count) if isinstance(count, (list, tuple)) else {count}
         if len(counts) > 1:
@@ -184,7 +185,7 @@ class ZeroCheckpoint:
                 AGAIN,
             )
 
-    def _read_groups(self, states: list[dict[str, Any]], files: list[Path], stage: int) -> list[list[torch.Tensor]]:
+    def _read_groups(self, states: list[PickledState], files: list[Path], stage: int) -> list[list[torch.Tensor]]:
         """Return ``groups[rank][group]``, a rank's shard of a parameter group's flat vector."""
         if self._moment is None:
             key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
@@ -331,7 +332,7 @@ class SavedAdamStates:
         self._masters = ZeroCheckpoint(folder)
         self._numbers = {name: str(index) for index, name in enumerate(trained)}
         self._moments: dict[str, ZeroCheckpoint] = {}
-        self._unsharded: dict[str, dict[str, Any]] = {}
+        self._unsharded: dict[str, PickledState] = {}
         if has_optimizer_states(folder):
             self._moments = {key: ZeroCheckpoint(folder, moment=key) for key in MOMENTS}
             self.steps = self._moments[MOMENTS[0]].adam_steps

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from cogflow.errors import CheckpointError
 from cogflow.weights.torch_file import RANDOM_STATES, InertObject, load_torch_file
+
+PickledState: TypeAlias = dict[str, Any]
+"""Content of a file of DeepSpeed or SAT, read by the restricted unpickler."""
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 SHARDED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -110,7 +113,7 @@ def rank_files(folder: Path, pattern: re.Pattern[str], part: int) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def read_state_file(path: Path) -> dict[str, Any]:
+def read_state_file(path: Path) -> PickledState:
     """Return the content of one of DeepSpeed's state files. Raises :class:`CheckpointError` if it is no dictionary."""
     content = load_torch_file(path, RANDOM_STATES + DEEPSPEED_CLASSES)
     if not isinstance(content, dict):
@@ -118,7 +121,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_optimizer_state(path: Path) -> dict[str, Any]:
+def read_optimizer_state(path: Path) -> PickledState:
     """Return ``optimizer_state_dict`` of an optimizer state file. Raises :class:`CheckpointError` if there is none."""
     state = read_state_file(path).get("optimizer_state_dict")
     if not isinstance(state, dict):
@@ -126,7 +129,7 @@ def read_optimizer_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def zero_stage(state: dict[str, Any], path: Path) -> int:
+def zero_stage(state: PickledState, path: Path) -> int:
     """Return the ZeRO stage (1, 2 or 3) that wrote an optimizer state. Raises :class:`CheckpointError` for another."""
     stage = state.get("zero_stage")
     if isinstance(stage, InertObject) and stage.args:
@@ -150,7 +153,7 @@ def flat_groups(value: Any, path: Path) -> list[torch.Tensor]:
     return [flat.detach().reshape(-1) for flat in groups]
 
 
-def adam_moments(state: dict[str, Any], name: str, path: Path) -> tuple[list[torch.Tensor], int]:
+def adam_moments(state: PickledState, name: str, path: Path) -> tuple[list[torch.Tensor], int]:
     """Return one rank's flat vectors of Adam's moment ``name`` per parameter group, and Adam's number of updates.
 
     Raises :class:`CheckpointError` if a group has no such moment.

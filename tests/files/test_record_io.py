@@ -6,14 +6,23 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import pytest
 from pydantic import Field
 from pydantic_core import PydanticSerializationError
 
 from cogflow.errors import CheckpointError, DataError
-from cogflow.files.record_io import OMIT_NONE, JsonObject, Measured, Record, parse_record, read_record, write_record
+from cogflow.files.record_io import (
+    OMIT_NONE,
+    JsonObject,
+    Measured,
+    RawRecord,
+    Record,
+    parse_record,
+    read_record,
+    write_record,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Sheet(Record):
     seconds: float | None = None
 
     @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+    def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 held one piece; version 1 named the step ``number``."""
         if version == 0:
             values = {**values, "pieces": [values["piece"]]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class Renderer:
         if key not in self._rendered:
             latents = self.latents(mix)
             vae = self._vae(mix)
-            sampler = self._sampler(_NoTransformer(vae), vae, None, torch.zeros(1, 1), mix)
+            sampler = self._sampler(_placeholder_transformer(vae), vae, None, torch.zeros(1, 1), mix)
             frames = {name: sampler.decode(value) for name, value in latents.items()}
             self._rendered[key] = Rendered(frames, {name: measure(video) for name, video in frames.items()})
         return self._rendered[key]
@@ -204,9 +205,8 @@ class Renderer:
         )
 
 
-class _NoTransformer(torch.nn.Module):
-    """Replaces the transformer in a sampler that only decodes."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.config = type("config", (), {"in_channels": vae.config.latent_channels, "patch_size_t": None})
+def _placeholder_transformer(vae: Any) -> torch.nn.Module:
+    """Return a module that replaces the transformer in a sampler that only decodes."""
+    module = torch.nn.Identity()
+    module.config = SimpleNamespace(in_channels=vae.config.latent_channels, patch_size_t=None)
+    return module

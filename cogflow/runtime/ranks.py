@@ -121,16 +121,17 @@ def run_on_main(work: Callable[[], T]) -> T:
     """Call ``work`` on rank 0 and return its result on every rank; a :class:`CogflowError` of it is raised on every
     rank. Collective.
     """
-    value: Any = None
+    result: Any = None
     error: CogflowError | None = None
     if is_main():
         try:
-            value = work()
+            result = work()
         except CogflowError as raised:
             error = raised
-    value, error = broadcast((value, error))
+    result, error = broadcast((result, error))
     if error is not None:
         raise error
+    value: T = result
     return value
 
 

@@ -18,8 +18,7 @@ from cogflow.training.batch import Loader, TrainingBatches
 from cogflow.training.callback import Callbacks, StepUpdate, TrainingContext
 from cogflow.training.checkpointer import Checkpointer
 from cogflow.training.objective import Objective, learning_rate
-from cogflow.training.policy import RollbackRequested, StartPoint
-from cogflow.training.rollback import rate_factor
+from cogflow.training.rollback import RollbackRequested, StartPoint, rate_factor
 from cogflow.training.step_checks import MAX_CONSECUTIVE_SKIPS, not_finite_message
 from cogflow.training.step_monitor import StepMonitor, due
 

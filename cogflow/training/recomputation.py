@@ -82,7 +82,8 @@ def _run_selective(contexts: Callable[[], Any], mode: str | None, module: Any, *
 
 @lru_cache  # not at import: importing the compiler takes a second and a half, whether it is used or not
 def _compiled(mode: str | None) -> Callable[..., Any]:
-    return torch.compile(_checkpointed, mode=mode)
+    compiled: Callable[..., Any] = torch.compile(_checkpointed, mode=mode)
+    return compiled
 
 
 def _checkpointed(contexts: Callable[[], Any], module: Any, *arguments: Any) -> Any:

@@ -98,7 +98,7 @@ def _put_zero12(engine: Engine, parameter: Any, states: dict[str, torch.Tensor])
 
 def _adam_state(engine: Engine, flat: torch.Tensor) -> dict[str, Any]:
     """Return Adam's state of a flat group; Adam itself creates it at its first step only."""
-    state = engine.optimizer.optimizer.state[flat]
+    state: dict[str, Any] = engine.optimizer.optimizer.state[flat]
     if "exp_avg" not in state:
         on_host = type(engine.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
         state.update(

@@ -216,7 +216,10 @@ class UlyssesProcessor:
         sequence: SequenceShard | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if sequence is None:
-            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            tokens: tuple[torch.Tensor, torch.Tensor] = self.plain(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return tokens
         if attention_mask is not None:
             raise ValueError("sequence parallelism attends over all tokens and takes no mask")
         text, video = encoder_hidden_states.shape[1], hidden_states.shape[1]

@@ -123,7 +123,7 @@ def serve() -> None:
     import cogflow.stages.prepare
     import cogflow.stages.train
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         cogflow.cli.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
     # What is imported stays: no run looks through half a million objects for garbage, nor copies the pages that they
     # lie on.

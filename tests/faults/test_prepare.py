@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +105,8 @@ def whole(place: Place, clips: Path) -> str:
 
 
 @pytest.fixture
-def only_good(clips: Path) -> Iterator[Path]:
-    yield listed(clips, [f"good-{number}.mp4" for number in range(GOOD)])
+def only_good(clips: Path) -> Path:
+    return listed(clips, [f"good-{number}.mp4" for number in range(GOOD)])
 
 
 def quarantined(place: Place, name: str) -> dict[str, str]:

@@ -110,7 +110,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 def flip(path: Path) -> None:
-    with open(path, "r+b") as file:
+    with path.open("r+b") as file:
         file.seek(-100, os.SEEK_END)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)

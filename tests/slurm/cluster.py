@@ -175,8 +175,8 @@ class Cluster:
         )
 
     def _start(self, name: str, *words: str) -> None:
-        # A session of its own: what is typed to the tests does not reach it.
-        with open(self.folder / f"{name}.out", "ab") as out:
+        # A new session, which Ctrl-C of the tests does not reach.
+        with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
                 words,
                 env=self.env,

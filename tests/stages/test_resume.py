@@ -63,7 +63,7 @@ def test_a_broken_checkpoint_is_skipped(flow: Path, cogflow: Command) -> None:
     folder = flow.parent / "broken"
     shutil.copytree(flow / "checkpoints", folder / "checkpoints")
     states = next((folder / "checkpoints/step-000004/deepspeed/state").glob("*optim_states.pt"))
-    with open(states, "r+b") as file:
+    with states.open("r+b") as file:
         file.seek(1000)
         file.write(b"\x00\xff\x00\xff")
     done = cogflow(*words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from cogflow.training.recomputation import recompute
 
 
 @pytest.fixture
-def transformer() -> Iterator[Any]:
+def transformer() -> Any:
     torch.manual_seed(0)
-    yield tiny.new_transformer().train()
+    return tiny.new_transformer().train()
 
 
 def test_weights_that_match_a_pattern_are_frozen(transformer: Any) -> None:

@@ -107,11 +107,16 @@ class Artifact:
     also: tuple[ArtifactKind, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def line(self, key: str) -> str:
-        """Return the line that a stage prints of the path in setting ``key``."""
+    def line(self, key: str, *, has_kind_setting: bool = True) -> str:
+        """Return the line that a stage prints of the path in setting ``key``.
+
+        It names the other kinds where ``<key>_kind`` can choose one of them.
+        """
+        line = f"{key}={self.path} is taken for {self.kind.label}: {self.reason}"
+        if not (self.also and has_kind_setting):
+            return line
         other = " or ".join(kind.label for kind in self.also)
-        hint = f" (it could be {other}, too: {key}_kind={self.also[0].value})" if self.also else ""
-        return f"{key}={self.path} is taken for {self.kind.label}: {self.reason}{hint}"
+        return f"{line} (it could be {other}, too: {key}_kind={self.also[0].value})"
 
     @property
     def pipeline(self) -> Path | None:
@@ -285,9 +290,8 @@ def _step_files(place: _Place) -> Artifact | None:
 
 def _only_step(place: _Place) -> Artifact | None:
     """A folder of step folders without ``latest``."""
-    steps = [
-        folder for folder in place.folders if not folder.name.endswith(foreign.EMA_SUFFIX) and _holds_states(folder)
-    ]
+    holding = [folder for folder in place.folders if any((folder / name).is_file() for name in FIRST_STATES)]
+    steps = [folder for folder in holding if not folder.name.endswith(foreign.EMA_SUFFIX)]
     if not steps:
         return None
     if len(steps) > 1:
@@ -391,14 +395,20 @@ COMPONENT_CLASSES = {
 }
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json")
 
-_STEP_FILES = "latest, mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt"
+FIRST_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""Model states of the first rank, whole and sharded by ZeRO-3."""
 
 PRECEDENCE: tuple[KindRule, ...] = (
     KindRule((ArtifactKind.PIPELINE,), MODEL_INDEX, _pipeline),
     KindRule((ArtifactKind.EXPORT,), f"{EXPORT_REPORT} beside a component folder such as transformer/", _export),
     KindRule((ArtifactKind.CHECKPOINT,), f"{TRAINER} and {MANIFEST}", _checkpoint),
     KindRule((ArtifactKind.RUN,), "checkpoints/ with a checkpoint in it", _run_with_checkpoints),
-    KindRule((ArtifactKind.SAT_CHECKPOINT, ArtifactKind.DEEPSPEED), _STEP_FILES, _step_files, reads_weights=True),
+    KindRule(
+        (ArtifactKind.SAT_CHECKPOINT, ArtifactKind.DEEPSPEED),
+        f"latest, {' or '.join(FIRST_STATES)}",
+        _step_files,
+        reads_weights=True,
+    ),
     KindRule((ArtifactKind.COMPONENTS,), "a component folder such as transformer/ with config.json", _components),
     KindRule((ArtifactKind.COMPONENT,), "config.json of a diffusers model", _component),
     KindRule((ArtifactKind.RUN,), "export/, pipeline/, samples/, cache/ or metrics.jsonl", _run_without_checkpoints),

@@ -242,7 +242,10 @@ def log_result(job: SampleJob, ours: MeasuredClips, comparison: ClipComparison |
 
 
 def measure_or_refuse(place: Path, like: MeasuredClips | None = None) -> MeasuredClips:
-    """Measure the clips at ``place``, at the sizes of ``like``. Raise :class:`DataError` for clips that are too small."""
+    """Measure the clips at ``place``, at the sizes of ``like``.
+
+    Raise :class:`DataError` for clips that are too small.
+    """
     try:
         return measure_clips(place, like)
     except ValueError as error:

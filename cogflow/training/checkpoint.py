@@ -145,7 +145,7 @@ def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
             f"stage.resume={resume} is {artifact.kind.label} ({artifact.reason}), not a checkpoint.",
             f"Name a checkpoint such as checkpoints/{step_name(100)}, or use auto.",
         )
-    echo(artifact.line("stage.resume"))
+    echo(artifact.line("stage.resume", has_kind_setting=False))
     if problems := verify(path):
         raise CheckpointError(
             f"stage.resume={resume} cannot be resumed: {problems[0]}",

@@ -52,7 +52,7 @@ def test_the_kind_can_be_given_and_is_checked(tmp_path: Path, cogflow: Command) 
     done = cogflow(*common, "stage.source_kind=run", code=2)
     assert "is not a run: checkpoints/ with a checkpoint in it" in done.stderr
     done = cogflow(*common, "stage.source_kind=folder", code=2)
-    assert "stage.source_kind=folder is unknown" in done.stderr and "sat_checkpoint" in done.stderr
+    assert "stage.source_kind=folder" in done.stderr and "sat_checkpoint" in done.stderr
 
 
 def test_a_run_cannot_be_resumed_as_a_checkpoint(tmp_path: Path) -> None:

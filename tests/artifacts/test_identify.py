@@ -18,6 +18,7 @@ from cogflow.config.config import Config
 from cogflow.config.export_settings import AssembleStage
 from cogflow.config.model_section import ModelConfig
 from cogflow.config.sample_settings import SampleStage
+from cogflow.config.setting import ARTIFACT_KINDS
 from cogflow.config.train_settings import TrainStage
 from cogflow.diagnosis.diagnosis_input import resolve
 from cogflow.errors import CheckpointError, CogflowError, ConfigError
@@ -208,6 +209,7 @@ def test_the_line_names_the_reason_and_the_other_kinds(tmp_path: Path) -> None:
         f"stage.source={folder} is taken for a pipeline: model_index.json is there "
         "(it could be frames, too: stage.source_kind=frames)"
     )
+    assert identify(folder).line("stage.resume", has_kind_setting=False).endswith("model_index.json is there")
     plain = pipeline(tmp_path / "plain")
     assert identify(plain).line("stage.base") == (
         f"stage.base={plain} is taken for a pipeline: model_index.json is there"
@@ -305,6 +307,10 @@ def test_golden_sat_folders_are_sat_checkpoints() -> None:
     for name in ("2b", "5b-i2v", "1.5-5b-i2v", "5b-lora"):
         found = identify(GOLDEN / "sat" / name)
         assert (found.kind, found.step, found.root.name) == (ArtifactKind.SAT_CHECKPOINT, 500, "500"), name
+
+
+def test_the_settings_offer_every_kind() -> None:
+    assert set(ARTIFACT_KINDS) == {"auto", *(kind.value for kind in ArtifactKind)}
 
 
 def test_the_docs_list_the_rules_in_order(repository: Path) -> None:

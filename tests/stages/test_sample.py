@@ -1,4 +1,4 @@
-"""stage=sample: what it can start from, and its exit code when the source is blurrier than the reference."""
+"""stage=sample: which sources it takes, and its exit code when the source is blurrier than the reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_blurred_videos_exit_3_and_sharp_ones_0(tmp_path: Path, cogflow: Command
     cogflow(*common, f"stage.source={sharp}", f"stage.reference={soft}")
 
 
-def test_what_is_worse_has_its_name(tmp_path: Path, cogflow: Command) -> None:
+def test_a_worse_video_is_named_by_its_defect(tmp_path: Path, cogflow: Command) -> None:
     sharp = clips(tmp_path / "sharp")
     common = ["stage=sample", f"run.root={tmp_path}", "run.name=compared", f"stage.reference={sharp}"]
     for kind, place in (
@@ -58,13 +58,13 @@ def test_what_is_worse_has_its_name(tmp_path: Path, cogflow: Command) -> None:
         found = comparison(tmp_path)
         assert found["defects"][0] == kind and not found["blurrier"], found["line"]
         assert kind.replace("_", " ") in done.stderr
-    # Only what is asked for makes the exit code.
+    # Only the defects in stage.fail_on set the exit code.
     cogflow(*common, f"stage.source={tmp_path / 'pale'}", "stage.fail_on=[soft]")
     done = cogflow(*common, f"stage.source={tmp_path / 'pale'}", "stage.fail_on=[softt]", code=2)
     assert "Did you mean" in done.stderr or "did you mean" in done.stderr
 
 
-def test_sizes_are_made_equal_before_sharpness_is_compared(tmp_path: Path) -> None:
+def test_clips_are_brought_to_one_size_before_they_are_compared(tmp_path: Path) -> None:
     large, small = clips(tmp_path / "large"), clips(tmp_path / "small", height=64)
     reference = measure_clips(large)
     enlarged = measure_clips(small, reference)
@@ -74,7 +74,7 @@ def test_sizes_are_made_equal_before_sharpness_is_compared(tmp_path: Path) -> No
     assert not compare_clips(measure_clips(large, measure_clips(small)), measure_clips(small), ["soft"]).worse
 
 
-def test_raw_frames_of_samples_are_taken_where_they_are_kept(flow: Path, tmp_path: Path, cogflow: Command) -> None:
+def test_raw_frames_are_measured_where_they_are_kept(flow: Path, tmp_path: Path, cogflow: Command) -> None:
     ours = measure_clips(flow / "samples/step-000004")
     recorded = {
         one["name"]: one["sharpness"]
@@ -93,7 +93,7 @@ def test_raw_frames_of_samples_are_taken_where_they_are_kept(flow: Path, tmp_pat
     assert "nothing wrong" in done.stdout and "codec" not in done.stdout
 
 
-def test_a_pipeline_and_its_run_give_the_validations_latents(flow: Path, cogflow: Command, tmp_path: Path) -> None:
+def test_a_pipeline_and_its_run_sample_the_latents_of_the_validation(flow: Path, cogflow: Command, tmp_path: Path) -> None:
     common = ["stage=sample", "debug=quick", f"run.root={tmp_path}", "run.name=again"]
     wanted = load_file(flow / "samples/step-000004/latents.safetensors")
     for place in (flow / "pipeline", flow):
@@ -104,6 +104,6 @@ def test_a_pipeline_and_its_run_give_the_validations_latents(flow: Path, cogflow
             torch.testing.assert_close(ours[name], latents, rtol=1e-3, atol=1e-3)
 
 
-def test_a_source_that_is_not_there_exits_2(tmp_path: Path, cogflow: Command) -> None:
+def test_a_missing_source_exits_2(tmp_path: Path, cogflow: Command) -> None:
     done = cogflow("stage=sample", f"stage.source={tmp_path / 'nowhere'}", f"run.root={tmp_path}", code=2)
     assert "does not exist" in done.stderr

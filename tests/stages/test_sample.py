@@ -93,7 +93,9 @@ def test_raw_frames_are_measured_where_they_are_kept(flow: Path, tmp_path: Path,
     assert "nothing wrong" in done.stdout and "codec" not in done.stdout
 
 
-def test_a_pipeline_and_its_run_sample_the_latents_of_the_validation(flow: Path, cogflow: Command, tmp_path: Path) -> None:
+def test_a_pipeline_and_its_run_sample_the_latents_of_the_validation(
+    flow: Path, cogflow: Command, tmp_path: Path
+) -> None:
     common = ["stage=sample", "debug=quick", f"run.root={tmp_path}", "run.name=again"]
     wanted = load_file(flow / "samples/step-000004/latents.safetensors")
     for place in (flow / "pipeline", flow):

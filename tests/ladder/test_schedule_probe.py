@@ -26,8 +26,8 @@ from tests.ladder.conftest import World
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 TABLES = alpha_tables(MODEL_SPECS["cogvideox1.5-5b"].scheduler_config(), SHIFTS)
-PATCH = MODEL_SPECS["cogvideox1.5-5b"].patch_size_t
-assert PATCH == 2
+PATCH = 2
+assert MODEL_SPECS["cogvideox1.5-5b"].patch_size_t == PATCH
 
 
 class PerfectTransformer(CogVideoXTransformer3DModel):

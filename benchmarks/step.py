@@ -29,8 +29,8 @@ from cogflow.config.benchmark_settings import BenchmarkStage
 from cogflow.config.config import Config
 from cogflow.errors import ConfigError, DataError
 from cogflow.models import loading
-from cogflow.planning import flops, transformer_size
 from cogflow.runtime import ranks
+from cogflow.training import flops, transformer_size
 
 COGVIDEO_TRAINER = Path("finetune") / "models" / "cogvideox_t2v" / "sft_trainer.py"
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -24,8 +24,9 @@ from benchmarks.output import new_parser, report
 from cogflow.benchmarking.results import BenchmarkResult
 from cogflow.config.compose import compose
 from cogflow.errors import CogflowError
-from cogflow.planning import gpu_layout, traffic, transformer_size
+from cogflow.planning import step_time
 from cogflow.runtime.progress import progress
+from cogflow.training import gpu_layout, transformer_size
 
 RANKS = (1, 2, 4)
 
@@ -170,14 +171,14 @@ def _carried(phase: str, kind: str) -> str:
     return "gradients" if phase == "backward" else "other"
 
 
-def predicted(case: TrafficCase, world: int) -> traffic.Traffic:
+def predicted(case: TrafficCase, world: int) -> step_time.Traffic:
     """Return the planned traffic of ``case``."""
     config = compose(case.all_words)
     own, _ = transformer_size.of_model(config.model)
     dtype = "fp32" if config.model.dtype == "auto" else config.model.dtype
     layout = gpu_layout.of_config(config, dtype, world)
     tokens = transformer_size.tokens(own, config.data.frames, config.data.height, config.data.width)
-    return traffic.traffic(own, tokens, layout if case.reuse is None else replace(layout, reuse=case.reuse))
+    return step_time.traffic(own, tokens, layout if case.reuse is None else replace(layout, reuse=case.reuse))
 
 
 def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -26,11 +26,11 @@ from cogflow.data.encode import CLIPS, TEXTS
 from cogflow.files.record_io import write_record
 from cogflow.models import loading as components
 from cogflow.models.transformer_inputs import TransformerInputs, takes_image
-from cogflow.planning import transformer_size
 from cogflow.planning.plan import plan
 from cogflow.records.cache_records import CacheCounts, CacheEntry, CacheIndex, CacheSettings, CaptionEntry
 from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
+from cogflow.training import transformer_size
 from cogflow.training.batch import Batch, Loader, training_batch
 
 CACHED_CLIPS = 64

@@ -27,10 +27,10 @@ from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs
-from cogflow.planning import flops, transformer_size
-from cogflow.planning.plan import Plan, kept, plan
+from cogflow.planning.plan import Plan, plan
 from cogflow.runtime import ranks
-from cogflow.training import initial_weights, speed
+from cogflow.training import flops, initial_weights, speed, transformer_size
+from cogflow.training.activation_memory import kept_activations
 from cogflow.training.batch import Loader
 from cogflow.training.engine import Engine
 from cogflow.training.loop import Trainer
@@ -173,7 +173,9 @@ def make_trainer(
     weights = RandomWeights(expected_shapes(meta_model(described, Path(source))), device)
     transformer = initial_weights.make(described, weights, config.deepspeed, stage, dtype, device)
     memory_log.after_weights()
-    recompute(transformer, config.deepspeed, kept(config), speed.compile_mode(speed.how_compiled(config, device)))
+    recompute(
+        transformer, config.deepspeed, kept_activations(config), speed.compile_mode(speed.how_compiled(config, device))
+    )
     speed.prepare(transformer, config, device, dtype)
     engine = Engine(transformer.train(), config.deepspeed, stage, dtype)
     data, own = config.data, transformer.config

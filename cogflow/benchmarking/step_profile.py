@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cogflow.benchmarking.device_peak import DevicePeak
-from cogflow.planning.flops import ForwardFlops
+from cogflow.training.flops import ForwardFlops
 
 KINDS = (
     ("attention", re.compile(r"sdpa|fmha|flash|attention", re.IGNORECASE)),

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cogflow.config.deepspeed_section import DeepSpeedConfig
-from cogflow.planning import fitting, memory
-from cogflow.planning.gpu_layout import NODE, GpuLayout
-from cogflow.planning.pace import Pace, pace
 from cogflow.planning.plan import Plan
+from cogflow.planning.step_time import Pace, pace
+from cogflow.training import gpu_memory
+from cogflow.training.activation_memory import TrainingSize, fit
+from cogflow.training.gpu_layout import NODE, GpuLayout
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 SEQUENCES = (2, 4, 8)
@@ -30,8 +31,8 @@ class Option:
     gpus: int
     words: tuple[str, ...]
     setting: GpuLayout
-    gpu: memory.Memory
-    host: memory.Memory
+    gpu: gpu_memory.Memory
+    host: gpu_memory.Memory
     pace: Pace
 
 
@@ -116,18 +117,18 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
     return any(getattr(deepspeed, key) != value for key, value in PRESETS[name].items())
 
 
-def _option(plan: Plan, layout: GpuLayout, sampling: memory.Sampling | None, words: list[str]) -> Option:
+def _option(plan: Plan, layout: GpuLayout, sampling: gpu_memory.Sampling | None, words: list[str]) -> Option:
     if layout.gpus != plan.setting.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
     encoder = plan.encoder
-    if fitting.asked(layout):
-        layout = fitting.fitted(plan.shape, plan.tokens, layout, sampling, plan.device.memory, encoder=encoder)
+    size = TrainingSize(plan.shape, plan.model_source, plan.dtype, plan.tokens, layout, sampling, encoder)
+    layout = fit(size, plan.device.memory)
     return Option(
         gpus=layout.gpus,
         words=tuple(words),
         setting=layout,
-        gpu=memory.gpu(plan.shape, plan.tokens, layout, sampling, encoder=encoder),
-        host=memory.host(plan.shape, layout, validates=sampling is not None, encoder=encoder),
+        gpu=gpu_memory.gpu(plan.shape, plan.tokens, layout, sampling, encoder=encoder),
+        host=gpu_memory.host(plan.shape, layout, validates=sampling is not None, encoder=encoder),
         pace=pace(plan.shape, plan.tokens, layout, plan.device.tflops),
     )
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cogflow.planning.gpu_layout import GpuLayout
-from cogflow.planning.transformer_size import TransformerSize
+from cogflow.training.gpu_layout import GpuLayout
+from cogflow.training.transformer_size import TransformerSize
 
 WEEK = 7 * 86400.0
 

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from cogflow.config.config import Config
-from cogflow.config.deepspeed_section import sequence_problems
-from cogflow.config.problems import fail
 from cogflow.config.train_settings import TrainStage
-from cogflow.data import buckets
 from cogflow.files.paths import run_folder
-from cogflow.models.family import MODEL_SPECS
-from cogflow.planning import (
-    clip_counts,
-    disk,
-    fitting,
-    flops,
-    goodput,
-    gpu_layout,
-    memory,
-    pace,
-    traffic,
-    transformer_size,
-)
-from cogflow.planning.clip_counts import Clips
-from cogflow.planning.disk import Disk
-from cogflow.planning.flops import ForwardFlops, StepFlops
+from cogflow.planning import goodput, run_size, step_time
 from cogflow.planning.goodput import Goodput
-from cogflow.planning.gpu_layout import GpuLayout
-from cogflow.planning.memory import Memory, Sampling
-from cogflow.planning.pace import Pace
-from cogflow.planning.traffic import Traffic
-from cogflow.planning.transformer_size import Tokens, TransformerSize
-from cogflow.runtime import ranks
+from cogflow.planning.run_size import Clips, Disk
+from cogflow.planning.step_time import Pace, Traffic
+from cogflow.training import flops, gpu_memory
+from cogflow.training.activation_memory import fit, memory_of_one_gpu, training_size
+from cogflow.training.flops import ForwardFlops, StepFlops
+from cogflow.training.gpu_layout import GpuLayout
+from cogflow.training.gpu_memory import Memory, Sampling
+from cogflow.training.transformer_size import Tokens, TransformerSize
 
 REACHED = 0.8
 """Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
@@ -58,9 +41,6 @@ PEAKS = {
     "4090": 165,
 }
 """TFLOP/s of bf16 without sparsity, from the data sheets."""
-
-GPU_BYTES = 80e9
-"""Of a GPU to plan for, where none is here and none is named."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +113,7 @@ class Plan:
     @property
     def pace(self) -> Pace:
         """Of one step, with the communication that is not hidden."""
-        return pace.pace(self.shape, self.tokens, self.setting, self.device.tflops)
+        return step_time.pace(self.shape, self.tokens, self.setting, self.device.tflops)
 
     @property
     def goodput(self) -> Goodput:
@@ -167,101 +147,50 @@ class Plan:
 
 
 def plan(config: Config[TrainStage]) -> Plan:
-    """The plan of ``config``, for the GPUs that it names, else for those that are here."""
+    """Return the plan of ``config`` for the GPUs that it names, else for those that are present."""
     stage = config.stage
     run = run_folder(config.run)
-    own, model_source = transformer_size.of_model(config.model, stage.freeze)
-    gpus = stage.plan_gpus or ranks.world_size()
-    fail(list(sequence_problems(config, gpus, own.heads)), "stage.plan_gpus says for how many GPUs to plan.")
-    # Of buckets the largest: its step needs most memory, and all are counted as if they were of its size.
-    tokens = max(
-        (transformer_size.tokens(own, *size) for size in buckets.sizes(config.data)), key=lambda found: found.total
-    )
-    dtype = dtype_of(config)
-    layout = gpu_layout.of_config(config, dtype, gpus, local_gpus(stage))
-    count, prompts_source = clip_counts.prompts(config)
-    sampling = sampling_of(config) if stage.sample_every else None
-    encoder = 0 if config.model.name == "tiny" or sampling is None else memory.ENCODER
+    size = training_size(config)
+    prompts, prompts_source = run_size.prompts(config)
     gpu = device(stage)
-    if fitting.asked(layout):
-        layout = fitting.fitted(own, tokens, layout, sampling, gpu.memory, encoder=encoder)
+    layout = fit(size, gpu.memory)
     return Plan(
         config=config,
         stage=stage,
-        shape=own,
-        model_source=model_source,
-        dtype=dtype,
-        tokens=tokens,
+        shape=size.shape,
+        model_source=size.model_source,
+        dtype=size.dtype,
+        tokens=size.tokens,
         device=gpu,
         setting=layout,
-        sampling=sampling,
-        gpu=memory.gpu(own, tokens, layout, sampling, encoder=encoder),
-        host=memory.host(own, layout, validates=sampling is not None, encoder=encoder),
-        forward=flops.forward(own, tokens),
-        sample=flops.step(own, tokens, layout.kept(own.layers)),
-        traffic=traffic.traffic(own, tokens, layout),
-        disk=Disk(*disk.checkpoint(own, layout), disk.at_once(stage), disk.weights_alone(stage), disk.free(run)),
-        clips=clip_counts.clips(config, run),
-        prompts=count,
+        sampling=size.sampling,
+        gpu=gpu_memory.gpu(size.shape, size.tokens, layout, size.sampling, encoder=size.encoder),
+        host=gpu_memory.host(size.shape, layout, validates=size.sampling is not None, encoder=size.encoder),
+        forward=flops.forward(size.shape, size.tokens),
+        sample=flops.step(size.shape, size.tokens, layout.kept(size.shape.layers)),
+        traffic=step_time.traffic(size.shape, size.tokens, layout),
+        disk=run_size.disk(config, size.shape, layout, run),
+        clips=run_size.clips(config, run),
+        prompts=prompts,
         prompts_source=prompts_source,
-        encoder=encoder,
+        encoder=size.encoder,
     )
-
-
-def kept(config: Config[TrainStage]) -> Mapping[str, int] | None:
-    """Blocks by what they keep of their activations, where the settings leave it to the memory there is; else ``None``."""
-    deepspeed = config.deepspeed
-    if not deepspeed.activation_checkpointing or (
-        deepspeed.checkpoint_every_block and deepspeed.checkpoint_keep != "auto"
-    ):
-        return None
-    made = plan(config)
-    return made.setting.kept(made.shape.layers)
-
-
-def dtype_of(config: Config[TrainStage]) -> str:
-    """As training will choose it; a plan for GPUs takes the family's also where no GPU is."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    on_cpu = config.model.name == "tiny" and not torch.cuda.is_available()
-    return "fp32" if on_cpu or config.model.name not in MODEL_SPECS else MODEL_SPECS[config.model.name].dtype
-
-
-def sampling_of(config: Config[TrainStage]) -> Sampling:
-    """How a validation of ``config`` samples and decodes."""
-    wanted, data_ = config.sampling, config.data
-    size = 4 if wanted.vae_dtype == "auto" else gpu_layout.BYTES[wanted.vae_dtype]
-    return Sampling(
-        data_.frames, data_.height, data_.width, 2 if wanted.guidance_scale > 1 else 1, size, wanted.vae_tiling
-    )
-
-
-def local_gpus(stage: TrainStage) -> int | None:
-    """Processes of this machine where torchrun says so and no other number of GPUs is planned for."""
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    return int(local) if local and not stage.plan_gpus else None
 
 
 def device(stage: TrainStage) -> Device:
-    """What the settings say, else the GPU that is here, else an H200's speed and the memory of a common GPU."""
-    here = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    if stage.plan_memory_gb:
-        size, size_source = stage.plan_memory_gb * 1e9, "stage.plan_memory_gb"
-    elif here is not None:
-        size, size_source = float(here.total_memory), here.name
-    else:
-        size, size_source = GPU_BYTES, "assumed; give stage.plan_memory_gb"
-    if stage.plan_tflops:
-        speed, speed_source = stage.plan_tflops, "stage.plan_tflops"
-    else:
-        name = here.name if here is not None else "H200"
+    """Return the GPU that the settings describe, else the present one, else one with the speed of an H200 and 80 GB."""
+    present = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    memory, memory_source = memory_of_one_gpu(stage)
+    tflops, tflops_source = stage.plan_tflops, "stage.plan_tflops"
+    if not tflops:
+        name = present.name if present is not None else "H200"
         known = next((key for key in PEAKS if key in name), "H200")
-        speed, speed_source = (
-            PEAKS[known] * REACHED * USED,
-            f"assumed: {USED:.0%} of what large products reach on {known}",
-        )
-    host = stage.plan_host_gb * 1e9 if stage.plan_host_gb else host_bytes() if here is not None else None
-    return Device(size, host, speed, size_source, speed_source)
+        tflops = PEAKS[known] * REACHED * USED
+        tflops_source = f"assumed: {USED:.0%} of what large products reach on {known}"
+    host = None if present is None else host_bytes()
+    if stage.plan_host_gb:
+        host = stage.plan_host_gb * 1e9
+    return Device(memory, host, tflops, memory_source, tflops_source)
 
 
 def host_bytes() -> float | None:

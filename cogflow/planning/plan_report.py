@@ -10,9 +10,11 @@ from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
 from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
-from cogflow.planning import advice, memory, traffic
+from cogflow.planning import advice, step_time
 from cogflow.planning.plan import Plan, plan
 from cogflow.runtime.console import echo
+from cogflow.training import gpu_memory
+from cogflow.training.activation_memory import format_kept
 
 DEAR, FEWEST = 0.1, 10
 """Share of the training before it above which a validation is dear, and the fewest denoising steps that still show blur and no noise."""
@@ -74,30 +76,10 @@ def _sizes(data: DataConfig) -> str:
     return f"the largest of {len(data.buckets)} bucket{'s' if len(data.buckets) > 1 else ''}: {', '.join(data.buckets)}"
 
 
-KEEPING = {
-    "nothing": "keep their input alone",
-    "attention": "keep attention",
-    "products": "keep attention and all products but the widest",
-    "all": "keep all products",
-    "everything": "keep everything",
-}
-"""Blocks, by ``deepspeed.checkpoint_keep``."""
-
-
 def _recomputed(plan: Plan) -> str:
     if not plan.setting.checkpointing:
         return "off"
-    return f"on ({keeping(plan.setting.kept(plan.shape.layers))})"
-
-
-def keeping(kept: Mapping[str, int]) -> str:
-    """Blocks by what they keep, in words."""
-    some = {KEEPING[keep]: count for keep, count in kept.items() if count}
-    return (
-        ", ".join(f"{count} blocks {words}" for words, count in some.items())
-        if len(some) > 1
-        else f"all blocks {next(iter(some))}"
-    )
+    return f"on ({format_kept(plan.setting.kept(plan.shape.layers))})"
 
 
 def _offloaded(plan: Plan) -> str:
@@ -124,7 +106,7 @@ def _host(plan: Plan) -> list[str]:
     return [f"host memory of each machine: {gb(plan.host.peak)} at the worst; {limit}", *_columns(plan.host)]
 
 
-def _columns(memory: memory.Memory) -> list[str]:
+def _columns(memory: gpu_memory.Memory) -> list[str]:
     """Parts, then the phases in which they meet."""
     rows = [f"  {name:<22}{gb(size):>12}" for name, size in _present(memory.parts).items()]
     return [*rows, "  " + "; ".join(f"{name} {gb(size)}" for name, size in memory.phases.items())]
@@ -159,7 +141,7 @@ def _traffic(plan: Plan) -> list[str]:
     lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
     if plan.setting.gpus > 1:
         layouts = [replace(plan.setting, zero_stage=stage) for stage in range(4)]
-        others = {one.zero_stage: traffic.traffic(plan.shape, plan.tokens, one).between_gpus for one in layouts}
+        others = {one.zero_stage: step_time.traffic(plan.shape, plan.tokens, one).between_gpus for one in layouts}
         lines.append("  by ZeRO stage: " + ", ".join(f"{stage}: {gb(sent)}" for stage, sent in others.items()))
     return lines
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from cogflow.config.compose import compose
-from cogflow.planning import advice, disk
+from cogflow.planning import advice, run_size
 from cogflow.planning.goodput import Goodput
 from cogflow.planning.plan import PEAKS, REACHED, USED, plan
 
@@ -76,7 +76,7 @@ def row(model: str, gpus: int, memory: int) -> Row:
     )
     best = advice.at(asked, gpus)[0]
     seconds, waiting = best.pace.step, best.pace.waiting
-    states, weights, averages = disk.checkpoint(asked.shape, best.setting)
+    states, weights, averages = run_size.checkpoint(asked.shape, best.setting)
     chosen = replace(
         asked, setting=best.setting, disk=replace(asked.disk, deepspeed=states, weights=weights, averages=averages)
     )

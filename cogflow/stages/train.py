@@ -16,7 +16,6 @@ from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
 from cogflow.models import loading, transformer_inputs
 from cogflow.planning import plan_report
-from cogflow.planning.plan import kept
 from cogflow.records.training_records import TrainerRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
@@ -28,6 +27,7 @@ from cogflow.tracking.html_report import write_report
 from cogflow.tracking.stage_record import write_stage_record
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training import checkpoint, loop, retention, sequence, setup, speed
+from cogflow.training.activation_memory import format_kept, kept_activations
 from cogflow.training.failures import translate_errors
 from cogflow.training.policy import choose_start
 from cogflow.training.rollback import StartPoint
@@ -65,9 +65,9 @@ def run(config: Config[TrainStage]) -> None:
         StopRequest() as request,  # up to the report: after the last step there is nothing left to stop
     ):
         with translate_errors(config, watchdog):
-            keeps = kept(config)
+            keeps = kept_activations(config)
             if keeps is not None:
-                echo(f"activations: {plan_report.keeping(keeps)}")
+                echo(f"activations: {format_kept(keeps)}")
             services = setup.RunServices(folder, tracker, request.on_any_rank)
             trainer, checkpointer = setup.build(config, cache, services, keeps)
             if stage.text_dropout > MAX_TEXT_DROPOUT:

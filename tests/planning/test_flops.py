@@ -11,7 +11,7 @@ from cogflow.config.model_section import ModelConfig
 from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.models.transformer_inputs import rotary_tables
-from cogflow.planning import flops, transformer_size
+from cogflow.training import flops, transformer_size
 
 PARAMETERS = {
     "cogvideox-2b": 1_693_783_872,

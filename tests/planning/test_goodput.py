@@ -12,8 +12,8 @@ from cogflow.config.compose import compose
 from cogflow.errors import ConfigError
 from cogflow.planning import goodput, plan_report
 from cogflow.planning.goodput import Goodput
-from cogflow.planning.pace import pace
 from cogflow.planning.plan import Plan, plan
+from cogflow.planning.step_time import pace
 
 RUN = Goodput(
     steps=20_000, step=3.0, save=60.0, every=200, validation=100.0, sampled=1000, mtbf=50_000.0, restart=600.0

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from cogflow.config.compose import compose
 from cogflow.config.train_settings import TrainStage
 from cogflow.models import tiny
-from cogflow.planning import disk, memory, plan
-from cogflow.training import recomputation, sequence
+from cogflow.planning import plan, run_size
+from cogflow.training import gpu_memory, recomputation, sequence
 
 
 class Alive(TorchDispatchMode):
@@ -76,9 +76,9 @@ def block_sizes(settings: dict[str, Any] | None = None) -> tuple[float, float, f
 
 def test_a_block_keeps_what_the_formula_says() -> None:
     saved, working, inference = block_sizes()
-    assert saved == pytest.approx(memory.SAVED, rel=0.02)
-    assert working == pytest.approx(memory.WORKING, rel=0.1)
-    assert inference == pytest.approx(memory.INFERENCE, rel=0.1)
+    assert saved == pytest.approx(gpu_memory.SAVED, rel=0.02)
+    assert working == pytest.approx(gpu_memory.WORKING, rel=0.1)
+    assert inference == pytest.approx(gpu_memory.INFERENCE, rel=0.1)
 
 
 def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
@@ -97,15 +97,15 @@ def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
         left[keep] = alive.now / ((text + video) * width * 2)
         del results
     for keep, copies in left.items():
-        assert copies - left["nothing"] == pytest.approx(memory.KEPT[keep] - memory.KEPT["nothing"], abs=0.02)
+        assert copies - left["nothing"] == pytest.approx(gpu_memory.KEPT[keep] - gpu_memory.KEPT["nothing"], abs=0.02)
 
 
 def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes to other ranks and what comes from them is as large as what a rank that shares with nobody sends to itself."""
     monkeypatch.setattr(sequence, "_all_to_all", lambda rows, *_: rows.clone())
     saved, working, _ = block_sizes({sequence.SHARD_ARGUMENT: sequence.SequenceShard(None, 0, (226,), (8000,))})
-    assert saved == pytest.approx(memory.SAVED, rel=0.02)
-    assert working == pytest.approx(memory.WORKING, rel=0.1)
+    assert saved == pytest.approx(gpu_memory.SAVED, rel=0.02)
+    assert working == pytest.approx(gpu_memory.WORKING, rel=0.1)
 
 
 @pytest.mark.parametrize(("tiled", "rel"), [(False, 0.02), (True, 0.1)])
@@ -116,12 +116,14 @@ def test_decoding_takes_what_the_formula_says(tiled: bool, rel: float) -> None:
             block_out_channels=(128, 256, 256, 512), layers_per_block=3, down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
         )  # fmt: skip
-    assert sum(parameter.numel() for parameter in vae.parameters()) == memory.VAE
+    assert sum(parameter.numel() for parameter in vae.parameters()) == gpu_memory.VAE
     if tiled:
         vae.enable_tiling()
     with torch.no_grad(), Alive() as alive:
         vae.decode(torch.empty(1, 16, 5, 60, 90, device="meta"))
-    formula = memory.decoding(memory.Sampling(frames=17, height=480, width=720, passes=2, vae_bytes=4, tiled=tiled))
+    formula = gpu_memory.decoding(
+        gpu_memory.Sampling(frames=17, height=480, width=720, passes=2, vae_bytes=4, tiled=tiled)
+    )
     assert formula == pytest.approx(alive.peak, rel=rel)
 
 
@@ -162,17 +164,17 @@ def test_activation_checkpointing_keeps_one_input_a_block() -> None:
     kept = plan.plan(compose(words)).gpu.parts["activations"]
     assert kept == pytest.approx(4.27 * 1024**3, rel=0.01)
     whole = plan.plan(compose([*words, "deepspeed.activation_checkpointing=false"])).gpu.parts["activations"]
-    assert whole == pytest.approx(memory.SAVED * kept)
+    assert whole == pytest.approx(gpu_memory.SAVED * kept)
 
 
 def test_checkpoints_on_the_disk() -> None:
     every = TrainStage(steps=1000, save_every=100, keep_last=2, keep_best=1, sample_every=100)
-    assert disk.at_once(every) == 5
-    assert disk.at_once(replace(every, sample_every=0, keep_best=0)) == 3
-    assert disk.at_once(replace(every, save_every=0)) == 1
-    assert disk.at_once(replace(every, steps=150)) == 2
-    assert disk.at_once(replace(every, keep_every=250)) == 5 + 2  # at 500 and 1000, where there are checkpoints
-    assert disk.weights_alone(every) == 0 and disk.weights_alone(replace(every, weights_every=300)) == 3
+    assert run_size.at_once(every) == 5
+    assert run_size.at_once(replace(every, sample_every=0, keep_best=0)) == 3
+    assert run_size.at_once(replace(every, save_every=0)) == 1
+    assert run_size.at_once(replace(every, steps=150)) == 2
+    assert run_size.at_once(replace(every, keep_every=250)) == 5 + 2  # at 500 and 1000, where there are checkpoints
+    assert run_size.weights_alone(every) == 0 and run_size.weights_alone(replace(every, weights_every=300)) == 3
 
 
 def test_averages_lie_where_they_are_asked_for_once_over_all_ranks() -> None:
@@ -194,7 +196,9 @@ def test_every_other_block_recomputed_keeps_half_and_what_is_frozen_has_no_state
     words = ["stage=train", "stage.plan=true", "model=cogvideox-5b", "deepspeed=zero2", "stage.plan_gpus=8"]
     words.append("deepspeed.checkpoint_keep=nothing")
     full, half = plan.plan(compose(words)), plan.plan(compose([*words, "deepspeed.checkpoint_every_block=2"]))
-    assert half.gpu.parts["activations"] == pytest.approx(full.gpu.parts["activations"] * (21 + 21 * memory.SAVED) / 42)
+    assert half.gpu.parts["activations"] == pytest.approx(
+        full.gpu.parts["activations"] * (21 + 21 * gpu_memory.SAVED) / 42
+    )
     assert half.sample.recomputation == pytest.approx(full.sample.recomputation / 2)
     frozen = plan.plan(compose([*words, "stage.freeze=[transformer_blocks.*.ff.*]"]))
     assert frozen.shape.trained < 0.6 * full.shape.trained and frozen.shape.parameters == full.shape.parameters

@@ -14,7 +14,7 @@ from cogflow.config.compose import compose, groups
 from cogflow.config.config import Config
 from cogflow.errors import ConfigError
 from cogflow.models.family import MODEL_SPECS
-from cogflow.planning import advice, clip_counts, plan_report
+from cogflow.planning import advice, plan_report, run_size
 from cogflow.planning.plan import Plan, plan
 
 MODELS = sorted(set(MODEL_SPECS) - {"tiny"})
@@ -160,7 +160,7 @@ def test_epochs_are_counted_in_the_folder(tmp_path: Path) -> None:
     one = made(*words)
     assert (one.clips.training, one.clips.holdout) == (16, 8)
     assert "an epoch is 8 steps" in "\n".join(plan_report.lines(one))
-    assert clip_counts.clips(config("data=folder", "data.path=/nowhere"), tmp_path).training is None
+    assert run_size.clips(config("data=folder", "data.path=/nowhere"), tmp_path).training is None
     assert not (tmp_path / "cogvideox-5b").exists()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.planning import scale, traffic
-from cogflow.planning.gpu_layout import GpuLayout
+from cogflow.planning import scale, step_time
+from cogflow.training.gpu_layout import GpuLayout
 
 
 def test_the_document_shows_the_table(repository: Path) -> None:
@@ -42,9 +42,9 @@ def setting(stage: int, *, overlap: bool) -> GpuLayout:
 
 
 def test_what_computation_hides() -> None:
-    sent = traffic.Traffic(gradients=40e9, weights=40e9, averages=0, host=0, seconds=2)
-    assert traffic.exposed(sent, setting(2, overlap=False), backward=5, compute=8) == pytest.approx(2)
-    assert traffic.exposed(sent, setting(2, overlap=True), backward=5, compute=8) == pytest.approx(1)
-    assert traffic.exposed(sent, setting(2, overlap=True), backward=0.25, compute=8) == pytest.approx(1.75)
-    assert traffic.exposed(sent, setting(3, overlap=True), backward=5, compute=8) == 0
-    assert traffic.exposed(sent, setting(3, overlap=True), backward=0.5, compute=1) == pytest.approx(1)
+    sent = step_time.Traffic(gradients=40e9, weights=40e9, averages=0, host=0, seconds=2)
+    assert step_time.exposed(sent, setting(2, overlap=False), backward=5, compute=8) == pytest.approx(2)
+    assert step_time.exposed(sent, setting(2, overlap=True), backward=5, compute=8) == pytest.approx(1)
+    assert step_time.exposed(sent, setting(2, overlap=True), backward=0.25, compute=8) == pytest.approx(1.75)
+    assert step_time.exposed(sent, setting(3, overlap=True), backward=5, compute=8) == 0
+    assert step_time.exposed(sent, setting(3, overlap=True), backward=0.5, compute=1) == pytest.approx(1)

@@ -10,7 +10,7 @@ import pytest
 
 from cogflow.config.compose import compose
 from cogflow.config.deepspeed_section import KEEPS, SHARDED_KEEPS
-from cogflow.planning.plan import kept
+from cogflow.training.activation_memory import kept_activations
 from tests.faults.server import Server
 
 
@@ -41,6 +41,9 @@ def words(*more: str) -> Any:
 
 
 def test_zero_3_keeps_nothing() -> None:
-    assert kept(words("deepspeed=zero3")) == {"nothing": 42, "everything": 0}
-    assert set(kept(words("deepspeed=zero3", "deepspeed.checkpoint_every_block=0")) or {}) == {"nothing", "everything"}
-    assert kept(words("deepspeed=zero2")) == {"all": 42, "everything": 0}
+    assert kept_activations(words("deepspeed=zero3")) == {"nothing": 42, "everything": 0}
+    assert set(kept_activations(words("deepspeed=zero3", "deepspeed.checkpoint_every_block=0")) or {}) == {
+        "nothing",
+        "everything",
+    }
+    assert kept_activations(words("deepspeed=zero2")) == {"all": 42, "everything": 0}

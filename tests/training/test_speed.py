@@ -17,8 +17,9 @@ from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
 from cogflow.models import tiny
 from cogflow.models.transformer_inputs import rotary_tables
-from cogflow.planning.plan import kept, plan
+from cogflow.planning.plan import plan
 from cogflow.training import recomputation, speed
+from cogflow.training.activation_memory import kept_activations
 from cogflow.training.recomputation import ATTENTION, recompute
 
 CPU = torch.device("cpu")
@@ -145,8 +146,8 @@ def test_a_plan_recomputes_as_few_blocks_as_memory_allows() -> None:
     assert sorted(counts, reverse=True) == counts and 0 < counts[2] < 42
     for one, memory in zip(plans[1:], (80, 100, 110, 192), strict=True):
         assert one.gpu.peak <= 0.95e9 * memory
-    assert kept(compose(words(80))) == {"nothing": counts[1], "everything": 42 - counts[1]}
-    assert kept(compose([*words(80, "deepspeed.activation_checkpointing=false")])) is None
+    assert kept_activations(compose(words(80))) == {"nothing": counts[1], "everything": 42 - counts[1]}
+    assert kept_activations(compose([*words(80, "deepspeed.activation_checkpointing=false")])) is None
     assert isinstance(plans[0].stage, TrainStage)
 
 

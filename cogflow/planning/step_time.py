@@ -1,12 +1,12 @@
-"""What one optimizer step sends, by ZeRO stage: bytes that leave each GPU, and bytes between a GPU and its host."""
+"""Forecast what one optimizer step sends between GPUs and hosts, by ZeRO stage, and how many seconds it takes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogflow.planning import memory
-from cogflow.planning.gpu_layout import GpuLayout
-from cogflow.planning.transformer_size import Tokens, TransformerSize
+from cogflow.training import flops, gpu_memory
+from cogflow.training.gpu_layout import GpuLayout
+from cogflow.training.transformer_size import Tokens, TransformerSize
 
 INSIDE, BETWEEN, TO_HOST = 300e9, 40e9, 25e9
 """Bytes per second that a GPU reaches: to others of its machine (NVLink of an H100 or H200), to other machines (a 400 Gb/s card for each
@@ -65,7 +65,7 @@ def kept(shape: TransformerSize, setting: GpuLayout) -> float:
     hold at once, since it fetches ahead so far and drops nothing that it came upon; or those that it uses again within ``setting.reuse``
     elements, where these are more. A weight with d elements behind it is used again after 2 d, with recomputation after 3 d."""
     passes = 2 + setting.recomputed(shape.layers) / shape.layers
-    return min(float(shape.parameters), max(setting.reuse / passes, memory.LIVE * setting.gather_bucket, 10**6))
+    return min(float(shape.parameters), max(setting.reuse / passes, gpu_memory.LIVE * setting.gather_bucket, 10**6))
 
 
 def speed(setting: GpuLayout) -> float:
@@ -87,3 +87,28 @@ def exposed(sent: Traffic, setting: GpuLayout, *, backward: float, compute: floa
     if setting.zero_stage == 3:
         return max(0.0, reducing + gathering - compute) + after
     return max(0.0, reducing - hidden) + gathering + after
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one step. ``waiting``: of communication that computation does not hide."""
+
+    compute: float
+    waiting: float
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.waiting
+
+
+def pace(shape: TransformerSize, tokens: Tokens, setting: GpuLayout, tflops: float) -> Pace:
+    """Of a step of ``setting`` on GPUs that reach ``tflops`` TFLOP/s."""
+    one = flops.step(shape, tokens, setting.kept(shape.layers))
+    clips = setting.batch * setting.accumulation / setting.sequence
+    # ZeRO-2 reduces in the backward pass of each micro step, ZeRO-0 and 1 in that of the last.
+    behind = clips if setting.zero_stage >= 2 else clips / setting.accumulation
+    compute, backward = (
+        one.total * clips / (tflops * 1e12),
+        (one.backward + one.recomputation) * behind / (tflops * 1e12),
+    )
+    return Pace(compute, exposed(traffic(shape, tokens, setting), setting, backward=backward, compute=compute))

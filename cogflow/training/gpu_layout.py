@@ -57,7 +57,7 @@ class GpuLayout:
         return -(-self.gpus // self.local)
 
     def kept(self, layers: int) -> Mapping[str, int]:
-        """Blocks by what they keep (:data:`cogflow.planning.memory.KEPT`), those that keep least first."""
+        """Blocks by what they keep (:data:`cogflow.training.gpu_memory.KEPT`), those that keep least first."""
         if self.fitted is not None:
             return self.fitted
         again = -(-layers // max(1, self.checkpoint_every)) if self.checkpointing else 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogflow.planning.gpu_layout import GpuLayout
-from cogflow.planning.transformer_size import Tokens, TransformerSize
+from cogflow.training.gpu_layout import GpuLayout
+from cogflow.training.transformer_size import Tokens, TransformerSize
 
 SAVED, WORKING, INFERENCE = 22.1, 28.0, 13.0
 """Copies of the hidden states (tokens x width, in the training dtype) of one block: kept for the backward pass, alive at the height of

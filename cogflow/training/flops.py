@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cogflow.planning.transformer_size import Tokens, TransformerSize
+from cogflow.training.transformer_size import Tokens, TransformerSize
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ WIDEST = 1 / 3
 
 
 def step(shape: TransformerSize, tokens: Tokens, kept: Mapping[str, int] | None = None) -> StepFlops:
-    """Of one sample. ``kept``: blocks by what they keep (:data:`cogflow.planning.memory.KEPT`); default: all keep everything.
+    """Of one sample. ``kept``: blocks by what they keep (:data:`cogflow.training.gpu_memory.KEPT`); default: all keep everything.
 
     Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted.
     """

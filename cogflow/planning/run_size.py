@@ -1,0 +1,140 @@
+"""Forecast the size of a run: clips, prompts of a validation, and the disk space of its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogflow.artifacts.run_layout import RunLayout
+from cogflow.config.config import Config
+from cogflow.config.train_settings import TrainStage
+from cogflow.data.cache import LatentCache, split
+from cogflow.data.clip_index import read_index
+from cogflow.errors import DataError
+from cogflow.sampling.prompts import FROM_DATA, SHAPES_PROMPTS, read_prompts
+from cogflow.training.gpu_layout import GpuLayout
+from cogflow.training.transformer_size import TransformerSize
+
+
+@dataclass(frozen=True)
+class Clips:
+    """``training``: clips without the held-out ones, ``None`` where that is not known yet; ``source`` says why."""
+
+    training: int | None
+    holdout: int
+    source: str
+    size_differs: bool = False
+
+
+def clips(config: Config[TrainStage], run: Path) -> Clips:
+    """Counted in the prepared clips, else in the list of the folder, where every clip is taken for readable and single."""
+    data = config.data
+    if (RunLayout(run).cache / "index.json").is_file():
+        try:
+            cache = LatentCache(RunLayout(run).cache)
+            return Clips(
+                len(cache.train), len(cache.holdout), f"prepared in {cache.folder}", bool(cache.mismatches(data))
+            )
+        except DataError as error:
+            return Clips(None, data.holdout, error.message)
+    if data.name == "shapes" and not (data.path and Path(data.path).expanduser().is_dir()):
+        return _divided(data.clips, data.holdout, f"data.clips={data.clips}, to be drawn")
+    if data.path is None:
+        return Clips(None, data.holdout, "data.path is not given")
+    try:
+        return _divided(len(read_index(Path(data.path).expanduser())), data.holdout, f"listed in {data.path}")
+    except DataError as error:
+        return Clips(None, data.holdout, error.message)
+
+
+def _divided(count: int, holdout: int, source: str) -> Clips:
+    train, held = split([str(position) for position in range(count)], holdout)
+    return Clips(len(train), len(held), source)
+
+
+def prompts(config: Config[TrainStage]) -> tuple[int, str]:
+    """How many prompts a validation samples, and where they come from."""
+    if config.sampling.prompts is not None:
+        try:
+            return len(read_prompts(Path(config.sampling.prompts).expanduser())), config.sampling.prompts
+        except DataError as error:
+            return FROM_DATA, f"{FROM_DATA} assumed: {error.message}"
+    if config.data.name == "shapes":
+        return len(SHAPES_PROMPTS), "those of drawn clips"
+    return FROM_DATA, "the first captions that are held out"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes. ``most``: checkpoints at once, the one that is being written included. ``alone``: folders of weights for an export."""
+
+    deepspeed: float
+    weights: float
+    averages: float
+    most: int
+    alone: int
+    free: float | None
+
+    @property
+    def checkpoint(self) -> float:
+        return self.deepspeed + self.weights + self.averages
+
+    @property
+    def needed(self) -> float:
+        return self.most * self.checkpoint + self.alone * self.weights
+
+    @property
+    def full(self) -> bool:
+        """Whether it is known that they do not fit."""
+        return self.free is not None and self.needed > self.free
+
+
+def disk(config: Config[TrainStage], shape: TransformerSize, layout: GpuLayout, run: Path) -> Disk:
+    """Return the disk space that a run needs and the space that is free for it."""
+    deepspeed, weights, averages = checkpoint(shape, layout)
+    return Disk(
+        deepspeed=deepspeed,
+        weights=weights,
+        averages=averages,
+        most=at_once(config.stage),
+        alone=weights_alone(config.stage),
+        free=free(run),
+    )
+
+
+def checkpoint(shape: TransformerSize, setting: GpuLayout) -> tuple[float, float, float]:
+    """Bytes of DeepSpeed's states, of the weights beside them and of the averages."""
+    weights = float(shape.parameters * setting.bytes)
+    half = setting.bytes < 4
+    if setting.zero_stage == 0:
+        states = (12 if half else 8) * shape.trained + weights
+    else:
+        # ZeRO keeps a master copy of fp32 weights, too; ZeRO-3 has the weights in nothing but these.
+        states = 12 * shape.trained + (weights if setting.zero_stage < 3 else 0)
+    return states, weights, 4.0 * shape.parameters if setting.ema else 0.0
+
+
+def at_once(stage: TrainStage) -> int:
+    """Checkpoints on the disk at the worst moment: a new one is whole before an old one goes."""
+    written = max(1, -(-stage.steps // stage.save_every)) if stage.save_every else 1
+    sharp = 1 if stage.sample_every else 0
+    kept = stage.steps // math.lcm(stage.keep_every, stage.save_every) if stage.keep_every and stage.save_every else 0
+    return min(written, stage.keep_last + stage.keep_best + sharp + 1 + kept)
+
+
+def weights_alone(stage: TrainStage) -> int:
+    """Folders of weights at the end: none of them is deleted."""
+    return stage.steps // stage.weights_every if stage.weights_every else 0
+
+
+def free(folder: Path) -> float | None:
+    """Bytes free where ``folder`` is or will be; ``None`` where that cannot be told."""
+    there = folder.expanduser().absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        return float(shutil.disk_usage(there).free)
+    except OSError:
+        return None

@@ -19,10 +19,8 @@ from cogflow.benchmarking.timed_turns import TimedTurns, step_times
 from cogflow.config.benchmark_settings import BenchmarkStage
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
-from cogflow.data import cache_shards
-from cogflow.data.cache import LatentCache
-from cogflow.data.clips import SETTINGS
-from cogflow.data.encode import CLIPS, TEXTS
+from cogflow.data.clips import CLIP_SETTINGS
+from cogflow.data.latent_cache import CLIPS, TEXTS, LatentCache, ShardWriter, scan_shards
 from cogflow.files.record_io import write_record
 from cogflow.models import loading as components
 from cogflow.models.transformer_inputs import TransformerInputs, takes_image
@@ -200,8 +198,8 @@ def write_random_cache(place: Path, data: DataConfig, described: dict[str, Any],
         return {mean: torch.randn(size, generator=generator), logvar: torch.full(size, -6.0)}
 
     with (
-        cache_shards.ShardWriter(place, CLIPS, SHARD_CLIPS) as clips,
-        cache_shards.ShardWriter(place, TEXTS, SHARD_CLIPS) as texts,
+        ShardWriter(place, CLIPS, SHARD_CLIPS) as clips,
+        ShardWriter(place, TEXTS, SHARD_CLIPS) as texts,
     ):
         for name in names:
             tensors = moments("{}", latents)
@@ -210,7 +208,7 @@ def write_random_cache(place: Path, data: DataConfig, described: dict[str, Any],
             clips.add(name, tensors)
             texts.add(name, {"embeds": torch.randn(text, generator=generator).to(dtype)})
         texts.add("empty", {"embeds": torch.zeros(text, dtype=dtype)})
-    stored_clips, stored_texts = cache_shards.scan(place, CLIPS), cache_shards.scan(place, TEXTS)
+    stored_clips, stored_texts = scan_shards(place, CLIPS), scan_shards(place, TEXTS)
     entries = [
         CacheEntry(
             key=name,
@@ -223,7 +221,7 @@ def write_random_cache(place: Path, data: DataConfig, described: dict[str, Any],
         )
         for name in names
     ]
-    shaping = {name: getattr(data, name) for name in SETTINGS}
+    shaping = {name: getattr(data, name) for name in CLIP_SETTINGS}
     index = CacheIndex(
         plan="",
         fingerprint="random",

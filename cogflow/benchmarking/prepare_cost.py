@@ -19,12 +19,12 @@ from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.config.benchmark_settings import BenchmarkStage
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
-from cogflow.data import clips, decode, softness
-from cogflow.data.cache_shards import ShardWriter
+from cogflow.data import clips, softness, video_decoding
 from cogflow.data.clip_index import EXTENSIONS
-from cogflow.data.encode import at_once, clip_threads, pixels
+from cogflow.data.encode import clip_threads, clips_at_once, vae_input
+from cogflow.data.latent_cache import ShardWriter
 from cogflow.data.shapes import draw, scenes
-from cogflow.data.video import ToPlanes, write_video
+from cogflow.data.video import PlaneConverter, write_video
 from cogflow.errors import DataError
 from cogflow.files.hashing import hash_file
 from cogflow.runtime.progress import progress
@@ -64,7 +64,7 @@ def measure_preparing(config: Config[BenchmarkStage], folder: Path) -> Benchmark
             "clips": [str(path) for path in paths],
             "seconds": seconds,
             "parts": {name: median(times) for name, times in parts.items()},
-            "at_once": at_once(),
+            "at_once": clips_at_once(),
         },
     )
 
@@ -73,7 +73,7 @@ def summary_line(typical: float, data: DataConfig, description: str) -> str:
     """Return one line; ``typical``: seconds a clip."""
     size = f"{data.frames}x{data.height}x{data.width}"
     rate = f"{1 / typical:.3g} clips of {size} a second ({data.frames / typical:.3g} frames)"
-    return f"prepare: {rate} from {description}, {at_once()} at a time"
+    return f"prepare: {rate} from {description}, {clips_at_once()} at a time"
 
 
 def timing_row(way: str, seconds: Sequence[float], ours: float, frames: int) -> list[Cell]:
@@ -123,9 +123,9 @@ def seconds_per_pass(paths: Sequence[Path], data: DataConfig) -> float:
     """Return the seconds until the VAE could have been given all clips, with as many at a time as in stage=prepare."""
 
     def read(path: Path) -> torch.Size:
-        return pixels(clips.read_clip(path, data).frames, torch.device("cpu"), torch.float32).shape
+        return vae_input(clips.read_clip(path, data).frames, torch.device("cpu"), torch.float32).shape
 
-    with clip_threads(at_once()) as pool:
+    with clip_threads(clips_at_once()) as pool:
         began = time.perf_counter()
         try:
             shapes = list(pool.map(read, paths))
@@ -157,20 +157,20 @@ def _parts_of_clip(path: Path, data: DataConfig, place: Path) -> dict[str, float
 
     content = timed("hashing the file", lambda: hash_file(path))
     with ExitStack() as stack:
-        file = timed("opening, reading packets", lambda: decode.opened(path, clips.file_size(path), stack))
+        file = timed("opening, reading packets", lambda: video_decoding.open_video(path, clips.file_size(path), stack))
         wanted = clips.window_start(file.scan, data, content) + np.arange(data.frames) / data.fps
-        frames = timed("decoding", lambda: [frame for frame, _ in decode.few(file, wanted)])
-    to_planes = ToPlanes()
+        frames = timed("decoding", lambda: [frame for frame, _ in video_decoding.decode_needed(file, wanted)])
+    to_planes = PlaneConverter()
     planes = timed("colours", lambda: [to_planes(frame) for frame in frames])
     out = torch.empty(3, data.height, data.width, dtype=torch.uint8)
 
     def resize() -> None:
         for frame in planes:
-            clips.fit(frame, data, content, out)
+            clips.fit_frame(frame, data, content, out)
 
     timed("resizing, cropping", resize)
     clip = clips.read_clip(path, data, content)
-    timed("as the VAE takes it", lambda: pixels(clip.frames, torch.device("cpu"), torch.float32))
+    timed("as the VAE takes it", lambda: vae_input(clip.frames, torch.device("cpu"), torch.float32))
     timed("sharpness of the source", lambda: softness.measure_softness(clip, data, content, resampled=False))
     timed("sharpness of the clip", lambda: measure(clip.frames))
     latents = torch.zeros(16, (data.frames - 1) // 4 + 1, data.height // 8, data.width // 8)

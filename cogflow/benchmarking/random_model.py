@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cogflow.data.cache import CachedClip
+from cogflow.data.latent_cache import CachedClip
 from cogflow.weights.tensor_source import TensorInfo
 
 POOL = 1 << 22

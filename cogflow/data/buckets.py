@@ -1,4 +1,4 @@
-"""Clips of several sizes in one training: each is prepared at the size, one of ``data.buckets``, that wastes least of it."""
+"""Choose the size of each clip from ``data.buckets``: the one that wastes the least of the clip."""
 
 from __future__ import annotations
 
@@ -9,66 +9,76 @@ from dataclasses import replace
 from pathlib import Path
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.packet_scan import ClipError, Look, look
+from cogflow.data.video_decoding import ClipError, ClipProperties, inspect_clip
 
 Size = tuple[int, int, int]
 """Frames, height, width."""
 
 
-def size_of(bucket: str) -> Size:
-    """``"49x480x720"`` as numbers. Raises ``ValueError`` for anything else."""
+def parse_bucket(bucket: str) -> Size:
+    """Return ``"49x480x720"`` as numbers. Raises ``ValueError`` for anything else."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", bucket, re.ASCII):
         raise ValueError(bucket)
     frames, height, width = map(int, bucket.split("x"))
     return frames, height, width
 
 
-def sizes(data: DataConfig) -> list[Size]:
-    """The sizes that clips are prepared at: those of the buckets, or the one there is."""
-    return [size_of(bucket) for bucket in data.buckets] or [(data.frames, data.height, data.width)]
+def bucket_sizes(data: DataConfig) -> list[Size]:
+    """Return the sizes at which clips are prepared: those of the buckets, or the one of ``data``."""
+    return [parse_bucket(bucket) for bucket in data.buckets] or [(data.frames, data.height, data.width)]
 
 
-def sized(data: DataConfig, bucket: str | None) -> DataConfig:
-    """``data`` at the size of ``bucket``; as it is without one."""
+def at_bucket_size(data: DataConfig, bucket: str | None) -> DataConfig:
+    """Return ``data`` at the size of ``bucket``; unchanged without a bucket."""
     if bucket is None:
         return data
-    frames, height, width = size_of(bucket)
+    frames, height, width = parse_bucket(bucket)
     return replace(data, frames=frames, height=height, width=width)
 
 
-def assign(path: Path, data: DataConfig) -> str:
-    """The bucket of the clip at ``path``. Raises :class:`ClipError` for a clip that cannot be read or fits none."""
-    return choose(look(path), data)
+def assign_bucket(path: Path, data: DataConfig) -> str:
+    """Return the bucket of the clip at ``path``.
+
+    Raises :class:`ClipError` for a clip that cannot be read or fits none.
+    """
+    return choose_bucket(inspect_clip(path), data)
 
 
-def choose(seen: Look, data: DataConfig) -> str:
-    """The bucket for a clip: of those whose frames it has, the one that least of the picture is cut off for; where that differs by less
-    than a percent, the one with the most frames; then the largest that it is not scaled up for. Raises :class:`ClipError`."""
-    candidates = [bucket for bucket in data.buckets if seen.holds(size_of(bucket)[0], data.fps)]
+def choose_bucket(clip: ClipProperties, data: DataConfig) -> str:
+    """Return the bucket for a clip. Raises :class:`ClipError` when none fits.
+
+    Of the buckets whose frames the clip has, it is the one that cuts off the least of the picture; within one percent,
+    the one with the most frames; then the largest for which the clip is not scaled up.
+    """
+    candidates = [bucket for bucket in data.buckets if clip.scan.holds(parse_bucket(bucket)[0], data.fps)]
     if not candidates:
-        shortest = min(size_of(bucket)[0] for bucket in data.buckets)
+        shortest = min(parse_bucket(bucket)[0] for bucket in data.buckets)
         raise ClipError(
-            f"too short for every bucket: has {seen.seconds:.2f} s, the shortest takes {shortest / data.fps:.2f} s "
+            f"too short for every bucket: has {clip.seconds:.2f} s, the shortest takes {shortest / data.fps:.2f} s "
             f"({shortest} frames at {data.fps:g} a second)"
         )
     if data.resize == "none":
-        candidates = [one for one in candidates if size_of(one)[1] <= seen.height and size_of(one)[2] <= seen.width]
+        candidates = [
+            bucket
+            for bucket in candidates
+            if parse_bucket(bucket)[1] <= clip.height and parse_bucket(bucket)[2] <= clip.width
+        ]
         if not candidates:
-            raise ClipError(f"too small for every bucket with data.resize=none: {seen.width}x{seen.height}")
-    return min(candidates, key=lambda bucket: _cost(seen, size_of(bucket), data.resize))
+            raise ClipError(f"too small for every bucket with data.resize=none: {clip.width}x{clip.height}")
+    return min(candidates, key=lambda bucket: _cost(clip, parse_bucket(bucket), data.resize))
 
 
-def _cost(seen: Look, size: Size, resize: str) -> tuple[float, int, bool, int]:
+def _cost(clip: ClipProperties, size: Size, resize: str) -> tuple[float, int, bool, int]:
     frames, height, width = size
     if resize == "none":
-        lost = 1 - height * width / (seen.height * seen.width)
+        lost = 1 - height * width / (clip.height * clip.width)
     else:
-        # What "cover" cuts off; for "stretch" as good a measure of what is distorted.
-        lost = 1 - math.exp(-abs(math.log(seen.height * width / (seen.width * height))))
-    upscaled = height > seen.height or width > seen.width
+        # The share that "cover" cuts off; for "stretch" it measures the distortion.
+        lost = 1 - math.exp(-abs(math.log(clip.height * width / (clip.width * height))))
+    upscaled = height > clip.height or width > clip.width
     return round(lost, 2), -frames, upscaled, height * width if upscaled else -height * width
 
 
-def in_order(buckets: Sequence[str]) -> list[str]:
-    """Distinct ``buckets``, those with the longest sequences first."""
-    return sorted(set(buckets), key=lambda bucket: (-math.prod(size_of(bucket)), bucket))
+def longest_first(buckets: Sequence[str]) -> list[str]:
+    """Return the distinct ``buckets``, those with the longest sequences first."""
+    return sorted(set(buckets), key=lambda bucket: (-math.prod(parse_bucket(bucket)), bucket))

@@ -1,4 +1,4 @@
-"""Which clips a folder holds, and what their captions are: the four layouts in use around CogVideoX."""
+"""Read the list of clips and captions of a folder, in the four layouts that are in use around CogVideoX."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cogflow.errors import DataError
 from cogflow.files.paths import contained
@@ -19,12 +20,12 @@ LAYOUTS = """a folder of clips has one of:
     prompts.txt and videos.txt    one caption and one path a line, line by line together
     videos/ and labels/    labels/<name>.txt holds the caption of videos/<name>.mp4"""
 
-_SHOWN = 10
+_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One clip of the index: where it lies, its caption, and its name (the path inside the folder, with forward slashes)."""
+    """One clip of the index: its path, its caption, and its name (the path inside the folder, with forward slashes)."""
 
     path: Path
     text: str
@@ -32,11 +33,11 @@ class ClipEntry:
 
 
 def read_index(folder: Path) -> list[ClipEntry]:
-    """The clips of ``folder`` in the order its index names them.
+    """Return the clips of ``folder`` in the order of its index.
 
-    A named file need not exist or be a video: that is found when it is read. Raises :class:`DataError` that lists every
-    problem of the index itself: none or several layouts, a bad line, no caption, another kind of file, a path that
-    leaves the folder, a clip named twice with one caption.
+    Files are not opened: a file may be missing or no video. Raises :class:`DataError` that lists every problem of the
+    index itself: none or several layouts, a bad line, no caption, another kind of file, a path that leaves the folder,
+    a clip named twice with the same caption.
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -47,7 +48,7 @@ def read_index(folder: Path) -> list[ClipEntry]:
     if len(found) > 1:
         raise DataError(
             f"{folder} holds more than one list of clips: {'; '.join(found)}",
-            "keep the one that is meant and move the rest away",
+            "keep one of them and move the others away",
         )
     return _collect(folder, found[0], _READERS[found[0]][1](folder))
 
@@ -73,10 +74,10 @@ def _collect(folder: Path, layout: str, rows: Iterator[tuple[str, str, str]]) ->
             except DataError as error:
                 problems.append(f"{where}: {error.message}")
     if problems:
-        more = f"\n    and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        more = f"\n    and {len(problems) - _EXAMPLES} more" if len(problems) > _EXAMPLES else ""
         raise DataError(
             f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} in {layout} of {folder}:\n    "
-            + "\n    ".join(problems[:_SHOWN])
+            + "\n    ".join(problems[:_EXAMPLES])
             + more,
             f"each clip needs a caption and a path below {folder}; {' '.join(EXTENSIONS)} are read",
         )
@@ -96,7 +97,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _columns(path: Path, where: str, row: dict, number: int) -> tuple[str, str, str]:
+def _columns(path: Path, where: str, row: dict[str, Any], number: int) -> tuple[str, str, str]:
     missing = [key for key in ("file_name", "text") if key not in row]
     if missing:
         raise DataError(
@@ -113,7 +114,7 @@ def _columns(path: Path, where: str, row: dict, number: int) -> tuple[str, str, 
 
 def _jsonl(folder: Path) -> Iterator[tuple[str, str, str]]:
     path = folder / "metadata.jsonl"
-    # Not splitlines(): it also splits at characters that JSON allows inside a string.
+    # splitlines() also splits at characters that JSON allows inside a string.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -172,7 +173,7 @@ def _labels(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _guess(folder: Path) -> str:
-    """What may have been meant, from what is there."""
+    """Return a hint at the intended folder or file, from what is there."""
     halves = [name for name in ("prompts.txt", "videos.txt", "videos", "labels") if (folder / name).exists()]
     if halves:
         return f"\n  here is only {' and '.join(halves)}"

@@ -1,43 +1,62 @@
-"""From a video file to the frames a model trains on: checked, resampled in time, resized, cropped. Deterministic."""
+"""Read the frames that a model trains on from a video file: checked, resampled in time, resized, cropped.
+Deterministic.
+
+Frames are resized by torch's antialiased bicubic interpolation. An exact reimplementation by matrix products, with the
+same bytes, read whole clips of 49 frames from 1920x1080 to 480x720 only 1.22 to 1.24 times as fast (medians of 6 pairs,
+one CPU core), so torch does the work.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from torch.nn import functional
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data import decode
-from cogflow.data.packet_scan import TOLERANCE, ClipError, Scan, as_clip_errors, file_size
-from cogflow.data.resize import Geometry, resize
-from cogflow.data.video import ToPlanes
+from cogflow.data.video import PlaneConverter
+from cogflow.data.video_decoding import (
+    TOLERANCE,
+    ClipError,
+    IncompleteError,
+    PacketScan,
+    as_clip_errors,
+    decode_all,
+    decode_needed,
+    file_size,
+    open_video,
+)
 from cogflow.files.hashing import hash_file
 
 VERSION = 1
 """Raised when the same file and settings would give other frames; part of each cached clip's key."""
 
-SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "seed")
-"""The fields of :class:`DataConfig` that decide what :func:`read_clip` returns."""
+CLIP_SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "seed")
+"""The fields of :class:`DataConfig` on which the result of :func:`read_clip` depends."""
 
-_KEPT = 4  # frames kept at their own size, evenly spread
+_SOURCE_FRAMES = 4  # frames that are kept at their own size, evenly spread
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """``frames`` is uint8 ``[T, H, W, 3]`` sRGB, by planes in memory. ``source_size`` is (height, width) as displayed, ``source_fps`` the
-    mean rate.
+    """Frames of one clip, uint8 sRGB.
 
-    ``source``: a few of the same frames before they were resized, uint8 ``[K, h, w, 3]``; ``source_at``: their places in ``frames``.
+    ``frames``: ``[T, H, W, 3]``, stored plane by plane. ``source``: some of the same frames before resizing, ``[K, h,
+    w, 3]``; ``source_at``: their places in ``frames``. ``source_size``: (height, width) as displayed. ``source_fps``:
+    mean frame rate.
     """
 
     frames: torch.Tensor
-    source_size: tuple[int, int]
+    source_size: Size
     source_fps: float
     source_frames: int
     upscaled: bool
@@ -46,46 +65,47 @@ class Clip:
 
 
 def read_clip(path: Path, data: DataConfig, content: str | None = None) -> Clip:
-    """``data.frames`` frames of the video at ``data.fps``, each ``data.height`` x ``data.width``.
+    """Return ``data.frames`` frames of the video at ``data.fps``, each ``data.height`` x ``data.width``.
 
-    For each wanted time the newest frame at or before it is taken, by the frames' own time stamps (so a variable rate
-    is no special case). Sizes change by antialiased bicubic interpolation. ``content`` is the SHA-256 of the file
-    where it is already known; random windows and crops follow from it. Raises :class:`ClipError`.
+    For each wanted time the newest frame at or before it is taken, by the frames' own time stamps, so variable rates
+    need no special case. ``content``: the SHA-256 of the file where it is already known; it seeds random windows and
+    crops. Raises :class:`ClipError`.
     """
     size = file_size(path)
     if content is None and "random" in (data.crop, data.window):
         content = hash_file(path)
     with as_clip_errors(), ExitStack() as stack:
-        file = decode.opened(path, size, stack)
+        file = open_video(path, size, stack)
         scan = file.scan
-        start = window_start(scan, data, content or "")
-        wanted = start + np.arange(data.frames) / data.fps
+        wanted = window_start(scan, data, content or "") + np.arange(data.frames) / data.fps
         try:
-            picked = _pick(decode.few(file, wanted), len(wanted), data, content or "")
-        except (decode.Incomplete, av.error.FFmpegError):
-            picked = _pick(decode.all_(file, wanted), len(wanted), data, content or "")
-    own = (picked.source[0].shape[0], picked.source[0].shape[1])
-    upscaled = any(after > before for after, before in zip(scaled_size(own, data), own, strict=True))
-    source = torch.from_numpy(np.stack(picked.source))
+            picked = _pick_frames(decode_needed(file, wanted), data, content or "")
+        except (IncompleteError, av.error.FFmpegError):
+            picked = _pick_frames(decode_all(file, wanted), data, content or "")
+    source_size = (picked.source[0].shape[0], picked.source[0].shape[1])
+    scaled = scaled_size(source_size, data)
     return Clip(
-        picked.frames.permute(1, 2, 3, 0), own, scan.fps, len(scan.times), upscaled, source, tuple(picked.places)
+        frames=picked.frames.permute(1, 2, 3, 0),
+        source_size=source_size,
+        source_fps=scan.fps,
+        source_frames=len(scan.times),
+        upscaled=any(after > before for after, before in zip(scaled, source_size, strict=True)),
+        source=torch.from_numpy(np.stack(picked.source)),
+        source_at=tuple(picked.places),
     )
 
 
-def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{purpose}/{data.seed}/{content}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+def window_start(scan: PacketScan, data: DataConfig, content: str) -> float:
+    """Return the time in seconds of the first wanted frame; it is the time stamp of a real frame.
 
-
-def window_start(scan: Scan, data: DataConfig, content: str) -> float:
-    """When the first wanted frame is shown; always the time of a real frame."""
+    Raises :class:`ClipError`.
+    """
     span = (data.frames - 1) / data.fps
     first, last = float(scan.times[0]), float(scan.times[-1])
     if not scan.holds(data.frames, data.fps):
         needs = data.frames / data.fps
-        raise ClipError(
-            f"too short: has {scan.end - first:.2f} s, needs {needs:.2f} s ({data.frames} frames at {data.fps:g} a second)"
-        )
+        wanted = f"{data.frames} frames at {data.fps:g} a second"
+        raise ClipError(f"too short: has {scan.end - first:.2f} s, needs {needs:.2f} s ({wanted})")
     slack = max(0.0, last - first - span)
     share = {"start": 0.0, "center": 0.5}.get(data.window)
     if share is None:
@@ -94,34 +114,46 @@ def window_start(scan: Scan, data: DataConfig, content: str) -> float:
     return float(scan.times[np.searchsorted(scan.times, at + TOLERANCE, side="right") - 1])
 
 
+def _rng(data: DataConfig, content: str, purpose: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{purpose}/{data.seed}/{content}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
 @dataclass
-class _Picked:
-    """The clip's frames, uint8 ``[3, T, H, W]`` as the VAE takes them, and a few of them as they were, ``[h, w, 3]``, with their places."""
+class _PickedFrames:
+    """``frames``: uint8 ``[3, T, H, W]``.
+
+    ``source``: some frames at their own size, ``[h, w, 3]``, from ``places`` of the clip.
+    """
 
     frames: torch.Tensor
-    source: list[np.ndarray]
-    places: list[int]
+    source: list[np.ndarray] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
 
-def _pick(frames: Iterator[tuple[av.VideoFrame, int]], total: int, data: DataConfig, content: str) -> _Picked:
-    """Each frame is shrunk at once: a long 4K clip never lies in memory."""
-    keep = set(np.linspace(0, total - 1, min(total, _KEPT)).round().astype(int).tolist())
-    picked = _Picked(torch.empty(3, total, data.height, data.width, dtype=torch.uint8), [], [])
-    to_planes, size, done = ToPlanes(), None, 0
+def _pick_frames(frames: Iterator[tuple[av.VideoFrame, int]], data: DataConfig, content: str) -> _PickedFrames:
+    """Convert and resize ``frames`` one by one, so that a long 4K clip is never in memory as a whole.
+
+    Raises :class:`ClipError`.
+    """
+    total = data.frames
+    keep = set(np.linspace(0, total - 1, min(total, _SOURCE_FRAMES)).round().astype(int).tolist())
+    picked = _PickedFrames(torch.empty(3, total, data.height, data.width, dtype=torch.uint8))
+    to_planes = PlaneConverter()
+    size: tuple[int, ...] | None = None
+    done = 0
     for frame, count in frames:
         if frame.is_corrupt:
             raise ClipError("damaged: a frame does not decode")
         planes = to_planes(frame)
-        if size is None:
-            size = planes[0].shape
-        elif size != planes[0].shape:
-            raise ClipError(
-                f"frames change their size from {size[1]}x{size[0]} to {planes[0].shape[1]}x{planes[0].shape[0]}"
-            )
+        shape = planes[0].shape
+        if size is not None and size != shape:
+            raise ClipError(f"frames change their size from {size[1]}x{size[0]} to {shape[1]}x{shape[0]}")
+        size = shape
         if here := keep.intersection(range(done, done + count)):
             picked.source.append(np.stack(planes, axis=-1))
             picked.places.append(min(here))
-        fit(planes, data, content, picked.frames[:, done])
+        fit_frame(planes, data, content, picked.frames[:, done])
         picked.frames[:, done + 1 : done + count] = picked.frames[:, done : done + 1]
         done += count
     if done < total:
@@ -129,8 +161,27 @@ def _pick(frames: Iterator[tuple[av.VideoFrame, int]], total: int, data: DataCon
     return picked
 
 
-def scaled_size(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
-    """Height and width after resizing and before cropping."""
+def fit_frame(planes: Sequence[np.ndarray], data: DataConfig, content: str, out: torch.Tensor) -> None:
+    """Resize and crop the three ``planes`` of a frame, uint8 ``[h, w]``, into ``out``, uint8 ``[3, data.height,
+    data.width]``."""
+    size = (planes[0].shape[0], planes[0].shape[1])
+    scaled = scaled_size(size, data)
+    down, right = crop_corner(scaled, data, content)
+    rows, columns = slice(down, down + data.height), slice(right, right + data.width)
+    if scaled == size:
+        for plane, target in zip(planes, out, strict=True):
+            target.copy_(torch.from_numpy(plane[rows, columns]))
+        return
+    frame = torch.stack([torch.from_numpy(plane) for plane in planes]).float()
+    resized = functional.interpolate(frame[None], size=scaled, mode="bicubic", antialias=True, align_corners=False)[0]
+    out.copy_(resized[:, rows, columns].round_().clamp_(0, 255))
+
+
+def scaled_size(size: Size, data: DataConfig) -> Size:
+    """Return height and width after resizing and before cropping.
+
+    Raises :class:`ClipError` with ``data.resize=none``.
+    """
     height, width = size
     if data.resize == "stretch":
         return data.height, data.width
@@ -142,15 +193,8 @@ def scaled_size(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
     return max(data.height, round(height * scale)), max(data.width, round(width * scale))
 
 
-def fit(planes: Sequence[np.ndarray], data: DataConfig, content: str, out: torch.Tensor) -> None:
-    """Resize and crop the three ``planes`` of a picture, uint8 ``[h, w]``, into ``out``, uint8 ``[3, data.height, data.width]``."""
-    size = (planes[0].shape[0], planes[0].shape[1])
-    scaled = scaled_size(size, data)
-    resize(planes, Geometry(size, scaled, corner(scaled, data, content), (data.height, data.width)), out)
-
-
-def corner(scaled: tuple[int, int], data: DataConfig, content: str) -> tuple[int, int]:
-    """Where the crop begins (rows from the top, columns from the left) in a frame that was resized to ``scaled``."""
+def crop_corner(scaled: Size, data: DataConfig, content: str) -> tuple[int, int]:
+    """Return row and column of the upper left corner of the crop in a frame of the size ``scaled``."""
     height, width = scaled
     if data.crop == "random":
         rng = _rng(data, content, "crop")

@@ -1,9 +1,16 @@
-"""The work of preparing: content hashes, captions through the text encoder, clips through the VAE, and what was unreadable."""
+"""Encode clips through the VAE and captions through the text encoder into shards, and collect unreadable clips.
+
+Image-to-video training also needs a clip's first frame with noise. SAT (``add_noise_to_first_frame`` in
+sat/diffusion_video.py of zai-org/CogVideo) draws new noise at each step; the VAE is not loaded in training, so here
+each step draws one of a fixed number of noised frames that are encoded ahead. All of them are functions of the clip's
+content.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,41 +20,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data import buckets, clips, first_frame, softness
-from cogflow.data.cache_shards import ShardWriter
+from cogflow.data import clips, softness
+from cogflow.data.buckets import assign_bucket, at_bucket_size
 from cogflow.data.clip_index import ClipEntry
+from cogflow.data.clips import Clip, read_clip
+from cogflow.data.latent_cache import CLIPS, FIRST_FRAME, TEXTS, ShardWriter, first_frame_names
+from cogflow.data.video_decoding import ClipError
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.atomic_write import write_text
 from cogflow.files.hashing import hash_file
+from cogflow.models.transformer_inputs import SIGMA_MEAN, SIGMA_STD
 from cogflow.records.cache_records import ClipMeasurement, StoredClip
 from cogflow.sharpness.metrics import measure
 
 QUARANTINE = "quarantine.jsonl"
-CLIPS, TEXTS = "clips", "texts"
-"""Kinds of shards: ``<clip key>.mean`` and ``.logvar``; ``<caption key>.embeds``."""
 
 TEXT_VERSION = 1
-_MOST_AT_ONCE = 8  # clips in the making, each some 100 MB at 49x480x720
-_SHOWN = 5
+"""Raised when the same caption would give other embeddings; part of each caption's key."""
+FIRST_FRAME_VERSION = 1
+"""Raised when the same first frame would give other tensors; part of the key of each clip for image to video."""
+
+_MOST_AT_ONCE = 8  # clips that are decoded at a time, each some 100 MB at 49x480x720
+_EXAMPLES = 5
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     def advance(self, n: int = 1, note: str = "") -> None: ...
 
 
-Report = Callable[[int, str], AbstractContextManager[Bar]]
-"""Opens a progress bar: (total, description)."""
+OpenProgress = Callable[[int, str], AbstractContextManager[ProgressBar]]
+"""(total, description) -> an open progress bar."""
 
 Embed = Callable[[Sequence[str]], torch.Tensor]
-"""Captions to embeddings ``[N, L, D]``."""
+"""Captions -> embeddings ``[N, L, D]``."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """One clip of the index with the hash of its bytes and its bucket where there are any, or the reason why it has none."""
+class SourceClip:
+    """One clip of the index with the hash of its bytes (``content``) and its bucket, or the ``reason`` why it cannot be
+    read.
+
+    ``stamp``: size and modification time of the file when it was hashed.
+    """
 
     entry: ClipEntry
     content: str | None
@@ -56,17 +74,18 @@ class Item:
     bucket: str | None = None
 
 
-def read_item(entry: ClipEntry, data: DataConfig) -> Item:
+def read_source_clip(entry: ClipEntry, data: DataConfig) -> SourceClip:
+    """Hash the file of ``entry`` and choose its bucket."""
     try:
         stamp = _stamp(entry.path)
-        bucket = buckets.assign(entry.path, data) if data.buckets else None
-        return Item(entry, hash_file(entry.path), stamp, None, bucket)
-    except clips.ClipError as error:
-        return Item(entry, None, None, error.reason)
+        bucket = assign_bucket(entry.path, data) if data.buckets else None
+        return SourceClip(entry, hash_file(entry.path), stamp, None, bucket)
+    except ClipError as error:
+        return SourceClip(entry, None, None, error.reason)
     except FileNotFoundError:
-        return Item(entry, None, None, "the file is missing")
+        return SourceClip(entry, None, None, "the file is missing")
     except OSError as error:
-        return Item(entry, None, None, f"cannot be read: {error.strerror}")
+        return SourceClip(entry, None, None, f"cannot be read: {error.strerror}")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -75,83 +94,91 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def digest(*parts: Any) -> str:
+    """Return the SHA-256 over JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def clip_settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that shape a clip's frames; the seed only where something is random."""
-    settings = {name: getattr(data, name) for name in clips.SETTINGS}
+    """Return the settings that shape a clip's frames; the seed only where a choice is random."""
+    settings = {name: getattr(data, name) for name in clips.CLIP_SETTINGS}
     if "random" not in (data.crop, data.window):
         del settings["seed"]
     return settings
 
 
 def clip_key(content: str, data: DataConfig, vae_hash: str, images: int = 0) -> str:
-    """``images``: noised first frames that are stored beside the clip; none for text to video."""
-    more = [["first frame", first_frame.VERSION, images]] if images else []
+    """Return the key of a clip's tensors.
+
+    ``images``: noised first frames that are stored with it; 0 for text to video.
+    """
+    more = [["first frame", FIRST_FRAME_VERSION, images]] if images else []
     return digest("clip", clips.VERSION, content, clip_settings(data), vae_hash, *more)
 
 
 def text_key(text: str, text_hashes: Mapping[str, str], max_length: int) -> str:
+    """Return the key of a caption's embedding."""
     return digest("text", TEXT_VERSION, text, dict(text_hashes), max_length)
 
 
 class Quarantine:
-    """Unreadable clips by name, with the reason, and the bound on how many there may be."""
+    """Unreadable clips by name, with the reason, and the limit on their number."""
 
     def __init__(self, data: DataConfig, total: int, file: Path) -> None:
         self.rows: dict[str, str] = {}
+        self.data = data
         self._total, self._file = total, file
-        self._share = data.max_bad_share
         self._allowed = int(data.max_bad_share * total + 1e-9)
 
     def add(self, name: str, reason: str) -> None:
-        """Note a clip. Raises :class:`DataError` when there are more than ``data.max_bad_share`` allows."""
+        """Add a clip. Raises :class:`DataError` when there are more than ``data.max_bad_share`` allows."""
         self.rows[name] = reason
         if len(self.rows) > self._allowed:
-            limit = f"data.max_bad_share={self._share:g} allows {self._allowed}"
+            limit = f"data.max_bad_share={self.data.max_bad_share:g} allows {self._allowed}"
             raise self.stop(f"{len(self.rows)} of {self._total} clips are unreadable so far; {limit}")
 
     def stop(self, message: str) -> DataError:
-        """The error that ends the run, with examples; the full list is written first."""
+        """Write the full list and return the error that ends the run, with examples."""
         self.write()
-        examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_SHOWN])
+        examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_EXAMPLES])
         return DataError(
             message + examples, f"mend or remove them (all are in {self._file}), or raise data.max_bad_share"
         )
 
     def write(self) -> None:
-        """One JSON object a line, name and reason; no file when there is nothing to list."""
+        """Write one JSON object per line, with name and reason; remove the file when there is nothing to list."""
         if self.rows:
-            write_text(
-                self._file, "".join(json.dumps({"name": n, "reason": r}) + "\n" for n, r in sorted(self.rows.items()))
-            )
+            lines = [json.dumps({"name": name, "reason": reason}) for name, reason in sorted(self.rows.items())]
+            write_text(self._file, "".join(f"{line}\n" for line in lines))
         else:
             self._file.unlink(missing_ok=True)
 
 
-def probe(items: Sequence[Item], data: DataConfig, quarantine: Quarantine) -> None:
-    """Find one clip that can be read among the first ``data.max_bad_in_a_row``, before any model is loaded.
+def require_readable_clip(items: Sequence[SourceClip], quarantine: Quarantine) -> None:
+    """Check that one of the first ``data.max_bad_in_a_row`` clips can be read, before any model is loaded.
 
-    Raises :class:`DataError` when there is none: a wholly bad set ends in seconds.
+    Raises :class:`DataError` when none can: an unreadable set ends in seconds.
     """
+    data = quarantine.data
     first = items[: max(1, data.max_bad_in_a_row)]
     for item in first:
         reason = item.reason
         if reason is None:
             try:
-                clips.read_clip(item.entry.path, buckets.sized(data, item.bucket), item.content)
+                read_clip(item.entry.path, at_bucket_size(data, item.bucket), item.content)
                 return
-            except clips.ClipError as error:
+            except ClipError as error:
                 reason = error.reason
         quarantine.rows[item.entry.name] = reason
     raise quarantine.stop(f"none of the first {len(first)} clips can be read")
 
 
 def encode_captions(
-    texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, *, batch: int, shard: int, report: Report
+    texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, *, batch: int, shard: int, report: OpenProgress
 ) -> None:
-    """Embed ``texts`` (caption by key) into shards of ``folder``. The encoder is loaded only when there is work, and freed after."""
+    """Embed ``texts`` (caption by key) into shards of ``folder``.
+
+    The encoder is loaded only when there is work, and freed after.
+    """
     if not texts:
         return
     embed = load()
@@ -161,7 +188,7 @@ def encode_captions(
             some = keys[start : start + batch]
             for key, embeds in zip(some, embed([texts[key] for key in some]), strict=True):
                 _check_finite(embeds, "text encoder", f"caption {texts[key]!r}")
-                # A clone, since a view would keep and write the whole batch.
+                # A view would keep and write the whole batch.
                 writer.add(key, {"embeds": embeds.clone()})
             bar.advance(len(some))
     del embed
@@ -169,9 +196,16 @@ def encode_captions(
         torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class ClipWork:
+    """Clips to encode by key, and all names in the index of each key: several files may have the same content."""
+
+    clips: Mapping[str, SourceClip]
+    names: Mapping[str, Sequence[str]]
+
+
 def encode_clips(
-    items: Mapping[str, Item],
-    names: Mapping[str, Sequence[str]],
+    work: ClipWork,
     load: Callable[[], Any],
     folder: Path,
     data: DataConfig,
@@ -179,70 +213,111 @@ def encode_clips(
     *,
     images: int,
     shard: int,
-    report: Report,
+    report: OpenProgress,
 ) -> None:
-    """Encode ``items`` (by clip key) one by one into shards of ``folder``; unreadable ones go to ``quarantine``.
+    """Encode the clips of ``work`` one by one into shards of ``folder``; add unreadable ones to ``quarantine``.
 
-    ``names`` are the index's names of each key: several files may have one content. The VAE is loaded only when there
-    is work. Clips are decoded a little ahead, in threads. ``images``: noised first frames to encode besides, for image to video.
+    The VAE is loaded only when there is work. Clips are decoded a little ahead, in threads. ``images``: noised first
+    frames to encode with each clip, for image to video.
     """
-    if not items:
+    if not work.clips:
         return
     vae = load()
-    # Keys are hashes: the smallest are a sample of the clips that no order of theirs can shape.
-    compared = set(sorted(items)[: softness.RESAMPLED])
-    with report(len(items), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
-        for key, item, clip, measurement in _decoded(items, data, compared):
+    # Keys are hashes, so the smallest are a random sample of the clips, whatever their order.
+    compared = set(sorted(work.clips)[: softness.RESAMPLED])
+    with report(len(work.clips), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
+        for key, item, clip, measurement in _decoded(work.clips, data, compared):
             if item.stamp != _stamp_or_none(item.entry.path):
                 raise DataError(
                     f"{item.entry.path} changed while it was prepared",
                     "run the command again when the clips are at rest",
                 )
-            if isinstance(clip, clips.ClipError):
-                for name in names[key]:
+            if isinstance(clip, ClipError):
+                for name in work.names[key]:
                     quarantine.add(name, clip.reason)
                 bar.advance(1, "skipped")
                 continue
-            mean, logvar = encode_frames(vae, clip.frames)
-            _check_finite(mean, "VAE", item.entry.name)
-            if measurement is not None:
-                measurement = replace(measurement, metrics=measure(clip.frames.to(vae.device)))
-            stored = StoredClip(clip.upscaled, clip.source_size, clip.source_fps, clip.source_frames, measurement)
-            tensors = {"mean": mean, "logvar": logvar}
-            if images:
-                tensors |= first_frame.encode(vae, clip.frames[0], item.content or "", images)
+            tensors, stored = _encode_clip(vae, item, clip, measurement, images)
             writer.add(key, tensors, stored)
             bar.advance(1)
 
 
+def _encode_clip(
+    vae: Any, item: SourceClip, clip: Clip, measurement: ClipMeasurement | None, images: int
+) -> tuple[dict[str, torch.Tensor], StoredClip]:
+    """Return the tensors to store for one clip, and its record with the metrics of its frames."""
+    mean, logvar = encode_frames(vae, clip.frames)
+    _check_finite(mean, "VAE", item.entry.name)
+    if measurement is not None:
+        measurement = replace(measurement, metrics=measure(clip.frames.to(vae.device)))
+    stored = StoredClip(clip.upscaled, clip.source_size, clip.source_fps, clip.source_frames, measurement)
+    tensors = {"mean": mean, "logvar": logvar}
+    if images:
+        tensors |= encode_first_frame(vae, clip.frames[0], item.content or "", images)
+    return tensors, stored
+
+
 @torch.no_grad()
+def encode_moments(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and log variance of ``pixels`` ``[1, 3, T, H, W]`` in [-1, 1] on the VAE's device: fp32 ``[16, t, h,
+    w]`` on the CPU."""
+    posterior = vae.encode(pixels).latent_dist
+    return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
+
+
 def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t, h, w]``, not scaled."""
-    return first_frame.moments(vae, pixels(frames, vae.device, vae.dtype))
+    """Return mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t,
+    h, w]``, not scaled."""
+    return encode_moments(vae, vae_input(frames, vae.device, vae.dtype))
 
 
-def pixels(frames: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 frames ``[T, H, W, 3]`` as a VAE takes them: ``[1, 3, T, H, W]`` in [-1, 1]."""
+def vae_input(frames: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return uint8 frames ``[T, H, W, 3]`` as a VAE takes them: ``[1, 3, T, H, W]`` in [-1, 1]."""
     return frames.to(device).permute(3, 0, 1, 2)[None].to(dtype).div_(127.5).sub_(1.0)
 
 
-Decoded = tuple[clips.Clip | clips.ClipError, ClipMeasurement | None]
-"""A clip and its measurement."""
+def encode_first_frame(vae: Any, frame: torch.Tensor, content: str, variants: int) -> dict[str, torch.Tensor]:
+    """Return the tensors to store for a first frame (uint8 ``[H, W, 3]``) of a clip with the hash ``content``.
+
+    These are the frame itself and, for each variant, mean and log variance with noise, fp32 ``[16, 1, h, w]``, not
+    scaled.
+    """
+    tensors = {FIRST_FRAME: frame.clone()}
+    for variant in range(variants):
+        noisy = add_first_frame_noise(frame, content, variant)
+        moments = encode_moments(vae, noisy[None, :, None].to(vae.device, vae.dtype))
+        tensors |= dict(zip(first_frame_names(variant), moments, strict=True))
+    return tensors
+
+
+def add_first_frame_noise(frame: torch.Tensor, content: str, variant: int) -> torch.Tensor:
+    """Return ``frame`` (uint8 ``[H, W, 3]``) as fp32 ``[3, H, W]`` in [-1, 1], plus normal noise of a log-normal scale."""
+    seed = hashlib.sha256(f"first frame/{variant}/{content}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(seed[:8], "big"))
+    sigma = math.exp(rng.normal(SIGMA_MEAN, SIGMA_STD))
+    pixels = frame.permute(2, 0, 1).float() / 127.5 - 1.0
+    return pixels + sigma * torch.from_numpy(rng.standard_normal(tuple(pixels.shape), dtype=np.float32))
+
+
+DecodedClip = tuple[Clip | ClipError, ClipMeasurement | None]
+"""A clip, or why it cannot be read, and its measurement."""
 
 
 def _decoded(
-    items: Mapping[str, Item], data: DataConfig, compared: set[str]
-) -> Iterator[tuple[str, Item, clips.Clip | clips.ClipError, ClipMeasurement | None]]:
-    def read(key: str, item: Item) -> Decoded:
-        at_size = buckets.sized(data, item.bucket)
+    items: Mapping[str, SourceClip], data: DataConfig, compared: set[str]
+) -> Iterator[tuple[str, SourceClip, Clip | ClipError, ClipMeasurement | None]]:
+    """Yield ``items`` in order with their decoded clips; as many as fit the cores are decoded ahead."""
+
+    def read(key: str, item: SourceClip) -> DecodedClip:
+        at_size = at_bucket_size(data, item.bucket)
         try:
-            clip = clips.read_clip(item.entry.path, at_size, item.content)
-        except clips.ClipError as error:
+            clip = read_clip(item.entry.path, at_size, item.content)
+        except ClipError as error:
             return error, None
         return clip, softness.measure_softness(clip, at_size, item.content or "", resampled=key in compared)
 
-    ahead: deque[tuple[str, Item, Future[Decoded]]] = deque()
-    count = at_once()
+    ahead: deque[tuple[str, SourceClip, Future[DecodedClip]]] = deque()
+    count = clips_at_once()
     with clip_threads(count) as pool:
         try:
             for key, item in items.items():
@@ -258,20 +333,20 @@ def _decoded(
                 waiting.cancel()
 
 
-def at_once() -> int:
-    """Clips that are decoded at a time: one for each core of this rank."""
+def clips_at_once() -> int:
+    """Return the number of clips that are decoded at a time: one for each core of this rank."""
     return max(2, min(_MOST_AT_ONCE, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @contextmanager
 def clip_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that torch does not divide further: the clips themselves fill the cores."""
+    """Provide ``count`` threads, in each of which torch uses one thread: the clips themselves fill the cores."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, "clips", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        # What a thread sets is its own, but threads that are started later take the number that was set last.
+        # A thread sets only its own number, but threads that start later take the number that was set last.
         torch.set_num_threads(threads)
 
 

@@ -1,8 +1,8 @@
-"""Encode clips and captions once, keyed by content: what is unchanged is reused, what changed is encoded again.
+"""Encode clips and captions once, keyed by content: reuse what is unchanged, encode what changed.
 
-A clip's tensors are named after the hash of its bytes, of the settings that shape its frames and of the VAE; a caption's
-after its text and the text encoder. A changed clip, caption, setting or encoder is therefore another name, and a stale
-tensor cannot be found. Shards are published as they fill, so a killed run goes on where it stopped.
+A clip's tensors have a key: the hash of the file's bytes, of the settings that shape its frames and of the VAE. A
+caption's key hashes its text and the text encoder. A changed clip, caption, setting or encoder has another key, so
+outdated tensors cannot be found. Shards are published as they fill, so a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ import av
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
 from cogflow.config.train_settings import PrepareStage
-from cogflow.data import buckets, cache, cache_shards, softness
+from cogflow.data import latent_cache
+from cogflow.data.buckets import at_bucket_size
 from cogflow.data.clip_index import read_index
-from cogflow.data.clips import SETTINGS
+from cogflow.data.clips import CLIP_SETTINGS
 from cogflow.data.encode import (
-    CLIPS,
     QUARANTINE,
-    TEXTS,
+    ClipWork,
     Embed,
-    Item,
+    OpenProgress,
     Quarantine,
-    Report,
+    SourceClip,
     clip_key,
     digest,
     encode_captions,
     encode_clips,
-    probe,
-    read_item,
+    read_source_clip,
+    require_readable_clip,
     text_key,
 )
+from cogflow.data.latent_cache import CLIPS, TEXTS, LatentCache, clips_per_bucket, scan_shards
+from cogflow.data.softness import summarise_softness
 from cogflow.errors import DataError
 from cogflow.files.record_io import read_record, write_record
 from cogflow.records.cache_records import (
@@ -51,11 +53,17 @@ from cogflow.records.cache_records import (
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import enter_phase
 
+_ENOUGH_FPS = 0.99
+"""Share of ``data.fps`` below which a clip counts as slower."""
+
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What is now in ``folder`` and what it took. ``upscaled`` and ``slower`` count usable clips that are smaller than
-    the wanted size or have fewer frames per second; ``warnings`` says so in words."""
+    """Content of ``folder``, and what it took.
+
+    ``upscaled`` and ``slower``: usable clips that are smaller than the wanted size, or have fewer frames per second;
+    ``warnings`` says so in words. ``buckets``: clips to train on by bucket, empty without buckets.
+    """
 
     folder: Path
     clips: int
@@ -70,14 +78,31 @@ class PrepareResult:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     softness: SoftnessRecord = field(default_factory=SoftnessRecord)
-    buckets: dict[str, int] = field(default_factory=dict)  # clips to train on by bucket; empty without buckets
+    buckets: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What the encoded tensors depend on beside the data.
+
+    ``hashes``: "vae" is part of clip keys, all others of caption keys. ``max_length``: tokens of a caption. ``images``:
+    noised first frames to store of each clip, for image to video; 0: none.
+    """
+
+    hashes: Mapping[str, str]
+    max_length: int
+    images: int = 0
+
+    @property
+    def text_hashes(self) -> dict[str, str]:
+        return {name: value for name, value in self.hashes.items() if name != "vae"}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The keys this preparation needs, and ``identity``: equal identities mean that nothing at all has changed."""
+    """The keys that this preparation needs. ``identity``: equal identities mean that nothing has changed."""
 
-    items: list[Item]
+    items: list[SourceClip]
     clip_keys: list[str | None]
     text_keys: list[str]
     empty_key: str
@@ -86,19 +111,27 @@ class _Plan:
     @property
     def texts(self) -> dict[str, str]:
         """Each distinct caption once, by key; the empty one first."""
-        return {self.empty_key: ""} | {
-            key: item.entry.text for key, item in zip(self.text_keys, self.items, strict=True)
-        }
+        pairs = zip(self.text_keys, self.items, strict=True)
+        return {self.empty_key: ""} | {key: item.entry.text for key, item in pairs}
 
-    def by_clip_key(self) -> tuple[dict[str, Item], dict[str, list[str]]]:
-        """One item and all names of each distinct clip."""
-        first: dict[str, Item] = {}
+    def by_clip_key(self) -> ClipWork:
+        """Return one clip and all names of each distinct key."""
+        first: dict[str, SourceClip] = {}
         names: dict[str, list[str]] = {}
         for key, item in zip(self.clip_keys, self.items, strict=True):
             if key is not None:
                 first.setdefault(key, item)
                 names.setdefault(key, []).append(item.entry.name)
-        return first, names
+        return ClipWork(first, names)
+
+
+@dataclass(frozen=True)
+class _Existing:
+    """Keys that the folder holds already, and its index when nothing has changed."""
+
+    clips: set[str]
+    texts: set[str]
+    index: CacheIndex | None
 
 
 def prepare(
@@ -107,122 +140,107 @@ def prepare(
     load_text: Callable[[], Embed],
     folder: Path,
     clips_folder: Path,
-    model_hashes: Mapping[str, str],
-    max_length: int,
-    report: Report,
-    images: int = 0,
+    inputs: EncoderInputs,
+    report: OpenProgress,
 ) -> PrepareResult:
-    """Bring ``folder`` (``<run>/cache``) in line with the clips in ``clips_folder``; ``config.stage`` is the prepare stage.
+    """Bring ``folder`` (``<run>/cache``) in line with the clips in ``clips_folder``. Collective; the work is split over
+    the ranks.
 
-    ``load_vae`` and ``load_text`` are called on a rank only when it has something to encode, first the captions, then
-    the clips, never both models at once. ``model_hashes`` has "vae", which names clips, and whatever else determines
-    the embeddings. ``images``: noised first frames to store of each clip, for image to video; 0: none. Called by every rank of a
-    process group; the work is split over them.
-
-    Raises :class:`DataError` for an index that cannot work, too many unreadable clips, or none that is readable. While
-    the folder does not match the data it has no index, so that training cannot take what it holds.
+    ``load_vae`` and ``load_text`` are called on a rank only when it has something to encode: first the captions, then
+    the clips, never both models at once. Raises :class:`DataError` for an index that cannot work, too many unreadable
+    clips, or none that is readable. While the folder does not match the data it has no index, so that training cannot
+    use it.
     """
     started = time.monotonic()
-    data, options = config.data, config.stage
-    plan = _make_plan(data, clips_folder, model_hashes, max_length, images)
-    known_clips, known_texts, current = ranks.run_on_main(lambda: _survey(folder, plan))
-    if current is not None:
-        return _result(folder, current, 0, 0, started)
+    data, stage = config.data, config.stage
+    plan = _make_plan(data, clips_folder, inputs)
+    existing = ranks.run_on_main(lambda: _survey(folder, plan))
+    if existing.index is not None:
+        return _result(folder, existing.index, 0, 0, started)
 
+    work = plan.by_clip_key()
     quarantine = Quarantine(data, len(plan.items), folder / QUARANTINE)
-    first, names = plan.by_clip_key()
-    for item in plan.items:
-        if item.reason is not None:
-            quarantine.rows[item.entry.name] = item.reason
-    if not known_clips & first.keys():
-        probe(plan.items, data, quarantine)
-    for name, reason in list(quarantine.rows.items()):
-        quarantine.add(name, reason)
-
-    texts = plan.texts
-    new_texts = [key for key in texts if key not in known_texts]
-    new_clips = [key for key in first if key not in known_clips]
-    my_texts = {key: texts[key] for key in new_texts[ranks.rank() :: ranks.world_size()]}
-    my_clips = {key: first[key] for key in new_clips[ranks.rank() :: ranks.world_size()]}
+    _add_unreadable(quarantine, plan, require_one=not existing.clips & work.clips.keys())
+    new_texts = [key for key in plan.texts if key not in existing.texts]
+    new_clips = [key for key in work.clips if key not in existing.clips]
+    my_texts = {key: plan.texts[key] for key in new_texts[ranks.rank() :: ranks.world_size()]}
+    my_clips = {key: work.clips[key] for key in new_clips[ranks.rank() :: ranks.world_size()]}
     with ranks.tag_rank_errors():
         enter_phase("encoding captions")
-        encode_captions(my_texts, load_text, folder, batch=options.batch_size, shard=options.shard_clips, report=report)
+        encode_captions(my_texts, load_text, folder, batch=stage.batch_size, shard=stage.shard_clips, report=report)
         enter_phase("encoding clips")
         encode_clips(
-            my_clips, names, load_vae, folder, data, quarantine, images=images, shard=options.shard_clips, report=report
+            ClipWork(my_clips, work.names),
+            load_vae,
+            folder,
+            data,
+            quarantine,
+            images=inputs.images,
+            shard=stage.shard_clips,
+            report=report,
         )
 
     enter_phase("waiting until all have encoded")
     for rows in ranks.gather(quarantine.rows):
         for name, reason in rows.items():
             quarantine.add(name, reason)
-    index = ranks.run_on_main(lambda: _finish(folder, plan, data, model_hashes, max_length, quarantine, images))
-    unreadable_keys = {key for key in new_clips if names[key][0] in quarantine.rows}
+    index = ranks.run_on_main(lambda: _finish(folder, plan, data, inputs, quarantine))
+    unreadable_keys = {key for key in new_clips if work.names[key][0] in quarantine.rows}
     return _result(folder, index, len(new_clips) - len(unreadable_keys), len(new_texts), started)
 
 
-def _make_plan(
-    data: DataConfig, clips_folder: Path, model_hashes: Mapping[str, str], max_length: int, images: int
-) -> _Plan:
+def _make_plan(data: DataConfig, clips_folder: Path, inputs: EncoderInputs) -> _Plan:
     entries = read_index(clips_folder)
-    mine = [read_item(entry, data) for entry in entries[ranks.rank() :: ranks.world_size()]]
-    shares = [iter(share) for share in ranks.gather(mine)]
-    items = [next(shares[position % len(shares)]) for position in range(len(entries))]
-    text_hashes = {name: value for name, value in model_hashes.items() if name != "vae"}
-    vae = model_hashes["vae"]
+    mine = [read_source_clip(entry, data) for entry in entries[ranks.rank() :: ranks.world_size()]]
+    by_rank = [iter(items) for items in ranks.gather(mine)]
+    items = [next(by_rank[position % len(by_rank)]) for position in range(len(entries))]
+    vae = inputs.hashes["vae"]
     clip_keys = [
-        clip_key(item.content, buckets.sized(data, item.bucket), vae, images) if item.content else None
+        clip_key(item.content, at_bucket_size(data, item.bucket), vae, inputs.images) if item.content else None
         for item in items
     ]
-    text_keys = [text_key(item.entry.text, text_hashes, max_length) for item in items]
-    empty = text_key("", text_hashes, max_length)
+    text_keys = [text_key(item.entry.text, inputs.text_hashes, inputs.max_length) for item in items]
     named = [[item.entry.name, clip, text] for item, clip, text in zip(items, clip_keys, text_keys, strict=True)]
-    # PyAV's version is in: another one may read what this one could not.
-    settings = {name: getattr(data, name) for name in (*SETTINGS, "holdout", "max_bad_share")} | _more_settings(
-        data, images
-    )
-    return _Plan(
-        items,
-        clip_keys,
-        text_keys,
-        empty,
-        digest(CacheIndex.version, named, settings, dict(model_hashes), av.__version__),
-    )
+    settings = {name: getattr(data, name) for name in (*CLIP_SETTINGS, "holdout", "max_bad_share")}
+    # Without buckets and images a cache has the identity that it had before these settings existed.
+    settings |= {"buckets": list(data.buckets)} if data.buckets else {}
+    settings |= {"image_variants": inputs.images} if inputs.images else {}
+    # Another version of PyAV may read what this one could not.
+    identity = digest(CacheIndex.version, named, settings, dict(inputs.hashes), av.__version__)
+    return _Plan(items, clip_keys, text_keys, text_key("", inputs.text_hashes, inputs.max_length), identity)
 
 
-def _more_settings(data: DataConfig, images: int) -> dict[str, Any]:
-    """Settings that shape clips where they are used: without buckets and images a folder is named as it was before there were any."""
-    return ({"buckets": list(data.buckets)} if data.buckets else {}) | ({"image_variants": images} if images else {})
-
-
-def _survey(folder: Path, plan: _Plan) -> tuple[set[str], set[str], CacheIndex | None]:
-    """What the folder holds already: clip keys, caption keys, and its index if nothing at all has changed."""
+def _survey(folder: Path, plan: _Plan) -> _Existing:
+    """Return what ``folder`` holds already; remove its index when anything has changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    cache_shards.sweep(folder)
-    found = cache_shards.scan(folder, CLIPS).keys(), cache_shards.scan(folder, TEXTS).keys()
+    latent_cache.remove_partial_shards(folder)
+    clips, texts = set(scan_shards(folder, CLIPS)), set(scan_shards(folder, TEXTS))
     index_file = folder / CacheIndex.file_name
     try:
         index = read_record(index_file, CacheIndex)
         if index.plan == plan.identity:
-            cache.LatentCache(folder)
-            return set(found[0]), set(found[1]), index
+            LatentCache(folder)
+            return _Existing(clips, texts, index)
     except DataError:
         pass
     index_file.unlink(missing_ok=True)
-    return set(found[0]), set(found[1]), None
+    return _Existing(clips, texts, None)
 
 
-def _finish(
-    folder: Path,
-    plan: _Plan,
-    data: DataConfig,
-    model_hashes: Mapping[str, str],
-    max_length: int,
-    quarantine: Quarantine,
-    images: int,
-) -> CacheIndex:
+def _add_unreadable(quarantine: Quarantine, plan: _Plan, *, require_one: bool) -> None:
+    """Put the clips without a hash into ``quarantine``. ``require_one``: check that a clip can be read at all."""
+    for item in plan.items:
+        if item.reason is not None:
+            quarantine.rows[item.entry.name] = item.reason
+    if require_one:
+        require_readable_clip(plan.items, quarantine)
+    for name, reason in list(quarantine.rows.items()):
+        quarantine.add(name, reason)
+
+
+def _finish(folder: Path, plan: _Plan, data: DataConfig, inputs: EncoderInputs, quarantine: Quarantine) -> CacheIndex:
     """Write the index over all shards, and remove the shards that it does not name."""
-    stored_clips, stored_texts = cache_shards.scan(folder, CLIPS), cache_shards.scan(folder, TEXTS)
+    stored_clips, stored_texts = scan_shards(folder, CLIPS), scan_shards(folder, TEXTS)
     entries: list[CacheEntry] = []
     clips: dict[str, StoredClip] = {}
     sources: list[str] = []
@@ -241,47 +259,63 @@ def _finish(
                 clip_shard=stored.shard,
                 caption=text,
                 text_shard=stored_texts[text].shard,
-                bucket=item.bucket or None,
+                bucket=item.bucket,
             )
         )
     quarantine.write()
     if not entries:
         raise quarantine.stop("no clip can be read")
-    train, holdout = cache.split(sources, data.holdout)
+    train, holdout = latent_cache.split_holdout(sources, data.holdout)
+    keys = [entry.key for entry in entries]
     index = CacheIndex(
         plan=plan.identity,
-        fingerprint=cache.fingerprint(
-            [entry.key for entry in entries], [entries[position].key for position in holdout]
-        ),
+        fingerprint=latent_cache.cache_fingerprint(keys, [keys[position] for position in holdout]),
         settings=CacheSettings(
-            **{name: getattr(data, name) for name in SETTINGS},
-            max_length=max_length,
+            **{name: getattr(data, name) for name in CLIP_SETTINGS},
+            max_length=inputs.max_length,
             buckets=list(data.buckets),
-            image_variants=images,
+            image_variants=inputs.images,
         ),
-        models=dict(model_hashes),
+        models=dict(inputs.hashes),
         counts=CacheCounts(
             unreadable=len(quarantine.rows),
             upscaled=sum(clips[entry.name].upscaled for entry in entries),
-            slower=sum(clips[entry.name].fps < 0.99 * data.fps for entry in entries),
+            slower=sum(clips[entry.name].fps < _ENOUGH_FPS * data.fps for entry in entries),
         ),
         empty=CaptionEntry(plan.empty_key, stored_texts[plan.empty_key].shard),
         train=train,
         holdout=holdout,
         entries=entries,
-        softness=softness.summarise_softness(
-            clips, {entry.name: entry.bucket for entry in entries if entry.bucket}, data
-        ),
+        softness=summarise_softness(clips, {entry.name: entry.bucket for entry in entries if entry.bucket}, data),
     )
     write_record(folder / CacheIndex.file_name, index)
     used = {shard for entry in entries for shard in (entry.clip_shard, entry.text_shard)} | {index.empty.text_shard}
-    cache_shards.prune(folder, used)
+    latent_cache.remove_unused_shards(folder, used)
     return index
 
 
 def _result(
     folder: Path, index: CacheIndex, encoded_clips: int, encoded_captions: int, started: float
 ) -> PrepareResult:
+    return PrepareResult(
+        folder=folder,
+        clips=len(index.entries),
+        train=len(index.train),
+        holdout=len(index.holdout),
+        encoded_clips=encoded_clips,
+        encoded_captions=encoded_captions,
+        unreadable=index.counts.unreadable,
+        upscaled=index.counts.upscaled,
+        slower=index.counts.slower,
+        fingerprint=index.fingerprint,
+        seconds=time.monotonic() - started,
+        warnings=_warnings(folder, index),
+        softness=index.softness,
+        buckets=clips_per_bucket(index),
+    )
+
+
+def _warnings(folder: Path, index: CacheIndex) -> list[str]:
     counts, settings, total = index.counts, index.settings, len(index.entries)
     warnings = []
     if counts.unreadable:
@@ -295,22 +329,6 @@ def _result(
         )
     if counts.slower:
         warnings.append(
-            f"{counts.slower} of {total} clips have fewer than data.fps={settings.fps:g} frames a second: "
-            "frames are repeated"
+            f"{counts.slower} of {total} clips have fewer than data.fps={settings.fps:g} frames a second: frames are repeated"
         )
-    return PrepareResult(
-        folder=folder,
-        clips=total,
-        train=len(index.train),
-        holdout=len(index.holdout),
-        encoded_clips=encoded_clips,
-        encoded_captions=encoded_captions,
-        fingerprint=index.fingerprint,
-        seconds=time.monotonic() - started,
-        warnings=warnings,
-        softness=index.softness,
-        buckets=cache.count_by_bucket(index),
-        unreadable=counts.unreadable,
-        upscaled=counts.upscaled,
-        slower=counts.slower,
-    )
+    return warnings

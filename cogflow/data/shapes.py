@@ -1,24 +1,32 @@
-"""Drawn clips: textured shapes that move over a soft background, with captions that name what is seen.
+"""Draw clips: textured shapes that move over a soft background, with captions that name the content.
 
-The clips are an asset of the project, not a toy beside it: the shipped tiny model is trained on some of these concepts,
-the demo finetunes it on others, and the tests measure blur on them. So each property serves a measurement:
+The shipped tiny model is trained on some of these concepts, the demo finetunes it on others, and the tests measure blur
+on them. Each property serves a measurement:
 
 * shapes are saturated and backgrounds are grey, so that a mask, a colour, a shape and a direction can be read back from
   any sample (:mod:`tools.recognise_shapes`);
 * edges are one pixel wide at the drawn size, and both the shape and the ground carry a fine texture, so that a Gaussian
   blur of one pixel shows in any sharpness metric;
-* everything is a function of the scene alone: no global random state, no dependence on size or on the number of frames.
+* everything depends on the scene alone: not on global random state, on the size or on the number of frames.
 
 Lengths are in units of the frame's height, times run from 0 to 1 over the clip.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from cogflow.config.data_section import DataConfig
+from cogflow.data.video import write_video
+from cogflow.errors import DataError
+from cogflow.files.publish import publish_folder
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.10, 0.12),
@@ -73,6 +81,12 @@ SHAPES: dict[str, np.ndarray | None] = {
 }
 """Corner points of each shape around its centre, in units of its radius; ``None`` is the unit circle."""
 
+NEW_COLOURS = ("purple", "orange")
+NEW_SHAPES = ("star", "square")
+"""Concepts that the shipped model has not seen, which a finetune on the drawn clips has to learn."""
+
+_SETTINGS_FILE = "shapes.json"
+
 BASE_COLOURS = ("red", "green", "blue", "yellow")
 BASE_SHAPES = ("circle", "cross", "triangle")
 MOTION_NAMES = tuple(MOTIONS)
@@ -81,7 +95,7 @@ GROUND_NAMES = tuple(GROUNDS)
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows. ``seed`` settles everything the caption does not say (place, size, texture, grey levels)."""
+    """Content of one clip. ``seed`` determines what the caption does not name: place, size, texture and grey levels."""
 
     colour: str
     shape: str
@@ -103,7 +117,7 @@ def scenes(
     motions: Sequence[str] = MOTION_NAMES,
     grounds: Sequence[str] = GROUND_NAMES,
 ) -> list[Scene]:
-    """``count`` scenes that cover the named concepts evenly, in an order that depends on ``seed`` alone."""
+    """Return ``count`` scenes that cover the named concepts evenly, in an order that depends on ``seed`` alone."""
     combinations = [(c, s, m, g) for c in colours for s in shapes for m in motions for g in grounds]
     rng = np.random.default_rng([seed, 0x5CE9E])
     picked: list[tuple[str, str, str, str]] = []
@@ -114,7 +128,7 @@ def scenes(
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance to the outline of ``shape``, negative inside, for points in units of its radius.
+    """Return the distance to the outline of ``shape``, negative inside, for points in units of its radius.
 
     Polygons by the edge-wise formula of Quilez, "Distance to a polygon" (iquilezles.org/articles/distfunctions2d).
     """
@@ -135,7 +149,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
-    """The clip of ``scene`` as uint8 ``[frames, height, width, 3]``, sRGB."""
+    """Return the clip of ``scene`` as uint8 ``[frames, height, width, 3]``, sRGB."""
     rng = np.random.default_rng([scene.seed, 0xD4A3])
     aspect = width / height
     radius = rng.uniform(0.24, 0.28)
@@ -176,7 +190,7 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
 def _ground(
     rng: np.random.Generator, xs: np.ndarray, ys: np.ndarray, aspect: float, levels: tuple[float, float]
 ) -> np.ndarray:
-    """A grey slope with a faint woven texture, float ``[height, width]`` in 0..1."""
+    """Return a grey slope with a faint woven texture, float ``[height, width]`` in 0..1."""
     low, high = levels
     middle = rng.uniform(low + 0.05, high - 0.05)
     slope = rng.uniform(0.0, 0.05)
@@ -187,3 +201,68 @@ def _ground(
         turn, period, phase = rng.uniform(0, math.pi), rng.uniform(0.12, 0.20), rng.uniform(0, 2 * math.pi)
         weave += np.sin(2 * math.pi * (xs * math.cos(turn) + ys * math.sin(turn)) / period + phase)
     return np.clip(plane + 0.022 * weave, 0.0, 1.0)
+
+
+def fill_concepts(data: DataConfig) -> DataConfig:
+    """Return ``data`` with its empty lists of concepts filled in.
+
+    Raises :class:`DataError` for a concept that cannot be drawn.
+    """
+    filled = replace(
+        data,
+        colours=list(data.colours or NEW_COLOURS),
+        shapes=list(data.shapes or NEW_SHAPES),
+        motions=list(data.motions or MOTION_NAMES),
+    )
+    for key, known in (("colours", COLOURS), ("shapes", SHAPES), ("motions", MOTIONS)):
+        unknown = [name for name in getattr(filled, key) if name not in known]
+        if unknown:
+            raise DataError(
+                f"data.{key} names what cannot be drawn: {', '.join(unknown)}", f"known are: {', '.join(known)}"
+            )
+    return filled
+
+
+def draw_folder(folder: Path, data: DataConfig) -> None:
+    """Draw ``data.clips`` clips into ``folder``, as mp4 files with a metadata.jsonl, unless they are there already.
+
+    Clips are drawn at twice the size and twice the frame rate of ``data``, so that the loader resizes and resamples
+    them. The folder appears complete or not at all. Raises :class:`DataError` when ``folder`` holds anything else.
+    """
+    data = fill_concepts(data)
+    settings = {
+        "version": 1,
+        **{
+            key: getattr(data, key)
+            for key in ("clips", "seed", "frames", "height", "width", "fps", "colours", "shapes", "motions")
+        },
+    }
+    settings_file = folder / _SETTINGS_FILE
+    if folder.exists():
+        if not settings_file.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(
+                f"{folder} holds something else than drawn clips",
+                "data=shapes draws into an empty or new folder; to train on your own clips use data=folder",
+            )
+        if settings_file.is_file() and _complete(folder, settings):
+            return
+    rows = []
+    with publish_folder(folder, replace=True) as partial:
+        for number, scene in enumerate(scenes(data.clips, data.seed, data.colours, data.shapes, data.motions)):
+            name = f"videos/{number:05d}.mp4"
+            frames = draw(scene, 2 * data.frames - 1, 2 * data.height, 2 * data.width)
+            # x264's output depends on the number of threads; with one the clips do not depend on the machine.
+            write_video(partial / name, frames, 2 * data.fps, crf=12, threads=1)
+            rows.append({"file_name": name, "text": scene.caption})
+        (partial / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (partial / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _complete(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return whether ``folder`` holds all clips that were drawn with ``settings``."""
+    try:
+        same = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8")) == settings
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+        return same and all((folder / row["file_name"]).is_file() for row in rows)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

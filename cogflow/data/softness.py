@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.buckets import sized
-from cogflow.data.clips import Clip, corner, scaled_size
+from cogflow.data.buckets import at_bucket_size
+from cogflow.data.clips import Clip, crop_corner, scaled_size
 from cogflow.records.cache_records import (
     ClipMeasurement,
     LoaderChanges,
@@ -49,9 +49,9 @@ def measure_softness(clip: Clip, data: DataConfig, content: str, *, resampled: b
     reach = resolution(clip.source)
     loader: ClipMetrics | None = None
     if resampled:
-        ours = _spatial_metrics(clip.frames[list(clip.source_at)])
-        theirs = _spatial_metrics(lanczos(clip.source, data, content))
-        loader = {name: change(name, ours[name], theirs[name]) for name in SPATIAL}
+        loaded = _spatial_metrics(clip.frames[list(clip.source_at)])
+        independent = _spatial_metrics(resample_lanczos(clip.source, data, content))
+        loader = {name: change(name, loaded[name], independent[name]) for name in SPATIAL}
     height, width = reach.effective
     source = SourceMeasurement(
         metrics=_spatial_metrics(clip.source),
@@ -64,10 +64,10 @@ def measure_softness(clip: Clip, data: DataConfig, content: str, *, resampled: b
     return ClipMeasurement(metrics={}, source=source, detail=detail, loader=loader)
 
 
-def lanczos(source: torch.Tensor, data: DataConfig, content: str) -> torch.Tensor:
+def resample_lanczos(source: torch.Tensor, data: DataConfig, content: str) -> torch.Tensor:
     """Return ``source`` (uint8 ``[K, h, w, 3]``) on the clip's grid, resampled by Pillow instead of the loader."""
     size = scaled_size((source.shape[1], source.shape[2]), data)
-    down, right = corner(size, data, content)
+    down, right = crop_corner(size, data, content)
     images = [Image.fromarray(frame) for frame in source.numpy()]
     if size != tuple(source.shape[1:3]):
         images = [image.resize((size[1], size[0]), Image.Resampling.LANCZOS) for image in images]
@@ -82,7 +82,7 @@ def summarise_softness(clips: Mapping[str, StoredClip], buckets: Mapping[str, st
     scaled_up = {}
     for name, measurement in measured.items():
         effective = measurement.source.effective
-        wanted = scaled_size(clips[name].size, sized(data, buckets.get(name)))
+        wanted = scaled_size(clips[name].size, at_bucket_size(data, buckets.get(name)))
         smaller = all(part < ENOUGH * whole for part, whole in zip(effective, wanted, strict=True))
         if measurement.source.scaled_up and smaller:
             scaled_up[name] = f"{effective[1]}x{effective[0]}"

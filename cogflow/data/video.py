@@ -1,4 +1,4 @@
-"""Writing and reading video files through PyAV, with the same exact colour conversion on both ways."""
+"""Write and read video files through PyAV, with the same exact colour conversion both ways."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
-# swscale's default path rounds down: it darkens each clip by one to two levels of 255. These flags do not.
-# SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT of libswscale; older PyAV has no names for the last two.
+# SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT of libswscale; older PyAV has no names for the last two. The
+# default rounds down, which darkens each clip by one to two levels of 255.
 EXACT = 0x4 | 0x40000 | 0x2000
 
 _BT709 = 1  # the same number names the matrix, the primaries and the transfer curve
@@ -20,9 +20,11 @@ _LIMITED_RANGE = 1
 
 
 def write_video(path: Path, frames: torch.Tensor | np.ndarray, fps: float, crf: int = 16, *, threads: int = 0) -> None:
-    """Write ``frames``, uint8 ``[T, H, W, 3]`` sRGB with even H and W, as H.264 (yuv420p, BT.709, playable in a browser).
+    """Write ``frames``, uint8 ``[T, H, W, 3]`` sRGB with even H and W, as H.264 (yuv420p, BT.709, playable in a
+    browser).
 
-    The file appears under its name only when it is complete. ``threads`` is x264's (0: its choice); the bytes depend on it.
+    The file appears under its name only when it is complete. ``threads``: of x264 (0: its choice); the bytes depend on
+    it. Raises ``ValueError`` for frames of another shape or dtype.
     """
     array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
@@ -31,12 +33,12 @@ def write_video(path: Path, frames: torch.Tensor | np.ndarray, fps: float, crf: 
     if height % 2 or width % 2:
         raise ValueError(f"H.264 in yuv420p needs an even height and width, not {height}x{width}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with av.open(str(beside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # Without mbtree: on a CPU with AVX-512 x264's reads beyond narrow pictures, and equal frames gave different bytes.
+            # mbtree is off: with AVX-512 it reads beyond narrow pictures, and equal frames gave different bytes.
             stream.options = {"crf": str(crf), "threads": str(threads), "x264-params": "mbtree=0"}
             codec = stream.codec_context
             codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
@@ -51,26 +53,30 @@ def write_video(path: Path, frames: torch.Tensor | np.ndarray, fps: float, crf: 
                 frame.pts = index
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        beside.replace(path)
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """A decoded frame as uint8 ``[H, W, 3]`` sRGB, turned upright when the file says that it is turned."""
+    """Return a decoded frame as uint8 ``[H, W, 3]`` sRGB, upright when the file states a rotation."""
     image = frame.reformat(format="rgb24", interpolation=EXACT).to_ndarray()
     quarter_turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
 
-class ToPlanes:
-    """Decoded frames as the planes of :func:`to_rgb`'s picture: red, green, blue, uint8 ``[H, W]`` each. For one file and one thread."""
+class PlaneConverter:
+    """Convert decoded frames to the planes of :func:`to_rgb`: red, green, blue, uint8 ``[H, W]`` each.
+
+    For one file and one thread.
+    """
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
 
     def __call__(self, frame: av.VideoFrame) -> list[np.ndarray]:
-        # swscale writes planes with the CPU's vectors and packed pixels one by one: the same values in less than half of the time.
+        # swscale writes planes with vector instructions and packed pixels one by one; planes take less than half of the
+        # time.
         if frame.format.name not in ("yuv420p", "yuvj420p"):
             image = to_rgb(frame)
             return [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
@@ -87,9 +93,10 @@ def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
 
 
 def read_video(path: Path, most_bytes: int | None = None) -> tuple[torch.Tensor, float]:
-    """The frames of a video, uint8 ``[T, H, W, 3]``, and its mean frame rate (per second). All is held in memory.
+    """Return all frames of a video, uint8 ``[T, H, W, 3]``, and its mean frame rate per second.
 
-    With ``most_bytes`` reading ends when the next frame would go beyond. Raises ``ValueError`` for a file without a frame.
+    ``most_bytes``: reading ends before the frame that would exceed it. Raises ``ValueError`` for a file without a
+    frame.
     """
     frames: list[np.ndarray] = []
     with av.open(str(path)) as container:

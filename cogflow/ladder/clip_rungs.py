@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.cache_shards import scan
-from cogflow.data.encode import CLIPS
+from cogflow.data.latent_cache import CLIPS, scan_shards
 from cogflow.files.record_io import read_record
 from cogflow.ladder.ladder_record import MOST_CLIPS, write_rung
 from cogflow.ladder.rung import Rung
@@ -27,7 +26,7 @@ def record_clip_rungs(folder: Path, cache_folder: Path, data: DataConfig) -> Non
             "note: these clips were prepared without measuring them; remove the cache and run stage=prepare to measure"
         )
         return
-    stored = {key: one.clip for key, one in scan(cache_folder, CLIPS).items() if one.clip is not None}
+    stored = {key: one.clip for key, one in scan_shards(cache_folder, CLIPS).items() if one.clip is not None}
     clips = {entry.name: stored[entry.clip] for entry in index.entries if entry.clip in stored}
     measured = {name: clip.measurement for name, clip in clips.items() if clip.measurement is not None}
     source = SourceRung(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.ladder.ladder_record import read_ladder, write_rung
 from cogflow.ladder.rung import Rung
 from cogflow.models.transformer_inputs import pad_latent_frames, rotary_tables, takes_image

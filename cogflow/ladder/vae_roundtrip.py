@@ -11,11 +11,11 @@ from statistics import median
 import torch
 
 from cogflow.config.config import AnyConfig
-from cogflow.data.buckets import sized
-from cogflow.data.cache import LatentCache
+from cogflow.data.buckets import at_bucket_size
 from cogflow.data.clip_index import read_index
 from cogflow.data.clips import ClipError, read_clip
 from cogflow.data.encode import clip_key
+from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.ladder.crop_sheet import FramesByTitle, write_crop_sheet
@@ -184,7 +184,7 @@ def _read_clip(config: AnyConfig, cache: LatentCache, index: int, paths: Mapping
     entry = cache.entry(index)
     path = paths[entry.name]
     content = hash_file(path)
-    data = sized(config.data, cache.bucket(index))
+    data = at_bucket_size(config.data, cache.bucket(index))
     if clip_key(content, data, cache.model_hashes["vae"], cache.image_variants) != cache.clip_of(index):
         raise ClipError("it is not the file that was prepared")
     clip = read_clip(path, data, content)

@@ -1,4 +1,4 @@
-"""stage=prepare: clips and captions become latents and embeddings under <run>/cache, so that training never decodes or encodes."""
+"""stage=prepare: encode clips and captions into <run>/cache, so that training never decodes or encodes them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.config import Config
 from cogflow.config.train_settings import PrepareStage
-from cogflow.data import buckets
+from cogflow.data.buckets import bucket_sizes
 from cogflow.data.clip_index import LAYOUTS
 from cogflow.data.encode import QUARANTINE, Embed
-from cogflow.data.preparation import PrepareResult, prepare
-from cogflow.data.shapes_folder import draw_folder
+from cogflow.data.preparation import EncoderInputs, PrepareResult, prepare
+from cogflow.data.shapes import draw_folder
 from cogflow.errors import ConfigError, DataError
 from cogflow.files.hashing import hash_file
 from cogflow.files.paths import run_folder
 from cogflow.ladder import clip_rungs
 from cogflow.ladder import ladder_report as ladder
 from cogflow.models import loading, transformer_inputs
+from cogflow.records.cache_records import CacheIndex
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import Watchdog, enter_phase
@@ -32,12 +34,13 @@ from cogflow.tracking.html_report import record_stage
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training.failures import translate_lost_ranks
 
-CACHE = "cache"
+SHOWN_METRICS = ("clips", "unreadable", "upscaled", "seconds")
+"""Fields of the result that are logged as metrics."""
 
 
 def run(config: Config[PrepareStage]) -> None:
     """Prepare ``config.data`` into ``<run>/cache`` and write ``<run>/prepare.json``. Works alone and under torchrun."""
-    stage = config.stage
+    data = config.data
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
@@ -45,11 +48,12 @@ def run(config: Config[PrepareStage]) -> None:
     clips_folder = find_clips(config, folder)
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
-    hashes = ranks.run_on_main(lambda: model_hashes(model, dtype))
-    max_length = caption_length(model)
     transformer = transformer_inputs.read_transformer_config(model)
-    transformer_inputs.check_sizes(
-        transformer, {*buckets.sizes(config.data), (config.data.frames, config.data.height, config.data.width)}
+    transformer_inputs.check_sizes(transformer, {*bucket_sizes(data), (data.frames, data.height, data.width)})
+    inputs = EncoderInputs(
+        hashes=ranks.run_on_main(lambda: model_hashes(model, dtype)),
+        max_length=int(transformer["max_text_seq_length"]),
+        images=data.image_variants if transformer_inputs.takes_image(transformer) else 0,
     )
 
     def load_text() -> Embed:
@@ -57,30 +61,32 @@ def run(config: Config[PrepareStage]) -> None:
         encoder = loading.load_text_encoder(model, dtype, device)
 
         def embed(texts: Sequence[str]) -> torch.Tensor:
-            return loading.encode_prompts(tokenizer, encoder, list(texts), max_length)
+            return loading.encode_prompts(tokenizer, encoder, list(texts), inputs.max_length)
 
         return embed
 
-    with Watchdog(folder, 60 * stage.stall_minutes) as watchdog, translate_lost_ranks(watchdog):
+    with Watchdog(folder, 60 * config.stage.stall_minutes) as watchdog, translate_lost_ranks(watchdog):
         result = prepare(
             config,
             load_vae=lambda: loading.load_vae(model, torch.float32, device),
             load_text=load_text,
-            folder=folder / CACHE,
+            folder=RunLayout(folder).cache,
             clips_folder=clips_folder,
-            model_hashes=hashes,
-            max_length=max_length,
+            inputs=inputs,
             report=progress,
-            images=config.data.image_variants if transformer_inputs.takes_image(transformer) else 0,
         )
-        enter_phase("telling what was prepared")
+        enter_phase("reporting what was prepared")
         if ranks.is_main():
-            _tell(config, folder, clips_folder, hashes, result, started)
+            summary = _report(config, folder, result, {"clips": str(clips_folder), "models": inputs.hashes}, started)
+            echo(f"{summary}\nprepared clips: {result.folder}")
         ranks.barrier()
 
 
 def find_clips(config: Config[PrepareStage], folder: Path) -> Path:
-    """The folder of clips. Drawn clips are drawn first, by rank 0. Raises :class:`DataError`."""
+    """Return the folder of clips; rank 0 first draws the clips of data=shapes.
+
+    Raises :class:`DataError` without data.path.
+    """
     data = config.data
     if data.path is not None:
         clips_folder = Path(data.path).expanduser()
@@ -94,14 +100,9 @@ def find_clips(config: Config[PrepareStage], folder: Path) -> Path:
 
 
 def model_hashes(model: Path, text_dtype: torch.dtype) -> dict[str, str]:
-    """What determines the latents ("vae") and the embeddings (the rest): hashes over the components' files, and the dtype."""
+    """Return hashes of what determines the latents ("vae") and the embeddings (all others, with the dtype)."""
     hashes = {name: _hash_folder(model / name) for name in ("vae", "text_encoder", "tokenizer")}
     return {**hashes, "text_dtype": loading.dtype_name(text_dtype)}
-
-
-def caption_length(model: Path) -> int:
-    """Tokens that captions are padded to, as the transformer's own config says."""
-    return int(transformer_inputs.read_transformer_config(model)["max_text_seq_length"])
 
 
 def _hash_folder(folder: Path) -> str:
@@ -114,42 +115,35 @@ def _hash_folder(folder: Path) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def _tell(
-    config: Config[PrepareStage],
-    folder: Path,
-    clips_folder: Path,
-    hashes: dict[str, str],
-    result: PrepareResult,
-    started: float,
-) -> None:
-    reused = result.clips - result.encoded_clips
-    summary = (
-        f"{result.clips} clips ({result.train} to train on, {result.holdout} held out): {result.encoded_clips} encoded, {reused} reused; "
-        f"{result.encoded_captions} captions encoded"
-    )
-    if result.buckets:
-        summary += "; to train on by bucket: " + ", ".join(
-            f"{bucket} {count}" for bucket, count in result.buckets.items()
-        )
+def _report(
+    config: Config[PrepareStage], folder: Path, result: PrepareResult, inputs: dict[str, object], started: float
+) -> str:
+    """Log metrics, the cache's index and the first rungs of the sharpness ladder, write prepare.json, and return its
+    summary."""
+    summary = _summary(result)
     for warning in result.warnings:
         echo(f"warning: {warning}")
     with open_tracker(config, "prepare", folder) as tracker:
-        tracker.log(
-            0,
-            {
-                f"prepare/{name}": float(getattr(result, name))
-                for name in ("clips", "unreadable", "upscaled", "seconds")
-            },
-        )
-        listed = [path for path in (result.folder / "index.json", result.folder / QUARANTINE) if path.is_file()]
-        tracker.artifact(f"{config.run.name}-clips", "dataset", listed)
+        tracker.log(0, {f"prepare/{name}": float(getattr(result, name)) for name in SHOWN_METRICS})
+        files = (result.folder / CacheIndex.file_name, result.folder / QUARANTINE)
+        tracker.artifact(f"{config.run.name}-clips", "dataset", [path for path in files if path.is_file()])
         clip_rungs.record_clip_rungs(folder, result.folder, config.data)
         findings = ladder.report_ladder(tracker, folder)
     results = {
         "summary": summary,
         "where": str(result.folder),
         **asdict(result),
-        "findings": [one.line for one in findings],
+        "findings": [finding.line for finding in findings],
     }
-    record_stage(folder, "prepare", config, {"clips": str(clips_folder), "models": hashes}, results, started=started)
-    echo(f"{summary}\nprepared clips: {result.folder}")
+    record_stage(folder, "prepare", config, inputs, results, started=started)
+    return summary
+
+
+def _summary(result: PrepareResult) -> str:
+    clips = f"{result.clips} clips ({result.train} to train on, {result.holdout} held out)"
+    reused = result.clips - result.encoded_clips
+    summary = f"{clips}: {result.encoded_clips} encoded, {reused} reused; {result.encoded_captions} captions encoded"
+    if result.buckets:
+        counts = ", ".join(f"{bucket} {count}" for bucket, count in result.buckets.items())
+        summary += f"; to train on by bucket: {counts}"
+    return summary

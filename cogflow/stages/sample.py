@@ -177,7 +177,7 @@ def captions(config: Config[SampleStage]) -> list[str]:
     """Return the captions of the prepared clips: the prompts where the data is the user's own and none are given."""
     if config.data.name == "shapes" or config.sampling.prompts:
         return []
-    from cogflow.data.cache import LatentCache
+    from cogflow.data.latent_cache import LatentCache
 
     cache = LatentCache(RunLayout(run_folder(config.run)).cache)
     return [cache.texts[index] for index in cache.holdout or cache.train]

@@ -11,7 +11,7 @@ from cogflow.artifacts.run_layout import RunLayout, step_name
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data import buckets
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import ConfigError
 from cogflow.files.paths import run_folder
 from cogflow.models import loading, transformer_inputs
@@ -99,7 +99,7 @@ def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
             f"The prepared clips were made {made}; the model is of the other kind.",
             "Run stage=prepare again, with this model.",
         )
-    transformer_inputs.check_sizes(transformer, buckets.sizes(config.data))
+    transformer_inputs.check_sizes(transformer, buckets.bucket_sizes(config.data))
     return cache
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.cache import LatentCache
-from cogflow.data.order import indices
+from cogflow.data.batch_order import batch_indices
+from cogflow.data.latent_cache import LatentCache
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.training.sequence import RankPlacement
 
@@ -82,7 +82,7 @@ class TrainingBatches:
 
     def chosen(self, step: int, micro: int) -> list[int]:
         """Return the indices of the batch's clips in the cache."""
-        return indices(
+        return batch_indices(
             step,
             micro,
             train=self.cache.train,

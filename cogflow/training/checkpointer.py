@@ -7,7 +7,7 @@ from dataclasses import asdict
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.records.training_records import CallbackStates, ModelIdentity, TrainedWith, TrainerRecord, ValidationRecord
 from cogflow.training import checkpoint, retention
 from cogflow.training.callback import Callback, Callbacks, TrainingContext

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.records.training_records import (
     CallbackStates,
     EmaCheckRecord,
@@ -185,7 +185,7 @@ def heldout_table(cache: LatentCache, objective: Objective, batch_size: int) -> 
         return None
     chunks = [
         chunk
-        for alike in cache.alike(pairs)
+        for alike in cache.group_by_size(pairs)
         for chunk in (alike[at : at + batch_size] for at in range(0, len(alike), batch_size))
     ]
     placement = objective.placement

@@ -10,7 +10,7 @@ import torch
 
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import CheckpointError
 from cogflow.files.record_io import JsonObject
 from cogflow.models import loading

@@ -10,7 +10,7 @@ import torch
 
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.models import loading
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks

@@ -17,7 +17,7 @@ from PIL import Image
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_folders, step_name, step_of
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.ladder import ladder_report, sample_rungs, vae_roundtrip
 from cogflow.ladder.causes import describe_finding
 from cogflow.ladder.reconstruction_bound import read_reconstruction_bound

@@ -1,6 +1,6 @@
-"""A tiny random autoencoder and text encoder (the genuine classes), and one call that prepares with them and counts the work.
+"""Prepare with a tiny random autoencoder and text encoder of the genuine classes, and count the work.
 
-Also a program: ``python preparing.py CLIPS CACHE SHARD_CLIPS SECONDS_PER_CLIP`` prepares as a process of its own.
+As a program, ``python preparing.py CLIPS CACHE SHARD_CLIPS SECONDS_PER_CLIP`` prepares in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
 from cogflow.config.train_settings import PrepareStage
-from cogflow.data.preparation import PrepareResult, prepare
+from cogflow.data.preparation import EncoderInputs, PrepareResult, prepare
 from cogflow.models.loading import encode_prompts
 from cogflow.runtime import ranks
 
@@ -56,7 +56,7 @@ class Bar:
 
 @dataclass
 class Work:
-    """What was really encoded, as seen from outside."""
+    """Count loads of models, encoded clips and captions."""
 
     clips: int = 0
     captions: list[str] = field(default_factory=list)
@@ -104,8 +104,7 @@ def run(
         load_text=work.load_text,
         folder=folder,
         clips_folder=clips,
-        model_hashes=hashes or HASHES,
-        max_length=MAX_LENGTH,
+        inputs=EncoderInputs(hashes or HASHES, MAX_LENGTH),
         report=lambda total, description: nullcontext(Bar()),
     )
 

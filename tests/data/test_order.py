@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cogflow.data.order import indices
+from cogflow.data.batch_order import batch_indices
 
 TRAIN = [3, 4, 8, 9, 11, 12, 20]
 
@@ -18,7 +18,7 @@ def walk(
     """All clips in the order in which all ranks together take them."""
     taken = []
     for step, micro, rank in itertools.product(steps, range(accumulation), range(world)):
-        taken += indices(
+        taken += batch_indices(
             step,
             micro,
             train=train or TRAIN,
@@ -69,7 +69,7 @@ def test_what_is_out_of_range_is_refused() -> None:
         (0, 0, {"batch_size": 0}),
     ):
         with pytest.raises(ValueError):
-            indices(step, micro, **{**good, **change})
+            batch_indices(step, micro, **{**good, **change})
 
 
 GROUPS = [[0, 1, 2, 3, 4], [5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15]]
@@ -85,7 +85,7 @@ def batches(steps: range, world: int, accumulation: int, batch_size: int) -> lis
         "seed": 0,
     }
     turns = itertools.product(steps, range(accumulation), range(world))
-    return [indices(step, micro, rank=rank, world=world, **settings) for step, micro, rank in turns]
+    return [batch_indices(step, micro, rank=rank, world=world, **settings) for step, micro, rank in turns]
 
 
 @pytest.mark.parametrize(("world", "accumulation", "batch_size"), [(1, 1, 1), (1, 1, 3), (2, 2, 2), (4, 1, 3)])
@@ -111,6 +111,8 @@ def test_a_step_takes_the_same_batches_on_another_number_of_ranks_the_longest_fi
 
 
 def test_one_bucket_alone_is_the_order_without_buckets() -> None:
-    plain = [indices(step, 0, train=TRAIN, batch_size=3, accumulation=1, rank=0, world=1, seed=5) for step in range(9)]
+    plain = [
+        batch_indices(step, 0, train=TRAIN, batch_size=3, accumulation=1, rank=0, world=1, seed=5) for step in range(9)
+    ]
     settings: dict[str, Any] = {"train": TRAIN, "batch_size": 3, "accumulation": 1, "rank": 0, "world": 1, "seed": 5}
-    assert plain == [indices(step, 0, groups=[[], TRAIN], **settings) for step in range(9)]
+    assert plain == [batch_indices(step, 0, groups=[[], TRAIN], **settings) for step in range(9)]

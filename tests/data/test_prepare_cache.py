@@ -17,8 +17,8 @@ import torch
 from preparing import DATA, HASHES, MAX_LENGTH, Work, run, small_text, small_vae
 
 from cogflow.data import preparation as prepare_module
-from cogflow.data.cache import LatentCache, fingerprint, split
 from cogflow.data.clips import read_clip
+from cogflow.data.latent_cache import LatentCache, cache_fingerprint, split_holdout
 from cogflow.data.shapes import draw, scenes
 from cogflow.errors import DataError, QualityGateError, StorageError
 from cogflow.models.loading import encode_prompts
@@ -346,17 +346,21 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, clips: Path) -> None:
 
 def test_split_is_stable_and_bounded() -> None:
     sources = [f"{(37 * i) % 101:03d}" for i in range(20)]
-    train, held = split(sources, 4)
+    train, held = split_holdout(sources, 4)
     assert sorted(train + held) == list(range(20)) and len(held) == 4
     assert {sources[i] for i in held} == set(sorted(sources)[:4])
-    assert {sources[::-1][i] for i in split(sources[::-1], 4)[1]} == {sources[i] for i in held}
-    assert split(sources, 0) == (list(range(20)), [])
+    assert {sources[::-1][i] for i in split_holdout(sources[::-1], 4)[1]} == {sources[i] for i in held}
+    assert split_holdout(sources, 0) == (list(range(20)), [])
     for count in range(1, 6):
-        train, held = split(sources[:count], 8)
+        train, held = split_holdout(sources[:count], 8)
         assert len(train) >= len(held) == count // 2
-    train, held = split(["a", "a", "a", "b", "c", "d"], 2)
+    train, held = split_holdout(["a", "a", "a", "b", "c", "d"], 2)
     assert held == [3, 4]
-    assert fingerprint(["a", "b"], ["a"]) != fingerprint(["a", "b"], ["b"]) != fingerprint(["b", "a"], ["b"])
+    assert (
+        cache_fingerprint(["a", "b"], ["a"])
+        != cache_fingerprint(["a", "b"], ["b"])
+        != cache_fingerprint(["b", "a"], ["b"])
+    )
 
 
 def test_an_index_from_another_version_is_refused(tmp_path: Path, clips: Path) -> None:

@@ -14,7 +14,7 @@ from cogflow.config.data_section import DataConfig
 from cogflow.config.model_section import ModelConfig
 from cogflow.config.run_section import RunConfig, TrackingConfig
 from cogflow.config.train_settings import PrepareStage
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import ConfigError, DataError
 from cogflow.models import loading
 from cogflow.stages import prepare

@@ -10,11 +10,10 @@ import av
 import pytest
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data import shapes_folder
+from cogflow.data import shapes
 from cogflow.data.clip_index import read_index
 from cogflow.data.clips import read_clip
-from cogflow.data.shapes import draw, scenes
-from cogflow.data.shapes_folder import NEW_COLOURS, NEW_SHAPES, draw_folder
+from cogflow.data.shapes import NEW_COLOURS, NEW_SHAPES, draw, draw_folder, scenes
 from cogflow.errors import DataError
 
 DATA = DataConfig(frames=5, height=32, width=48, clips=5)
@@ -56,7 +55,7 @@ def test_drawing_again_does_nothing_and_other_settings_draw_anew(
     draw_folder(folder, DATA)
     before = content(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(shapes_folder, "write_video", lambda *a, **k: pytest.fail("drew again"))
+        patch.setattr(shapes, "write_video", lambda *a, **k: pytest.fail("drew again"))
         draw_folder(folder, replace(DATA, holdout=1, max_bad_share=0.5))
     draw_folder(tmp_path / "other", DATA)
     assert content(tmp_path / "other") == before  # seeded
@@ -83,7 +82,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, drawn = shapes_folder.write_video, []
+    original, drawn = shapes.write_video, []
 
     def stop_at_third(*args, **kwargs):
         drawn.append(1)
@@ -91,11 +90,11 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         original(*args, **kwargs)
 
-    monkeypatch.setattr(shapes_folder, "write_video", stop_at_third)
+    monkeypatch.setattr(shapes, "write_video", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         draw_folder(tmp_path / "data", DATA)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(shapes_folder, "write_video", original)
+    monkeypatch.setattr(shapes, "write_video", original)
     draw_folder(tmp_path / "data", DATA)
     rows = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 5

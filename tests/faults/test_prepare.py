@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import pytest
 
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from tests.faults.conftest import server_says

@@ -17,9 +17,9 @@ from cogflow.config.model_section import ModelConfig
 from cogflow.config.run_section import RunConfig
 from cogflow.config.sampling_section import SamplingConfig
 from cogflow.config.train_settings import PrepareStage, TrainStage
-from cogflow.data.cache import LatentCache
-from cogflow.data.preparation import prepare
-from cogflow.data.shapes_folder import draw_folder
+from cogflow.data.latent_cache import LatentCache
+from cogflow.data.preparation import EncoderInputs, prepare
+from cogflow.data.shapes import draw_folder
 from cogflow.models import loading, tiny
 from cogflow.sampling.sampler import Sampler
 
@@ -55,10 +55,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     draw_folder(folder / "data", data)
     vae = loading.load_vae(tiny.folder())
     prepare(
-        config, load_vae=lambda: vae, load_text=lambda: lambda texts: torch.zeros(len(texts), 32, 64), folder=folder / "cache",
-        clips_folder=folder / "data", model_hashes={"vae": "v", "text_encoder": "t"}, max_length=32,
+        config,
+        load_vae=lambda: vae,
+        load_text=lambda: lambda texts: torch.zeros(len(texts), 32, 64),
+        folder=folder / "cache",
+        clips_folder=folder / "data",
+        inputs=EncoderInputs({"vae": "v", "text_encoder": "t"}, max_length=32),
         report=lambda total, description: nullcontext(_Bar()),
-    )  # fmt: skip
+    )
     transformer, scheduler = (
         loading.load_transformer(tiny.folder(), torch.float32),
         loading.load_scheduler(tiny.folder()),

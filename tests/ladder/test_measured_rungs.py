@@ -16,7 +16,7 @@ from PIL import Image
 
 from cogflow.config.data_section import DataConfig
 from cogflow.data import clips, softness
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.ladder import crop_sheet, vae_roundtrip
 from cogflow.ladder.clip_rungs import record_clip_rungs
 from cogflow.ladder.ladder_record import MOST_CLIPS, read_ladder, write_rung
@@ -132,7 +132,7 @@ def test_a_loader_that_softens_is_a_clip_finding(world: World, monkeypatch: pyte
     data = replace(world.config.data, height=32, width=48)
     path = next((world.folder / "data" / "videos").glob("*.mp4"))
     healthy = loader_changes(path, data)
-    fit = clips.fit
+    fit = clips.fit_frame
 
     def soft(planes: Any, data: Any, content: str, out: torch.Tensor) -> None:
         fit(planes, data, content, out)
@@ -140,7 +140,7 @@ def test_a_loader_that_softens_is_a_clip_finding(world: World, monkeypatch: pyte
         enlarged = np.asarray(small.resize((48, 32), Image.Resampling.BILINEAR)).copy()
         out.copy_(torch.from_numpy(enlarged).permute(2, 0, 1))
 
-    monkeypatch.setattr(clips, "fit", soft)
+    monkeypatch.setattr(clips, "fit_frame", soft)
     softened = loader_changes(path, data)
     defects = []
     for changes in (healthy, softened):

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 
-from cogflow.data.shapes import Scene, draw, scenes
-from cogflow.data.shapes_folder import NEW_COLOURS, NEW_SHAPES
+from cogflow.data.shapes import NEW_COLOURS, NEW_SHAPES, Scene, draw, scenes
 from cogflow.data.video import write_video
 
 FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 8.0

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.cache import LatentCache
-from cogflow.data.shapes_folder import draw_folder, with_defaults
+from cogflow.data.latent_cache import LatentCache
+from cogflow.data.shapes import draw_folder, fill_concepts
 from tests import small
 from tests.faults.conftest import World, server_says
 from tests.faults.server import Server
@@ -23,7 +23,7 @@ def clips(folder: Path) -> Path:
     """Return a folder with clips of three sizes and one index."""
     rows = []
     for name, (frames, height, width, count) in SIZES.items():
-        made = with_defaults(DataConfig(frames=frames, height=height, width=width, clips=count, holdout=0))
+        made = fill_concepts(DataConfig(frames=frames, height=height, width=width, clips=count, holdout=0))
         draw_folder(folder / name, made)
         for line in (folder / name / "metadata.jsonl").read_text().splitlines():
             row = json.loads(line)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
-from cogflow.data.cache import LatentCache
+from cogflow.data.latent_cache import LatentCache
 from cogflow.models.transformer_inputs import OFS, TransformerInputs
 from cogflow.training.batch import heldout_batch, training_batch
 from tests.faults.conftest import World, server_says

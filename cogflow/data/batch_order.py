@@ -1,4 +1,4 @@
-"""Which clips each rank takes at each step: a pure function, so that a resumed run needs no saved loader state."""
+"""Choose the clips of each rank at each step by a pure function, so that a resumed run needs no saved loader state."""
 
 from __future__ import annotations
 
@@ -8,20 +8,29 @@ from functools import lru_cache
 import numpy as np
 
 
-def indices(
-    step: int, micro: int, *, train: Sequence[int], batch_size: int, accumulation: int, rank: int, world: int, seed: int,
+def batch_indices(
+    step: int,
+    micro: int,
+    *,
+    train: Sequence[int],
+    batch_size: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+    seed: int,
     groups: Sequence[Sequence[int]] = (),
-) -> list[int]:  # fmt: skip
-    """The ``batch_size`` elements of ``train`` for micro step ``micro`` of step ``step`` (both from 0) on ``rank`` of ``world``.
+) -> list[int]:
+    """Return the ``batch_size`` elements of ``train`` for micro step ``micro`` of step ``step`` (both from 0) on
+    ``rank`` of ``world``.
 
-    All ranks together walk through one endless line of epochs; each epoch is a new order of all of ``train``, and
-    batches run on over the edge between two. The clips of one step as a set depend on accumulation * world only through
-    their product, so one rank with two micro steps trains on the same clips as two ranks with one.
+    All ranks together walk through one endless sequence of epochs. Each epoch is a new order of all of ``train``, and a
+    batch may continue in the next epoch. The set of clips of one step depends only on the product accumulation * world:
+    one rank with two micro steps trains on the same clips as two ranks with one.
 
-    ``groups``: ``train`` divided into clips that fit into one batch (buckets, longest first); all elements are then of one group. Each
-    group has an endless line of its own, and what is left of it at the end of an epoch is carried into the next: no clip is dropped, and
-    in each epoch a group gives as many batches as its share of the clips, in a new order. Within a step the longest come first, so that
-    ranks of one micro step wait little for each other.
+    ``groups``: ``train`` divided into clips that fit into one batch (buckets, longest first); all elements are then
+    from one group. Each group has an endless sequence of its own, and its remainder at the end of an epoch is carried
+    into the next: no clip is dropped, and in each epoch a group gives as many batches as its share of the clips, in a
+    new order. Within a step the longest come first, so that the ranks of one micro step wait little for each other.
     """
     if not train:
         raise ValueError("no clip to train on")
@@ -40,7 +49,7 @@ def indices(
 
 
 def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) -> list[int]:
-    """``count`` elements from place ``first`` of the endless line of epochs of ``line``."""
+    """Return ``count`` elements from place ``first`` of the endless sequence of epochs of ``line``."""
     picked = []
     for position in range(first, first + count):
         epoch, place = divmod(position, len(line))
@@ -49,10 +58,9 @@ def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) ->
 
 
 def _batch(number: int, counts: tuple[int, ...], batch_size: int, seed: int) -> tuple[int, int]:
-    """(group, which of the group's batches) of batch ``number`` from 0 over all steps and ranks."""
-    epoch = max(
-        0, number * batch_size // sum(counts) - 1
-    )  # never too late: no epoch has given more than its share by its end
+    """Return (group, number of the batch in its group) of batch ``number``, counted from 0 over all steps and ranks."""
+    # This epoch is never too late: no epoch has given more than its share at its end.
+    epoch = max(0, number * batch_size // sum(counts) - 1)
     while sum(_given(counts, epoch + 1, batch_size)) <= number:
         epoch += 1
     before = _given(counts, epoch, batch_size)
@@ -62,13 +70,13 @@ def _batch(number: int, counts: tuple[int, ...], batch_size: int, seed: int) -> 
 
 
 def _given(counts: tuple[int, ...], epochs: int, batch_size: int) -> list[int]:
-    """Batches that each group has given after so many epochs: whole ones, the rest is carried on."""
+    """Return the whole batches that each group has given after ``epochs`` epochs."""
     return [epochs * count // batch_size for count in counts]
 
 
 @lru_cache(maxsize=4)
 def _labels(seed: int, epoch: int, counts: tuple[int, ...], batch_size: int) -> np.ndarray:
-    """The group of each batch of an epoch, in a new order each epoch."""
+    """Return the group of each batch of an epoch, in a new order each epoch."""
     before, after = _given(counts, epoch, batch_size), _given(counts, epoch + 1, batch_size)
     labels = np.repeat(np.arange(len(counts)), [then - now for now, then in zip(before, after, strict=True)])
     return np.random.default_rng([seed, epoch, 0xB0C7]).permutation(labels)
@@ -76,6 +84,6 @@ def _labels(seed: int, epoch: int, counts: tuple[int, ...], batch_size: int) -> 
 
 @lru_cache(
     maxsize=16
-)  # a batch touches two epochs at most, unless the set is smaller than the batch; each group has its own
+)  # a batch uses two epochs at most, unless the set is smaller than the batch; each group has its own
 def _permutation(seed: int, epoch: int, count: int, group: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 0x0DDE, *([group] if group else [])]).permutation(count)

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 
-def batch_indices(
-    step: int,
-    micro: int,
-    *,
-    train: Sequence[int],
-    batch_size: int,
-    accumulation: int,
-    rank: int,
-    world: int,
-    seed: int,
-    groups: Sequence[Sequence[int]] = (),
-) -> list[int]:
-    """Return the ``batch_size`` elements of ``train`` for micro step ``micro`` of step ``step`` (both from 0) on
-    ``rank`` of ``world``.
+@dataclass(frozen=True)
+class BatchOrder:
+    """Batches of one rank: ``batch_size`` elements of ``train`` for each of ``accumulation`` micro steps, on ``rank``
+    of ``world``.
 
     All ranks together walk through one endless sequence of epochs. Each epoch is a new order of all of ``train``, and a
     batch may continue in the next epoch. The set of clips of one step depends only on the product accumulation * world:
     one rank with two micro steps trains on the same clips as two ranks with one.
 
-    ``groups``: ``train`` divided into clips that fit into one batch (buckets, longest first); all elements are then
-    from one group. Each group has an endless sequence of its own, and its remainder at the end of an epoch is carried
-    into the next: no clip is dropped, and in each epoch a group gives as many batches as its share of the clips, in a
-    new order. Within a step the longest come first, so that the ranks of one micro step wait little for each other.
+    ``groups``: ``train`` divided into clips that fit into one batch (buckets, longest first); all elements of a batch
+    are then from one group. Each group has an endless sequence of its own, and its remainder at the end of an epoch is
+    carried into the next: no clip is dropped, and in each epoch a group gives as many batches as its share of the
+    clips, in a new order. Within a step the longest come first, so that the ranks of one micro step wait little for
+    each other.
     """
-    if not train:
-        raise ValueError("no clip to train on")
-    if step < 0 or not 0 <= micro < accumulation or not 0 <= rank < world or batch_size < 1:
-        raise ValueError(
-            f"out of range: step {step}, micro {micro} of {accumulation}, rank {rank} of {world}, batch size {batch_size}"
-        )
-    filled = [group for group in groups if group]
-    if len(filled) > 1:
-        in_step = accumulation * world
-        counts = tuple(len(group) for group in filled)
-        batches = sorted(_batch(step * in_step + place, counts, batch_size, seed) for place in range(in_step))
-        group, turn = batches[micro * world + rank]
-        return _take(filled[group], turn * batch_size, batch_size, seed, group)
-    return _take(train, ((step * accumulation + micro) * world + rank) * batch_size, batch_size, seed, 0)
+
+    train: Sequence[int]
+    batch_size: int
+    accumulation: int
+    rank: int
+    world: int
+    seed: int
+    groups: Sequence[Sequence[int]] = ()
+
+    def indices(self, step: int, micro: int) -> list[int]:
+        """Return the elements of ``train`` for micro step ``micro`` of step ``step``, both counted from 0.
+
+        Raises ``ValueError``.
+        """
+        if not self.train:
+            raise ValueError("no clip to train on")
+        if step < 0 or not 0 <= micro < self.accumulation or not 0 <= self.rank < self.world or self.batch_size < 1:
+            raise ValueError(
+                f"out of range: step {step}, micro {micro} of {self.accumulation}, rank {self.rank} of {self.world}, "
+                f"batch size {self.batch_size}"
+            )
+        filled = [group for group in self.groups if group]
+        if len(filled) > 1:
+            in_step = self.accumulation * self.world
+            counts = tuple(len(group) for group in filled)
+            numbers = range(step * in_step, (step + 1) * in_step)
+            batches = sorted(_batch(number, counts, self.batch_size, self.seed) for number in numbers)
+            group, turn = batches[micro * self.world + self.rank]
+            return _take(filled[group], turn * self.batch_size, self.batch_size, self.seed, group)
+        number = (step * self.accumulation + micro) * self.world + self.rank
+        return _take(self.train, number * self.batch_size, self.batch_size, self.seed, 0)
 
 
 def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) -> list[int]:

@@ -101,7 +101,8 @@ def _columns(path: Path, where: str, row: dict[str, Any], number: int) -> tuple[
     missing = [key for key in ("file_name", "text") if key not in row]
     if missing:
         raise DataError(
-            f"{path.name} {where} {number} has no {' and no '.join(missing)}; it has: {', '.join(map(str, row)) or 'nothing'}",
+            f"{path.name} {where} {number} has no {' and no '.join(missing)}; "
+            f"it has: {', '.join(map(str, row)) or 'nothing'}",
             f"{path} needs file_name (path of the clip below the folder) and text (its caption)",
         )
     bad = [key for key in ("file_name", "text") if not isinstance(row[key], str)]

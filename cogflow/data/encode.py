@@ -172,8 +172,16 @@ def require_readable_clip(items: Sequence[SourceClip], quarantine: Quarantine) -
     raise quarantine.stop(f"none of the first {len(first)} clips can be read")
 
 
+@dataclass(frozen=True)
+class ShardOutput:
+    """Clips or captions of a shard, and how progress is shown."""
+
+    shard_items: int
+    report: OpenProgress
+
+
 def encode_captions(
-    texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, *, batch: int, shard: int, report: OpenProgress
+    texts: Mapping[str, str], load: Callable[[], Embed], folder: Path, batch: int, output: ShardOutput
 ) -> None:
     """Embed ``texts`` (caption by key) into shards of ``folder``.
 
@@ -183,7 +191,7 @@ def encode_captions(
         return
     embed = load()
     keys = list(texts)
-    with report(len(keys), "captions") as bar, ShardWriter(folder, TEXTS, shard) as writer:
+    with output.report(len(keys), "captions") as bar, ShardWriter(folder, TEXTS, output.shard_items) as writer:
         for start in range(0, len(keys), batch):
             some = keys[start : start + batch]
             for key, embeds in zip(some, embed([texts[key] for key in some]), strict=True):
@@ -208,12 +216,9 @@ def encode_clips(
     work: ClipWork,
     load: Callable[[], Any],
     folder: Path,
-    data: DataConfig,
     quarantine: Quarantine,
-    *,
+    output: ShardOutput,
     images: int,
-    shard: int,
-    report: OpenProgress,
 ) -> None:
     """Encode the clips of ``work`` one by one into shards of ``folder``; add unreadable ones to ``quarantine``.
 
@@ -222,10 +227,10 @@ def encode_clips(
     """
     if not work.clips:
         return
-    vae = load()
+    vae, data = load(), quarantine.data
     # Keys are hashes, so the smallest are a random sample of the clips, whatever their order.
     compared = set(sorted(work.clips)[: softness.RESAMPLED])
-    with report(len(work.clips), "clips") as bar, ShardWriter(folder, CLIPS, shard) as writer:
+    with output.report(len(work.clips), "clips") as bar, ShardWriter(folder, CLIPS, output.shard_items) as writer:
         for key, item, clip, measurement in _decoded(work.clips, data, compared):
             if item.stamp != _stamp_or_none(item.entry.path):
                 raise DataError(
@@ -291,7 +296,7 @@ def encode_first_frame(vae: Any, frame: torch.Tensor, content: str, variants: in
 
 
 def add_first_frame_noise(frame: torch.Tensor, content: str, variant: int) -> torch.Tensor:
-    """Return ``frame`` (uint8 ``[H, W, 3]``) as fp32 ``[3, H, W]`` in [-1, 1], plus normal noise of a log-normal scale."""
+    """Return ``frame``, uint8 ``[H, W, 3]``, in [-1, 1] plus normal noise of a log-normal scale: fp32 ``[3, H, W]``."""
     seed = hashlib.sha256(f"first frame/{variant}/{content}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(seed[:8], "big"))
     sigma = math.exp(rng.normal(SIGMA_MEAN, SIGMA_STD))
@@ -335,7 +340,8 @@ def _decoded(
 
 def clips_at_once() -> int:
     """Return the number of clips that are decoded at a time: one for each core of this rank."""
-    return max(2, min(_MOST_AT_ONCE, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(_MOST_AT_ONCE, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 @contextmanager

@@ -160,7 +160,7 @@ class LatentCache:
         return self._reader.read(entry.clip_shard, f"{entry.clip}.{name}")
 
     def clip_of(self, position: int) -> str:
-        """Return the key of the clip at ``position``: of its file's content, the settings that shape it, and the VAE."""
+        """Return the key of the clip at ``position``, a hash of its file, its settings and the VAE."""
         return self._entries[position].clip
 
     def name_of(self, position: int) -> str:
@@ -175,7 +175,8 @@ class LatentCache:
     def groups(self) -> list[list[int]]:
         """``train`` by bucket, longest sequences first; empty when all clips have one size."""
         if self._groups is None:
-            alike = self.group_by_size([(position,) for position in self.train]) if self.settings.buckets else []
+            positions = [(position,) for position in self.train]
+            alike = self.group_by_size(positions) if self.settings.buckets else []
             self._groups = [[position for (position,) in group] for group in alike]
         return self._groups
 

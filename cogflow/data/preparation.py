@@ -28,6 +28,7 @@ from cogflow.data.encode import (
     Embed,
     OpenProgress,
     Quarantine,
+    ShardOutput,
     SourceClip,
     clip_key,
     digest,
@@ -167,18 +168,11 @@ def prepare(
     my_clips = {key: work.clips[key] for key in new_clips[ranks.rank() :: ranks.world_size()]}
     with ranks.tag_rank_errors():
         enter_phase("encoding captions")
-        encode_captions(my_texts, load_text, folder, batch=stage.batch_size, shard=stage.shard_clips, report=report)
+        output = ShardOutput(stage.shard_clips, report)
+        encode_captions(my_texts, load_text, folder, stage.batch_size, output)
         enter_phase("encoding clips")
-        encode_clips(
-            ClipWork(my_clips, work.names),
-            load_vae,
-            folder,
-            data,
-            quarantine,
-            images=inputs.images,
-            shard=stage.shard_clips,
-            report=report,
-        )
+        my_work = ClipWork(my_clips, work.names)
+        encode_clips(my_work, load_vae, folder, quarantine, output=output, images=inputs.images)
 
     enter_phase("waiting until all have encoded")
     for rows in ranks.gather(quarantine.rows):
@@ -322,13 +316,15 @@ def _warnings(folder: Path, index: CacheIndex) -> list[str]:
         warnings.append(f"{counts.unreadable} clips are unreadable and left out; {folder / QUARANTINE} says why")
     if counts.upscaled:
         size = "their bucket" if settings.buckets else f"{settings.width}x{settings.height}"
-        own = ", ".join(f"{count} of {one}" for one, count in list(index.softness.upscaled.items())[:4])
+        sizes = ", ".join(f"{count} of {own}" for own, count in list(index.softness.upscaled.items())[:4])
+        own = f" ({sizes})" if sizes else ""
         warnings.append(
-            f"{counts.upscaled} of {total} clips are smaller than {size} and were upscaled{f' ({own})' if own else ''}: "
-            "they are soft, and a model learns that. Leave them out or lower data.height and data.width"
+            f"{counts.upscaled} of {total} clips are smaller than {size} and were upscaled{own}: they are soft, "
+            "and a model learns that. Leave them out or lower data.height and data.width"
         )
     if counts.slower:
         warnings.append(
-            f"{counts.slower} of {total} clips have fewer than data.fps={settings.fps:g} frames a second: frames are repeated"
+            f"{counts.slower} of {total} clips have fewer than data.fps={settings.fps:g} frames a second: "
+            "frames are repeated"
         )
     return warnings

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.batch_order import batch_indices
+from cogflow.data.batch_order import BatchOrder
 from cogflow.data.latent_cache import LatentCache
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.training.sequence import RankPlacement
@@ -82,9 +82,7 @@ class TrainingBatches:
 
     def chosen(self, step: int, micro: int) -> list[int]:
         """Return the indices of the batch's clips in the cache."""
-        return batch_indices(
-            step,
-            micro,
+        order = BatchOrder(
             train=self.cache.train,
             batch_size=self.stage.batch_size,
             accumulation=self.stage.gradient_accumulation,
@@ -93,6 +91,7 @@ class TrainingBatches:
             seed=self.stage.seed,
             groups=self.cache.groups,
         )
+        return order.indices(step, micro)
 
     def clip_names(self, step: int, micro: int) -> list[str]:
         """Return the names of the batch's clips, for messages."""

@@ -80,11 +80,10 @@ def test_goals_of_the_metrics_need_a_gpu() -> None:
 @pytest.mark.slow
 def test_a_session_on_a_cpu(tmp_path: Path) -> None:
     output = tmp_path / "session.json"
-    gpu_session.main(["--cpu", "--folder", str(tmp_path / "runs"), "--output", str(output)])
+    names = ["cogvideo_step", "step_zero3", "metrics", "step_keep_all", "tiny_flow"]
+    gpu_session.main(["--cpu", "--folder", str(tmp_path / "runs"), "--output", str(output), "--only", *names])
     outcomes = {one["name"]: one for one in json.loads(output.read_text())["measurements"]}
     assert outcomes.pop("cogvideo_step")["status"] == "skipped"
-    # CUDA graphs need a GPU; the reason is in the record.
-    assert outcomes.pop("step_graphs")["status"] in ("done", "failed")
     assert {name: one["problem"] for name, one in outcomes.items() if one["status"] != "done"} == {}
     assert outcomes["step_zero3"]["results"]["results"]["step"]["times"]["median"] > 0
     assert outcomes["metrics"]["results"]["rows"]

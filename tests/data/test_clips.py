@@ -30,7 +30,7 @@ def numbers(frames: torch.Tensor) -> list[int]:
     return [round((float(f.float().mean()) - 10) / 8) for f in frames]
 
 
-def test_a_written_clip_reads_back_with_its_colours_and_without_a_bias(tmp_path: Path) -> None:
+def test_a_written_clip_is_read_with_unbiased_colours(tmp_path: Path) -> None:
     frames = draw(Scene("purple", "star", "left", "dark", 3), 5, 64, 96)
     path = tmp_path / "clip.mp4"
     write_video(path, frames, 8, crf=4)
@@ -50,12 +50,12 @@ def test_odd_sizes_and_wrong_kinds_of_frames_are_refused(tmp_path: Path) -> None
         np.zeros((2, 64, 96, 3), np.float32),
         np.zeros((0, 64, 96, 3), np.uint8),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="even height and width|must be uint8"):
             write_video(tmp_path / "x.mp4", frames, 8)
     assert not list(tmp_path.iterdir())
 
 
-def test_frames_of_the_same_rate_come_one_to_one(tmp_path, write_clip) -> None:
+def test_frames_of_the_wanted_rate_are_read_one_to_one(tmp_path, write_clip) -> None:
     clip = read_clip(write_clip(tmp_path / "a.mp4", numbered(12)), DATA)
     assert numbers(clip.frames) == list(range(9))
     assert (
@@ -78,7 +78,7 @@ def test_a_slower_clip_repeats_frames(tmp_path, write_clip) -> None:
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.mov"])
-def test_a_variable_rate_goes_by_time_stamps(tmp_path, write_clip, name) -> None:
+def test_frames_of_a_variable_rate_are_chosen_by_time_stamps(tmp_path, write_clip, name) -> None:
     times = [0, 0.05, 0.1, 0.5, 0.55, 0.6, 0.65, 0.7, 1.2]
     clip = read_clip(write_clip(tmp_path / name, numbered(9), times=times), DATA)
     wanted = [k / 8 for k in range(9)]
@@ -88,12 +88,12 @@ def test_a_variable_rate_goes_by_time_stamps(tmp_path, write_clip, name) -> None
 @pytest.mark.parametrize(
     ("name", "codec"), [("v.webm", "libvpx-vp9"), ("v.webm", "libvpx"), ("v.mkv", "libx264"), ("v.mov", "libx264")]
 )
-def test_other_containers_and_codecs(tmp_path, write_clip, name, codec) -> None:
+def test_other_containers_and_codecs_are_read(tmp_path, write_clip, name, codec) -> None:
     clip = read_clip(write_clip(tmp_path / name, numbered(20), fps=16, codec=codec), DATA)
     assert numbers(clip.frames) == list(range(0, 18, 2))
 
 
-def test_windows(tmp_path, write_clip) -> None:
+def test_the_window_starts_where_data_window_says(tmp_path, write_clip) -> None:
     path = write_clip(tmp_path / "a.mp4", numbered(29))
     first = {w: numbers(read_clip(path, replace(DATA, window=w)).frames) for w in ("start", "center", "random")}
     assert first["start"] == list(range(9))
@@ -182,7 +182,7 @@ def reason(path: Path, data: DataConfig = DATA) -> str:
     return caught.value.reason
 
 
-def test_files_that_are_no_video(tmp_path, write_clip) -> None:
+def test_files_that_are_no_video_are_refused(tmp_path, write_clip) -> None:
     empty, text, audio = tmp_path / "empty.mp4", tmp_path / "text.mp4", tmp_path / "audio.mp4"
     empty.touch()
     text.write_text("not a video at all\n" * 50)
@@ -228,7 +228,7 @@ def test_damage_in_the_middle_is_found(tmp_path, write_clip) -> None:
     assert "damaged" in reason(tmp_path / "b.mp4")
 
 
-def test_one_frame_and_too_short(tmp_path, write_clip) -> None:
+def test_clips_of_one_frame_and_short_clips_are_refused(tmp_path, write_clip) -> None:
     assert reason(write_clip(tmp_path / "one.mp4", numbered(1))) == "one frame only"
     assert (
         reason(write_clip(tmp_path / "short.mp4", numbered(8)))
@@ -238,7 +238,7 @@ def test_one_frame_and_too_short(tmp_path, write_clip) -> None:
     assert "too short" in reason(write_clip(tmp_path / "fast.mp4", numbered(24), fps=24))
 
 
-def test_a_header_that_lies_about_its_length(tmp_path, write_clip) -> None:
+def test_a_header_with_a_wrong_length_is_found(tmp_path, write_clip) -> None:
     path = write_clip(tmp_path / "a.mkv", numbered(12))
     told = path.read_bytes().replace(b"00:00:01.500000000", b"00:00:42.500000000")
     (tmp_path / "b.mkv").write_bytes(told)
@@ -252,7 +252,7 @@ def test_a_header_that_lies_about_its_length(tmp_path, write_clip) -> None:
     assert "truncated: the header lists frames beyond the end" in reason(tmp_path / "b.mp4")
 
 
-def test_a_clip_trimmed_by_an_edit_list_is_fine(tmp_path, write_clip) -> None:
+def test_a_clip_trimmed_by_an_edit_list_is_read(tmp_path, write_clip) -> None:
     """Phones trim without encoding again: the file holds frames that are never shown."""
     whole = write_clip(tmp_path / "a.mp4", numbered(24), options={"crf": "4", "threads": "1", "bf": "0"})
     trimmed = tmp_path / "b.mp4"

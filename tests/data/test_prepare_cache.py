@@ -76,7 +76,7 @@ def test_the_cache_holds_the_unscaled_moments_and_the_embeddings(tmp_path: Path,
     ]
 
 
-def test_nothing_changed_loads_no_model(tmp_path: Path, clips: Path) -> None:
+def test_an_unchanged_folder_loads_no_model(tmp_path: Path, clips: Path) -> None:
     first = run(clips, tmp_path / "cache", Work())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     work = Work()
@@ -107,7 +107,7 @@ def test_exactly_what_changed_is_encoded_again(tmp_path: Path, clips: Path, writ
     write_metadata(clips, texts | {"3.mp4": "another caption"})
     assert expect(0, ["another caption"]).entry(3).text == "another caption"
 
-    os.rename(clips / "4.mp4", clips / "renamed.mp4")  # the same bytes under another name
+    (clips / "4.mp4").rename(clips / "renamed.mp4")  # the same bytes under another name
     renamed = {("renamed.mp4" if name == "4.mp4" else name): text for name, text in read_texts(clips).items()}
     write_metadata(clips, renamed)
     assert expect(0, []).entry(4).name == "renamed.mp4"
@@ -128,7 +128,7 @@ def test_exactly_what_changed_is_encoded_again(tmp_path: Path, clips: Path, writ
     assert len(set(prints)) == len(prints) - 2  # all but the renaming and the seed
 
 
-def test_what_nothing_names_any_more_is_removed(tmp_path: Path, clips: Path) -> None:
+def test_unused_shards_are_removed(tmp_path: Path, clips: Path) -> None:
     folder = tmp_path / "cache"
     run(clips, folder, Work(), shard_clips=1)
     write_metadata(clips, dict(list(read_texts(clips).items())[:3]))
@@ -137,7 +137,7 @@ def test_what_nothing_names_any_more_is_removed(tmp_path: Path, clips: Path) -> 
     LatentCache(folder).entry(2)
 
 
-def test_equal_clips_are_encoded_once_and_stay_on_one_side(tmp_path: Path, clips: Path) -> None:
+def test_equal_clips_are_encoded_once_and_not_split_by_the_holdout(tmp_path: Path, clips: Path) -> None:
     (clips / "copy.mp4").write_bytes((clips / "0.mp4").read_bytes())
     write_metadata(clips, read_texts(clips) | {"copy.mp4": "a copy"})
     work = Work()
@@ -147,7 +147,7 @@ def test_equal_clips_are_encoded_once_and_stay_on_one_side(tmp_path: Path, clips
     assert (0 in cache.holdout) == (COUNT in cache.holdout)
 
 
-def test_an_interrupt_keeps_what_is_done(tmp_path: Path, clips: Path) -> None:
+def test_an_interrupt_keeps_finished_clips(tmp_path: Path, clips: Path) -> None:
     folder, work = tmp_path / "cache", Work(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
         run(clips, folder, work)
@@ -170,7 +170,7 @@ def start(clips: Path, folder: Path, shard: int, seconds: float, **environment: 
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_where_it_stopped(tmp_path: Path, clips: Path) -> None:
+def test_a_killed_process_continues_where_it_stopped(tmp_path: Path, clips: Path) -> None:
     folder = tmp_path / "cache"
     process = start(clips, folder, shard=2, seconds=0.4)
     deadline = time.monotonic() + 120
@@ -255,7 +255,7 @@ def test_too_many_unreadable_clips_stop_the_run(tmp_path: Path, clips: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"text, no video\n" * 90])
-def test_a_wholly_bad_set_stops_before_a_model_is_loaded(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_set_stops_before_a_model_is_loaded(tmp_path: Path, content: bytes) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
     for number in range(40):
@@ -276,7 +276,7 @@ def test_upscaled_and_slow_clips_are_counted(tmp_path: Path, clips: Path, write_
         assert "1 of 7 clips have fewer than data.fps=8" in result.warnings[1]
 
 
-def test_a_bad_index_touches_nothing(tmp_path: Path, clips: Path) -> None:
+def test_a_bad_index_changes_nothing(tmp_path: Path, clips: Path) -> None:
     folder = tmp_path / "cache"
     run(clips, folder, Work())
     before = sorted(path.name for path in folder.iterdir())
@@ -296,7 +296,7 @@ def test_values_that_are_not_finite_are_not_cached(tmp_path: Path, clips: Path) 
     assert run(clips, tmp_path / "cache", work).clips == work.clips == COUNT
 
 
-def test_a_clip_that_changes_meanwhile_stops_the_run(
+def test_a_clip_that_changes_while_it_is_encoded_stops_the_run(
     tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = prepare_module.encode_captions
@@ -344,7 +344,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, clips: Path) -> None:
     assert run(clips, folder, Work()).clips == COUNT
 
 
-def test_split_is_stable_and_bounded() -> None:
+def test_the_holdout_is_stable_and_limited() -> None:
     sources = [f"{(37 * i) % 101:03d}" for i in range(20)]
     train, held = split_holdout(sources, 4)
     assert sorted(train + held) == list(range(20)) and len(held) == 4

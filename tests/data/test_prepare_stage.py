@@ -58,7 +58,7 @@ def test_drawn_clips_are_prepared_and_a_second_run_loads_no_model(
     assert "0 encoded, 5 reused" in capsys.readouterr().out
 
 
-def test_a_changed_component_is_noticed_by_its_files(config: Config, tmp_path: Path, capsys) -> None:
+def test_a_changed_component_is_detected_by_its_files(config: Config, tmp_path: Path, capsys) -> None:
     prepare.run(config)
     encoder_config = tmp_path / "model" / "text_encoder" / "config.json"
     encoder_config.write_text(encoder_config.read_text() + "\n")
@@ -67,7 +67,7 @@ def test_a_changed_component_is_noticed_by_its_files(config: Config, tmp_path: P
     assert "0 encoded, 5 reused; 6 captions encoded" in capsys.readouterr().out
 
 
-def test_what_cannot_work_is_said_before_anything_is_written(config: Config, tmp_path: Path) -> None:
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(config: Config, tmp_path: Path) -> None:
     for data, match in (
         (DataConfig(name="folder"), "data=folder needs data.path"),
         (DataConfig(name="folder", path=str(tmp_path / "nowhere")), "does not exist"),

@@ -45,7 +45,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "deleting": ("cogflow.training.retention", "_delete", "before"),
     "deleted": ("cogflow.training.retention", "_delete", "after"),
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),
-    "shard": ("cogflow.data.cache_shards", "save_file", "after"),
+    "shard": ("cogflow.data.latent_cache", "save_file", "after"),
     "index": ("cogflow.data.preparation", "write_json", "before"),
     "exporting": ("cogflow.weights.weights_writer", "stream_tensor", "before"),
     "exported": ("cogflow.weights.weights_writer", "HashingWriter.close", "after"),

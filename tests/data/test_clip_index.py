@@ -25,7 +25,7 @@ def pairs(folder: Path) -> list[tuple[str, str]]:
     return [(entry.name, entry.text) for entry in entries]
 
 
-def test_jsonl(tmp_path: Path) -> None:
+def test_metadata_jsonl_is_read(tmp_path: Path) -> None:
     rows = [
         {"file_name": "b.mp4", "text": "two\u2028 lines, é"},
         {"file_name": "deep/a.MOV", "text": " one ", "extra": 3},
@@ -37,17 +37,18 @@ def test_jsonl(tmp_path: Path) -> None:
     assert pairs(tmp_path) == [("b.mp4", "two\u2028 lines, é"), ("deep/a.MOV", "one")]
 
 
-def test_csv(tmp_path: Path) -> None:
+def test_metadata_csv_is_read(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {
-            "metadata.csv": '\ufefffile_name,text,more\r\na.webm,"red, then ""blue""",1\r\nvideos/b.mkv,"over\ntwo lines",2\r\n'
+            "metadata.csv": '\ufefffile_name,text,more\r\na.webm,"red, then ""blue""",1\r\n'
+            'videos/b.mkv,"over\ntwo lines",2\r\n'
         },
     )
     assert pairs(tmp_path) == [("a.webm", 'red, then "blue"'), ("videos/b.mkv", "over\ntwo lines")]
 
 
-def test_prompts_and_videos(tmp_path: Path) -> None:
+def test_prompts_and_videos_are_read(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {"prompts.txt": "first caption\r\nsecond caption\r\n", "videos.txt": "videos/00000.mp4\nvideos/00001.mp4\n\n"},
@@ -56,7 +57,7 @@ def test_prompts_and_videos(tmp_path: Path) -> None:
     assert pairs(tmp_path) == [("videos/00000.mp4", "first caption"), ("videos/00001.mp4", "second caption")]
 
 
-def test_sat(tmp_path: Path) -> None:
+def test_the_layout_of_sat_is_read(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {
@@ -121,14 +122,14 @@ def test_an_index_that_cannot_work_is_refused(tmp_path: Path, files: dict[str, s
     assert caught.value.exit_code == 2
 
 
-def test_a_missing_folder_and_a_file_in_its_place(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_file_in_its_place_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_index(tmp_path / "nowhere")
     with pytest.raises(DataError, match="is a file"):
         read_index(fill(tmp_path, {"a.jsonl": ""}) / "a.jsonl")
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na.mp4,café\n".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         read_index(tmp_path)
@@ -166,7 +167,7 @@ def test_no_link_of_the_sat_layout_leaves_the_folder(tmp_path: Path, side: str) 
         read_index(folder)
 
 
-def test_all_problems_are_told_at_once_and_bounded(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_and_limited(tmp_path: Path) -> None:
     fill(
         tmp_path,
         {"metadata.csv": "file_name,text\n" + "".join(f"{i}.avi,x\n" for i in range(30)) + "../b.mp4,x\nc.mp4,\n"},

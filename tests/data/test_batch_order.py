@@ -1,13 +1,14 @@
-"""The order of clips as a function: nothing lost, nothing twice, the same again."""
+"""Test the order of clips: each comes once an epoch, and the order depends only on its arguments."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cogflow.data.batch_order import batch_indices
+from cogflow.data.batch_order import BatchOrder
 
 TRAIN = [3, 4, 8, 9, 11, 12, 20]
 
@@ -15,19 +16,11 @@ TRAIN = [3, 4, 8, 9, 11, 12, 20]
 def walk(
     steps: range, world: int, accumulation: int, batch_size: int, seed: int = 0, train: list[int] | None = None
 ) -> list[int]:
-    """All clips in the order in which all ranks together take them."""
+    """Return all clips in the order in which all ranks together take them."""
     taken = []
     for step, micro, rank in itertools.product(steps, range(accumulation), range(world)):
-        taken += batch_indices(
-            step,
-            micro,
-            train=train or TRAIN,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            rank=rank,
-            world=world,
-            seed=seed,
-        )
+        order = BatchOrder(train or TRAIN, batch_size, accumulation, rank, world, seed)
+        taken += order.indices(step, micro)
     return taken
 
 
@@ -41,7 +34,7 @@ def test_each_clip_comes_once_an_epoch_over_all_ranks(world: int, accumulation: 
     assert len({tuple(epoch) for epoch in epochs}) > len(epochs) * 0.8
 
 
-def test_resuming_goes_on_in_the_same_order() -> None:
+def test_resuming_continues_in_the_same_order() -> None:
     assert walk(range(10), 2, 2, 3) == walk(range(6), 2, 2, 3) + walk(range(6, 10), 2, 2, 3)
 
 
@@ -55,11 +48,11 @@ def test_the_seed_alone_changes_the_order() -> None:
     assert walk(range(4), 1, 1, 7, seed=1) == walk(range(4), 1, 1, 7, seed=1) != walk(range(4), 1, 1, 7, seed=2)
 
 
-def test_a_set_smaller_than_the_batch() -> None:
+def test_a_set_smaller_than_the_batch_is_repeated() -> None:
     assert walk(range(3), 1, 1, 4, train=[5]) == [5] * 12
 
 
-def test_what_is_out_of_range_is_refused() -> None:
+def test_arguments_out_of_range_are_refused() -> None:
     good: dict[str, Any] = {"train": TRAIN, "batch_size": 2, "accumulation": 2, "rank": 0, "world": 1, "seed": 0}
     for step, micro, change in (
         (-1, 0, {}),
@@ -68,8 +61,8 @@ def test_what_is_out_of_range_is_refused() -> None:
         (0, 0, {"train": []}),
         (0, 0, {"batch_size": 0}),
     ):
-        with pytest.raises(ValueError):
-            batch_indices(step, micro, **{**good, **change})
+        with pytest.raises(ValueError, match="out of range|no clip to train on"):
+            BatchOrder(**{**good, **change}).indices(step, micro)
 
 
 GROUPS = [[0, 1, 2, 3, 4], [5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15]]
@@ -85,11 +78,13 @@ def batches(steps: range, world: int, accumulation: int, batch_size: int) -> lis
         "seed": 0,
     }
     turns = itertools.product(steps, range(accumulation), range(world))
-    return [batch_indices(step, micro, rank=rank, world=world, **settings) for step, micro, rank in turns]
+    return [BatchOrder(rank=rank, world=world, **settings).indices(step, micro) for step, micro, rank in turns]
 
 
 @pytest.mark.parametrize(("world", "accumulation", "batch_size"), [(1, 1, 1), (1, 1, 3), (2, 2, 2), (4, 1, 3)])
-def test_a_batch_is_of_one_bucket_and_no_clip_falls_behind(world: int, accumulation: int, batch_size: int) -> None:
+def test_a_batch_has_one_bucket_and_all_clips_come_equally_often(
+    world: int, accumulation: int, batch_size: int
+) -> None:
     taken = batches(range(60), world, accumulation, batch_size)
     assert all(any(set(batch) <= set(group) for group in GROUPS) for batch in taken)
     counts = [sum(batch.count(place) for batch in taken) for place in ALL]
@@ -110,9 +105,7 @@ def test_a_step_takes_the_same_batches_on_another_number_of_ranks_the_longest_fi
         assert places == sorted(places)
 
 
-def test_one_bucket_alone_is_the_order_without_buckets() -> None:
-    plain = [
-        batch_indices(step, 0, train=TRAIN, batch_size=3, accumulation=1, rank=0, world=1, seed=5) for step in range(9)
-    ]
-    settings: dict[str, Any] = {"train": TRAIN, "batch_size": 3, "accumulation": 1, "rank": 0, "world": 1, "seed": 5}
-    assert plain == [batch_indices(step, 0, groups=[[], TRAIN], **settings) for step in range(9)]
+def test_one_bucket_has_the_order_without_buckets() -> None:
+    plain = BatchOrder(TRAIN, batch_size=3, accumulation=1, rank=0, world=1, seed=5)
+    grouped = replace(plain, groups=[[], TRAIN])
+    assert [grouped.indices(step, 0) for step in range(9)] == [plain.indices(step, 0) for step in range(9)]

@@ -48,7 +48,7 @@ def test_clips_are_real_videos_that_the_loader_resizes_and_resamples(tmp_path: P
             assert container.streams.video[0].codec_context.name == "h264"
 
 
-def test_drawing_again_does_nothing_and_other_settings_draw_anew(
+def test_drawing_again_does_nothing_and_other_settings_draw_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "data"
@@ -66,7 +66,7 @@ def test_drawing_again_does_nothing_and_other_settings_draw_anew(
     assert (folder / "videos" / "00001.mp4").is_file()
 
 
-def test_chosen_concepts(tmp_path: Path) -> None:
+def test_chosen_concepts_are_drawn(tmp_path: Path) -> None:
     draw_folder(tmp_path / "data", replace(DATA, colours=["cyan"], shapes=["hexagon"], motions=["up"]))
     assert all(entry.text.startswith("a cyan hexagon moves up over") for entry in read_index(tmp_path / "data"))
     with pytest.raises(DataError, match="data.shapes names what cannot be drawn: blob"):
@@ -74,7 +74,7 @@ def test_chosen_concepts(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.mp4").write_bytes(b"precious")
     with pytest.raises(DataError, match="something else than drawn clips"):
         draw_folder(tmp_path, DATA)

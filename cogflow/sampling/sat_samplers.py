@@ -1,7 +1,7 @@
 """SAT's samplers on a diffusers transformer: the trajectories of CogVideo's own code, to tell "the weights differ" from "the sampler does".
 
 ``sat_dpm`` is ``VPSDEDPMPP2MSampler`` (a stochastic, second-order DPM-Solver++), ``sat_ddim`` is ``VideoDDIMSampler``. Written from
-their formulas, and held to latents recorded from that code at every step (tests/sampling/test_the_layout_of_sat_is_read.py).
+their formulas, and held to latents recorded from that code at every step (tests/sampling/test_sat.py).
 The state stays fp32 between steps, whatever the network's dtype; diffusers' pipeline rounds it to that dtype.
 """
 

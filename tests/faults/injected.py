@@ -46,7 +46,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "deleted": ("cogflow.training.retention", "_delete", "after"),
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),
     "shard": ("cogflow.data.latent_cache", "save_file", "after"),
-    "index": ("cogflow.data.preparation", "write_json", "before"),
+    "index": ("cogflow.data.preparation", "write_record", "before"),
     "exporting": ("cogflow.weights.weights_writer", "stream_tensor", "before"),
     "exported": ("cogflow.weights.weights_writer", "HashingWriter.close", "after"),
     "placing": ("cogflow.assemble.pipeline_folder", "place_file", "before"),

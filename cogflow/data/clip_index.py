@@ -48,7 +48,7 @@ def read_index(folder: Path) -> list[ClipEntry]:
     if len(found) > 1:
         raise DataError(
             f"{folder} holds more than one list of clips: {'; '.join(found)}",
-            "keep one of them and move the others away",
+            "keep the one that is right and move the others away",
         )
     return _collect(folder, found[0], _READERS[found[0]][1](folder))
 

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.assemble.components import STEMS
 from cogflow.config.data_section import DataConfig
-from cogflow.data.cache import LatentCache
 from cogflow.data.encode import encode_frames
+from cogflow.data.latent_cache import LatentCache
 from cogflow.data.shapes import draw, scenes
 from cogflow.diagnosis.config_differences import dtype_of
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput

@@ -10,8 +10,8 @@ from pathlib import Path
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
-from cogflow.data.cache import LatentCache, split
 from cogflow.data.clip_index import read_index
+from cogflow.data.latent_cache import LatentCache, split_holdout
 from cogflow.errors import DataError
 from cogflow.sampling.prompts import FROM_DATA, SHAPES_PROMPTS, read_prompts
 from cogflow.training.gpu_layout import GpuLayout
@@ -50,7 +50,7 @@ def clips(config: Config[TrainStage], run: Path) -> Clips:
 
 
 def _divided(count: int, holdout: int, source: str) -> Clips:
-    train, held = split([str(position) for position in range(count)], holdout)
+    train, held = split_holdout([str(position) for position in range(count)], holdout)
     return Clips(len(train), len(held), source)
 
 

@@ -85,7 +85,8 @@ def training_size(config: Config[TrainStage]) -> TrainingSize:
     fail(list(sequence_problems(config, gpus, shape.heads)), "stage.plan_gpus sets the number of GPUs to plan for.")
     # The largest bucket determines the memory. All buckets are counted at its size.
     tokens = max(
-        (transformer_size.tokens(shape, *size) for size in buckets.sizes(config.data)), key=lambda found: found.total
+        (transformer_size.tokens(shape, *size) for size in buckets.bucket_sizes(config.data)),
+        key=lambda found: found.total,
     )
     dtype = training_dtype(config)
     sampling = validation_sampling(config) if stage.sample_every else None

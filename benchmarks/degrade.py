@@ -134,7 +134,7 @@ def _floats(clip: np.ndarray) -> np.ndarray:
 
 
 def _bytes(frames: np.ndarray) -> np.ndarray:
-    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    return np.asarray((np.clip(frames, 0, 1) * 255).round().astype(np.uint8))
 
 
 SIGMAS = (0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0)

@@ -83,7 +83,7 @@ def enlargement(content: Content, height: int, width: int) -> float:
     """Return the factor by which a content is scaled to fill frames of this size with room to crop; below 1 it is
     scaled down."""
     source_height, source_width = content.read().shape[1:3]
-    return max(height * ROOM / source_height, width * ROOM / source_width)
+    return float(max(height * ROOM / source_height, width * ROOM / source_width))
 
 
 def make_variant(content: Content, number: int, frames: int, height: int, width: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from cogflow.config.train_settings import TrainStage
 from cogflow.models import loading, tiny
 from cogflow.models.transformer_inputs import TransformerInputs
 from cogflow.runtime import ranks
+from cogflow.training import deepspeed_start
 from cogflow.training import engine as engines
 from cogflow.training.callback import Callback, StepUpdate, TrainingContext
 from cogflow.training.ema import EMA
@@ -59,7 +60,7 @@ class Collectives(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase, self.counting = "rest", False
         self.bytes: dict[tuple[str, str], int] = {}
 
@@ -111,7 +112,7 @@ def _sent(connection: socket.socket) -> int:
 def limit_reuse(elements: int | None) -> Iterator[None]:
     """Let ZeRO-3 keep gathered weights that are used again within ``elements`` elements; ``None``: DeepSpeed's default,
     which is more than the tiny model has."""
-    plain = engines.settings
+    plain = deepspeed_start.settings
 
     def settings(*args: Any) -> dict[str, Any]:
         made = plain(*args)
@@ -119,11 +120,11 @@ def limit_reuse(elements: int | None) -> Iterator[None]:
         return made
 
     if elements is not None:
-        engines.settings = settings  # type: ignore[assignment]
+        setattr(engines, "settings", settings)  # noqa: B010
     try:
         yield
     finally:
-        engines.settings = plain
+        setattr(engines, "settings", plain)  # noqa: B010
 
 
 def count_step(config: Config[TrainStage], reuse: int | None = None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def draw_clips(wanted: list[Scene]) -> torch.Tensor:
 
 def blur_frames(frames: np.ndarray, sigma: float) -> np.ndarray:
     """Return ``frames`` ``[T, H, W, 3]`` after a Gaussian blur of ``sigma`` pixels in each frame."""
-    return gaussian_filter(frames.astype(np.float32), (0, sigma, sigma, 0))
+    return np.asarray(gaussian_filter(frames.astype(np.float32), (0, sigma, sigma, 0)))
 
 
 @torch.no_grad()

@@ -91,7 +91,9 @@ def make_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def train_text_encoder(tokenizer: Any, steps: int, seed: int, log: Callable[[dict], None]) -> T5EncoderModel:
+def train_text_encoder(
+    tokenizer: Any, steps: int, seed: int, log: Callable[[dict[str, str | float]], None]
+) -> T5EncoderModel:
     """Return a T5 encoder that was trained to restore masked captions. Takes a minute on a CPU and is not resumed."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 7])

@@ -97,7 +97,7 @@ def train_transformer(
     embed: Callable[[list[str], int], torch.Tensor],
     settings: TransformerSettings,
     state_file: Path,
-    log: Callable[[dict], None],
+    log: Callable[[dict[str, str | float]], None],
 ) -> None:
     """Train ``transformer`` in place and leave the averaged weights in it; resume from ``state_file``.
 

@@ -130,6 +130,7 @@ def initialise(vae: AutoencoderKLCogVideoX) -> None:
     for name, module in vae.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
             continue
+        assert module.bias is not None
         nn.init.zeros_(module.bias)
         if name.endswith("conv_y.conv"):
             nn.init.ones_(module.bias)
@@ -149,7 +150,11 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def train_vae(
-    vae: AutoencoderKLCogVideoX, settings: VAESettings, seed: int, state_file: Path, log: Callable[[dict], None]
+    vae: AutoencoderKLCogVideoX,
+    settings: VAESettings,
+    seed: int,
+    state_file: Path,
+    log: Callable[[dict[str, str | float]], None],
 ) -> None:
     """Train ``vae`` in place, resuming from ``state_file`` when it is there."""
     optimizer = _optimizer(vae, settings)
@@ -232,4 +237,4 @@ def normalise_latents(vae: AutoencoderKLCogVideoX, clips: torch.Tensor, centre: 
         if name.endswith(("conv_y", "conv_b")):
             module.conv.bias += (module.conv.weight * offsets.view(1, -1, 1, 1, 1)).sum(dim=(1, 2, 3, 4))
             module.conv.weight /= factors.view(1, -1, 1, 1, 1)
-    return factors.tolist()
+    return [float(factor) for factor in factors.tolist()]

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def _trainer(asked: dict[str, Any]) -> Any:
         for _ in range(4 * asked["batch_size"])
     ]
     trainer.data_loader = torch.utils.data.DataLoader(
-        samples, batch_size=asked["batch_size"], collate_fn=trainer.collate_fn, pin_memory=asked["gpu"]
+        cast(Any, samples), batch_size=asked["batch_size"], collate_fn=trainer.collate_fn, pin_memory=asked["gpu"]
     )
     trainer.prepare_optimizer()
     trainer.prepare_for_training()

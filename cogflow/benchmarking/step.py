@@ -222,7 +222,7 @@ def counted_flops(config: Config[BenchmarkStage]) -> float:
     data = config.data
     with torch.device("meta"):
         transformer = meta_model(described, Path(source)).to("meta").train()
-        own = transformer.config
+        own: Any = transformer.config
         frames = (data.frames - 1) // own.temporal_compression_ratio + 1
         padded = frames + frames % (own.patch_size_t or 1)
         x_t = torch.empty(1, padded, own.in_channels, data.height // 8, data.width // 8)

@@ -89,7 +89,7 @@ def _part(kind: str, runs: list[KernelRun], floor: float) -> ProfilePart:
 
 def gpu_kernels(events: Iterable[Any]) -> list[KernelRun]:
     """Return the kernels of a GPU trace."""
-    gpu = torch.autograd.DeviceType.CUDA
+    gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     return [
         KernelRun(event.name, event.time_range.start / 1e6, (event.time_range.end - event.time_range.start) / 1e6)
         for event in events

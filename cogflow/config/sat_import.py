@@ -189,7 +189,7 @@ def read_recipe(paths: Sequence[str]) -> SatRecipe:
             loaded = OmegaConf.load(Path(path).expanduser())
             if not OmegaConf.is_dict(loaded):
                 raise ValueError("it contains no keys")
-            merged = OmegaConf.merge(merged, loaded)
+            merged.merge_with(loaded)
         except FileNotFoundError:
             problems.append(Problem(f"{WORD}={path}: no such file.", (WORD,)))
         except (OSError, YAMLError, OmegaConfBaseException, ValueError) as error:

@@ -60,7 +60,7 @@ def _regular(corners: int, radius: float, turn: float) -> np.ndarray:
 def _star(points: int, outer: float, inner: float) -> np.ndarray:
     angles = -math.pi / 2 + math.pi * np.arange(2 * points) / points
     radii = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
-    return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.asarray(radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1))
 
 
 def _cross(reach: float, half: float) -> np.ndarray:
@@ -134,7 +134,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     corners = SHAPES[shape]
     if corners is None:
-        return np.hypot(x, y) - 1.0
+        return np.asarray(np.hypot(x, y) - 1.0)
     nearest = np.full(x.shape, np.inf)
     inside = np.zeros(x.shape, dtype=bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -145,7 +145,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         crosses = (ay > y) != (by > y)
         if ey != 0.0:
             inside ^= crosses & (x < ex * (y - ay) / ey + ax)
-    return np.where(inside, -1.0, 1.0) * np.sqrt(nearest)
+    return np.asarray(np.where(inside, -1.0, 1.0) * np.sqrt(nearest))
 
 
 def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:

@@ -89,7 +89,7 @@ class PlaneConverter:
 
 
 def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
-    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
 
 
 def read_video(path: Path, most_bytes: int | None = None) -> tuple[torch.Tensor, float]:

@@ -16,6 +16,7 @@ import torch
 
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
+from cogflow.files.record_io import JsonValue
 from cogflow.ladder.schedule_probe import (
     SHIFTS,
     ProbeClip,
@@ -104,7 +105,7 @@ def weigh_evidence(
     if shift is not None and not math.isclose(shift, own_shift, rel_tol=SAME_VALUE):
         why = f"The weights denoise with an error of {errors[shift]:.4f} under {shift:g} and of {errors[own_shift]:.4f} under {own_shift:g}."
         findings.append(_config_finding(candidate, "scheduler", "snr_shift_scale", own_shift, shift, why))
-    facts = {
+    facts: dict[str, JsonValue] = {
         "scaling_factor": {"seen_as": {f"{one:g}": value for one, value in seen.items()}, "best": factor},
         "snr_shift_scale": {"errors": {f"{one:g}": value for one, value in errors.items()}, "best": shift},
     }

@@ -120,7 +120,7 @@ def use_onednn_convolutions(vae: Any) -> Any:
     if torch.backends.mkldnn.is_available():
         for module in vae.modules():
             if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-                module._conv_forward = _OneDnnForward(module)
+                module._conv_forward = _OneDnnForward(module)  # type: ignore[method-assign]
     return vae
 
 
@@ -133,7 +133,8 @@ class _OneDnnForward:
     def __call__(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         module = self.module
         if input.device.type != "cpu" or {input.dtype, weight.dtype} != {torch.float32} or torch.is_grad_enabled():
-            return nn.Conv3d._conv_forward(module, input, weight, bias)
+            result: torch.Tensor = nn.Conv3d._conv_forward(module, input, weight, bias)
+            return result
         sizes = (list(module.padding), list(module.stride), list(module.dilation))
-        result: torch.Tensor = torch.ops.aten.mkldnn_convolution(input, weight, bias, *sizes, module.groups)
+        result = torch.ops.aten.mkldnn_convolution(input, weight, bias, *sizes, module.groups)
         return result

@@ -102,15 +102,17 @@ def rotary_tables(
         return None
     rows, columns = latent_height // config.patch_size, latent_width // config.patch_size
     base_rows, base_columns = config.sample_height // config.patch_size, config.sample_width // config.patch_size
+    tables: tuple[torch.Tensor, torch.Tensor]
     if config.patch_size_t is None:
-        return get_3d_rotary_pos_embed(
+        tables = get_3d_rotary_pos_embed(
             embed_dim=config.attention_head_dim,
             crops_coords=get_resize_crop_region_for_grid((rows, columns), base_columns, base_rows),
             grid_size=(rows, columns),
             temporal_size=latent_frames,
             device=device,
         )
-    return get_3d_rotary_pos_embed(
+        return tables
+    tables = get_3d_rotary_pos_embed(
         embed_dim=config.attention_head_dim,
         crops_coords=None,
         grid_size=(rows, columns),
@@ -119,6 +121,7 @@ def rotary_tables(
         max_size=(base_rows, base_columns),
         device=device,
     )
+    return tables
 
 
 def read_transformer_config(model: Path) -> dict[str, Any]:

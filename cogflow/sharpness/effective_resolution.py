@@ -156,7 +156,8 @@ def _tiles(frame: np.ndarray, side: int) -> np.ndarray:
     """Tiles ``[n, side, side]`` that overlap by half, thinned evenly to ``MOST_TILES``."""
     view = np.lib.stride_tricks.sliding_window_view(frame, (side, side))[:: side // 2, :: side // 2]
     flat = view.reshape(-1, side, side)
-    return flat[np.unique(np.linspace(0, len(flat) - 1, min(len(flat), MOST_TILES)).astype(int))]
+    chosen = np.unique(np.linspace(0, len(flat) - 1, min(len(flat), MOST_TILES)).astype(int))
+    return np.asarray(flat[chosen])
 
 
 def _profile(power: np.ndarray) -> np.ndarray | None:
@@ -179,7 +180,7 @@ def _profile(power: np.ndarray) -> np.ndarray | None:
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Running median of three."""
     padded = np.concatenate([values[:1], values, values[-1:]])
-    return np.median(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
+    return np.asarray(np.median(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0))
 
 
 def _end(frequencies: np.ndarray, levels: np.ndarray, least: float) -> float:

@@ -110,7 +110,7 @@ class QualityWatch:
         """Return the changes of all samples, ``[tested metrics, samples]``."""
         rows = [metric_changes(sample, reference) for sample, reference in zip(samples, references, strict=True)]
         table = np.array([[row[name] for row in rows] for name in self.tested])
-        return table / self._units[:, None]
+        return np.asarray(table / self._units[:, None])
 
     def _prompt_gains(self) -> np.ndarray:
         """Return what each prompt has to lose, in units of the calibration's median clip, ``[tested metrics, prompts]``."""

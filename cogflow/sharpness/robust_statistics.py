@@ -53,7 +53,7 @@ def normal_score(t: np.ndarray, df: float) -> np.ndarray:
     """The z of a normal distribution that is as unlikely as ``t`` of a t distribution; within -37..37, where float64 ends."""
     t = np.asarray(t, dtype=np.float64)
     tail = np.maximum(special.stdtr(df, -np.abs(t)), 1e-300)
-    return np.sign(t) * -special.ndtri(tail)
+    return np.asarray(np.sign(t) * -special.ndtri(tail))
 
 
 def interval(

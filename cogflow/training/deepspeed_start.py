@@ -51,7 +51,8 @@ def start_deepspeed() -> Any:
         else:
             # A store in memory, because one process needs no port.
             backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
     )
@@ -146,7 +147,7 @@ def make_optimizer(
     parameters: list[torch.nn.Parameter], deepspeed_settings: DeepSpeedConfig, stage: TrainStage
 ) -> torch.optim.Optimizer:
     """Return the AdamW that DeepSpeed steps: on the host when optimizer states are offloaded, guarded without ZeRO."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "lr": stage.learning_rate,
         "betas": tuple(stage.betas),
         "eps": stage.eps,
@@ -156,7 +157,8 @@ def make_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         with compiling_cpu_adam():
-            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
+            optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
+            return optimizer
     if deepspeed_settings.zero_stage == 0:
         return GuardedAdamW(parameters, gradient_clipping=stage.gradient_clipping, fused=True, **arguments)
     return torch.optim.AdamW(parameters, fused=True, **arguments)

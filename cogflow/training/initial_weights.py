@@ -203,8 +203,8 @@ def _no_random_weights() -> Iterator[None]:
     methods = {layer: layer.reset_parameters for layer in layers}
     try:
         for layer in layers:
-            layer.reset_parameters = lambda self: None
+            layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
         yield
     finally:
         for layer, method in methods.items():
-            layer.reset_parameters = method
+            layer.reset_parameters = method  # type: ignore[method-assign]

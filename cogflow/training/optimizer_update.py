@@ -30,7 +30,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self._global_grad_norm: torch.Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override] # DeepSpeed reads no loss
         parameters = [
             parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
         ]

@@ -232,7 +232,8 @@ class UlyssesProcessor:
         if image_rotary_emb is not None:
             query, key = (_rotate_video(tensor, text, image_rotary_emb) for tensor in (query, key))
         whole = heads_for_tokens([query, key, value], sequence)
-        attended = scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in whole))
+        query, key, value = (tensor.transpose(1, 2) for tensor in whole)
+        attended = scaled_dot_product_attention(query, key, value)
         merged = tokens_for_heads(attended.transpose(1, 2), sequence).flatten(2)
         merged = attn.to_out[1](attn.to_out[0](merged))
         text_tokens, video_tokens = merged.split([text, video], dim=1)
@@ -265,7 +266,8 @@ def tokens_for_heads(attended: torch.Tensor, shard: SequenceShard) -> torch.Tens
     """
     own = shard.tokens[shard.index]
     rows = _exchanged(attended.transpose(0, 1), shard.tokens, [own] * shard.size, shard)
-    return rows.unflatten(0, (shard.size, own)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    parts: torch.Tensor = rows.unflatten(0, (shard.size, own))
+    return parts.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
 def gathered(own: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
@@ -275,7 +277,7 @@ def gathered(own: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     Every rank computes the same loss from it. Backward, each rank keeps the gradient of its own part times the number
     of ranks, so that the mean of the weights' gradients over the ranks is their sum over the parts.
     """
-    whole: torch.Tensor = _Gather.apply(own, shard)
+    whole: torch.Tensor = _Gather.apply(own, shard)  # type: ignore[no-untyped-call]
     return whole
 
 
@@ -288,7 +290,7 @@ def _rotate_video(tensor: torch.Tensor, text: int, tables: tuple[torch.Tensor, t
 
 
 def _exchanged(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], shard: SequenceShard) -> torch.Tensor:
-    exchanged: torch.Tensor = _Exchange.apply(rows, send, receive, shard.group)
+    exchanged: torch.Tensor = _Exchange.apply(rows, send, receive, shard.group)  # type: ignore[no-untyped-call]
     return exchanged
 
 

@@ -62,7 +62,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Non
     cuda.enable_math_sdp(name in ("auto", "math"))
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
         # As torch.nn.attention.sdpa_kernel(..., set_priority=True) does inside its block.
-        torch._C._set_sdp_priority_order([int(kernel) for kernel in KERNEL_PRIORITY])
+        torch._C._set_sdp_priority_order([int(kernel.value) for kernel in KERNEL_PRIORITY])
 
 
 def compile_blocks(transformer: Any, how: str) -> None:

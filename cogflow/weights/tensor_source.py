@@ -129,7 +129,7 @@ def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """
     lines = []
     for name, tensor in tensors:
-        data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+        data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
         lines.append(fingerprint_line(name, str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(data).hexdigest()))
     return join_fingerprint(lines)
 

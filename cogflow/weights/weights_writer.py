@@ -250,7 +250,7 @@ def one_thread() -> Iterator[None]:
 
 def _raw_bytes(values: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without a copy."""
-    return memoryview(values.flatten().view(torch.uint8).numpy()).cast("B")
+    return values.flatten().view(torch.uint8).numpy().data.cast("B")
 
 
 def write_torch_file(

@@ -65,7 +65,7 @@ def test_a_plan_for_one_rank_sends_nothing() -> None:
 def test_collectives_are_counted_by_phase_and_kind() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         with Collectives() as counted:
             dist.all_reduce(torch.zeros(10))

@@ -95,7 +95,7 @@ def test_cfg_prints_what_would_run(tmp_path: Path) -> None:
     assert result.returncode == 0 and os.listdir(tmp_path) == []
     from omegaconf import OmegaConf
 
-    config = build(OmegaConf.to_container(OmegaConf.create(result.stdout)))
+    config = build(OmegaConf.to_container(OmegaConf.create(result.stdout)))  # type: ignore[arg-type]
     assert config.stage.name == "train" and "steps: 7" in result.stdout
 
 

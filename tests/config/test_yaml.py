@@ -17,6 +17,7 @@ from cogflow.config.export_settings import AssembleStage, ExportStage
 from cogflow.config.setting import ARTIFACT_KINDS, help_of
 from cogflow.config.train_settings import TrainStage
 from cogflow.data import shapes
+from cogflow.errors import ConfigError
 from cogflow.models.family import MODEL_SPECS
 
 PLACES = ["model.path=/model", "data.path=/clips"]
@@ -148,7 +149,7 @@ def test_settings_of_this_machine_are_laid_over_the_groups(tmp_path: Path, monke
     (copy / "local" / "default.yaml").write_text(
         "# @package _global_\nstages:\n  train:\n    keep_lst: 9\n  trian: {}\n"
     )
-    with pytest.raises(module.ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:
         module.compose(["stage=prepare"])
     assert (
         "stages.train.keep_lst=9" in str(caught.value)
@@ -156,5 +157,5 @@ def test_settings_of_this_machine_are_laid_over_the_groups(tmp_path: Path, monke
         and "stages.trian" in str(caught.value)
     )
     (copy / "local" / "default.yaml").write_text("run: [\n")
-    with pytest.raises(module.ConfigError, match="local"):
+    with pytest.raises(ConfigError, match="local"):
         module.compose(["stage=prepare"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.clips import ClipError, read_clip
+from cogflow.data.clips import read_clip
+from cogflow.data.packet_scan import ClipError
 from cogflow.data.shapes import Scene, draw
 from cogflow.data.video import read_video, write_video
 

@@ -299,7 +299,7 @@ def test_values_that_are_not_finite_are_not_cached(tmp_path: Path, clips: Path) 
 def test_a_clip_that_changes_while_it_is_encoded_stops_the_run(
     tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = prepare_module.encode_captions
+    original = prepare_module.encode_captions  # type: ignore[attr-defined]
 
     def meanwhile(*args, **kwargs):
         original(*args, **kwargs)

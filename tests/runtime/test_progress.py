@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 def test_a_log_gets_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
     log = io.StringIO()
     with progress(100, "clips", stream=log) as bar:
         for index in range(100):

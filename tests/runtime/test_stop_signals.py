@@ -24,8 +24,8 @@ def send(first: signal.Signals, second: signal.Signals, monkeypatch: pytest.Monk
         raise Ended(code)
 
     now = [100.0]
-    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stop_signals.os, "_exit", end)
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
+    monkeypatch.setattr(stop_signals.os, "_exit", end)  # type: ignore[attr-defined]
     with StopRequest() as request:
         os.kill(os.getpid(), first)
         now[0] += pause

@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from cogflow.sharpness.quality_watch import LEVELS
+from tests.conftest import Command
 from tests.scenarios import sabotage
-from tests.stages.conftest import Command, lines, losses
+from tests.stages.conftest import lines, losses
 
 SPOILT = ["stage.steps=6", "stage.learning_rate=0.1"]
 

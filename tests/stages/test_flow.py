@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from cogflow.files.manifest import check_manifest
 from cogflow.weights.tensor_source import weights_fingerprint
-from tests.stages.conftest import Command, lines, losses
+from tests.conftest import Command
+from tests.stages.conftest import lines, losses
 
 PLAIN = """
 import sys, torch

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.conftest import Command, losses
+from tests.conftest import Command
+from tests.stages.conftest import losses
 
 
 def beside(flow: Path, name: str) -> list[str]:

@@ -161,7 +161,7 @@ def test_each_validation_builds_one_sampler(tmp_path: Path, monkeypatch: pytest.
 
         return record
 
-    monkeypatch.setattr(validation.vae_roundtrip, "measure_roundtrip", passes(3))
+    monkeypatch.setattr(validation.vae_roundtrip, "measure_roundtrip", passes(3))  # type: ignore[attr-defined]
     monkeypatch.setattr(validation, "read_reconstruction_bound", lambda folder: {"clip": {"detail": 1.0}})
     monkeypatch.setattr(Validation, "_record_schedule_probe", passes(2))
     monkeypatch.setattr(Validation, "_sample", passes(2))

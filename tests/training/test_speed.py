@@ -35,14 +35,14 @@ def usual_attention() -> Iterator[None]:
 def computed(transformer: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return prediction and gradients for one random clip."""
     generator = torch.Generator().manual_seed(1)
-    config = transformer.config
+    config: Any = transformer.config
     transformer.zero_grad()
     x_t = torch.randn(1, LATENTS[0], 16, *LATENTS[1:], generator=generator)
     embeds = torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator)
     tables = rotary_tables(transformer, *LATENTS, device=CPU)
     v = transformer(x_t, embeds, torch.tensor([500]), image_rotary_emb=tables, return_dict=False)[0]
     v.square().mean().backward()
-    return v.detach(), {name: parameter.grad.clone() for name, parameter in transformer.named_parameters()}
+    return v.detach(), {name: parameter.grad.clone() for name, parameter in transformer.named_parameters()}  # type: ignore[union-attr]
 
 
 def same(one: tuple[torch.Tensor, dict[str, torch.Tensor]], two: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:

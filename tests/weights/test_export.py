@@ -193,7 +193,7 @@ def test_non_finite_values_stop_the_export(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel, value: float
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
-    edit(checkpoint, lambda tensors: tensors["transformer_blocks.1.attn1.to_q.weight"].view(-1)[3:5].fill_(value))
+    edit(checkpoint, lambda tensors: tensors["transformer_blocks.1.attn1.to_q.weight"].view(-1)[3:5].fill_(value))  # type: ignore[arg-type]
     with pytest.raises(QualityGateError, match=r"transformer_blocks.1.attn1.to_q.weight: 2 values") as caught:
         export(checkpoint, tmp_path / "out")
     assert caught.value.exit_code == 3
@@ -204,7 +204,7 @@ def test_overflow_in_fp16_stops_the_export_and_underflow_is_counted(
     tmp_path: Path, save_checkpoint: Save, transformer: CogVideoXTransformer3DModel
 ) -> None:
     checkpoint = save_checkpoint(1, transformer)
-    edit(checkpoint, lambda tensors: tensors["proj_out.bias"][:2].copy_(torch.tensor([1e5, 1e-10])))
+    edit(checkpoint, lambda tensors: tensors["proj_out.bias"][:2].copy_(torch.tensor([1e5, 1e-10])))  # type: ignore[arg-type]
     with pytest.raises(QualityGateError, match="proj_out.bias: 1 values beyond float16"):
         export(checkpoint, tmp_path / "out", dtype="fp16")
     assert_nothing_published(tmp_path / "out")
@@ -212,7 +212,7 @@ def test_overflow_in_fp16_stops_the_export_and_underflow_is_counted(
         f for f in export(checkpoint, tmp_path / "out", dtype="bf16")["tensors"] if f["name"] == "proj_out.bias"
     )
     assert (fact["became_inf"], fact["became_zero"]) == (0, 0)
-    edit(checkpoint, lambda tensors: tensors["proj_out.bias"][:1].fill_(0.0))
+    edit(checkpoint, lambda tensors: tensors["proj_out.bias"][:1].fill_(0.0))  # type: ignore[arg-type]
     assert export(checkpoint, tmp_path / "out", dtype="fp16")["summary"]["became_zero"] >= 1
 
 
@@ -221,7 +221,7 @@ def test_a_second_export_replaces_the_first_and_a_failed_one_keeps_it(
 ) -> None:
     export(save_checkpoint(1, transformer), tmp_path / "out")
     broken = save_checkpoint(3, transformer)
-    edit(broken, lambda tensors: tensors["proj_out.bias"].fill_(float("nan")))
+    edit(broken, lambda tensors: tensors["proj_out.bias"].fill_(float("nan")))  # type: ignore[arg-type]
     with pytest.raises(QualityGateError):
         export(broken, tmp_path / "out")
     assert check_manifest(tmp_path / "out") == [] and load(tmp_path / "out").proj_out.bias.isfinite().all()

@@ -208,5 +208,5 @@ class Renderer:
 def _placeholder_transformer(vae: Any) -> torch.nn.Module:
     """Return a module that replaces the transformer in a sampler that only decodes."""
     module = torch.nn.Identity()
-    module.config = SimpleNamespace(in_channels=vae.config.latent_channels, patch_size_t=None)
+    module.config = SimpleNamespace(in_channels=vae.config.latent_channels, patch_size_t=None)  # type: ignore[assignment]
     return module

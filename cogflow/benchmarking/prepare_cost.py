@@ -129,7 +129,7 @@ def seconds_per_pass(paths: Sequence[Path], data: DataConfig) -> float:
         began = time.perf_counter()
         try:
             shapes = list(pool.map(read, paths))
-        except clips.ClipError as error:
+        except video_decoding.ClipError as error:
             raise DataError(
                 f"a clip cannot be read: {error.reason}", "Give clips that stage=prepare takes, all of them."
             ) from None
@@ -157,7 +157,9 @@ def _parts_of_clip(path: Path, data: DataConfig, place: Path) -> dict[str, float
 
     content = timed("hashing the file", lambda: hash_file(path))
     with ExitStack() as stack:
-        file = timed("opening, reading packets", lambda: video_decoding.open_video(path, clips.file_size(path), stack))
+        file = timed(
+            "opening, reading packets", lambda: video_decoding.open_video(path, video_decoding.file_size(path), stack)
+        )
         wanted = clips.window_start(file.scan, data, content) + np.arange(data.frames) / data.fps
         frames = timed("decoding", lambda: [frame for frame, _ in video_decoding.decode_needed(file, wanted)])
     to_planes = PlaneConverter()

@@ -80,7 +80,7 @@ class OpenVideo:
     path: Path
     scan: PacketScan
     stream: av.VideoStream
-    packets: list[av.Packet] | None
+    packets: list[av.Packet[av.VideoStream]] | None
 
 
 def inspect_clip(path: Path) -> ClipProperties:
@@ -100,7 +100,7 @@ def inspect_clip(path: Path) -> ClipProperties:
 def open_video(path: Path, size: int, stack: ExitStack) -> OpenVideo:
     """Open the file of ``size`` bytes until ``stack`` closes, and read its packets. Raises :class:`ClipError`."""
     container = stack.enter_context(av.open(str(path)))
-    packets: list[av.Packet] | None = [] if size <= _HELD_BYTES else None
+    packets: list[av.Packet[av.VideoStream]] | None = [] if size <= _HELD_BYTES else None
     scan = scan_packets(container, size, packets)
     return OpenVideo(path, scan, container.streams.video[0], packets)
 
@@ -129,7 +129,9 @@ def as_clip_errors() -> Iterator[None]:
         raise ClipError(f"cannot be read: {error.strerror or error}") from None
 
 
-def scan_packets(container: av.container.InputContainer, size: int, held: list[av.Packet] | None = None) -> PacketScan:
+def scan_packets(
+    container: av.container.InputContainer, size: int, held: list[av.Packet[av.VideoStream]] | None = None
+) -> PacketScan:
     """Read all packets of a file of ``size`` bytes without decoding them, and append them to ``held``.
 
     Raises :class:`ClipError` for a file that is truncated or damaged, or whose header claims what the packets do not
@@ -224,7 +226,9 @@ def decode_needed(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.Vide
     raise IncompleteError
 
 
-def _packets_from(file: OpenVideo, start: float, stack: ExitStack) -> tuple[av.VideoStream, Iterator[av.Packet]]:
+def _packets_from(
+    file: OpenVideo, start: float, stack: ExitStack
+) -> tuple[av.VideoStream, Iterator[av.Packet[av.VideoStream]]]:
     """Return the stream to decode, and its packets from a key frame at or before ``start`` (seconds) on."""
     stream, packets = file.stream, file.packets
     base = float(stream.time_base or 0)

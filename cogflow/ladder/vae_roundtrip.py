@@ -13,9 +13,10 @@ import torch
 from cogflow.config.config import AnyConfig
 from cogflow.data.buckets import at_bucket_size
 from cogflow.data.clip_index import read_index
-from cogflow.data.clips import ClipError, read_clip
+from cogflow.data.clips import read_clip
 from cogflow.data.encode import clip_key
 from cogflow.data.latent_cache import LatentCache
+from cogflow.data.video_decoding import ClipError
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.ladder.crop_sheet import FramesByTitle, write_crop_sheet

@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from cogflow.data.packet_scan import ClipError
 
 from cogflow.config.data_section import DataConfig
 from cogflow.data.clips import read_clip
-from cogflow.data.packet_scan import ClipError
 from cogflow.data.shapes import Scene, draw
 from cogflow.data.video import read_video, write_video
 

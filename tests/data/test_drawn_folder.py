@@ -36,7 +36,7 @@ def test_clips_are_real_videos_that_the_loader_resizes_and_resamples(tmp_path: P
             and scene.motion in entry.text
         )
         clip = read_clip(entry.path, DATA)
-        assert (clip.source_size, clip.source_fps, clip.source_frames, clip.upscaled) == (
+        assert (clip.source_size, clip.source_fps, clip.source_frames, clip.upscaled) == (  # type: ignore[comparison-overlap]
             (64, 96),
             pytest.approx(16),
             9,
@@ -82,7 +82,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, drawn = shapes.write_video, []
+    original, drawn = shapes.write_video, []  # type: ignore[attr-defined]
 
     def stop_at_third(*args, **kwargs):
         drawn.append(1)

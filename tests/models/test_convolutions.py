@@ -46,7 +46,9 @@ def test_clips_and_latents_are_the_same_to_rounding(
     copied = torch.nn.Module.to(copy.deepcopy(vae), torch.bfloat16)
     assert copied.decode(latents.bfloat16()).sample.dtype == torch.bfloat16 and called
     assert all(
-        getattr(module._conv_forward, "module", None) is module for module in copied.modules() if isinstance(module, torch.nn.Conv3d)
+        getattr(module._conv_forward, "module", None) is module
+        for module in copied.modules()
+        if isinstance(module, torch.nn.Conv3d)
     )
     assert torch.equal(vae.decode(latents).sample, after[0])
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import SupportsFloat
 
 import torch
 
@@ -82,8 +82,8 @@ class DataWaits(Tracker):
         self.seconds: list[float] = []
         self._inner = inner or Tracker()
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self.seconds.append(values["train/data_wait"])
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        self.seconds.append(float(values["train/data_wait"]))
         self._inner.log(step, values)
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from cogflow.files.atomic_write import write_text
 from cogflow.files.hashing import hash_file
 from cogflow.models.transformer_inputs import SIGMA_MEAN, SIGMA_STD
 from cogflow.records.cache_records import ClipMeasurement, StoredClip
+from cogflow.runtime.progress import Advancing
 from cogflow.sharpness.metrics import measure
 
 QUARANTINE = "quarantine.jsonl"
@@ -48,11 +49,7 @@ _MOST_AT_ONCE = 8  # clips that are decoded at a time, each some 100 MB at 49x48
 _EXAMPLES = 5
 
 
-class ProgressBar(Protocol):
-    def advance(self, n: int = 1, note: str = "") -> None: ...
-
-
-OpenProgress = Callable[[int, str], AbstractContextManager[ProgressBar]]
+OpenProgress = Callable[[int, str], AbstractContextManager[Advancing]]
 """(total, description) -> an open progress bar."""
 
 Embed = Callable[[Sequence[str]], torch.Tensor]

@@ -10,8 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -53,9 +52,13 @@ class Batch:
         return x_t if self.image is None else torch.cat([x_t, self.image], dim=2)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
-        return Batch(**changed)
+        return Batch(
+            latents=change(self.latents),
+            noise=change(self.noise),
+            embeds=change(self.embeds),
+            timesteps=change(self.timesteps),
+            image=None if self.image is None else change(self.image),
+        )
 
 
 @dataclass(frozen=True)

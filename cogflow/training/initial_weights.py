@@ -29,6 +29,7 @@ from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export.origin import open_origin
 from cogflow.export.prepared_export import ExportRequest, prepare_export
+from cogflow.files.record_io import ForeignObject
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
@@ -74,7 +75,7 @@ def build(
 
 
 def make(
-    config: Mapping[str, Any],
+    config: ForeignObject,
     tensors: TensorSource,
     deepspeed: DeepSpeedConfig,
     stage: TrainStage,
@@ -158,13 +159,13 @@ def _check_facts(weights: InitialWeights, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _without_weights(config: Mapping[str, Any]) -> Any:
+def _without_weights(config: ForeignObject) -> Any:
     """Return a model with parameters on the meta device; buffers, which are computed and not read, are fp32."""
     with init_empty_weights(include_buffers=False):
         return CogVideoXTransformer3DModel.from_config(config)
 
 
-def _allocate(transformer: Any, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+def _allocate(transformer: Any, config: ForeignObject, dtype: torch.dtype, device: torch.device) -> None:
     """Allocate the weights that have no memory yet, and set the buffers to their values in fp32, rounded once."""
     for module in transformer.modules():
         for name, parameter in module.named_parameters(recurse=False):

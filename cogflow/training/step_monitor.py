@@ -11,7 +11,6 @@ import math
 import resource
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -176,7 +175,7 @@ class StepMonitor(Callback):
             f"spectrum/{name}": value for name, value in reading.values.items()
         }
 
-    def _speed_metrics(self, seconds: float, data_wait: float) -> dict[str, Any]:
+    def _speed_metrics(self, seconds: float, data_wait: float) -> dict[str, float]:
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device) / 1e9
         else:

@@ -1,7 +1,7 @@
-"""What distinguishes the members of the CogVideoX family, as data.
+"""The facts that distinguish the models of the CogVideoX family.
 
-Sources: the SAT yaml files and the converter of zai-org/CogVideo, the model cards, diffusers' configs. The table names what a
-model is; it never overrules what a checkpoint or a yaml says.
+Sources: the SAT yaml files and the converter of zai-org/CogVideo, the model cards, and diffusers' configs. A
+checkpoint or a yaml that disagrees with this table takes precedence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One member. Sizes are in frames and pixels; ``text_tokens`` is the length captions are padded to."""
+    """The facts of one model.
+
+    Sizes are in frames and pixels; ``text_tokens`` is the length to which captions are padded.
+    """
 
     name: str
     layers: int
@@ -38,10 +41,11 @@ class ModelSpec:
 
     @property
     def image_to_video(self) -> bool:
+        """Whether the transformer takes the latents of an image beside the noised latents."""
         return self.in_channels == 2 * self.latent_channels
 
     def scheduler_config(self) -> dict[str, Any]:
-        """Keyword arguments of ``CogVideoXDDIMScheduler`` and ``CogVideoXDPMScheduler``."""
+        """Return the keyword arguments of ``CogVideoXDDIMScheduler`` and ``CogVideoXDPMScheduler``."""
         return {
             "num_train_timesteps": 1000,
             "beta_start": 0.00085,
@@ -57,14 +61,31 @@ class ModelSpec:
         }
 
     def facts(self) -> dict[str, Any]:
+        """Return all fields by name."""
         return asdict(self)
 
 
 _5B = ModelSpec(
-    name="cogvideox-5b", layers=42, heads=48, head_dim=64, in_channels=16, patch_size_t=None, rotary=True, learned_positions=False,
-    ofs_embed_dim=None, text_tokens=226, text_width=4096, frames=49, height=480, width=720, fps=8, dtype="bf16", scaling_factor=0.7,
-    invert_scale_latents=False, snr_shift_scale=1.0,
-)  # fmt: skip
+    name="cogvideox-5b",
+    layers=42,
+    heads=48,
+    head_dim=64,
+    in_channels=16,
+    patch_size_t=None,
+    rotary=True,
+    learned_positions=False,
+    ofs_embed_dim=None,
+    text_tokens=226,
+    text_width=4096,
+    frames=49,
+    height=480,
+    width=720,
+    fps=8,
+    dtype="bf16",
+    scaling_factor=0.7,
+    invert_scale_latents=False,
+    snr_shift_scale=1.0,
+)
 
 
 def _like_5b(**changes: Any) -> ModelSpec:

@@ -33,7 +33,8 @@ def model_folder(model: ModelConfig) -> Path:
     if model.path is None:
         if model.name != "tiny":
             raise ConfigError(
-                f"model={model.name} has no weights here.", "Give model.path=FOLDER, a diffusers pipeline folder."
+                f"model={model.name} has no weights: model.path is not set.",
+                "Give model.path=FOLDER, a diffusers pipeline folder.",
             )
         folder = tiny.folder()
     else:
@@ -104,7 +105,8 @@ def load_scheduler(folder: Path) -> CogVideoXDDIMScheduler | CogVideoXDPMSchedul
 def encode_prompts(tokenizer: Any, text_encoder: T5EncoderModel, texts: Sequence[str], max_length: int) -> torch.Tensor:
     """Return embeddings ``[len(texts), max_length, width]`` in the encoder's dtype.
 
-    As in ``CogVideoXPipeline``, texts are padded to ``max_length`` and no attention mask is given, so the padding is encoded, too.
+    As in ``CogVideoXPipeline``, texts are padded to ``max_length`` and no attention mask is given, so that the padding
+    is encoded, too.
     """
     tokens = tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     embeddings: torch.Tensor = text_encoder(tokens.input_ids.to(text_encoder.device))[0]
@@ -114,8 +116,8 @@ def encode_prompts(tokenizer: Any, text_encoder: T5EncoderModel, texts: Sequence
 def use_onednn_convolutions(vae: Any) -> Any:
     """Make the VAE's fp32 convolutions on a CPU use oneDNN whatever their size, and return the VAE.
 
-    torch uses oneDNN for large convolutions only. The tiny VAE decodes a clip three times as fast; the published VAEs are large enough
-    already and give unchanged results.
+    torch uses oneDNN for large convolutions only. The tiny VAE decodes a clip three times as fast with it. The
+    published VAEs are large enough already and give unchanged results.
     """
     if torch.backends.mkldnn.is_available():
         for module in vae.modules():
@@ -125,7 +127,10 @@ def use_onednn_convolutions(vae: Any) -> Any:
 
 
 class _OneDnnForward:
-    """Replacement of one convolution's ``_conv_forward``. Gradients, other devices and other dtypes use the original."""
+    """Replacement of one convolution's ``_conv_forward``.
+
+    Gradients, other devices and other dtypes use the original.
+    """
 
     def __init__(self, module: nn.Conv3d) -> None:
         self.module = module

@@ -1,7 +1,7 @@
-"""The tiny member of the family: the genuine diffusers and transformers classes at small sizes, with CogVideoX-5B's traits.
+"""The tiny model: the classes of diffusers and transformers at small sizes, with the properties of CogVideoX-5B.
 
-Rotary positions, v-prediction, zero terminal SNR, SNR shift 1.0, scaling factor 0.7. The weights are shipped inside the
-package (:func:`folder`) and made by ``python -m tools.pretrain_tiny``.
+These are rotary positions, v-prediction, zero terminal SNR, SNR shift 1.0 and scaling factor 0.7. The package ships the
+weights (:func:`folder`); ``python -m tools.pretrain_tiny`` makes them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ SPEC = MODEL_SPECS["tiny"]
 
 
 def folder() -> Path:
-    """The shipped pipeline folder."""
+    """Return the shipped pipeline folder."""
     return Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
 
 def new_vae() -> AutoencoderKLCogVideoX:
-    """1.9 million parameters, random."""
+    """Return a VAE of 1.9 million random parameters."""
     return AutoencoderKLCogVideoX(
         block_out_channels=(8, 16, 32, 64),
         layers_per_block=1,
@@ -35,7 +35,7 @@ def new_vae() -> AutoencoderKLCogVideoX:
 
 
 def new_transformer() -> CogVideoXTransformer3DModel:
-    """3 million parameters, random."""
+    """Return a transformer of 3 million random parameters."""
     return CogVideoXTransformer3DModel(
         num_attention_heads=SPEC.heads,
         attention_head_dim=SPEC.head_dim,
@@ -54,7 +54,7 @@ def new_transformer() -> CogVideoXTransformer3DModel:
 
 
 def new_text_encoder(vocab_size: int) -> T5EncoderModel:
-    """A T5 v1.1 encoder of two layers, random."""
+    """Return a T5 v1.1 encoder of two layers with random parameters."""
     return T5EncoderModel(
         T5Config(
             vocab_size=vocab_size,
@@ -73,4 +73,5 @@ def new_text_encoder(vocab_size: int) -> T5EncoderModel:
 
 
 def new_scheduler() -> CogVideoXDDIMScheduler:
+    """Return the DDIM scheduler with CogVideoX-5B's settings."""
     return CogVideoXDDIMScheduler(**SPEC.scheduler_config())

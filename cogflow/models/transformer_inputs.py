@@ -1,8 +1,9 @@
-"""The inputs of a CogVideoX transformer beside noised latents and text: image latents, ofs, rotary positions, and the sizes it takes.
+"""The inputs of a CogVideoX transformer beside noised latents and text: image latents, ofs and rotary positions.
 
-Sources: sat/diffusion_video.py (``shared_step``) of zai-org/CogVideo, finetune/models/cogvideox_i2v/lora_trainer.py there, and
-diffusers' ``CogVideoXImageToVideoPipeline.prepare_latents``, which users sample with. Where they disagree the pipeline is followed, so
-that training and sampling see the same (docs/image-to-video.md).
+The module also checks the sizes that a transformer takes. Sources: sat/diffusion_video.py (``shared_step``) of
+zai-org/CogVideo, finetune/models/cogvideox_i2v/lora_trainer.py there, and diffusers'
+``CogVideoXImageToVideoPipeline.prepare_latents``, with which users sample. If they disagree, this module follows the
+pipeline, so that training and sampling use the same inputs (docs/image-to-video.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from cogflow.files.record_io import ForeignObject
 OFS = 2.0
 """The ``ofs`` of 1.5 I2V in SAT's sampling, CogVideo's finetuning and diffusers."""
 SIGMA_MEAN, SIGMA_STD = -3.0, 0.5
-"""Of the logarithm of the noise on the first frame, whose pixels are in [-1, 1] (``add_noise_to_first_frame``)."""
+"""Mean and standard deviation of log(sigma) of the noise on the first frame.
+
+The frame's pixels are in [-1, 1] (SAT: ``add_noise_to_first_frame``).
+"""
 PIXELS_PER_LATENT = 8
 
 
@@ -32,8 +36,9 @@ PIXELS_PER_LATENT = 8
 class TransformerInputs:
     """Inputs of one model.
 
-    ``scaling_factor``: of the latents; ``image_factor``: of the first frame's latents, ``None`` for text to video; ``patch_size_t``:
-    latent frames of one token, 1 for models that do not patch over time; ``ofs``: whether the model takes one.
+    ``scaling_factor``: factor of the latents; ``image_factor``: factor of the first frame's latents, ``None`` for text
+    to video; ``patch_size_t``: latent frames of one token, 1 for models that do not patch over time; ``ofs``: whether
+    the model takes ``ofs``.
     """
 
     scaling_factor: float
@@ -63,8 +68,8 @@ class TransformerInputs:
     def beside(self, image: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
         """Return the image channels of ``latents`` ``[frames, channels, h, w]``.
 
-        The scaled latents of ``image`` (``[channels, 1, h, w]``, not scaled) are at the first (padded) frame, zeros at all others; all
-        zeros without an image.
+        They are the scaled latents of ``image`` (``[channels, 1, h, w]``, not scaled) at the first (padded) frame and
+        zeros at all others. Without an image they are all zeros.
         """
         channels = torch.zeros_like(latents)
         if image is not None:
@@ -78,9 +83,10 @@ class TransformerInputs:
 
 
 def pad_latent_frames(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
-    """Return ``latents`` ``[frames, channels, h, w]`` in whole patches of ``patch_size_t`` frames: the first frame is repeated in front.
+    """Return ``latents`` ``[frames, channels, h, w]``, padded to whole patches of ``patch_size_t`` frames.
 
-    CogVideo's own finetuning pads like this. Sampling starts with as many frames of noise in front and drops their results.
+    The padding repeats the first frame in front, as CogVideo's own finetuning does. Sampling starts with as many
+    frames of noise in front and drops their results.
     """
     missing = -len(latents) % patch_size_t
     return torch.cat([latents[:1].expand(missing, -1, -1, -1), latents]) if missing else latents
@@ -93,9 +99,10 @@ def rotary_tables(
     latent_width: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return (cos, sin), each fp32 ``[tokens, head_dim]``, as ``CogVideoXPipeline`` prepares them; ``None`` for sin-cos positions (2B).
+    """Return (cos, sin), each fp32 ``[tokens, head_dim]``, as ``CogVideoXPipeline`` prepares them.
 
-    1.0 scales the grid into the native one (``crops``); 1.5 takes the first rows of a larger table (``slice``).
+    Return ``None`` for sin-cos positions (2B). 1.0 scales the grid into the native one (``crops``); 1.5 takes the
+    first rows of a larger table (``slice``).
     """
     config = transformer.config
     if not config.use_rotary_positional_embeddings:
@@ -125,7 +132,10 @@ def rotary_tables(
 
 
 def read_transformer_config(model: Path) -> dict[str, Any]:
-    """Return the transformer's config.json of a pipeline folder. Raise :class:`ConfigError` when it lacks ``max_text_seq_length``."""
+    """Return the transformer's config.json of a pipeline folder.
+
+    Raise :class:`ConfigError` when it cannot be read or lacks ``max_text_seq_length``.
+    """
     config_file = model / "transformer" / "config.json"
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
@@ -133,7 +143,7 @@ def read_transformer_config(model: Path) -> dict[str, Any]:
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{config_file} does not say max_text_seq_length", "it should be a CogVideoX transformer's config.json"
+            f"{config_file} has no max_text_seq_length.", "It should be a CogVideoX transformer's config.json."
         ) from error
 
 
@@ -152,10 +162,11 @@ def check_sizes(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]
 
 
 def size_problems(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]]) -> list[str]:
-    """Return one line for each of ``sizes`` (frames, height, width of clips in pixels) that the model's positions do not reach.
+    """Return one line for each of ``sizes`` (frames, height, width of clips in pixels) that the positions do not cover.
 
-    Learned positions (5B I2V) exist for one size: diffusers refuses another height or width, and replaces them with computed positions,
-    without a warning, for another number of frames. 1.5 takes its positions from a table of limited size.
+    Learned positions (5B I2V) exist for one size. diffusers refuses another height or width; for another number of
+    frames it replaces them with computed positions, without a warning. 1.5 takes its positions from a table of limited
+    size.
     """
     learned = bool(transformer.get("use_learned_positional_embeddings"))
     if not learned and not transformer.get("patch_size_t"):

@@ -1,4 +1,4 @@
-"""Measure videos that exist and compare them with others: at one size, pair by pair where the names agree."""
+"""Measure existing videos and compare them with others: at one size, pair by pair where the names agree."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class DescribedFinding:
 class ClipComparison:
     """The verdict on clips against reference clips, as ``sample.json`` holds it.
 
-    ``worse``: some alarm's defect is one that fails the stage; ``defects``: those, the largest first; ``not_judged``: defects that the
-    frame rates do not allow to judge.
+    ``worse``: some alarm's defect fails the stage; ``defects``: the defects of such alarms, largest z first;
+    ``not_judged``: defects that are left out because the frame rates differ.
     """
 
     worse: bool
@@ -76,10 +76,12 @@ class ClipComparison:
 
 
 def measure_clips(place: Path, like: MeasuredClips | None = None) -> MeasuredClips:
-    """Measure every clip at ``place``. With ``like`` each clip is first resized to its namesake there, or to the size of all there.
+    """Measure every clip at ``place``.
 
-    The number of pixels decides what a blur of one pixel is: a clip of half the size looks sharper pixel by pixel, and a clip that was
-    scaled up looks softer. Raise :class:`cogflow.errors.DataError`; ``ValueError`` for clips that are too small.
+    With ``like``, each clip is first resized to the clip of its name in ``like``, or to the common size of those
+    clips. The metrics depend on the number of pixels: a clip of half the size looks sharper pixel by pixel, and a clip
+    that was scaled up looks softer. Raise :class:`cogflow.errors.DataError` for files that cannot be read and
+    ``ValueError`` for clips that are too small.
     """
     measured = MeasuredClips()
     for clip in read_clips(place):

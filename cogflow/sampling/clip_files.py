@@ -1,4 +1,4 @@
-"""Read clips that exist: a video, a folder of videos, a folder of frames, or the samples of a run."""
+"""Read existing clips: a video, a folder of videos, a folder of frames, or the samples of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ MOST_BYTES = 2 * 10**9
 
 @dataclass(frozen=True)
 class ReadClip:
-    """``frames``: uint8 ``[T, H, W, 3]``; ``fps``: frames per second, 0 when unknown; ``raw``: whether no codec changed
+    """One clip.
+
+    ``frames``: uint8 ``[T, H, W, 3]``; ``fps``: frames per second, 0 when unknown; ``raw``: whether no codec changed
     the frames.
     """
 
@@ -36,8 +38,9 @@ class ReadClip:
 
 
 def clips_of(artifact: Artifact) -> Path | None:
-    """Return the path of the artifact's clips: its own, or a run's newest samples; ``None`` for an artifact without
-    clips.
+    """Return the path of the artifact's clips: its own, or a run's newest samples.
+
+    Return ``None`` for an artifact without clips.
     """
     if artifact.kind in MEDIA:
         return artifact.root

@@ -1,4 +1,4 @@
-"""The prompts that are sampled: from a file, or chosen from the data."""
+"""Read the prompts to sample from a file, or choose them from the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FROM_DATA = 4
 
 @dataclass(frozen=True)
 class Prompt:
-    """``id`` names files and settles the noise; ``text`` is what the model is asked for."""
+    """A prompt. Its ``id`` names the files of its samples and, with the seed, determines their noise."""
 
     id: str
     text: str
@@ -29,13 +29,14 @@ SHAPES_PROMPTS = (
     Prompt("red-circle", Scene("red", "circle", "left", "light", 0).caption),
     Prompt("blue-triangle", Scene("blue", "triangle", "up", "dark", 0).caption),
 )
-"""For drawn clips: two concepts that finetuning brings, two that the model knew before."""
+"""Prompts for drawn clips: two concepts that finetuning adds and two that the model already knows."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a ``.txt`` (one a line, named by their place) or a ``.jsonl`` (objects with ``id`` and ``text``).
+    """Return the prompts of a ``.txt`` file (one per line) or a ``.jsonl`` file (objects with ``id`` and ``text``).
 
-    Raises :class:`DataError` naming each bad line; ids must be plain names, since files are named after them.
+    The id of a prompt in a ``.txt`` file is ``prompt-<line number>``. Ids must be plain names, because files are named
+    after them. Raise :class:`DataError` that names each bad line.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -45,7 +46,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         ) from error
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(
-            f"{path} has the ending {path.suffix or 'of no kind'}.",
+            f"{path} is neither a .txt nor a .jsonl file.",
             "Give a .txt (one prompt a line) or a .jsonl (id, text).",
         )
     prompts, problems = [], []
@@ -56,17 +57,9 @@ def read_prompts(path: Path) -> list[Prompt]:
             prompts.append(Prompt(f"prompt-{number:03d}", line))
             continue
         try:
-            entry = json.loads(line)
-            prompt = Prompt(str(entry["id"]), str(entry["text"]))
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"line {number}: not an object with id and text")
-            continue
-        if not IDENTIFIER.match(prompt.id):
-            problems.append(f"line {number}: id {prompt.id!r} is not a plain name (letters, digits, . _ -, at most 64)")
-        elif prompt.id in {other.id for other in prompts}:
-            problems.append(f"line {number}: id {prompt.id} is there twice")
-        else:
-            prompts.append(prompt)
+            prompts.append(_parse_prompt(line, {prompt.id for prompt in prompts}))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
     if problems:
         raise DataError(f"{path}: " + "; ".join(problems), 'A line is {"id": "name", "text": "the prompt"}.')
     if not prompts:
@@ -75,7 +68,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def prompts_for(path: str | None, data_name: str, captions: Sequence[str]) -> list[Prompt]:
-    """The prompts of ``path``; without one, those of drawn clips, or the first few distinct ``captions``."""
+    """Return the prompts of ``path``; without it those of drawn clips, or the first four distinct ``captions``."""
     if path is not None:
         return read_prompts(Path(path).expanduser())
     if data_name == "shapes":
@@ -83,3 +76,17 @@ def prompts_for(path: str | None, data_name: str, captions: Sequence[str]) -> li
     return [
         Prompt(f"caption-{index:03d}", text) for index, text in enumerate(list(dict.fromkeys(captions))[:FROM_DATA])
     ]
+
+
+def _parse_prompt(line: str, taken: set[str]) -> Prompt:
+    """Return the prompt of a line of a ``.jsonl`` file. Raise ``ValueError`` for a bad line or an id in ``taken``."""
+    try:
+        entry = json.loads(line)
+        prompt = Prompt(str(entry["id"]), str(entry["text"]))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("not an object with id and text") from None
+    if not IDENTIFIER.match(prompt.id):
+        raise ValueError(f"id {prompt.id!r} is not a plain name (letters, digits, . _ -, at most 64)")
+    if prompt.id in taken:
+        raise ValueError(f"id {prompt.id} is there twice")
+    return prompt

@@ -1,4 +1,4 @@
-"""Write a folder of samples: videos to watch, latents and frames to compare, and a record with the hash of the weights."""
+"""Write a folder of samples: videos, latents and frames for comparisons, and a record with the hash of the weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def write_samples(
 ) -> SamplesRecord:
     """Sample ``wanted`` over all ranks, publish the folder ``target``, and return its ``samples.json`` on every rank.
 
-    ``title``: of the progress bar. Collective: every rank runs the same number of forward passes, which ZeRO-3 needs,
-    whatever the number of prompts.
+    ``title``: title of the progress bar. All ranks must call this. Each runs the same number of forward passes, which
+    ZeRO-3 needs, whatever the number of prompts.
     """
     with contextlib.ExitStack() as stack:
         partial = ranks.broadcast(
@@ -73,7 +73,7 @@ def mean_sharpness(record: SamplesRecord) -> dict[str, float]:
 def remove_older_frames(folder: Path, keep: Path) -> None:
     """Remove the raw frames of all validations but ``keep``.
 
-    They are large, and an export is compared with the newest.
+    Raw frames are large, and an export is compared with the newest only.
     """
     for step_folder in step_folders(folder):
         if step_folder != keep:

@@ -1,4 +1,4 @@
-"""Find and read the record of a folder of samples without importing what samples or measures."""
+"""Find and read the record of a folder of samples without importing the samplers or the metrics."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FRAMES_FILE = "frames.safetensors"
 
 
 def newest_samples(folder: Path) -> Path | None:
-    """Return the newest ``step-...`` folder of samples below ``folder``; None when there is none."""
+    """Return the newest ``step-...`` folder of samples below ``folder``, or ``None``."""
     found = [path for path in step_folders(folder) if (path / SAMPLES_RECORD).is_file()]
     return found[-1] if found else None
 
 
 def read_sample_record(folder: Path) -> SamplesRecord:
-    """Return ``folder/samples.json``. Raises :class:`cogflow.errors.CheckpointError`."""
+    """Return the record in ``folder/samples.json``. Raise :class:`cogflow.errors.CheckpointError`."""
     return read_record(folder / SAMPLES_RECORD, SamplesRecord)

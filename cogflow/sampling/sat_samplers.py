@@ -1,8 +1,9 @@
-"""SAT's samplers on a diffusers transformer: the trajectories of CogVideo's own code, to tell "the weights differ" from "the sampler does".
+"""Run SAT's samplers on a diffusers transformer, to separate differences of weights from differences of samplers.
 
-``sat_dpm`` is ``VPSDEDPMPP2MSampler`` (a stochastic, second-order DPM-Solver++), ``sat_ddim`` is ``VideoDDIMSampler``. Written from
-their formulas, and held to latents recorded from that code at every step (tests/sampling/test_sat.py).
-The state stays fp32 between steps, whatever the network's dtype; diffusers' pipeline rounds it to that dtype.
+``sat_dpm`` is ``VPSDEDPMPP2MSampler`` (a stochastic, second-order DPM-Solver++) and ``sat_ddim`` is
+``VideoDDIMSampler`` of zai-org/CogVideo. The module implements their formulas; tests/sampling/test_sat.py compares
+every step with latents recorded from that code. The state stays fp32 between steps, whatever the network's dtype;
+diffusers' pipeline rounds it to that dtype.
 """
 
 from __future__ import annotations
@@ -19,24 +20,33 @@ from cogflow.sampling.sat_schedule import SatSchedule
 
 Noises: TypeAlias = torch.Generator | Iterable[torch.Tensor]
 SOLVERS = {"sat_dpm": "VPSDEDPMPP2MSampler", "sat_ddim": "VideoDDIMSampler"}
-"""What SAT calls them."""
+"""Value of ``sampling.sampler`` -> the name of the class in SAT."""
 OFS = 2.0
-"""What SAT gives 1.5 I2V as ``ofs`` when it samples."""
+"""The ``ofs`` of 1.5 I2V in SAT's sampling."""
 
 
 def zeros_for_uncond(embeds: torch.Tensor) -> torch.Tensor:
-    """SAT's unconditional text: zeros (``force_uc_zero_embeddings``), where diffusers encodes an empty caption."""
+    """Return SAT's unconditional text: zeros (``force_uc_zero_embeddings``).
+
+    diffusers encodes an empty caption instead.
+    """
     return torch.zeros_like(embeds)
 
 
 def draws(solver: str, steps: int) -> int:
-    """How many noises a run takes: one in the first step of sat_dpm, two (the second is used) in the others, none in the last."""
+    """Return the number of noise tensors that a run takes.
+
+    sat_dpm takes one in its first step, two in the others (of which it uses the second) and none in the last.
+    """
     return 2 * steps - 3 if solver == "sat_dpm" else 0
 
 
 @dataclass(frozen=True)
 class SolverStep:
-    """After one step: ``latents`` and the guided x0 prediction ``denoised``, fp32 ``[batch, frames, channels, h, w]``."""
+    """The result of one step.
+
+    ``latents`` and ``denoised``, the guided x0 prediction: fp32 ``[batch, frames, channels, h, w]``.
+    """
 
     index: int
     timestep: int
@@ -48,25 +58,33 @@ class SolverStep:
 class Velocity:
     """A ``CogVideoXTransformer3DModel`` with its conditions.
 
-    ``embeds`` ``[batch, tokens, width]``; ``uncond`` alike, or ``None`` for no guidance. ``image``: the latents that an image-to-video
-    model gets on the channel axis, ``[batch, frames, channels, h, w]``. ``ofs``: fp32 ``[1]``, for models that have it. ``dtype``: in
-    which the network computes.
+    ``embeds`` and ``uncond``: ``[batch, tokens, width]``; ``uncond=None`` means no guidance. ``image``: the latents
+    that an image-to-video model takes on the channel axis, ``[batch, frames, channels, h, w]``. ``ofs``: fp32 ``[1]``,
+    for models that take it. ``dtype``: dtype of the network's computation.
     """
 
     def __init__(
-        self, transformer: Any, embeds: torch.Tensor, uncond: torch.Tensor | None, *, image: torch.Tensor | None = None,
-        ofs: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
-        self.transformer, self.dtype, self.image = transformer, dtype, image
+        self,
+        transformer: Any,
+        embeds: torch.Tensor,
+        uncond: torch.Tensor | None,
+        *,
+        image: torch.Tensor | None = None,
+        ofs: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.transformer = transformer
+        self.dtype = dtype
+        self.image = image
         self.guided = uncond is not None
-        # Unconditional first, as both SAT and diffusers have it.
+        # The unconditional half comes first, as in SAT and diffusers.
         self.embeds = (embeds if uncond is None else torch.cat([uncond, embeds])).to(dtype)
         if ofs is None and transformer.config.ofs_embed_dim is not None:
             ofs = torch.full((1,), OFS)
         self.ofs = None if ofs is None else ofs.to(embeds.device, dtype)
 
     def __call__(self, latents: torch.Tensor, timestep: int) -> torch.Tensor:
-        """The velocity, fp32 ``[2 * batch or batch, ...]``: with guidance, the unconditional half comes first."""
+        """Return the velocity, fp32 ``[2 * batch or batch, ...]``; with guidance the unconditional half comes first."""
         _, frames, _, height, width = latents.shape
         config = self.transformer.config
         inputs = latents if self.image is None else torch.cat([latents, self.image.to(latents)], dim=2)
@@ -92,15 +110,21 @@ class Velocity:
 
 
 def steps(
-    velocity: Callable[[torch.Tensor, int], torch.Tensor], noise: torch.Tensor, schedule: SatSchedule, solver: str,
-    *, scale: float, dynamic: bool, noises: Noises,
-) -> Iterator[SolverStep]:  # fmt: skip
-    """Denoise ``noise`` (``[batch, frames, channels, h, w]``), giving each :class:`Step` as it is made; the last holds the result.
+    velocity: Callable[[torch.Tensor, int], torch.Tensor],
+    noise: torch.Tensor,
+    schedule: SatSchedule,
+    solver: str,
+    *,
+    scale: float,
+    dynamic: bool,
+    noises: Noises,
+) -> Iterator[SolverStep]:
+    """Denoise ``noise`` (``[batch, frames, channels, h, w]``) and yield each step; the last has the result.
 
-    ``noises``: a generator, or the noises themselves in order (see :func:`draws`); sat_ddim takes none.
-    Raises :class:`DataError` when given noises run out.
+    ``noises``: a generator, or the noise tensors in order (see :func:`draws`); sat_ddim takes none. Raise
+    :class:`DataError` when too few noise tensors are given or one has another shape.
     """
-    draw = _drawer(noises, noise, draws(solver, schedule.steps))
+    draw = _noise_source(noises, noise, draws(solver, schedule.steps))
     x, before = noise.float(), None
     alphas, read_with = schedule.alphas.to(x.device), schedule.quantized.to(x.device)
     for index, timestep in enumerate(schedule.timesteps):
@@ -113,7 +137,7 @@ def steps(
         else:
             fresh = draw()
             if before is not None:
-                # SAT draws for the first-order result, too, and then throws that away.
+                # SAT also draws for the first-order result, which it does not use.
                 fresh = draw()
             x = _dpm(x, denoised, before, alphas[max(index - 1, 0)], alphas[index], alphas[index + 1], fresh)
             before = denoised
@@ -121,14 +145,14 @@ def steps(
 
 
 def final(trajectory: Iterable[SolverStep]) -> torch.Tensor:
-    """The latents after the last step."""
+    """Return the latents after the last step."""
     for step in trajectory:
         last = step.latents
     return last
 
 
 def _denoised(v: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, weight: float) -> torch.Tensor:
-    """x0 from the velocity, guided when ``v`` has both halves."""
+    """Return x0 from the velocity ``v``, guided when ``v`` has both halves."""
     sigma = (1 - alpha**2) ** 0.5
     if v.shape[0] == x.shape[0]:
         return alpha * x - sigma * v
@@ -137,15 +161,26 @@ def _denoised(v: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, weight: flo
 
 
 def _ddim(x: torch.Tensor, denoised: torch.Tensor, alpha: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    share = ((1 - after**2) / (1 - alpha**2)) ** 0.5
-    return share * x + (after - alpha * share) * denoised
+    """Return ``x`` after one step of DDIM, from sqrt(alpha_bar) ``alpha`` to ``after``."""
+    sigma_ratio = ((1 - after**2) / (1 - alpha**2)) ** 0.5
+    return sigma_ratio * x + (after - alpha * sigma_ratio) * denoised
 
 
 def _dpm(
-    x: torch.Tensor, denoised: torch.Tensor, before: torch.Tensor | None, previous: torch.Tensor, alpha: torch.Tensor,
-    after: torch.Tensor, noise: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """One step of SDE-DPM-Solver++(2M). ``h``, the step in log SNR / 2, is infinite at first, since ``alpha`` is 0: exp(-h) is then 0."""
+    x: torch.Tensor,
+    denoised: torch.Tensor,
+    before: torch.Tensor | None,
+    previous: torch.Tensor,
+    alpha: torch.Tensor,
+    after: torch.Tensor,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """Return ``x`` after one step of SDE-DPM-Solver++(2M).
+
+    ``before``: ``denoised`` of the step before; ``previous``, ``alpha``, ``after``: sqrt(alpha_bar) before the last
+    step, now and after this step. ``h``, the step in log SNR / 2, is infinite in the first step, where ``alpha`` is 0;
+    exp(-h) is then 0.
+    """
     h = _log_snr(after) - _log_snr(alpha)
     if before is not None:
         half_inverse_ratio = h / (2 * (_log_snr(alpha) - _log_snr(previous)))
@@ -156,11 +191,12 @@ def _dpm(
 
 
 def _log_snr(alpha: torch.Tensor) -> torch.Tensor:
-    """log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), minus infinity at pure noise."""
+    """Return log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), which is minus infinity at pure noise."""
     return ((alpha**2 / (1 - alpha**2)) ** 0.5).log()
 
 
-def _drawer(noises: Noises, like: torch.Tensor, needed: int) -> Callable[[], torch.Tensor]:
+def _noise_source(noises: Noises, like: torch.Tensor, needed: int) -> Callable[[], torch.Tensor]:
+    """Return a function that returns the next noise tensor, of the shape and on the device of ``like``."""
     if isinstance(noises, torch.Generator):
         generator = noises
         return lambda: torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
@@ -169,10 +205,10 @@ def _drawer(noises: Noises, like: torch.Tensor, needed: int) -> Callable[[], tor
     def draw() -> torch.Tensor:
         found = next(given, None)
         if found is None or found.shape != like.shape:
-            what = "there are fewer" if found is None else f"one has the shape {tuple(found.shape)}"
+            problem = "there are fewer" if found is None else f"one has the shape {tuple(found.shape)}"
             raise DataError(
-                f"{needed} noises of the shape {tuple(like.shape)} are needed; {what}.",
-                "Give them all, or a generator.",
+                f"{needed} noise tensors of the shape {tuple(like.shape)} are needed; {problem}.",
+                "Give all of them, or a generator.",
             )
         return found.to(like.device, torch.float32)
 

@@ -1,9 +1,10 @@
-"""The noise schedule that SAT's samplers follow, which is not quite that of diffusers' schedulers.
+"""The noise schedule of SAT's samplers.
 
-Written from what ``ZeroSNRDDPMDiscretization``, ``DiscreteDenoiser`` and ``DynamicCFG`` of zai-org/CogVideo compute (folder
-sat/sgm/modules/diffusionmodules) and held to values recorded from that code. Three things differ from diffusers (docs/samplers.md):
-the visited timesteps are picked before the rescale to zero terminal SNR, the network's output is read with the nearest entry of the
-training table, and step counts that do not divide 1000 visit other timesteps.
+It computes what ``ZeroSNRDDPMDiscretization``, ``DiscreteDenoiser`` and ``DynamicCFG`` of zai-org/CogVideo compute
+(folder sat/sgm/modules/diffusionmodules); the tests compare it with values recorded from that code. It differs from
+the schedules of diffusers in three points (docs/samplers.md): it selects the timesteps before it rescales to zero
+terminal SNR, it converts the network's output with the nearest entry of the training table, and for step counts that
+do not divide 1000 it uses other timesteps.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ from cogflow.errors import ConfigError, PipelineError
 from cogflow.files.record_io import ForeignObject
 
 FEWEST, MOST = 2, 999
-"""SAT's rescale divides by zero with one step, and its code has no timesteps for all 1000."""
+"""Limits of the number of steps.
+
+SAT's rescale divides by zero with one step, and its code has no timesteps for 1000.
+"""
 EXPONENT = 5
+"""Exponent of SAT's dynamic guidance."""
 EXPECTED = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
 }
-"""What SAT's samplers take for granted, as diffusers' scheduler config says it."""
+"""Entries of diffusers' scheduler config that SAT's samplers require."""
 
 
 @dataclass(frozen=True)
 class SatSchedule:
-    """What happens at each of N steps, in the order of sampling (noise first).
+    """The schedule of N steps, in the order of sampling (noise first).
 
-    ``timesteps``: given to the network. ``alphas``: fp32 ``[N + 1]``, sqrt(alpha_bar) before each step and after the last (0 ... 1).
-    ``quantized``: fp32 ``[N]``, the sqrt(alpha_bar) with which the network's output is read as x0.
+    ``timesteps``: the inputs of the network. ``alphas``: fp32 ``[N + 1]``, sqrt(alpha_bar) before each step and after
+    the last (0 ... 1). ``quantized``: fp32 ``[N]``, the sqrt(alpha_bar) that converts the network's output to x0.
     """
 
     timesteps: tuple[int, ...]
@@ -46,9 +51,10 @@ class SatSchedule:
         return len(self.timesteps)
 
     def guidance(self, index: int, scale: float, dynamic: bool) -> float:
-        """The weight of classifier-free guidance at step ``index``.
+        """Return the weight of classifier-free guidance at step ``index``.
 
-        The dynamic one oscillates: SAT puts timesteps of 0..999 where a count of steps was meant, and diffusers repeats it.
+        The dynamic weight oscillates: SAT's formula takes timesteps of 0..999 in the place of step numbers, and
+        diffusers does the same.
         """
         if not dynamic:
             return scale
@@ -57,16 +63,20 @@ class SatSchedule:
 
 
 def visited_timesteps(steps: int, count: int = 1000) -> list[int]:
-    """The ascending timesteps of ``steps`` steps: evenly from ``count - 1`` down towards 0, cut to whole numbers."""
+    """Return the ascending timesteps of ``steps`` steps.
+
+    They are evenly spaced from ``count - 1`` down towards 0, truncated to integers.
+    """
     return [int(t) for t in np.linspace(count - 1, 0, steps, endpoint=False)][::-1]
 
 
 def alpha_table(
     shift: float, beta_start: float, beta_end: float, timesteps: list[int] | None = None, count: int = 1000
 ) -> torch.Tensor:
-    """fp32 sqrt(alpha_bar) at ascending ``timesteps`` (all by default), rescaled so that the last is 0 and the first unchanged.
+    """Return fp32 sqrt(alpha_bar) at ascending ``timesteps`` (all by default).
 
-    With all timesteps it is the table of training. float64 up to the shifted alpha_bar and fp32 from there, as SAT.
+    They are rescaled so that the last is 0 and the first is unchanged. With all timesteps this is the table of
+    training. As in SAT, the computation is float64 up to the shifted alpha_bar and fp32 from there.
     """
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float64).square()
     alpha_bar = (1.0 - betas).cumprod(0)
@@ -77,9 +87,9 @@ def alpha_table(
 
 
 def make_schedule(steps: int, shift: float, beta_start: float = 0.00085, beta_end: float = 0.012) -> SatSchedule:
-    """The schedule of ``steps`` steps for a model trained with SNR shift ``shift`` (2B: 3.0, the others: 1.0).
+    """Return the schedule of ``steps`` steps for a model trained with SNR shift ``shift`` (2B: 3.0, the others: 1.0).
 
-    Raises :class:`ConfigError` for a count that SAT cannot take.
+    Raise :class:`ConfigError` for a number of steps that SAT does not support.
     """
     if not FEWEST <= steps <= MOST:
         raise ConfigError(
@@ -94,16 +104,14 @@ def make_schedule(steps: int, shift: float, beta_start: float = 0.00085, beta_en
 
 
 def schedule_of(config: ForeignObject, steps: int) -> SatSchedule:
-    """The schedule of a model whose diffusers scheduler has ``config``.
+    """Return the schedule of a model whose diffusers scheduler has ``config``.
 
-    Raises :class:`PipelineError` naming everything in it that SAT's samplers cannot follow.
+    Raise :class:`PipelineError` that names every entry that SAT's samplers do not support.
     """
     wrong = [f"{key}={config.get(key)} (SAT: {value})" for key, value in EXPECTED.items() if config.get(key) != value]
     if wrong or config.get("snr_shift_scale") is None:
         listed = ", ".join(wrong) or "snr_shift_scale is missing"
-        raise PipelineError(
-            f"The scheduler is not one that SAT has: {listed}.", "Choose sampling.sampler=default for it."
-        )
+        raise PipelineError(f"SAT's samplers do not support this scheduler: {listed}.", "Set sampling.sampler=default.")
     return make_schedule(
         steps, float(config["snr_shift_scale"]), float(config["beta_start"]), float(config["beta_end"])
     )

@@ -1,4 +1,7 @@
-"""The stages: one module each, with ``run(config) -> None``. Loading one is what imports torch; naming them is not."""
+"""The stages, one module each, with ``run(config) -> None``.
+
+This module does not import torch; :func:`load` imports a stage and with it torch.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from cogflow.config.config import AnyConfig
 
 SUMMARIES: dict[str, str] = {
     "flow": "prepare, train, export, assemble and diagnose on one config: the whole way to a checked pipeline",
-    "prepare": "clips and captions become cached latents and text embeddings",
-    "train": "full finetuning on DeepSpeed, with checkpoints, samples and held-out losses",
-    "sample": "videos of a run, a checkpoint or a pipeline folder, with their sharpness",
-    "export": "weights of SAT, DeepSpeed or cogflow become diffusers components, proven equal; and back to SAT",
-    "assemble": "components from different places become one checked pipeline folder",
-    "diagnose": "which component, field or tensor makes a pipeline blurry, and the command that mends it",
-    "benchmark": "speed and memory of cogflow beside what it competes with",
+    "prepare": "encode clips and captions as cached latents and text embeddings",
+    "train": "finetune all weights with DeepSpeed, with checkpoints, samples and held-out losses",
+    "sample": "sample videos from a run, a checkpoint or a pipeline folder, and measure their sharpness",
+    "export": "convert weights of SAT, DeepSpeed or cogflow to diffusers, or back to SAT, and prove them equal",
+    "assemble": "join components from different places into one checked pipeline folder",
+    "diagnose": "find the component, field or tensor that makes a pipeline blurry, and the command that repairs it",
+    "benchmark": "measure speed and memory of cogflow beside other trainers",
 }
-"""Name of each stage and what it does, in the order in which they are shown."""
+"""Name of each stage and what it does, in the order of the help text."""
 
 
 class Stage(Protocol):
@@ -29,19 +32,21 @@ class Stage(Protocol):
 
 
 def load(name: str) -> Stage:
-    """The module of a stage; ``name`` is a key of :data:`SUMMARIES`."""
+    """Return the module of a stage; ``name`` is a key of :data:`SUMMARIES`."""
     module = f"cogflow.stages.{name}"
     if module not in sys.modules:
-        with _no_garbage():
+        with _without_garbage_collection():
             importlib.import_module(module)
     return cast(Stage, sys.modules[module])
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Import without looking for garbage: a fifth of the time goes into looking through the same objects again and again.
+def _without_garbage_collection() -> Iterator[None]:
+    """Import without garbage collection, which takes a fifth of the time of the imports.
 
-    What was imported stays, and is not looked through later either: a quarter of a second each time, in the middle of a training."""
+    The imported objects stay for good, so they are frozen: later collections skip them. Otherwise each would take a
+    quarter of a second during training.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:

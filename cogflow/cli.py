@@ -1,6 +1,6 @@
 """``python -m cogflow stage=NAME ...``: compose the settings, check them and run one stage.
 
-The exit code says what to do next: the classes of :mod:`cogflow.errors` define the codes. 130: interrupted.
+The classes of :mod:`cogflow.errors` define the exit codes. 0: success, 1: unexpected error, 130: interrupted.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FLAGS = ("--help", "-h", "--cfg", "--version")
 def run_process() -> None:
     """Run the command line of this process and exit.
 
-    The exit code is also written to the file that ``COGFLOW_EXIT_FILE`` names, for launchers that replace it by their own. Of several
-    ranks the first that fails writes it, because the others fail as a consequence.
+    The exit code is also written to the file that ``COGFLOW_EXIT_FILE`` names, for launchers that replace it by their
+    own. With several ranks, the first that fails writes it, because the others fail as a consequence.
     """
     code, note = main(sys.argv[1:]), os.environ.get("COGFLOW_EXIT_FILE")
     if note and (code or os.environ.get("RANK", "0") == "0"):
@@ -62,7 +62,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def _compose_or_print(words: Sequence[str], rank: str) -> AnyConfig | None:
-    """Return the checked config of a command that runs a stage. Print the answer to ``--help``, ``--version`` or ``--cfg`` instead."""
+    """Return the checked config of a command that runs a stage; print the answer and return None for other commands.
+
+    The other commands are those with ``--help``, ``--version`` or ``--cfg``, and the one without arguments.
+    """
     flags = [word for word in words if word[:1] == "-"]
     choices = [word for word in words if word[:1] != "-"]
     fail([Problem(f"{flag}: no such option.") for flag in flags if flag not in FLAGS], USAGE)

@@ -50,7 +50,7 @@ AUTO = "auto"
 
 
 class ArtifactKind(Enum):
-    """What a path can hold. The values are the words of ``stage.source_kind`` and the settings like it."""
+    """Kinds of content of a path. The values are those of ``stage.source_kind`` and of similar settings."""
 
     PIPELINE = "pipeline"
     EXPORT = "export"
@@ -87,11 +87,11 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """What was recognised at ``path``.
+    """Content that was recognised at ``path``.
 
     ``reason``: the content it was recognised by, a clause. ``root``: the folder or file to read, which differs from
     ``path`` where ``latest`` or the only step names a folder inside. ``components``: diffusers component -> folder.
-    ``step``: as the content states it. ``ema``: whether averaged weights are there, too. ``checkpoints``: of a run,
+    ``step``: as the content states it. ``ema``: True when averaged weights are there, too. ``checkpoints``: of a run,
     newest first, not verified. ``also``: other kinds whose rules fit. ``notes``: choices that were made inside
     ``path``, for the user.
     """

@@ -11,18 +11,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Batches of one rank: ``batch_size`` elements of ``train`` for each of ``accumulation`` micro steps, on ``rank``
-    of ``world``.
+    """Batches of one of ``world`` ranks: ``batch_size`` elements of ``train`` in each of ``accumulation`` micro steps.
 
-    All ranks together walk through one endless sequence of epochs. Each epoch is a new order of all of ``train``, and a
-    batch may continue in the next epoch. The set of clips of one step depends only on the product accumulation * world:
-    one rank with two micro steps trains on the same clips as two ranks with one.
+    All ranks together read one endless sequence of epochs. Each epoch is a new order of all of ``train``, and a batch
+    may continue in the next epoch. The set of clips of one step depends only on the product accumulation * world: one
+    rank with two micro steps trains on the same clips as two ranks with one.
 
-    ``groups``: ``train`` divided into clips that fit into one batch (buckets, longest first); all elements of a batch
-    are then from one group. Each group has an endless sequence of its own, and its remainder at the end of an epoch is
-    carried into the next: no clip is dropped, and in each epoch a group gives as many batches as its share of the
-    clips, in a new order. Within a step the longest come first, so that the ranks of one micro step wait little for
-    each other.
+    ``groups``: ``train`` divided by size (buckets, longest first); all elements of a batch are then from one group.
+    Each group has its own endless sequence, and its remainder at the end of an epoch is carried into the next. No clip
+    is dropped. In each epoch the number of batches of a group follows its share of the clips, and the batches have a
+    new order. Within a step the longest come first, so that the ranks of one micro step have similar work.
     """
 
     train: Sequence[int]
@@ -36,7 +34,7 @@ class BatchOrder:
     def indices(self, step: int, micro: int) -> list[int]:
         """Return the elements of ``train`` for micro step ``micro`` of step ``step``, both counted from 0.
 
-        Raises ``ValueError``.
+        Raises ``ValueError`` for an empty ``train`` or a number out of range.
         """
         if not self.train:
             raise ValueError("no clip to train on")
@@ -58,7 +56,7 @@ class BatchOrder:
 
 
 def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) -> list[int]:
-    """Return ``count`` elements from place ``first`` of the endless sequence of epochs of ``line``."""
+    """Return ``count`` elements from position ``first`` of the endless sequence of epochs of ``line``."""
     picked = []
     for position in range(first, first + count):
         epoch, place = divmod(position, len(line))
@@ -68,7 +66,7 @@ def _take(line: Sequence[int], first: int, count: int, seed: int, group: int) ->
 
 def _batch(number: int, counts: tuple[int, ...], batch_size: int, seed: int) -> tuple[int, int]:
     """Return (group, number of the batch in its group) of batch ``number``, counted from 0 over all steps and ranks."""
-    # This epoch is never too late: no epoch has given more than its share at its end.
+    # The search starts at an epoch that is never too late, because ``_given`` rounds down.
     epoch = max(0, number * batch_size // sum(counts) - 1)
     while sum(_given(counts, epoch + 1, batch_size)) <= number:
         epoch += 1
@@ -79,7 +77,7 @@ def _batch(number: int, counts: tuple[int, ...], batch_size: int, seed: int) -> 
 
 
 def _given(counts: tuple[int, ...], epochs: int, batch_size: int) -> list[int]:
-    """Return the whole batches that each group has given after ``epochs`` epochs."""
+    """Return the number of whole batches of each group in the first ``epochs`` epochs."""
     return [epochs * count // batch_size for count in counts]
 
 
@@ -91,8 +89,7 @@ def _labels(seed: int, epoch: int, counts: tuple[int, ...], batch_size: int) -> 
     return np.random.default_rng([seed, epoch, 0xB0C7]).permutation(labels)
 
 
-@lru_cache(
-    maxsize=16
-)  # a batch uses two epochs at most, unless the set is smaller than the batch; each group has its own
+# A batch uses two epochs of its group at most, unless the group is smaller than the batch.
+@lru_cache(maxsize=16)
 def _permutation(seed: int, epoch: int, count: int, group: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 0x0DDE, *([group] if group else [])]).permutation(count)

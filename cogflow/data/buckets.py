@@ -1,4 +1,4 @@
-"""Choose the size of each clip from ``data.buckets``: the one that wastes the least of the clip."""
+"""Choose the size of each clip from ``data.buckets``: the one that cuts off the least of the clip."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Size = tuple[int, int, int]
 
 
 def parse_bucket(bucket: str) -> Size:
-    """Return ``"49x480x720"`` as numbers. Raises ``ValueError`` for anything else."""
+    """Return the numbers of a bucket like ``"49x480x720"``. Raises ``ValueError`` for anything else."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", bucket, re.ASCII):
         raise ValueError(bucket)
     frames, height, width = map(int, bucket.split("x"))
@@ -24,7 +24,7 @@ def parse_bucket(bucket: str) -> Size:
 
 
 def bucket_sizes(data: DataConfig) -> list[Size]:
-    """Return the sizes at which clips are prepared: those of the buckets, or the one of ``data``."""
+    """Return the sizes at which clips are prepared: those of the buckets, or the single size of ``data``."""
     return [parse_bucket(bucket) for bucket in data.buckets] or [(data.frames, data.height, data.width)]
 
 
@@ -39,7 +39,7 @@ def at_bucket_size(data: DataConfig, bucket: str | None) -> DataConfig:
 def assign_bucket(path: Path, data: DataConfig) -> str:
     """Return the bucket of the clip at ``path``.
 
-    Raises :class:`ClipError` for a clip that cannot be read or fits none.
+    Raises :class:`ClipError` for a clip that cannot be read or fits no bucket.
     """
     return choose_bucket(inspect_clip(path), data)
 
@@ -47,8 +47,9 @@ def assign_bucket(path: Path, data: DataConfig) -> str:
 def choose_bucket(clip: ClipProperties, data: DataConfig) -> str:
     """Return the bucket for a clip. Raises :class:`ClipError` when none fits.
 
-    Of the buckets whose frames the clip has, it is the one that cuts off the least of the picture; within one percent,
-    the one with the most frames; then the largest for which the clip is not scaled up.
+    Only buckets are considered for whose frames the clip is long enough. The bucket that cuts off the least of the
+    picture is chosen; among those within one percent, the bucket with the most frames; then the largest for which the
+    clip is not scaled up.
     """
     candidates = [bucket for bucket in data.buckets if clip.scan.holds(parse_bucket(bucket)[0], data.fps)]
     if not candidates:
@@ -73,7 +74,7 @@ def _cost(clip: ClipProperties, size: Size, resize: str) -> tuple[float, int, bo
     if resize == "none":
         lost = 1 - height * width / (clip.height * clip.width)
     else:
-        # The share that "cover" cuts off; for "stretch" it measures the distortion.
+        # The share of the picture that "cover" cuts off. The same number measures the distortion by "stretch".
         lost = 1 - math.exp(-abs(math.log(clip.height * width / (clip.width * height))))
     upscaled = height > clip.height or width > clip.width
     return round(lost, 2), -frames, upscaled, height * width if upscaled else -height * width

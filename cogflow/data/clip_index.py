@@ -35,9 +35,9 @@ class ClipEntry:
 def read_index(folder: Path) -> list[ClipEntry]:
     """Return the clips of ``folder`` in the order of its index.
 
-    Files are not opened: a file may be missing or no video. Raises :class:`DataError` that lists every problem of the
-    index itself: none or several layouts, a bad line, no caption, another kind of file, a path that leaves the folder,
-    a clip named twice with the same caption.
+    The clips are not opened: a file may be missing, or not a video. Raises :class:`DataError` that lists every problem
+    of the index itself: no layout or several, a bad line, no caption, another kind of file, a path that leaves the
+    folder, a clip named twice with the same caption.
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -174,7 +174,7 @@ def _labels(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _guess(folder: Path) -> str:
-    """Return a hint at the intended folder or file, from what is there."""
+    """Return a hint at the intended folder or file, from the files in and below ``folder``."""
     halves = [name for name in ("prompts.txt", "videos.txt", "videos", "labels") if (folder / name).exists()]
     if halves:
         return f"\n  here is only {' and '.join(halves)}"

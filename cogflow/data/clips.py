@@ -1,5 +1,6 @@
-"""Read the frames that a model trains on from a video file: checked, resampled in time, resized, cropped.
-Deterministic.
+"""Read the frames that a model trains on from a video file: check, resample in time, resize and crop them.
+
+The result is deterministic.
 
 Frames are resized by torch's antialiased bicubic interpolation. An exact reimplementation by matrix products, with the
 same bytes, read whole clips of 49 frames from 1920x1080 to 480x720 only 1.22 to 1.24 times as fast (medians of 6 pairs,
@@ -35,7 +36,7 @@ from cogflow.data.video_decoding import (
 from cogflow.files.hashing import hash_file
 
 VERSION = 1
-"""Raised when the same file and settings would give other frames; part of each cached clip's key."""
+"""Version of the frames: increased when the same file and settings give other frames. Part of each clip's key."""
 
 CLIP_SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "seed")
 """The fields of :class:`DataConfig` on which the result of :func:`read_clip` depends."""

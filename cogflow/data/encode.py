@@ -1,9 +1,9 @@
 """Encode clips through the VAE and captions through the text encoder into shards, and collect unreadable clips.
 
 Image-to-video training also needs a clip's first frame with noise. SAT (``add_noise_to_first_frame`` in
-sat/diffusion_video.py of zai-org/CogVideo) draws new noise at each step; the VAE is not loaded in training, so here
-each step draws one of a fixed number of noised frames that are encoded ahead. All of them are functions of the clip's
-content.
+sat/diffusion_video.py of zai-org/CogVideo) draws new noise at each step. Here the VAE is not loaded in training, so a
+fixed number of noised frames is encoded in advance, and each step draws one of them. The noise depends only on the
+clip's content.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from cogflow.sharpness.metrics import measure
 QUARANTINE = "quarantine.jsonl"
 
 TEXT_VERSION = 1
-"""Raised when the same caption would give other embeddings; part of each caption's key."""
+"""Version of the embeddings: increased when the same caption gives others. Part of each caption's key."""
 FIRST_FRAME_VERSION = 1
-"""Raised when the same first frame would give other tensors; part of the key of each clip for image to video."""
+"""Version of the first frame's tensors: increased when they change. Part of each clip's key for image to video."""
 
 _MOST_AT_ONCE = 8  # clips that are decoded at a time, each some 100 MB at 49x480x720
 _EXAMPLES = 5
@@ -58,8 +58,7 @@ Embed = Callable[[Sequence[str]], torch.Tensor]
 
 @dataclass(frozen=True)
 class SourceClip:
-    """One clip of the index with the hash of its bytes (``content``) and its bucket, or the ``reason`` why it cannot be
-    read.
+    """One clip of the index with the hash of its bytes (``content``) and its bucket, or the ``reason`` for failure.
 
     ``stamp``: size and modification time of the file when it was hashed.
     """
@@ -138,7 +137,7 @@ class Quarantine:
         self.write()
         examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_EXAMPLES])
         return DataError(
-            message + examples, f"mend or remove them (all are in {self._file}), or raise data.max_bad_share"
+            message + examples, f"repair or remove them (all are in {self._file}), or raise data.max_bad_share"
         )
 
     def write(self) -> None:
@@ -153,7 +152,7 @@ class Quarantine:
 def require_readable_clip(items: Sequence[SourceClip], quarantine: Quarantine) -> None:
     """Check that one of the first ``data.max_bad_in_a_row`` clips can be read, before any model is loaded.
 
-    Raises :class:`DataError` when none can: an unreadable set ends in seconds.
+    Raises :class:`DataError` when none can be read, so that an unreadable data set ends the run within seconds.
     """
     data = quarantine.data
     first = items[: max(1, data.max_bad_in_a_row)]
@@ -171,7 +170,7 @@ def require_readable_clip(items: Sequence[SourceClip], quarantine: Quarantine) -
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """Clips or captions of a shard, and how progress is shown."""
+    """Number of clips or captions of a shard, and the function that opens a progress bar."""
 
     shard_items: int
     report: OpenProgress
@@ -193,7 +192,7 @@ def encode_captions(
             some = keys[start : start + batch]
             for key, embeds in zip(some, embed([texts[key] for key in some]), strict=True):
                 _check_finite(embeds, "text encoder", f"caption {texts[key]!r}")
-                # A view would keep and write the whole batch.
+                # Without the copy the writer would keep and write the whole batch.
                 writer.add(key, {"embeds": embeds.clone()})
             bar.advance(len(some))
     del embed
@@ -219,8 +218,8 @@ def encode_clips(
 ) -> None:
     """Encode the clips of ``work`` one by one into shards of ``folder``; add unreadable ones to ``quarantine``.
 
-    The VAE is loaded only when there is work. Clips are decoded a little ahead, in threads. ``images``: noised first
-    frames to encode with each clip, for image to video.
+    The VAE is loaded only when there is work. Threads decode the next clips while one is encoded. ``images``: number
+    of noised first frames to encode with each clip, for image to video.
     """
     if not work.clips:
         return
@@ -232,7 +231,7 @@ def encode_clips(
             if item.stamp != _stamp_or_none(item.entry.path):
                 raise DataError(
                     f"{item.entry.path} changed while it was prepared",
-                    "run the command again when the clips are at rest",
+                    "run the command again when no other process changes the clips",
                 )
             if isinstance(clip, ClipError):
                 for name in work.names[key]:
@@ -261,15 +260,19 @@ def _encode_clip(
 
 @torch.no_grad()
 def encode_moments(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and log variance of ``pixels`` ``[1, 3, T, H, W]`` in [-1, 1] on the VAE's device: fp32 ``[16, t, h,
-    w]`` on the CPU."""
+    """Return mean and log variance of ``pixels``: fp32 ``[16, t, h, w]`` on the CPU.
+
+    ``pixels``: ``[1, 3, T, H, W]`` in [-1, 1] on the VAE's device.
+    """
     posterior = vae.encode(pixels).latent_dist
     return posterior.mean[0].float().cpu(), posterior.logvar[0].float().cpu()
 
 
 def encode_frames(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and log variance of uint8 frames ``[T, H, W, 3]`` from an ``AutoencoderKLCogVideoX``: fp32 ``[16, t,
-    h, w]``, not scaled."""
+    """Return mean and log variance of uint8 frames ``[T, H, W, 3]``: fp32 ``[16, t, h, w]``, not scaled.
+
+    ``vae``: an ``AutoencoderKLCogVideoX``.
+    """
     return encode_moments(vae, vae_input(frames, vae.device, vae.dtype))
 
 
@@ -302,7 +305,7 @@ def add_first_frame_noise(frame: torch.Tensor, content: str, variant: int) -> to
 
 
 DecodedClip = tuple[Clip | ClipError, ClipMeasurement | None]
-"""A clip, or why it cannot be read, and its measurement."""
+"""A clip, or the error for an unreadable one, and its measurement."""
 
 
 def _decoded(
@@ -343,13 +346,13 @@ def clips_at_once() -> int:
 
 @contextmanager
 def clip_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Provide ``count`` threads, in each of which torch uses one thread: the clips themselves fill the cores."""
+    """Provide ``count`` threads in which torch uses one thread each, because several clips at a time fill the cores."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, "clips", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        # A thread sets only its own number, but threads that start later take the number that was set last.
+        # ``set_num_threads`` applies to the calling thread and to threads that start later.
         torch.set_num_threads(threads)
 
 

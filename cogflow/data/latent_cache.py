@@ -1,7 +1,7 @@
 """The cache of prepared clips: VAE moments and caption embeddings in safetensors files, and an index over them.
 
 Tensors are stored by content-derived keys in shards. A shard is complete or absent and never changes. Clips are read
-lazily, mapped from the file.
+when they are used, from memory-mapped files.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class LatentCache:
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise DataError(
-                f"{len(missing)} files of {folder} are gone, first {missing[0]}",
-                "run stage=prepare again, it makes what is missing",
+                f"{len(missing)} files of {folder} are missing, the first is {missing[0]}",
+                "run stage=prepare again, it writes the missing files",
             )
         self.folder = folder
         self._groups: list[list[int]] | None = None
@@ -100,7 +100,7 @@ class LatentCache:
 
     @property
     def settings(self) -> CacheSettings:
-        """Settings that shaped these clips, as they were when the clips were prepared."""
+        """Settings that the clips were prepared with."""
         return self._index.settings
 
     @property
@@ -114,8 +114,8 @@ class LatentCache:
         return [entry.text for entry in self._entries]
 
     def mismatches(self, data: DataConfig) -> list[str]:
-        """Return one line for each setting of ``data`` that differs from the one that the clips were prepared with."""
-        # With buckets, the one size is that of the samples and shapes no clip.
+        """Return one line for each setting of ``data`` that differs from the settings of the cache."""
+        # With buckets, data.frames, data.height and data.width are the size of samples; clips do not depend on it.
         names = [name for name in CLIP_SETTINGS if name not in SIZE or not data.buckets] + ["buckets"]
         if self.image_variants:
             names.append("image_variants")
@@ -124,7 +124,7 @@ class LatentCache:
 
     @property
     def image_variants(self) -> int:
-        """Number of noised first frames stored of each clip, for image to video; 0 for text to video."""
+        """Number of noised first frames stored with each clip, for image to video; 0 for text to video."""
         return self.settings.image_variants
 
     def entry(self, position: int) -> CachedClip:
@@ -146,8 +146,7 @@ class LatentCache:
         return self._reader.read(empty.text_shard, f"{empty.caption}.embeds")
 
     def image(self, position: int, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and log variance of a noised first frame of the clip at ``position``: fp32 ``[16, 1, h, w]``, not
-        scaled."""
+        """Return mean and log variance of a noised first frame of a clip: fp32 ``[16, 1, h, w]``, not scaled."""
         mean, logvar = (self._clip_tensor(position, name) for name in first_frame_names(variant))
         return mean, logvar
 
@@ -206,7 +205,7 @@ def split_holdout(sources: Sequence[str], holdout: int) -> tuple[list[int], list
 
 
 def clips_per_bucket(index: CacheIndex) -> dict[str, int]:
-    """Return bucket -> number of clips to train on; unused buckets have 0, and without buckets it is empty."""
+    """Return the number of training clips by bucket: 0 for unused buckets, and empty without buckets."""
     counts = Counter(index.entries[position].bucket for position in index.train)
     return {bucket: counts[bucket] for bucket in index.settings.buckets}
 
@@ -228,7 +227,8 @@ class ShardWriter:
     """Collect tensors by key, and publish a shard when it has ``items`` keys, ``bytes_`` bytes or is ``seconds`` old.
 
     A killed process loses at most that much work. As a context manager it publishes the rest at the end, also after an
-    error: what was added before is valid. Raises :class:`~cogflow.errors.StorageError` when a file cannot be written.
+    error, because the tensors added before are valid. Raises :class:`~cogflow.errors.StorageError` when a file cannot
+    be written.
     """
 
     def __init__(self, folder: Path, kind: str, items: int, bytes_: int = 512 * 2**20, seconds: float = 120.0) -> None:
@@ -250,7 +250,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Publish what was added since the last shard."""
+        """Publish the tensors that were added since the last shard."""
         if not self._clips:
             return
         keys = "".join(sorted(self._clips))
@@ -304,9 +304,9 @@ class ShardReader:
 
 
 def scan_shards(folder: Path, kind: str) -> dict[str, StoredTensors]:
-    """Return all keys that the published shards of ``kind`` hold.
+    """Return the location of all keys in the published shards of ``kind``.
 
-    A damaged shard is removed, so that it is made again.
+    Damaged shards are removed, so that their clips or captions are encoded again.
     """
     found: dict[str, StoredTensors] = {}
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
@@ -327,7 +327,7 @@ def _stored_clip(values: dict[str, Any], path: Path) -> StoredClip | None:
 
 
 def remove_partial_shards(folder: Path) -> None:
-    """Remove files that killed processes left half written.
+    """Remove incomplete files of killed processes.
 
     Must not run while another process prepares into ``folder``.
     """

@@ -60,10 +60,11 @@ _ENOUGH_FPS = 0.99
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """Content of ``folder``, and what it took.
+    """Content of the cache in ``folder``, and the work and seconds of this preparation.
 
-    ``upscaled`` and ``slower``: usable clips that are smaller than the wanted size, or have fewer frames per second;
-    ``warnings`` says so in words. ``buckets``: clips to train on by bucket, empty without buckets.
+    ``upscaled`` and ``slower``: number of usable clips that are smaller than the wanted size, or have fewer frames per
+    second than wanted; ``warnings`` has a sentence on each. ``buckets``: number of training clips by bucket, empty
+    without buckets.
     """
 
     folder: Path
@@ -84,7 +85,7 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class EncoderInputs:
-    """What the encoded tensors depend on beside the data.
+    """Inputs besides the data on which the encoded tensors depend.
 
     ``hashes``: "vae" is part of clip keys, all others of caption keys. ``max_length``: tokens of a caption. ``images``:
     noised first frames to store of each clip, for image to video; 0: none.
@@ -101,7 +102,7 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The keys that this preparation needs. ``identity``: equal identities mean that nothing has changed."""
+    """Keys that this preparation needs. ``identity``: equal for equal data, settings and encoders."""
 
     items: list[SourceClip]
     clip_keys: list[str | None]
@@ -128,7 +129,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Existing:
-    """Keys that the folder holds already, and its index when nothing has changed."""
+    """Keys that are already in the folder, and its index when nothing has changed."""
 
     clips: set[str]
     texts: set[str]
@@ -144,13 +145,12 @@ def prepare(
     inputs: EncoderInputs,
     report: OpenProgress,
 ) -> PrepareResult:
-    """Bring ``folder`` (``<run>/cache``) in line with the clips in ``clips_folder``. Collective; the work is split over
-    the ranks.
+    """Update the cache in ``folder`` (``<run>/cache``) to the clips in ``clips_folder``.
 
-    ``load_vae`` and ``load_text`` are called on a rank only when it has something to encode: first the captions, then
-    the clips, never both models at once. Raises :class:`DataError` for an index that cannot work, too many unreadable
-    clips, or none that is readable. While the folder does not match the data it has no index, so that training cannot
-    use it.
+    Collective; the work is split over the ranks. ``load_vae`` and ``load_text`` are called on a rank only when it has
+    something to encode: first the captions, then the clips, so both models are never loaded at once. Raises
+    :class:`DataError` for an invalid index, too many unreadable clips, or no readable clip. While
+    the folder does not match the data it has no index, so that training cannot use it.
     """
     started = time.monotonic()
     data, stage = config.data, config.stage
@@ -205,7 +205,7 @@ def _make_plan(data: DataConfig, clips_folder: Path, inputs: EncoderInputs) -> _
 
 
 def _survey(folder: Path, plan: _Plan) -> _Existing:
-    """Return what ``folder`` holds already; remove its index when anything has changed."""
+    """Return the keys that are already in ``folder``; remove its index when anything has changed."""
     folder.mkdir(parents=True, exist_ok=True)
     latent_cache.remove_partial_shards(folder)
     clips, texts = set(scan_shards(folder, CLIPS)), set(scan_shards(folder, TEXTS))
@@ -222,7 +222,7 @@ def _survey(folder: Path, plan: _Plan) -> _Existing:
 
 
 def _add_unreadable(quarantine: Quarantine, plan: _Plan, *, require_one: bool) -> None:
-    """Put the clips without a hash into ``quarantine``. ``require_one``: check that a clip can be read at all."""
+    """Add the clips without a hash to ``quarantine``. ``require_one``: check that at least one clip can be read."""
     for item in plan.items:
         if item.reason is not None:
             quarantine.rows[item.entry.name] = item.reason
@@ -313,7 +313,9 @@ def _warnings(folder: Path, index: CacheIndex) -> list[str]:
     counts, settings, total = index.counts, index.settings, len(index.entries)
     warnings = []
     if counts.unreadable:
-        warnings.append(f"{counts.unreadable} clips are unreadable and left out; {folder / QUARANTINE} says why")
+        warnings.append(
+            f"{counts.unreadable} clips are unreadable and left out; the reasons are in {folder / QUARANTINE}"
+        )
     if counts.upscaled:
         size = "their bucket" if settings.buckets else f"{settings.width}x{settings.height}"
         sizes = ", ".join(f"{count} of {own}" for own, count in list(index.softness.upscaled.items())[:4])

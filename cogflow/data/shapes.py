@@ -1,7 +1,7 @@
 """Draw clips: textured shapes that move over a soft background, with captions that name the content.
 
 The shipped tiny model is trained on some of these concepts, the demo finetunes it on others, and the tests measure blur
-on them. Each property serves a measurement:
+on them. Each property makes a measurement possible:
 
 * shapes are saturated and backgrounds are grey, so that a mask, a colour, a shape and a direction can be read back from
   any sample (:mod:`tools.recognise_shapes`);
@@ -163,11 +163,9 @@ def draw(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
 
     ys, xs = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / height, indexing="ij")
     ground = _ground(rng, xs, ys, aspect, GROUNDS[scene.ground])
-    stripe_angle, stripe_period, stripe_phase = (
-        rng.uniform(0, math.pi),
-        rng.uniform(0.13, 0.19),
-        rng.uniform(0, 2 * math.pi),
-    )
+    stripe_angle = rng.uniform(0, math.pi)
+    stripe_period = rng.uniform(0.13, 0.19)
+    stripe_phase = rng.uniform(0, 2 * math.pi)
     depth = rng.uniform(0.16, 0.26)
     fill = np.asarray(COLOURS[scene.colour]) * rng.uniform(0.94, 1.06)
 
@@ -218,7 +216,7 @@ def fill_concepts(data: DataConfig) -> DataConfig:
         unknown = [name for name in getattr(filled, key) if name not in known]
         if unknown:
             raise DataError(
-                f"data.{key} names what cannot be drawn: {', '.join(unknown)}", f"known are: {', '.join(known)}"
+                f"data.{key} has names that cannot be drawn: {', '.join(unknown)}", f"known are: {', '.join(known)}"
             )
     return filled
 
@@ -241,7 +239,7 @@ def draw_folder(folder: Path, data: DataConfig) -> None:
     if folder.exists():
         if not settings_file.is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(
-                f"{folder} holds something else than drawn clips",
+                f"{folder} contains other files than drawn clips",
                 "data=shapes draws into an empty or new folder; to train on your own clips use data=folder",
             )
         if settings_file.is_file() and _complete(folder, settings):

@@ -1,4 +1,4 @@
-"""Measure how sharp each clip is while it is prepared: its file at its own size, and the loader's frames.
+"""Measure the sharpness of each clip while it is prepared: of its file at its own size, and of the loader's frames.
 
 The loader's frames are also compared with an independent resampling of the same source frames.
 """
@@ -32,7 +32,7 @@ from cogflow.sharpness.metrics import METRICS, change, measure
 SMALLEST = 32  # pixels; smaller clips are not measured
 RESAMPLED = 16  # clips whose frames are also resampled by Pillow, to check the loader
 SPATIAL = tuple(name for name, metric in METRICS.items() if metric.group in ("blur", "tone", "grain"))
-"""Metrics that a few frames are enough for."""
+"""Metrics for which a few frames are enough."""
 ENOUGH = 0.8
 """Share of the training size, in height and width, below which the detail of a clip is reported as too little."""
 
@@ -41,8 +41,8 @@ def measure_softness(clip: Clip, data: DataConfig, content: str, *, resampled: b
     """Return the measurement of a clip without the metrics of its loaded frames; None for clips below 32 pixels.
 
     ``resampled``: also measure the change of the loader's frames against Pillow's Lanczos on the same source frames.
-    This runs in the thread that decodes; the caller adds the metrics of the loaded frames, which it has on the
-    device. It takes 2.4 s of one CPU core for 49 frames of 480x720 from 720x1280.
+    This runs in the thread that decodes. The caller adds the metrics of the loaded frames, which it has on the device.
+    The measurement takes 2.4 s of one CPU core for 49 frames of 480x720 from 720x1280.
     """
     if min(*clip.source.shape[1:3], *clip.frames.shape[1:3]) < SMALLEST:
         return None
@@ -76,7 +76,7 @@ def resample_lanczos(source: torch.Tensor, data: DataConfig, content: str) -> to
 
 
 def summarise_softness(clips: Mapping[str, StoredClip], buckets: Mapping[str, str], data: DataConfig) -> SoftnessRecord:
-    """Return how sharp ``clips`` (by name) are together. ``buckets``: of the clips that have one."""
+    """Return the summary of the sharpness of ``clips`` (by name). ``buckets``: of the clips that have one."""
     measured = {name: clip.measurement for name, clip in clips.items() if clip.measurement is not None}
     upscaled = Counter(f"{clip.size[1]}x{clip.size[0]}" for clip in clips.values() if clip.upscaled)
     scaled_up = {}

@@ -20,11 +20,10 @@ _LIMITED_RANGE = 1
 
 
 def write_video(path: Path, frames: torch.Tensor | np.ndarray, fps: float, crf: int = 16, *, threads: int = 0) -> None:
-    """Write ``frames``, uint8 ``[T, H, W, 3]`` sRGB with even H and W, as H.264 (yuv420p, BT.709, playable in a
-    browser).
+    """Write ``frames``, uint8 ``[T, H, W, 3]`` sRGB with even H and W, as H.264 in mp4 (yuv420p, BT.709).
 
-    The file appears under its name only when it is complete. ``threads``: of x264 (0: its choice); the bytes depend on
-    it. Raises ``ValueError`` for frames of another shape or dtype.
+    Browsers play this format. The file appears under its name only when it is complete. ``threads``: of x264 (0: its
+    choice); the bytes of the file depend on it. Raises ``ValueError`` for frames of another shape or dtype.
     """
     array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not len(array):
@@ -68,15 +67,14 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 class PlaneConverter:
     """Convert decoded frames to the planes of :func:`to_rgb`: red, green, blue, uint8 ``[H, W]`` each.
 
-    For one file and one thread.
+    Use one converter for one file and one thread.
     """
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()  # keeps its tables from frame to frame
 
     def __call__(self, frame: av.VideoFrame) -> list[np.ndarray]:
-        # swscale writes planes with vector instructions and packed pixels one by one; planes take less than half of the
-        # time.
+        # swscale writes planes with vector instructions but packed pixels one by one: planes take under half the time.
         if frame.format.name not in ("yuv420p", "yuvj420p"):
             image = to_rgb(frame)
             return [np.ascontiguousarray(image[..., channel]) for channel in range(3)]

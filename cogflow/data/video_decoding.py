@@ -1,8 +1,8 @@
 """Decode the frames of a video file that are shown at wanted times, after a check of its packets.
 
-Packets are read first, without decoding: they tell whether the file is complete, how long it is, and which frames are
+Packets are read first, without decoding: they show whether the file is complete, how long it is, and which frames are
 needed. Frames that are neither wanted nor referred to by other frames (most B-frames) are not decoded. One thread
-decodes one file: several files at a time waste less than several threads on one file.
+decodes one file, because decoding several files at a time is more efficient than several threads on one file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HELD_BYTES = 64 * 2**20  # larger files are read twice instead of being held in
 
 
 class ClipError(Exception):
-    """This clip cannot be used; ``reason`` says why in a few words. The caller decides whether that ends the run."""
+    """Error for an unusable clip, with a short ``reason``. The caller decides whether it ends the run."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -34,15 +34,15 @@ class ClipError(Exception):
 
 
 class IncompleteError(Exception):
-    """A wanted frame was not decoded as its packet promised."""
+    """Error for a wanted frame that the decoder did not return although its packet is there."""
 
 
 @dataclass(frozen=True)
 class PacketScan:
-    """Time stamps of all frames, from the packets, whatever the header claims.
+    """Time stamps of all frames, read from the packets and not from the header.
 
-    ``times``: sorted, in seconds. ``end``: when the last frame ends. ``distinct``: whether no two frames have the same
-    time stamp.
+    ``times``: sorted, in seconds. ``end``: end of the last frame, in seconds. ``distinct``: True when no two frames
+    have the same time stamp.
     """
 
     times: np.ndarray
@@ -75,7 +75,7 @@ class ClipProperties:
 
 @dataclass
 class OpenVideo:
-    """An open file whose packets were read; ``packets`` are held when the file is small."""
+    """An open file whose packets were read; ``packets`` are kept in memory when the file is small."""
 
     path: Path
     scan: PacketScan
@@ -172,18 +172,17 @@ def _checked_stream(container: av.container.InputContainer, size: int) -> av.Vid
         raise ClipError("truncated, or of a codec that is not known here")
     if codec.width * codec.height > _MAX_PIXELS:
         raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
-    index = getattr(
-        stream, "index_entries", ()
-    )  # missing in older PyAV, where incomplete packets show most truncations
+    # Older PyAV has no index; there, incomplete packets show most truncations.
+    index = getattr(stream, "index_entries", ())
     if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
         raise ClipError("truncated: the header lists frames beyond the end of the file")
     return stream
 
 
 def _claimed_seconds(stream: av.VideoStream) -> float | None:
-    """Return the length that Matroska and WebM write beside each stream.
+    """Return the length in seconds that Matroska and WebM files state for each stream; None for other files.
 
-    MP4 has a table of frames, checked elsewhere.
+    MP4 files have a table of frames instead, which :func:`_checked_stream` checks.
     """
     text = stream.metadata.get("DURATION", "")
     try:
@@ -196,8 +195,8 @@ def _claimed_seconds(stream: av.VideoStream) -> float | None:
 def decode_needed(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.VideoFrame, int]]:
     """Yield the frames shown at the ``wanted`` times (seconds), each with the number of times that it is wanted.
 
-    Other frames are decoded only where these refer to them. The frames are those of :func:`decode_all` when the file is
-    sound. Raises :class:`IncompleteError` when it is not; the frames yielded before are then void.
+    Other frames are decoded only when wanted frames refer to them. The frames equal those of :func:`decode_all` when
+    the file is sound. Raises :class:`IncompleteError` when it is not; the frames yielded before are then invalid.
     """
     scan = file.scan
     if not scan.distinct:
@@ -211,7 +210,7 @@ def decode_needed(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.Vide
         codec.thread_count = 1
         base = float(stream.time_base or 0)
         for packet in packets:
-            # A frame comes out some packets after its own, so the wanted frames are recognised by time.
+            # The decoder returns a frame some packets later, so wanted frames are recognised by their time.
             codec.skip_frame = "NONREF" if packet.pts is not None and packet.pts * base not in left else "DEFAULT"
             for frame in packet.decode():
                 if frame.pts is None:
@@ -248,8 +247,10 @@ def _packets_from(
 
 
 def decode_all(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Yield the same as :func:`decode_needed`, but decode every frame and use the packets only to seek: for unsound
-    files."""
+    """Yield the same as :func:`decode_needed`, but decode every frame: for unsound files.
+
+    The packets are used only to seek.
+    """
     scan = file.scan
     with av.open(str(file.path)) as container:
         stream = container.streams.video[0]
@@ -276,7 +277,7 @@ def decode_all(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.VideoFr
                 return
             shown = frame
         if shown is not None:
-            # When the decoder gave up before the last packet's frame, the rest must not be filled with a still.
+            # When the decoder stopped before the last packet's frame, this frame must not be repeated for the rest.
             if float(shown.pts or 0) * base < min(float(wanted[-1]), float(scan.times[-1])) - 1.5 / scan.fps:
                 return
             yield shown, len(wanted) - done

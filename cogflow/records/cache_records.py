@@ -37,7 +37,7 @@ class LoaderChanges:
 
 @dataclass(frozen=True)
 class SoftnessRecord:
-    """How sharp the prepared clips are together.
+    """Summary of the sharpness of all prepared clips.
 
     ``measured``: clips that were measured. ``upscaled``: number of clips smaller than wanted, by size (``WxH``).
     ``scaled_up``: by clip, the size that it looks scaled up from. ``groups``: None where the clips are one group.
@@ -145,7 +145,7 @@ class SourceMeasurement:
 
 @dataclass(frozen=True)
 class ClipMeasurement:
-    """What was measured of one prepared clip. ``loader``: change of each metric against an independent resampling."""
+    """Measurements of one prepared clip. ``loader``: change of each metric against an independent resampling."""
 
     metrics: ClipMetrics
     source: SourceMeasurement
@@ -155,8 +155,7 @@ class ClipMeasurement:
 
 @dataclass(frozen=True)
 class StoredClip(Record):
-    """What is stored with a clip's tensors: ``size`` (height, width), rate and frame count of its file, and
-    measurements."""
+    """Record stored with a clip's tensors: size (height, width), rate and frame count of its file, and measurements."""
 
     advice: ClassVar[str] = "Remove the file and run stage=prepare again."
     error: ClassVar[type[UserError]] = DataError

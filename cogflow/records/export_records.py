@@ -98,7 +98,7 @@ class ProofRun:
 
 @dataclass(frozen=True)
 class ProofRecord:
-    """How a component was proven equal to its source. ``what`` describes the check; other keys depend on it."""
+    """Proof that a component equals its source. ``what`` describes the check; other keys depend on it."""
 
     what: str
     tolerance: Annotated[float | None, OMIT_NONE] = None

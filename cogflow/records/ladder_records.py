@@ -53,7 +53,7 @@ class ClipRung:
 
 @dataclass(frozen=True)
 class RoundtripIdentity:
-    """What the round trip depends on: the same values give the same rung."""
+    """Inputs of the round trip: the same values give the same rung."""
 
     cache: str
     vae: str | None

@@ -39,7 +39,7 @@ class AssembledComponent:
 
 @dataclass(frozen=True)
 class TransformerOrigin:
-    """What is known of the training of a transformer: the keys of its ``export.json`` that a pipeline keeps.
+    """Facts of the training of a transformer: the keys of its ``export.json`` that a pipeline keeps.
 
     None: unknown.
     """
@@ -81,7 +81,7 @@ class ContradictionRecord:
 
 @dataclass(frozen=True)
 class PipelineSampling:
-    """How to sample the pipeline. ``origin``: where these values come from. None: unknown."""
+    """Settings to sample the pipeline with. ``origin``: the source of these values. None: unknown."""
 
     height: int
     width: int
@@ -113,7 +113,7 @@ class VerifiedSample:
 
 @dataclass(frozen=True)
 class VerifyRecord:
-    """Whether the folder gives the run's own videos.
+    """Result of the check that the folder gives the run's own videos.
 
     ``status``: passed, skipped, failed or repaired; other keys depend on it.
     """
@@ -209,6 +209,6 @@ class DiagnosisRecord(Record):
     @classmethod
     def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 names the components that were ruled out ``acquitted`` and the repaired folder ``mended``."""
-        mended = values.get("mended")
-        repaired = mended and {"where": mended["where"], "left": mended.get("left", []), "verify": mended}
+        old = values.get("mended")
+        repaired = old and {"where": old["where"], "left": old.get("left", []), "verify": old}
         return {**values, "ruled_out": values.get("acquitted", []), "repaired": repaired}

@@ -10,7 +10,7 @@ from cogflow.files.record_io import OMIT_NONE, JsonObject, RawRecord, Record
 
 @dataclass(frozen=True)
 class MachineRecord:
-    """What a stage ran on, without the machine's or the user's name.
+    """Machine that a stage ran on, without the machine's or the user's name.
 
     ``gpus``: their names; None where torch is not loaded.
     """

@@ -13,7 +13,7 @@ ClipMetrics = dict[str, Measured]
 
 @dataclass(frozen=True)
 class SamplingRecord:
-    """How samples were made. ``unconditional``: what replaces the caption in classifier-free guidance."""
+    """Settings that samples were made with. ``unconditional``: the replacement of the caption in guidance."""
 
     sampler: str
     scheduler: str

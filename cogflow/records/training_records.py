@@ -42,7 +42,7 @@ class TrainedWith:
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How the work of one step is divided over ranks. The keys are the names of the settings."""
+    """Division of the work of one step over ranks. The keys are the names of the settings."""
 
     batch_size: Annotated[int, Field(alias="stage.batch_size")]
     gradient_accumulation: Annotated[int, Field(alias="stage.gradient_accumulation")]

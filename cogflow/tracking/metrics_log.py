@@ -43,7 +43,7 @@ class MetricsLine:
 
     @property
     def is_training(self) -> bool:
-        """Whether the line belongs to a step of training."""
+        """True when the line belongs to a step of training."""
         return any(name.startswith(TRAINING) for name in self.values)
 
     def as_json(self) -> dict[str, JsonValue]:

@@ -63,7 +63,7 @@ class ValidationFolder:
 
 @dataclass(frozen=True)
 class RunData:
-    """What is in a run folder.
+    """Content of a run folder.
 
     ``records``: in the order that the stages run. ``validations``: by step. ``tables``: the newest of each key.
     ``last_step``: the last step that training logged; None before the first.

@@ -109,7 +109,7 @@ def describe_machine() -> MachineRecord:
 
 
 def to_json(value: object) -> JsonValue:
-    """Return ``value`` as JSON types: a dataclass as an object, numpy and torch scalars as numbers, others by ``str``."""
+    """Return ``value`` as JSON types: dataclasses as objects, numpy and torch scalars as numbers, others by ``str``."""
     if is_dataclass(value) and not isinstance(value, type):
         return to_json(asdict(value))
     if isinstance(value, Mapping):

@@ -58,7 +58,7 @@ class ValidationOutcome:
 
 @dataclass
 class TrainingContext:
-    """What the loop and its callbacks share.
+    """State that the loop and its callbacks share.
 
     ``folder``: the run's. ``stop_requested``: collective, the same answer on every rank. ``step``: finished steps.
     ``stopping``: the run ends after this step because of a signal. ``pending``: the checkpoint was saved on a signal,

@@ -23,7 +23,7 @@ SET_ASIDE = "rolled-back"
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Where training starts. ``checkpoint``: a verified folder and its record, both ``None`` for a new run.
+    """Start of a training. ``checkpoint``: a verified folder and its record, both ``None`` for a new run.
 
     ``rollbacks``: those in force.
     """

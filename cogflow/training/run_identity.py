@@ -1,4 +1,4 @@
-"""What a resumed run must share with its checkpoint, what may change, and what an export must know of the training."""
+"""Compare a resumed run with its checkpoint, and collect the facts of the training that an export needs."""
 
 from __future__ import annotations
 

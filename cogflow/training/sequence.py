@@ -69,7 +69,7 @@ class RankPlacement:
 
     @property
     def counts(self) -> bool:
-        """Whether this rank's metrics enter sums over all ranks; the other ranks of its group have the same metrics."""
+        """True when sums over all ranks include this rank's metrics; the other ranks of its group have the same."""
         return ranks.rank() % self.size == 0
 
     def forward_arguments(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from cogflow.training.validation import Validation
 
 @dataclass(frozen=True)
 class RunServices:
-    """What a stage provides for a training: the run's folder, its tracker and the request to stop (collective)."""
+    """Services of a stage for its training: the run's folder, its tracker and the request to stop (collective)."""
 
     folder: Path
     tracker: Tracker

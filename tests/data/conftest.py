@@ -1,11 +1,13 @@
-"""Real clips, drawn small and encoded through PyAV."""
+"""Fixture that writes small drawn clips as real video files through PyAV."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,6 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 WriteClip = Callable[..., Path]
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """Properties of a test video. ``rotation``: in degrees. ``options``: of the codec; None chooses by ``codec``."""
+
+    codec: str = "libx264"
+    container_format: str | None = None
+    rotation: int = 0
+    faststart: bool = True
+    options: dict[str, str] | None = None
+
+
 @pytest.fixture
 def write_clip() -> WriteClip:
     def write(
@@ -24,25 +37,22 @@ def write_clip() -> WriteClip:
         frames: np.ndarray,
         fps: float = 8,
         times: Sequence[float] | None = None,
-        codec: str = "libx264",
-        container_format: str | None = None,
-        rotation: int = 0,
-        faststart: bool = True,
-        options: dict[str, str] | None = None,
+        **encoding: Any,
     ) -> Path:
-        """Frames at a constant rate, or at ``times`` in seconds."""
+        """Write frames at a constant rate, or at ``times`` in seconds. ``encoding``: fields of :class:`Encoding`."""
+        wanted = Encoding(**encoding)
         path.parent.mkdir(parents=True, exist_ok=True)
-        muxer = {"movflags": "+faststart"} if faststart and path.suffix in (".mp4", ".mov") else {}
-        with av.open(str(path), "w", format=container_format, options=muxer) as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        muxer = {"movflags": "+faststart"} if wanted.faststart and path.suffix in (".mp4", ".mov") else {}
+        with av.open(str(path), "w", format=wanted.container_format, options=muxer) as container:
+            stream = container.add_stream(wanted.codec, rate=Fraction(fps).limit_denominator(1000))
             stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-            stream.options = options or (
-                {"crf": "4", "threads": "1"} if codec == "libx264" else {"crf": "4", "b": "4M", "deadline": "realtime"}
-            )
+            x264 = {"crf": "4", "threads": "1"}
+            vpx = {"crf": "4", "b": "4M", "deadline": "realtime"}
+            stream.options = wanted.options or (x264 if wanted.codec == "libx264" else vpx)
             if times is not None:
                 stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-            if rotation:
-                stream.set_display_rotation(rotation)
+            if wanted.rotation:
+                stream.set_display_rotation(wanted.rotation)
             for index, image in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 if times is not None:

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from cogflow.data.packet_scan import ClipError
+from cogflow.data.video_decoding import ClipError
 
 from cogflow.config.data_section import DataConfig
 from cogflow.data.clips import read_clip
@@ -21,13 +21,13 @@ DATA = DataConfig(frames=9, height=64, width=96, fps=8)
 
 
 def numbered(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Frame ``i`` is grey of level ``10 + 8 i``: a decoded frame tells its number."""
+    """Return frames whose grey level ``10 + 8 i`` gives the number ``i`` of each frame."""
     levels = 10 + 8 * np.arange(frames)
     return np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3)).astype(np.uint8)
 
 
 def numbers(frames: torch.Tensor) -> list[int]:
-    """Which frames of ``numbered`` these are."""
+    """Return the numbers of these frames in ``numbered``."""
     return [round((float(f.float().mean()) - 10) / 8) for f in frames]
 
 
@@ -241,8 +241,8 @@ def test_clips_of_one_frame_and_short_clips_are_refused(tmp_path, write_clip) ->
 
 def test_a_header_with_a_wrong_length_is_found(tmp_path, write_clip) -> None:
     path = write_clip(tmp_path / "a.mkv", numbered(12))
-    told = path.read_bytes().replace(b"00:00:01.500000000", b"00:00:42.500000000")
-    (tmp_path / "b.mkv").write_bytes(told)
+    false_length = path.read_bytes().replace(b"00:00:01.500000000", b"00:00:42.500000000")
+    (tmp_path / "b.mkv").write_bytes(false_length)
     assert "claims 42.50 s, holds 1.50 s" in reason(tmp_path / "b.mkv")
     # An mp4 whose sample table names one frame more than there is (the box also says how many).
     mp4 = bytearray(write_clip(tmp_path / "a.mp4", numbered(12)).read_bytes())

@@ -69,7 +69,7 @@ def test_drawing_again_does_nothing_and_other_settings_draw_again(
 def test_chosen_concepts_are_drawn(tmp_path: Path) -> None:
     draw_folder(tmp_path / "data", replace(DATA, colours=["cyan"], shapes=["hexagon"], motions=["up"]))
     assert all(entry.text.startswith("a cyan hexagon moves up over") for entry in read_index(tmp_path / "data"))
-    with pytest.raises(DataError, match="data.shapes names what cannot be drawn: blob"):
+    with pytest.raises(DataError, match="data.shapes has names that cannot be drawn: blob"):
         draw_folder(tmp_path / "none", replace(DATA, shapes=["star", "blob"]))
     assert not (tmp_path / "none").exists()
 

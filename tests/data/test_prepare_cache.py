@@ -318,7 +318,7 @@ def test_a_lost_or_torn_shard_is_made_again(tmp_path: Path, clips: Path) -> None
     expected = [held.entry(i).mean.clone() for i in range(COUNT)]
     first.unlink()
     second.write_bytes(second.read_bytes()[:-10])
-    with pytest.raises(DataError, match="1 files of .* are gone"):
+    with pytest.raises(DataError, match="1 files of .* are missing"):
         LatentCache(folder)
     work = Work()
     run(clips, folder, work, shard_clips=3)

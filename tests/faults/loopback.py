@@ -1,4 +1,4 @@
-"""A Weights & Biases server on this machine that answers, and from some request on fails, hangs, or is slow."""
+"""Run a Weights & Biases server on this machine that fails, hangs or is slow after some number of requests."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import TracebackType
 
 
 class Loopback:
-    """Context manager.
+    """Context manager that serves while it is open.
 
-    ``how``: well, fails (500), hangs (never answers), slow (2 s each); ``after``: requests that are answered well.
-
-    ``bodies``: what it was sent, ``keys``: by whom; ``misbehaved``: requests that were not answered well.
+    ``how``: well, fails (status 500), hangs (never answers), slow (2 s each). ``after``: number of first requests that
+    are answered well in any case. ``bodies``: bodies of the requests. ``keys``: API keys of the requests.
+    ``misbehaved``: number of requests that were not answered well.
     """
 
     def __init__(self, how: str, after: int = 0) -> None:
@@ -26,21 +26,27 @@ class Loopback:
         self._closing = threading.Event()
         self._lock = threading.Lock()
 
+        answer = self._answer
+
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_POST(handler) -> None:
-                self._answer(handler)
+            def do_POST(self) -> None:
+                answer(self)
 
-            do_GET = do_PUT = do_POST
+            def do_GET(self) -> None:
+                answer(self)
 
-            def log_message(handler, *_: object) -> None:
+            def do_PUT(self) -> None:
+                answer(self)
+
+            def log_message(self, *_: object) -> None:
                 pass
 
         class Quiet(http.server.ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(server, *_: object) -> None:
+            def handle_error(self, *_: object) -> None:
                 """Ignore a client that disconnected."""
 
         self._server = Quiet(("127.0.0.1", 0), Handler)

@@ -108,9 +108,7 @@ def test_a_disk_without_room_names_path_needed_and_free(trained: World, tmp_path
 
 
 def test_a_full_disk_under_the_metrics_log_keeps_whole_lines(world: World) -> None:
-    """When the disk is full at a log line, every line is whole, and training resumes from the last
-    checkpoint.
-    """
+    """Every line of the log is whole after the disk was full, and training resumes from the last checkpoint."""
     words = ["stage.steps=12", "stage.save_every=0"]
     log = world.root / "log-full" / "metrics.jsonl"
     done = world.train("log-full", *words, largest_file=2500)

@@ -91,14 +91,14 @@ def test_a_nan_on_one_rank_stops_both_ranks_before_the_update(world: World, soun
 
 def test_a_spike_is_reported_and_skipped_on_request(world: World) -> None:
     words = ["stage.steps=40", "stage.save_every=0", "stage.gradient_accumulation=1", "stage.learning_rate=0"]
-    told = world.train("spike-told", *words, fault="spike@losses#36")
-    assert told.fired and "a spike: step 36" in server_says(told, 0).text
-    left = world.train("spike-left", *words, "stage.on_spike=skip", fault="spike@losses#36")
-    server_says(left, 0, "a spike: step 36", "the update was skipped")
-    lines = [json.loads(line) for line in (world.root / "spike-left/metrics.jsonl").read_text().splitlines()]
+    reported = world.train("spike-reported", *words, fault="spike@losses#36")
+    assert reported.fired and "a spike: step 36" in server_says(reported, 0).text
+    skipped = world.train("spike-skipped", *words, "stage.on_spike=skip", fault="spike@losses#36")
+    server_says(skipped, 0, "a spike: step 36", "the update was skipped")
+    lines = [json.loads(line) for line in (world.root / "spike-skipped/metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped"] for line in lines if line.get("step") == 36 and "train/skipped" in line] == [1]
-    # A step that is left out leaves no trace in the optimizer: the counts tell.
-    assert world.states("spike-left", 40)["steps"] == b"39" and world.states("spike-told", 40)["steps"] == b"40"
+    # The optimizer does not count a skipped step.
+    assert world.states("spike-skipped", 40)["steps"] == b"39" and world.states("spike-reported", 40)["steps"] == b"40"
 
 
 def test_fp16_searches_its_loss_scale_and_logs_it(world: World) -> None:

@@ -65,10 +65,10 @@ def lying(source: Path, target: Path) -> None:
             if packet.dts is not None:
                 packet.stream = copy
                 made.mux(packet)
-    held = target.read_bytes()
-    told = held.replace(b"00:00:02.", b"00:01:02.")
-    assert told != held, "no length to lie about"
-    target.write_bytes(told)
+    original = target.read_bytes()
+    changed = original.replace(b"00:00:02.", b"00:01:02.")
+    assert changed != original, "the header states no length"
+    target.write_bytes(changed)
 
 
 BAD = {
@@ -82,9 +82,19 @@ BAD = {
 
 def prepare(place: Place, name: str, clips: Path, *more: str, root: Path | None = None, **order: object) -> Done:
     return place.server.run(
-        "stage=prepare", "data=folder", f"data.path={clips}", f"run.root={root or place.root}", f"run.name={name}",
-        "data.holdout=2", "data.frames=5", "data.height=32", "data.width=32", "stage.shard_clips=2", *more, **order,
-    )  # fmt: skip
+        "stage=prepare",
+        "data=folder",
+        f"data.path={clips}",
+        f"run.root={root or place.root}",
+        f"run.name={name}",
+        "data.holdout=2",
+        "data.frames=5",
+        "data.height=32",
+        "data.width=32",
+        "stage.shard_clips=2",
+        *more,
+        **order,
+    )
 
 
 def tensors(cache: Path) -> dict[str, tuple[bytes, ...]]:

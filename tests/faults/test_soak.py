@@ -75,11 +75,13 @@ def test_a_hundred_interrupted_runs_end_like_one_uninterrupted_run(world: World)
     ended: dict[str, int] = {}
     for life, (fault, order, codes) in enumerate(schedule(SEED)):
         done = world.train("soaked", *words, fault=fault, **order)
-        told = f"life {life} of {LIVES}, seed {SEED}, {fault or order}: {done.codes} {done.fired}\n{done.text[-3000:]}"
-        assert done.code in codes and not done.timed_out and done.fired == ([fault] if fault else []), told
+        context = (
+            f"life {life} of {LIVES}, seed {SEED}, {fault or order}: {done.codes} {done.fired}\n{done.text[-3000:]}"
+        )
+        assert done.code in codes and not done.timed_out and done.fired == ([fault] if fault else []), context
         visible = world.checkpoints("soaked")
         broken = [step for step in visible if check_manifest(world.root / "soaked/checkpoints" / f"step-{step:06d}")]
-        assert not broken and (world.pointer("soaked") or 0) <= max(visible, default=0), told
+        assert not broken and (world.pointer("soaked") or 0) <= max(visible, default=0), context
         ended[fault.split("@")[0] or "limit"] = ended.get(fault.split("@")[0] or "limit", 0) + 1
     reached = max(world.checkpoints("soaked"))
     assert LIVES // 4 < reached < STEPS, f"{reached} of {STEPS} steps after {ended}"

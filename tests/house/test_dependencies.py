@@ -1,4 +1,4 @@
-"""Test that every third-party module that the package imports is a declared dependency, and every declared one is imported."""
+"""Test that the declared dependencies are exactly the third-party modules that the package imports."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def test_configs_name_no_code(repository: Path) -> None:
 
 def test_nothing_is_unpickled_or_run(repository: Path) -> None:
     pattern = re.compile(
-        r"weights_only\s*=\s*False|^\s*import pickle|pickle\.loads?\(|(?<!\.)\b(?:eval|exec)\(|trust_remote_code\s*=\s*True",
+        r"weights_only\s*=\s*False|^\s*import pickle|pickle\.loads?\("
+        r"|(?<!\.)\b(?:eval|exec)\(|trust_remote_code\s*=\s*True",
         re.M,
     )
     assert pattern.search("torch.load(path, weights_only=False)") and not pattern.search("model.eval()")
@@ -70,8 +71,8 @@ def test_scripts_can_run(repository: Path, name: str) -> None:
     assert "set -euo pipefail" in path.read_text("utf-8")
 
 
-def test_pins_cover_what_is_asked_for(repository: Path) -> None:
-    """Each dependency has an exact version for every Python; torch has no local label, so that GPUs get a CUDA build."""
+def test_constraints_pin_every_dependency(repository: Path) -> None:
+    """Each dependency has an exact version for every Python; torch has no local label, so GPUs get a CUDA build."""
     asked = re.findall(r'^    "([A-Za-z0-9-]+)[=<>]', (repository / "pyproject.toml").read_text("utf-8"), re.M)
     assert {"torch", "pytest"} <= set(asked)  # of the package and of the dev extra
     lines = [

@@ -46,13 +46,16 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def package_of(dotted: str) -> str | None:
-    """The package or top module of cogflow that ``dotted`` lies in; ``None`` for other names and for ``cogflow`` itself."""
+    """Return the package or top module of cogflow that contains ``dotted``.
+
+    ``None``: for names outside cogflow and for ``cogflow`` itself.
+    """
     words = dotted.split(".")
     return words[1] if words[0] == "cogflow" and len(words) > 1 and not words[1].startswith("__version") else None
 
 
 def violations(package: Path) -> list[str]:
-    """Every import below ``package`` (a folder named cogflow) that its tier does not allow."""
+    """Return a line for each import in ``package``, a folder named cogflow, that the tiers forbid."""
     found = []
     for path in sorted(package.rglob("*.py")):
         where = path.relative_to(package)
@@ -62,12 +65,12 @@ def violations(package: Path) -> list[str]:
         elif owner not in LEVEL:
             found.append(f"{where}: {owner} is in no tier")
         else:
-            found += [f"{where} imports {name}" for name in imported(path) if not allowed(where, owner, name)]
+            found += [f"{where} imports {name}" for name in imported(path) if not may_import(where, owner, name)]
     return found
 
 
-def allowed(where: Path, owner: str, name: str) -> bool:
-    """Whether the file ``where`` of the package ``owner`` may import the dotted ``name``."""
+def may_import(where: Path, owner: str, name: str) -> bool:
+    """Return whether the file ``where`` of the package ``owner`` may import the dotted ``name``."""
     if name.split(".")[0] == "deepspeed":
         return where.as_posix() == "training/deepspeed_start.py"
     target = package_of(name)
@@ -117,7 +120,7 @@ def test_a_package_without_a_tier_is_found(tmp_path: Path) -> None:
         ("training/a.py", "from cogflow.files.publish import publish_folder"),
     ],
 )
-def test_an_allowed_import_passes(tmp_path: Path, path: str, line: str) -> None:
+def test_an_import_of_a_lower_tier_passes(tmp_path: Path, path: str, line: str) -> None:
     file = tmp_path / "cogflow" / path
     file.parent.mkdir(parents=True)
     file.write_text(line, encoding="utf-8")
@@ -125,7 +128,7 @@ def test_an_allowed_import_passes(tmp_path: Path, path: str, line: str) -> None:
 
 
 @pytest.mark.parametrize("heavy", ["torch", "diffusers", "transformers", "deepspeed", "wandb"])
-def test_the_front_door_is_light(repository: Path, heavy: str) -> None:
+def test_the_command_line_imports_no_heavy_package(repository: Path, heavy: str) -> None:
     names = ["cogflow", "cogflow.__main__", "cogflow.cli", "cogflow.errors", "cogflow.stages"]
     for package in ("config", "files"):
         names += [
@@ -133,5 +136,6 @@ def test_the_front_door_is_light(repository: Path, heavy: str) -> None:
             for path in (repository / "cogflow" / package).glob("*.py")
             if path.stem != "__init__"
         ]
-    code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\nsys.exit({heavy!r} in sys.modules)"
+    imports = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)"
+    code = f"{imports}\nsys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0

@@ -30,9 +30,20 @@ TRAINER: dict[str, Any] = {
         "deepspeed.offload_optimizer": False,
     },
     "settings": {
-        "steps": 150, "learning_rate": 1e-5, "schedule": "cosine", "warmup_steps": 10, "min_lr_ratio": 0.1,
-        "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-4, "gradient_clipping": 1.0, "text_dropout": 0.1,
-        "ema_decay": 0.0, "ema_every": 1, "ema_warmup": True, "on_spike": "log",
+        "steps": 150,
+        "learning_rate": 1e-5,
+        "schedule": "cosine",
+        "warmup_steps": 10,
+        "min_lr_ratio": 0.1,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 1e-4,
+        "gradient_clipping": 1.0,
+        "text_dropout": 0.1,
+        "ema_decay": 0.0,
+        "ema_every": 1,
+        "ema_warmup": True,
+        "on_spike": "log",
     },
     "quiet": 75,
     "owed": True,
@@ -40,7 +51,7 @@ TRAINER: dict[str, Any] = {
     "averages": {"first": 0.25, "behind": 2, "told": 60},
     "overfitting": {"lowest": [100, 0.125], "above": 1, "told": None},
     "heldout": {"step": 150, "loss": None},
-}  # fmt: skip
+}
 
 
 def test_a_trainer_json_without_a_version_keeps_its_state() -> None:
@@ -71,8 +82,14 @@ def test_a_ladder_without_a_version_keeps_its_rungs() -> None:
                 "panels": {"a.mp4": {"detail": 0.5}},
                 "facts": {
                     "identity": {
-                        "cache": "c", "vae": "v", "scaling_factor": 0.7, "vae_scaling_factor": 0.7, "dtype": "fp32",
-                        "tiling": False, "device": "cpu", "wanted": 1,
+                        "cache": "c",
+                        "vae": "v",
+                        "scaling_factor": 0.7,
+                        "vae_scaling_factor": 0.7,
+                        "dtype": "fp32",
+                        "tiling": False,
+                        "device": "cpu",
+                        "wanted": 1,
                     },
                     "psnr": {"a.mp4": 30.0},
                     "clips": {"a.mp4": {"detail": 0.75}},
@@ -86,11 +103,18 @@ def test_a_ladder_without_a_version_keeps_its_rungs() -> None:
         "findings": [{"rung": 4, "kind": "soft", "level": "alarm", "line": "", "channel": "detail", "size": None}],
         "table": [
             {
-                "rung": 4, "name": "tuned", "count": 1, "against": 3, "paired": True, "pairs": 1, "psnr": None,
-                "changes": {"blur": {"size": 1, "low": 0.5, "high": 1.5}}, "verdict": "alarm: soft",
+                "rung": 4,
+                "name": "tuned",
+                "count": 1,
+                "against": 3,
+                "paired": True,
+                "pairs": 1,
+                "psnr": None,
+                "changes": {"blur": {"size": 1, "low": 0.5, "high": 1.5}},
+                "verdict": "alarm: soft",
             }
         ],
-    }  # fmt: skip
+    }
     read = parse_record(json.dumps(ladder), LadderRecord, "ladder.json")
     assert read.rungs.clip is None
     assert read.rungs.roundtrip is not None
@@ -114,14 +138,28 @@ def test_a_stored_clip_without_a_version_keeps_its_measurement() -> None:
 
 def test_a_diagnosis_without_a_version_keeps_its_conclusions() -> None:
     finding = {
-        "rung": 5, "component": "vae", "field": "scaling_factor", "kind": "config", "candidate": 1.15, "reference": 0.7,
-        "confidence": 0.9, "why": "washed out", "fix": "stage.vae=x",
-    }  # fmt: skip
+        "rung": 5,
+        "component": "vae",
+        "field": "scaling_factor",
+        "kind": "config",
+        "candidate": 1.15,
+        "reference": 0.7,
+        "confidence": 0.9,
+        "why": "washed out",
+        "fix": "stage.vae=x",
+    }
     old = {
-        "agrees": False, "verdict": "one finding", "findings": [finding], "notes": [], "acquitted": ["vae"],
-        "steps": {"facts": {"lines": []}}, "candidate": "a", "reference": "b", "command": "c",
+        "agrees": False,
+        "verdict": "one finding",
+        "findings": [finding],
+        "notes": [],
+        "acquitted": ["vae"],
+        "steps": {"facts": {"lines": []}},
+        "candidate": "a",
+        "reference": "b",
+        "command": "c",
         "mended": {"where": "m", "status": "healed", "line": "good", "left": []},
-    }  # fmt: skip
+    }
     diagnosis = parse_record(json.dumps(old), DiagnosisRecord, "diagnosis.json")
     assert diagnosis.ruled_out == ["vae"]
     assert diagnosis.repaired is not None

@@ -34,9 +34,14 @@ def test_a_log_gets_few_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interrupted_work_shows_its_progress() -> None:
     log = io.StringIO()
-    with pytest.raises(KeyboardInterrupt), progress(10, "clips", stream=log) as bar:
-        bar.advance(4)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with progress(10, "clips", stream=log) as bar:
+            bar.advance(4)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert "clips: 4/10" in log.getvalue()
 
 

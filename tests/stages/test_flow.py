@@ -90,7 +90,7 @@ def test_the_same_command_again_trains_nothing(flow: Path, cogflow: Command) -> 
 
 
 def test_the_engines_own_folder_exports_the_same_weights(flow: Path, cogflow: Command, tmp_path: Path) -> None:
-    """As from another trainer on diffusers and DeepSpeed: master weights in diffusers' names, and nothing that tells the model."""
+    """The engine's folder is like that of any trainer on diffusers and DeepSpeed: it does not name the model."""
     words = [
         "stage=export",
         f"stage.source={flow / 'checkpoints/step-000004/deepspeed'}",

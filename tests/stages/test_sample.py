@@ -81,8 +81,8 @@ def test_raw_frames_are_measured_where_they_are_kept(flow: Path, tmp_path: Path,
         for one in json.loads((flow / "samples/step-000004/samples.json").read_text())["samples"]
     }
     assert ours.raw and ours.metrics.keys() == recorded.keys()
-    for name, panel in ours.metrics.items():
-        assert panel["wavelet_ratio"] == pytest.approx(recorded[name]["wavelet_ratio"], abs=0.02)
+    for name, metrics in ours.metrics.items():
+        assert metrics["wavelet_ratio"] == pytest.approx(recorded[name]["wavelet_ratio"], abs=0.02)
     done = cogflow(
         "stage=sample",
         f"stage.source={flow / 'samples/step-000004'}",

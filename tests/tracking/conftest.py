@@ -48,7 +48,7 @@ def payloads(path: Path) -> Iterator[bytes]:
 
 
 class Recorded:
-    """What one .wandb file holds."""
+    """Content of one .wandb file."""
 
     def __init__(self, path: Path) -> None:
         from wandb.proto import wandb_internal_pb2 as pb

@@ -169,8 +169,11 @@ def test_a_plan_keeps_as_much_of_recomputed_blocks_as_memory_allows() -> None:
     every = [kept_of(memory, "deepspeed.checkpoint_every_block=0") for memory in (30, 40, 60, 80, 100, 192)]
     assert every[0] == {"nothing": 42} and every[-1] == {"everything": 42}
     assert [set(one) for one in every[1:-1]] == [
-        {"nothing", "attention"}, {"attention", "products"}, {"products", "all"}, {"all", "everything"},
-    ]  # fmt: skip
+        {"nothing", "attention"},
+        {"attention", "products"},
+        {"products", "all"},
+        {"all", "everything"},
+    ]
     # All blocks are recomputed where the settings say so.
     assert [kept_of(memory) for memory in (30, 60, 75, 192)] == [
         {"nothing": 42},

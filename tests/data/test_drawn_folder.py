@@ -76,7 +76,7 @@ def test_chosen_concepts_are_drawn(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.mp4").write_bytes(b"precious")
-    with pytest.raises(DataError, match="something else than drawn clips"):
+    with pytest.raises(DataError, match="other files than drawn clips"):
         draw_folder(tmp_path, DATA)
     assert content(tmp_path) == {"mine.mp4": b"precious"}
 

@@ -10,12 +10,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from cogflow.data.video_decoding import ClipError
 
 from cogflow.config.data_section import DataConfig
 from cogflow.data.clips import read_clip
 from cogflow.data.shapes import Scene, draw
 from cogflow.data.video import read_video, write_video
+from cogflow.data.video_decoding import ClipError
 
 DATA = DataConfig(frames=9, height=64, width=96, fps=8)
 

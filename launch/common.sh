@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What the launchers share; sourced by them, from the repository.
-# shellcheck disable=SC2034 # what is set here is used there
+# Functions of the launchers, which source this file from the root of the repository.
+# shellcheck disable=SC2034 # the launchers use the variables that are set here
 set -euo pipefail
 
-# fail MESSAGE: a mistake of the user, exit code 2.
+# fail MESSAGE: report a mistake of the user and exit with 2.
 fail() {
   echo "$(basename "$0"): $*" >&2
   exit 2
 }
 
-# Sets $python: COGFLOW_PYTHON, else the environment in .venv (COGFLOW_VENV: elsewhere), which "install" makes when it is missing.
+# find_python [install]: set $python to COGFLOW_PYTHON, else to the interpreter of .venv (or COGFLOW_VENV).
+# With "install" a missing environment is installed.
 find_python() {
   if [ -n "${COGFLOW_PYTHON:-}" ]; then
     python=$COGFLOW_PYTHON
@@ -22,12 +23,12 @@ find_python() {
   fi
 }
 
-# setting YAML SECTION KEY: one value of what python -m cogflow --cfg printed.
+# setting YAML SECTION KEY: print one value of the YAML that python -m cogflow --cfg printed.
 setting() {
   sed -n "/^$2:/,/^[^ ]/{s/^  $3: //p}" <<<"$1" | sed "s/^'\(.*\)'$/\1/; s/''/'/g; s:^~/:$HOME/:"
 }
 
-# workers PID: the processes below PID that train, which are those that $rank started. Read from /proc: images may lack ps.
+# workers PID: print the training processes below PID, which $rank started. It reads /proc, because images may lack ps.
 workers() {
   local -A children=()
   local stat line fields pid child queue=("$1")
@@ -45,13 +46,13 @@ workers() {
   done
 }
 
-# signal_workers NAME: to every process that trains below $launcher.
+# signal_workers NAME: send a signal to every training process below $launcher.
 signal_workers() {
   local pid
   for pid in $(workers "$launcher"); do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 
-# keep_asking COMMAND ...: until $launcher ends. Once is not enough: training that has not begun to listen yet ignores it.
+# keep_asking COMMAND ...: repeat a command until $launcher ends. Training ignores signals before it installs its handlers.
 keep_asking() {
   while kill -0 "$launcher" 2>/dev/null; do
     "$@"
@@ -59,21 +60,21 @@ keep_asking() {
   done
 }
 
-# ask_to_stop NAME: the first signal asks training to save and end; TERM or Ctrl-C after that, but not as its echo, ends it at once.
+# ask_to_stop NAME: the first signal asks training to save and end; TERM or Ctrl-C more than 3 s later ends it at once.
 ask_to_stop() {
   interrupted=1
   if [ -z "$asking" ]; then
-    echo "$(basename "$0"): asked to stop by SIG$1; training saves a checkpoint after its step" >&2
+    echo "$(basename "$0"): received SIG$1; training saves a checkpoint after the current step and ends" >&2
     keep_asking signal_workers USR1 &
     asking=$! asked_at=$SECONDS
   elif [[ $1 = INT || $1 = TERM ]] && [ $((SECONDS - asked_at)) -gt 3 ]; then
-    if [ -z "$ended" ]; then echo "$(basename "$0"): SIG$1 after that: ending at once; no checkpoint of this moment" >&2; fi
+    if [ -z "$ended" ]; then echo "$(basename "$0"): received SIG$1 again; training ends at once without a checkpoint" >&2; fi
     ended=$((128 + $(kill -l "$1")))
     signal_workers KILL
   fi
 }
 
-# await PID: its exit code in $code, however many signals come in between.
+# await PID: wait for a process and set $code to its exit code. Signals do not interrupt the wait.
 await() {
   while :; do
     interrupted="" code=0
@@ -82,9 +83,9 @@ await() {
   done
 }
 
-# What a launcher starts as each rank, before its words. TERM is ignored but while training listens to it: launchers send it when the first
-# rank has ended, and the rank that is still closing its files, or saying what is wrong, would be cut short. DeepSpeed sends it to the
-# children of ranks as well, W&B's among them: the others let rank 0 end first.
+# The command that a launcher starts as each rank, before the words of cogflow. It ignores TERM while training has no handler for it:
+# launchers send TERM when the first rank has ended, and a rank that closes its files or reports an error must not be cut short. DeepSpeed
+# also sends it to the children of ranks, such as W&B's service: so the other ranks let rank 0 end first.
 # shellcheck disable=SC2016 # the ranks expand it
 rank=(bash -c '
   trap "" TERM
@@ -92,9 +93,9 @@ rank=(bash -c '
   if [ "$RANK" != 0 ] && [ "$RANK" = "${LOCAL_RANK:-}" ] && [ "$code" -gt 0 ] && [ "$code" -lt 128 ]; then sleep 10; fi
   exit "$code"' rank)
 
-# relay COMMAND ...: run a launcher that starts the ranks (torchrun, deepspeed), and return what training returned.
-#   Launchers kill their workers half a minute after a signal: it goes to the workers instead, and the launcher learns nothing of it.
-#   Launchers turn 75 into 1 or into the signal with which they killed the rank that was last: the ranks write it down themselves.
+# relay COMMAND ...: run a launcher that starts the ranks (torchrun, deepspeed), and return the exit code of training.
+#   Launchers kill their workers half a minute after a signal. So signals go to the workers only, and not to the launcher.
+#   Launchers turn 75 into 1 or into the signal with which they killed the last rank. So the ranks write their code to a file.
 relay() {
   local folder written
   folder=$(mktemp -d)
@@ -106,8 +107,8 @@ relay() {
   trap 'ask_to_stop TERM' TERM
   trap 'ask_to_stop HUP' HUP
   trap 'ask_to_stop INT' INT
-  # -m: a process group of its own, which Ctrl-C in the terminal does not reach.
-  # USR1 stays ignored in the workers until training listens to it: one that comes while torch is loaded does not kill them.
+  # -m: the launcher gets its own process group, which Ctrl-C in the terminal does not reach.
+  # The workers ignore USR1 until training installs its handler: a signal during the import of torch does not kill them.
   set -m
   (trap '' USR1; exec "$@") </dev/null &
   launcher=$!
@@ -121,8 +122,8 @@ relay() {
   return "$code"
 }
 
-# Sets how a SLURM job runs its program: $containers (options of srun), $inside (what stands before the program), $once (what runs it once,
-# on the first node) and $python.
+# in_container: set how a SLURM job runs its program: $containers (options of srun), $inside (prefix of the program), $once (prefix that
+# runs it once, on the first node) and $python.
 in_container() {
   containers=() inside=() once=()
   if [ -z "${CONTAINER:-}" ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what is missing, then run the main job: drawn clips, a finetuned tiny model, a checked pipeline in runs/tiny-shapes.
-# Further words are passed on, such as: bash launch/demo.sh stage.train.steps=20 run.name=short
+# Install cogflow when needed, then run stage=flow: draw clips, finetune the tiny model, and write a checked pipeline to runs/tiny-shapes.
+# Further words are passed on, for example: bash launch/demo.sh stage.train.steps=20 run.name=short
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make or refresh the environment in .venv; done in a second when nothing changed. Sourced or run by the other scripts.
-# PYTHON: the interpreter to build on (default python3). COGFLOW_VENV: another place for the environment.
+# Make or update the environment in .venv; takes a second when nothing changed. The other scripts source it.
+# PYTHON: the interpreter to use (default python3). COGFLOW_VENV: another folder for the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -9,7 +9,7 @@ venv=${COGFLOW_VENV:-.venv}
 if [ -n "$(command -v sha256sum)" ]; then hash="sha256sum"; else hash="shasum -a 256"; fi
 stamp=$({ cat pyproject.toml constraints.txt launch/install.sh; pwd; } | $hash)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$stamp" ]; then
-  # shellcheck disable=SC2317 # reached when it is run, not sourced
+  # shellcheck disable=SC2317 # reached when the script is run and not sourced
   return 0 2>/dev/null || exit 0
 fi
 
@@ -18,7 +18,7 @@ if ! command -v "$python" >/dev/null; then
   exit 2
 fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-  echo "install: $python is $("$python" --version 2>&1), 3.10 or newer is needed. Set PYTHON=/path/to/python3.10." >&2
+  echo "install: $python is $("$python" --version 2>&1); Python 3.10 or newer is needed. Set PYTHON=/path/to/python3.10." >&2
   exit 2
 fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -31,11 +31,11 @@ rm -f "$venv/.installed"
 here='import sys, pip; print(sys.version_info[:2])'
 clear=()
 if [ -d "$venv" ] && [ "$("$venv/bin/python" -c "$here" 2>/dev/null)" != "$("$python" -c "${here/, pip/}")" ]; then
-  clear=(--clear) # of another Python, or broken off half-way
+  clear=(--clear) # made by another Python, or incomplete
 fi
 "$python" -m venv "${clear[@]}" "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
-# torch first: DeepSpeed is built from source and asks torch what this machine has.
+# torch comes first: the build of DeepSpeed from source asks torch for the properties of this machine.
 "${pip[@]}" torch packaging numpy
 "${pip[@]}" --editable '.[dev]'
 "$venv/bin/python" -m pip check

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Train with torchrun on several nodes: the same line on each of them, after bash launch/install.sh on a file system that they share.
+# Train with torchrun on several nodes. Run the same command on each, after bash launch/install.sh on a file system that they share:
 #   NODES=2 MASTER=node1:29500 bash launch/torchrun.sh experiment=cogvideox_5b_sft model.path=... data.path=...
-# NODES: how many (default 1). MASTER: one of them and a free port on it. GPUS: processes on this node (default: its GPUs). STAGE: train.
-# TERM, USR1 or Ctrl-C on one node: all save a checkpoint and end with 75. The same lines go on where they stopped.
+# NODES: number of nodes (default 1). MASTER: one of the nodes and a free port on it. GPUS: processes on this node (default: its
+# GPUs). STAGE: default train. After TERM, USR1 or Ctrl-C on one node, all nodes save a checkpoint and end with 75. The same commands
+# resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

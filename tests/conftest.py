@@ -1,4 +1,7 @@
-"""One thread, no network, nothing shared with the user's own caches: set before anything imports torch, inherited by subprocesses."""
+"""Set up all tests: one thread, no network, and caches apart from the user's.
+
+The environment is set before anything imports torch; subprocesses inherit it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _cache = tempfile.mkdtemp(prefix="cogflow-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 _extensions = tempfile.mkdtemp(prefix="cogflow-extensions-")
-# A process killed while it builds an extension leaves a lock that would hang every later start: not in the user's cache.
+# A process killed while it builds an extension leaves a lock that blocks every later start, so the user's cache is not
+# used.
 atexit.register(shutil.rmtree, _extensions, ignore_errors=True)
 
 os.environ.update(
@@ -38,28 +42,31 @@ os.environ.update(
     XDG_CACHE_HOME=_cache,
     PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 )
-# Without a mode the settings' own holds: offline, and none where a test says tracking.wandb=disabled, whose service takes two seconds.
+# Without WANDB_MODE the settings apply: offline, or none with tracking.wandb=disabled. The service of W&B takes two
+# seconds to start.
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Yield a server that has imported cogflow and forks its runs."""
     with Server(tmp_path_factory.mktemp("logs")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def cogflow(server: Server) -> Command:
-    """Runs cogflow with the words given, on ``ranks`` processes, each forked from one that has imported everything already.
+    """Return a function that runs cogflow with the given words on ``ranks`` processes, forked from ``server``.
 
-    Without W&B, unless the environment asks for it: its service is started for each run, and ``started`` has it."""
+    W&B is disabled unless the environment enables it, because its service starts once per run. ``started`` uses W&B.
+    """
 
     def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
         done = server.run(
-            *words, ranks=ranks, seconds=timeout, env={"WANDB_MODE": "disabled"} | os.environ, cwd=os.getcwd()
+            *words, ranks=ranks, seconds=timeout, env={"WANDB_MODE": "disabled"} | os.environ, cwd=str(Path.cwd())
         )
-        ended = next((one for one in done.codes if one), 0)
+        ended = next((failed for failed in done.codes if failed), 0)
         if code is not None:
             assert ended == code and not done.timed_out, (
                 f"exit codes {done.codes}\n{done.out[-3000:]}\n{done.err[-5000:]}"
@@ -71,7 +78,10 @@ def cogflow(server: Server) -> Command:
 
 @pytest.fixture(scope="session")
 def started() -> Command:
-    """Runs ``python -m cogflow`` with the words given, under ``torchrun`` when ``ranks`` is more than 1: as users start it."""
+    """Return a function that runs ``python -m cogflow`` with the given words, as users do.
+
+    With more than one of ``ranks`` it runs under ``torchrun``.
+    """
 
     def run(*words: str, ranks: int = 1, code: int | None = 0, timeout: int = 900) -> subprocess.CompletedProcess[str]:
         start = [sys.executable, "-m"]
@@ -89,6 +99,7 @@ def started() -> Command:
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
+    """Return the root of the repository."""
     return REPOSITORY
 
 
@@ -102,43 +113,47 @@ SLOWEST = (
     "training",
     "planning",
 )
-"""Where a minute or more goes, files and folders of tests: those first, the longest at the head."""
+"""Files and folders of tests that take a minute or more, the longest first. They start first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, then those with the most tests that are slow or start processes: two workers that take whole files end at about
-    the same time."""
+    """Order the files: those of ``SLOWEST`` first, then those with the most tests that are slow or start processes.
+
+    Two workers that take whole files then end at about the same time.
+    """
     slow = Counter(
         item.path for item in items if item.get_closest_marker("slow") or "cogflow" in getattr(item, "fixturenames", ())
     )
 
-    def place(item: pytest.Item) -> tuple[int, int]:
+    def order(item: pytest.Item) -> tuple[int, int]:
         if not slow[item.path]:
             return len(SLOWEST), 0
         name = item.path.relative_to(REPOSITORY / "tests").as_posix()
-        return next((place for place, one in enumerate(SLOWEST) if name.startswith(one)), len(SLOWEST)), -slow[
-            item.path
-        ]
+        position = next((index for index, slowest in enumerate(SLOWEST) if name.startswith(slowest)), len(SLOWEST))
+        return position, -slow[item.path]
 
-    items.sort(key=place)
+    items.sort(key=order)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files, and all those that look at one flow together: it takes a worker a minute to run it."""
+    """Return a scheduler that gives a worker whole files, and all files that use the fixture ``flow`` to one worker.
+
+    A worker takes a minute to run that flow.
+    """
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    around = {
+    flow_files = {
         path.relative_to(REPOSITORY).as_posix()
         for path in REPOSITORY.glob("tests/stages/test_*.py")
         if "flow: Path" in path.read_text()
     }
 
-    class Together(LoadFileScheduling):
+    class FlowFilesTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "tests/stages around one flow" if file in around else file
+            return "tests/stages with one flow" if file in flow_files else file
 
-    return Together(config, log)
+    return FlowFilesTogether(config, log)

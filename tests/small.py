@@ -1,7 +1,7 @@
-"""The tiny model with two of its five blocks, for trainings whose end is held against another's and not against the world.
+"""The tiny model with two of its five blocks, for tests that compare trainings with each other.
 
-A step, a save and a ZeRO-3 gather cost in proportion to the blocks. Two are enough for what happens between blocks: prefetching,
-recomputing, freezing one of them.
+The cost of a step, a save and a ZeRO-3 gather is proportional to the number of blocks. Two blocks are enough for
+everything that happens between blocks: prefetching, recomputing, freezing one of them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from safetensors.torch import load_file, save_file
 from cogflow.models import tiny
 
 BLOCKS = 2
-PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+OTHER_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def pipeline(folder: Path) -> Path:
-    """Make the pipeline folder, whose transformer alone is its own."""
-    transformer, name = folder / "transformer", "diffusion_pytorch_model.safetensors"
+    """Make and return the pipeline folder; all components but the transformer are links to the tiny model's."""
+    transformer = folder / "transformer"
+    weights_name = "diffusion_pytorch_model.safetensors"
     transformer.mkdir(parents=True)
     shutil.copy(tiny.folder() / "model_index.json", folder)
-    for part in PARTS:
-        (folder / part).symlink_to(tiny.folder() / part)
+    for name in OTHER_COMPONENTS:
+        (folder / name).symlink_to(tiny.folder() / name)
     config = json.loads((tiny.folder() / "transformer" / "config.json").read_text())
     (transformer / "config.json").write_text(json.dumps(config | {"num_layers": BLOCKS}))
     left_out = tuple(f"transformer_blocks.{block}." for block in range(BLOCKS, config["num_layers"]))
-    weights = load_file(tiny.folder() / "transformer" / name)
+    weights = load_file(tiny.folder() / "transformer" / weights_name)
     save_file(
         {key: value for key, value in weights.items() if not key.startswith(left_out)},
-        transformer / name,
+        transformer / weights_name,
         {"format": "pt"},
     )
     return folder

@@ -1,4 +1,7 @@
-"""``launch/torchrun.sh`` and ``launch/hostfile.sh`` with real ranks: a signal to the script stops training, whose exit code comes back."""
+"""``launch/torchrun.sh`` and ``launch/hostfile.sh`` with real ranks.
+
+A signal to the script stops training, and the script returns the exit code of training.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +24,28 @@ PATIENCE = 180
 
 
 class Launched:
-    """One launcher that runs; what it writes goes to ``log``."""
+    """A running launcher. Its output goes to ``log``."""
 
     def __init__(self, script: Path, log: Path, words: list[str], env: dict[str, str]) -> None:
         self.log = log
         given = {**os.environ, "COGFLOW_PYTHON": sys.executable, "WANDB_MODE": "disabled", **env}
-        with open(log, "wb") as out:
+        with log.open("wb") as out:
             self.process = subprocess.Popen(
                 ["bash", script, *words],
                 env=given,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                preexec_fn=listening,
+                preexec_fn=restore_sigint,
             )
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")[-5000:]
 
-    def until(self, true: Callable[[], object]) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait until ``condition()`` is true. Fail when the launcher ends first or time is over."""
         deadline = time.monotonic() + PATIENCE
-        while not true():
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.1)
 
@@ -52,16 +56,17 @@ class Launched:
             raise AssertionError(self.text()) from None
 
 
-def listening() -> None:
+def restore_sigint() -> None:
     """Tests that are run in the background ignore Ctrl-C, and a shell cannot trap what was ignored when it began."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Place:
-    """Launchers of runs below one folder; all of them train on the clips of the first."""
+    """Launchers of runs below one folder. All train on the clips of the run ``clips``."""
 
     def __init__(self, root: Path, launch: Path) -> None:
-        self.root, self.launch = root, launch
+        self.root = root
+        self.launch = launch
         self.all: list[Launched] = []
 
     def start(self, script: str, name: str, **env: str) -> Launched:
@@ -91,7 +96,7 @@ class Place:
         return path.exists() and "train/loss" in path.read_text()
 
     def checkpoint(self, name: str) -> tuple[int, int]:
-        """Step and ranks of the only checkpoint of a run."""
+        """Return the step and the number of ranks of the only checkpoint of a run."""
         (folder,) = (self.root / name / "checkpoints").glob("step-*")
         trainer = json.loads((folder / "trainer.json").read_text())
         return int(trainer["step"]), int(trainer["layout"]["world size"])
@@ -103,7 +108,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
     prepared = place.start("torchrun.sh", "clips", STAGE="prepare", GPUS="1")
     assert prepared.code() == 0, prepared.text()
     yield place
-    for pid in running(place.root):  # of a test that failed
+    for pid in running(place.root):  # left by a test that failed
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -114,7 +119,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_torchrun_on_one_node(place: Place) -> None:
+def test_a_signal_stops_torchrun_on_one_node(place: Place) -> None:
     training = place.start("torchrun.sh", "one", GPUS="2")
     training.until(lambda: place.trains("one"))
     training.process.send_signal(signal.SIGTERM)
@@ -123,7 +128,7 @@ def test_torchrun_on_one_node(place: Place) -> None:
     assert 0 < step < 5000 and ranks == 2
 
 
-def test_torchrun_on_two_nodes_of_which_one_is_told(place: Place) -> None:
+def test_a_signal_to_one_node_stops_torchrun_on_both(place: Place) -> None:
     env = {"NODES": "2", "MASTER": f"127.0.0.1:{free_port()}", "GPUS": "1"}
     nodes = [place.start("torchrun.sh", "two", **env) for _ in range(2)]
     nodes[0].until(lambda: place.trains("two"))
@@ -133,12 +138,13 @@ def test_torchrun_on_two_nodes_of_which_one_is_told(place: Place) -> None:
     assert 0 < step < 5000 and ranks == 2
 
 
-def test_a_hostfile_of_two(place: Place) -> None:
-    """By a stand-in for ssh that runs its words here as ssh would there: through a shell, elsewhere, with an environment of its own."""
+def test_a_signal_stops_both_hosts_of_a_hostfile(place: Place) -> None:
+    """A stand-in for ssh runs the command on this machine, as ssh does: in a shell, another folder, a new environment."""
     hostfile, ssh = place.root / "hostfile", place.root / "ssh"
-    hostfile.write_text("# two of them\nfirst slots=1\n\nsecond slots=1  # the other\n")
+    hostfile.write_text("# two hosts\nfirst slots=1\n\nsecond slots=1  # the last\n")
     ssh.write_text(
-        f'#!/bin/bash\necho "$1" >>{place.root}/reached\nshift\ncd /\nexec env -i PATH="$PATH" HOME="$HOME" bash -c "$*"\n'
+        f'#!/bin/bash\necho "$1" >>{place.root}/reached\nshift\ncd /\n'
+        'exec env -i PATH="$PATH" HOME="$HOME" bash -c "$*"\n'
     )
     ssh.chmod(0o755)
     port = str(free_port())
@@ -153,8 +159,8 @@ def test_a_hostfile_of_two(place: Place) -> None:
     assert 0 < step < 5000 and ranks == 2
 
 
-def test_a_second_signal_ends_at_once(place: Place) -> None:
-    """The first comes before training listens, and is neither lost nor the end of it."""
+def test_a_second_signal_ends_the_launcher_at_once(place: Place) -> None:
+    """The first signal comes before training has its handlers; it is not lost and does not kill training."""
     training = place.start("torchrun.sh", "twice", GPUS="1")
     training.until(lambda: running(place.root, "twice"))
     training.process.send_signal(signal.SIGTERM)
@@ -167,7 +173,7 @@ def test_a_second_signal_ends_at_once(place: Place) -> None:
 
 
 def running(root: Path, name: str = "") -> list[int]:
-    """The processes of the runs below ``root``, launchers and ranks; with ``name`` the ranks of that run."""
+    """Return the processes of the runs below ``root``, launchers and ranks; with ``name`` the rank 0 of that run."""
     found = []
     wanted = {f"run.root={root}".encode(), *([b"cogflow", f"run.name={name}".encode()] if name else [])}
     for path in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""The autoencoder's convolutions by oneDNN: the same to rounding, and nothing else is changed."""
+"""``use_onednn_convolutions`` changes the VAE's results by rounding only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 from cogflow.models import tiny
 from cogflow.models.loading import use_onednn_convolutions
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch comes without oneDNN")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def vae() -> AutoencoderKLCogVideoX:
 
 
 @torch.no_grad()
-def test_clips_and_latents_are_the_same_to_rounding(
+def test_clips_and_latents_are_equal_up_to_rounding(
     vae: AutoencoderKLCogVideoX, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents, clip = (
@@ -31,18 +31,19 @@ def test_clips_and_latents_are_the_same_to_rounding(
     names = list(vae.state_dict())
     before = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
     assert use_onednn_convolutions(vae) is vae and list(vae.state_dict()) == names
-    called, real = [], torch.nn.Conv3d._conv_forward
+    called = []
+    real = torch.nn.Conv3d._conv_forward
 
-    def noting(*args: Any) -> torch.Tensor:
+    def record_call(*args: Any) -> torch.Tensor:
         called.append(args)
         return real(*args)
 
-    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", noting)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", record_call)
     after = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
     assert not called
-    for one, two in zip(before, after, strict=True):
-        assert two.isfinite().all() and torch.allclose(one, two, atol=1e-5 * float(one.abs().max()))
-    # A copy in another precision goes its own way, and leaves the first as it is.
+    for plain, onednn in zip(before, after, strict=True):
+        assert onednn.isfinite().all() and torch.allclose(plain, onednn, atol=1e-5 * float(plain.abs().max()))
+    # A copy in another dtype uses torch's own convolutions and leaves the original unchanged.
     copied = torch.nn.Module.to(copy.deepcopy(vae), torch.bfloat16)
     assert copied.decode(latents.bfloat16()).sample.dtype == torch.bfloat16 and called
     assert all(
@@ -53,11 +54,11 @@ def test_clips_and_latents_are_the_same_to_rounding(
     assert torch.equal(vae.decode(latents).sample, after[0])
 
 
-def test_gradients_go_the_usual_way(vae: AutoencoderKLCogVideoX) -> None:
+def test_gradients_use_the_original_convolutions(vae: AutoencoderKLCogVideoX) -> None:
     clip = torch.randn(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for one in (vae, use_onednn_convolutions(vae)):
+    for encoder in (vae, use_onednn_convolutions(vae)):
         given = clip.clone().requires_grad_()
-        one.encode(given).latent_dist.mean.square().sum().backward()
+        encoder.encode(given).latent_dist.mean.square().sum().backward()
         gradients.append(given.grad)
     assert gradients[0] is not None and torch.equal(*gradients)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Our rotary tables against those of diffusers' pipeline, at native and other sizes, for 1.0 and 1.5."""
+"""``rotary_tables`` equals the tables of diffusers' pipeline, at native and other sizes, for 1.0 and 1.5."""
 
 from __future__ import annotations
 
@@ -31,14 +31,6 @@ def test_training_and_sampling_use_the_same_positions(patch_size_t: int | None, 
     assert ours is not None and all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
-def test_sincos_models_have_no_table() -> None:
-    assert (
-        rotary_tables(
-            SimpleNamespace(config=SimpleNamespace(use_rotary_positional_embeddings=False)),
-            3,
-            8,
-            12,
-            torch.device("cpu"),
-        )
-        is None
-    )
+def test_sincos_models_have_no_rotary_tables() -> None:
+    transformer = SimpleNamespace(config=SimpleNamespace(use_rotary_positional_embeddings=False))
+    assert rotary_tables(transformer, 3, 8, 12, torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""sampling.sampler: what each choice runs, that the record says so, and that padding and noise do not depend on it."""
+"""The values of ``sampling.sampler``: what each runs and records; padding and noise do not depend on it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,33 @@ from cogflow.sampling.sample_record import read_sample_record
 from cogflow.sampling.sampler import Request, Sampler, decoder
 from cogflow.sampling.sat_schedule import make_schedule
 
-RAN = {
-    "default": "CogVideoXDDIMScheduler", "ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler",
-    "sat_ddim": "SAT VideoDDIMSampler", "sat_dpm": "SAT VPSDEDPMPP2MSampler",
-}  # fmt: skip
+SCHEDULER_NAMES = {
+    "default": "CogVideoXDDIMScheduler",
+    "ddim": "CogVideoXDDIMScheduler",
+    "dpm": "CogVideoXDPMScheduler",
+    "sat_ddim": "SAT VideoDDIMSampler",
+    "sat_dpm": "SAT VPSDEDPMPP2MSampler",
+}
 REQUEST = Request(Prompt("a", "a red circle"), 3, torch.randn(4, 8, generator=torch.Generator().manual_seed(1)))
 
 
 def transformer(patch_size_t: int | None = None, channels: int = 16) -> CogVideoXTransformer3DModel:
     torch.manual_seed(0)
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=16, time_embed_dim=8, text_embed_dim=8,
-        num_layers=1, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=4, use_rotary_positional_embeddings=True,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=channels,
+        out_channels=16,
+        time_embed_dim=8,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=9,
+        max_text_seq_length=4,
+        use_rotary_positional_embeddings=True,
         patch_size_t=patch_size_t,
-    )  # fmt: skip
+    )
     torch.nn.init.normal_(model.proj_out.weight, std=0.2)
     return model
 
@@ -51,31 +64,30 @@ def sampler(
     vae: AutoencoderKLCogVideoX, choice: str, model: CogVideoXTransformer3DModel | None = None, **settings: object
 ) -> Sampler:
     scheduler = CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config())
-    how = SamplingConfig(**{"sampler": choice, "steps": 4, **settings})  # type: ignore[arg-type]
-    cpu, fp32 = torch.device("cpu"), torch.float32
+    config = SamplingConfig(**{"sampler": choice, "steps": 4, **settings})  # type: ignore[arg-type]
     return Sampler(
         model or transformer(),
         vae,
         scheduler,
         torch.ones(4, 8),
-        how,
+        config,
         frames=9,
         height=32,
         width=32,
-        device=cpu,
-        dtype=fp32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
 
 
-def test_every_choice_is_known() -> None:
-    assert set(RAN) == set(SAMPLERS) and set(sat_samplers.SOLVERS) < set(SAMPLERS)
+def test_every_sampler_is_tested() -> None:
+    assert set(SCHEDULER_NAMES) == set(SAMPLERS) and set(sat_samplers.SOLVERS) < set(SAMPLERS)
     assert SamplingConfig().sampler == "default"
 
 
 @pytest.mark.parametrize("choice", SAMPLERS)
-def test_each_runs_what_it_names_and_gives_the_same_twice(vae: AutoencoderKLCogVideoX, choice: str) -> None:
+def test_each_sampler_runs_its_scheduler_and_is_deterministic(vae: AutoencoderKLCogVideoX, choice: str) -> None:
     one = sampler(vae, choice)
-    assert one.describe().scheduler == RAN[choice] and one.describe().sampler == choice
+    assert one.describe().scheduler == SCHEDULER_NAMES[choice] and one.describe().sampler == choice
     assert one.describe().unconditional == ("zeros" if choice.startswith("sat_") else "empty caption")
     latents = one.latents(REQUEST)
     torch.randn(3)
@@ -83,26 +95,34 @@ def test_each_runs_what_it_names_and_gives_the_same_twice(vae: AutoencoderKLCogV
     assert torch.equal(latents, sampler(vae, choice).latents(REQUEST))
 
 
-def test_they_differ_and_default_is_the_pipelines_own(vae: AutoencoderKLCogVideoX) -> None:
+def test_samplers_differ_and_default_is_the_pipelines_own(vae: AutoencoderKLCogVideoX) -> None:
     made = {choice: sampler(vae, choice).latents(REQUEST) for choice in SAMPLERS}
     assert torch.equal(made["default"], made["ddim"])
     others = ["dpm", "ddim", "sat_dpm", "sat_ddim"]
     assert all((made[a] - made[b]).abs().max() > 1e-3 for a in others for b in others if a < b)
 
 
-def test_default_calls_the_pipeline_as_anybody_would(vae: AutoencoderKLCogVideoX) -> None:
+def test_default_equals_a_plain_call_of_the_pipeline(vae: AutoencoderKLCogVideoX) -> None:
     model, scheduler = transformer().eval(), CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config())
     plain = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=model, scheduler=scheduler)
     plain.set_progress_bar_config(disable=True)
     found = plain(
-        prompt_embeds=REQUEST.embeds[None], negative_prompt_embeds=torch.ones(1, 4, 8), latents=noise_for(3, "a", (1, 3, 16, 4, 4)),
-        num_frames=9, height=32, width=32, num_inference_steps=4, guidance_scale=6.0, use_dynamic_cfg=True, output_type="latent",
-    ).frames[0]  # fmt: skip
+        prompt_embeds=REQUEST.embeds[None],
+        negative_prompt_embeds=torch.ones(1, 4, 8),
+        latents=noise_for(3, "a", (1, 3, 16, 4, 4)),
+        num_frames=9,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        output_type="latent",
+    ).frames[0]
     assert torch.equal(sampler(vae, "default", model).latents(REQUEST), found)
 
 
 @torch.no_grad()
-def test_sat_samplers_are_those_of_the_module(vae: AutoencoderKLCogVideoX) -> None:
+def test_sat_dpm_equals_a_direct_call_of_sat_samplers(vae: AutoencoderKLCogVideoX) -> None:
     model = transformer().eval()
     embeds = REQUEST.embeds[None]
     run = sat_samplers.Velocity(model, embeds, sat_samplers.zeros_for_uncond(embeds))
@@ -115,8 +135,8 @@ def test_sat_samplers_are_those_of_the_module(vae: AutoencoderKLCogVideoX) -> No
 
 
 @pytest.mark.parametrize("choice", ["ddim", "sat_ddim"])
-def test_scale_1_is_no_guidance(vae: AutoencoderKLCogVideoX, choice: str) -> None:
-    """Half the work, and the unconditional text has no part in it."""
+def test_a_guidance_scale_of_1_runs_without_guidance(vae: AutoencoderKLCogVideoX, choice: str) -> None:
+    """The batches hold the conditional half only."""
     model, batches = transformer(), []
     model.register_forward_pre_hook(lambda _, __, given: batches.append(len(given["hidden_states"])), with_kwargs=True)
     sampler(vae, choice, model, guidance_scale=1.0, use_dynamic_cfg=False).latents(REQUEST)
@@ -126,7 +146,7 @@ def test_scale_1_is_no_guidance(vae: AutoencoderKLCogVideoX, choice: str) -> Non
 
 
 @pytest.mark.parametrize("choice", ["default", "dpm", "sat_dpm", "sat_ddim"])
-def test_1_5_gets_whole_patches_of_frames_and_gives_the_clips(vae: AutoencoderKLCogVideoX, choice: str) -> None:
+def test_1_5_samples_whole_patches_and_returns_the_frames_of_the_clip(vae: AutoencoderKLCogVideoX, choice: str) -> None:
     one = sampler(vae, choice, transformer(patch_size_t=2))
     assert one.noise(REQUEST).shape == (1, 4, 16, 4, 4)
     latents = one.latents(REQUEST)
@@ -145,19 +165,27 @@ def test_frames_are_padded_in_front_to_whole_patches() -> None:
     assert [latent_frames(frames, 4, None) for frames in (9, 13, 49)] == [(3, 0), (4, 0), (13, 0)]
 
 
-def test_the_padded_frames_are_those_that_the_pipeline_drops(vae: AutoencoderKLCogVideoX) -> None:
-    """As frames the pipeline drops the padding itself: the decoded clips agree."""
+def test_the_dropped_frames_are_those_that_the_pipeline_drops(vae: AutoencoderKLCogVideoX) -> None:
+    """When it decodes, the pipeline drops the padding itself; the decoded clips are equal."""
     model = transformer(patch_size_t=2).eval()
     one = sampler(vae, "default", model)
     pipeline = one.pipeline
     found = pipeline(
-        prompt_embeds=REQUEST.embeds[None], negative_prompt_embeds=torch.ones(1, 4, 8), latents=one.noise(REQUEST), num_frames=9, height=32,
-        width=32, num_inference_steps=4, guidance_scale=6.0, use_dynamic_cfg=True, output_type="pt",
-    ).frames[0]  # fmt: skip
+        prompt_embeds=REQUEST.embeds[None],
+        negative_prompt_embeds=torch.ones(1, 4, 8),
+        latents=one.noise(REQUEST),
+        num_frames=9,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        output_type="pt",
+    ).frames[0]
     torch.testing.assert_close(one.decode(one.latents(REQUEST)).permute(0, 3, 1, 2), found, rtol=0, atol=1e-5)
 
 
-def test_image_to_video_is_refused(vae: AutoencoderKLCogVideoX) -> None:
+def test_image_to_video_without_images_is_refused(vae: AutoencoderKLCogVideoX) -> None:
     with pytest.raises(PipelineError, match="takes 32 channels") as caught:
         sampler(vae, "default", transformer(channels=32))
     assert "CogVideoXImageToVideoPipeline" in caught.value.hint
@@ -172,7 +200,7 @@ def test_noise_between_steps_is_a_function_of_seed_and_prompt() -> None:
     assert not torch.equal(draw(0, "a"), noise_for(0, "a", (8,)))
 
 
-def test_the_record_says_which_one_ran(vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
+def test_the_record_names_the_sampler(vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
     one = sampler(vae, "sat_ddim", steps=2)
     record = sample_folder.write_samples(
         tmp_path / "samples", one, [REQUEST], fps=8.0, weights=SampledWeights("ab"), title="samples"
@@ -198,23 +226,21 @@ def test_the_record_says_which_one_ran(vae: AutoencoderKLCogVideoX, tmp_path: Pa
         ("sampling.sampler=sat_ddim sampling.steps=1000", ["sampling.steps=1000", "2 to 999"]),
     ],
 )
-def test_mistakes_are_answered(words: str, parts: list[str]) -> None:
+def test_wrong_settings_are_refused_with_the_right_values(words: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["stage=sample", *words.split()])
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-def test_one_step_is_fine_for_diffusers() -> None:
+def test_diffusers_samplers_accept_one_step() -> None:
     compose(["stage=sample", "sampling.sampler=ddim", "sampling.steps=1"])
 
 
-def test_the_vae_decodes_as_asked_and_stays_as_it_was(vae: AutoencoderKLCogVideoX) -> None:
+def test_vae_dtype_and_tiling_apply_without_changing_the_given_vae(vae: AutoencoderKLCogVideoX) -> None:
     latents = torch.randn(1, 16, 4, 48, generator=torch.Generator().manual_seed(2))  # wider than a tile
-    plain, half, tiled = (
-        sampler(vae, "default"),
-        sampler(vae, "default", vae_dtype="bf16"),
-        sampler(vae, "default", vae_tiling=True),
-    )
+    plain = sampler(vae, "default")
+    half = sampler(vae, "default", vae_dtype="bf16")
+    tiled = sampler(vae, "default", vae_tiling=True)
     assert plain.vae is vae and half.vae is not vae and tiled.vae is not vae
     assert [one.describe().vae_dtype for one in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
     assert [one.describe().vae_tiling for one in (plain, half, tiled)] == [False, False, True]
@@ -224,14 +250,14 @@ def test_the_vae_decodes_as_asked_and_stays_as_it_was(vae: AutoencoderKLCogVideo
     assert vae.dtype == torch.float32 and torch.equal(plain.decode(latents), frames)
 
 
-def test_an_overflow_does_not_pass_for_white(vae: AutoencoderKLCogVideoX) -> None:
+def test_an_overflow_decodes_to_nan_and_not_to_white(vae: AutoencoderKLCogVideoX) -> None:
     one = sampler(vae, "default")
     frames = one.decode(torch.full((1, 16, 4, 4), torch.inf))
     assert frames.isnan().all()
 
 
-def test_tiles_add_up_to_the_frame() -> None:
-    """At the shipped model's size, where diffusers' own overlaps give frames that are too wide."""
+def test_tiles_add_up_to_the_size_of_the_frame() -> None:
+    """At the size of the shipped model, diffusers' own overlaps give frames that are too wide."""
     tiled = decoder(loading.load_vae(tiny.folder()), "fp32", tiling=True)
     latents = torch.zeros(1, 16, 1, 8, 12)
     with torch.no_grad():

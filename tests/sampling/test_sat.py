@@ -1,6 +1,6 @@
-"""SAT's samplers: the trajectories that CogVideo's own code recorded, step by step, and what tells weights from samplers.
+"""SAT's samplers reproduce, step by step, the trajectories that were recorded from CogVideo's own code.
 
-With COGFLOW_GOLDEN set to a folder of more such recordings, those are followed, too.
+With COGFLOW_GOLDEN set to a folder of more such recordings, the tests also run on those.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.export.golden_sets import IN_REPOSITORY, GoldenSet, sets
 
 GOLDEN = IN_REPOSITORY.parent
 RECORDED = {"sat_dpm": "dpmpp2m", "sat_ddim": "ddim"}
-TOLERANCE = 5e-5  # of values up to 5; the last norm's eps alone (1e-5 here, 1e-6 in SAT) makes 2e-5
+TOLERANCE = 5e-5  # for values up to 5; the eps of the last norm (1e-5 here, 1e-6 in SAT) alone causes 2e-5
 KEPT_SETS = {
     name: GoldenSet(IN_REPOSITORY / name, GOLDEN / f"sampler-{name}.safetensors")
     for name in ("2b", "5b-i2v", "1.5-5b-i2v")
@@ -54,7 +54,7 @@ def recorded(name: str) -> dict[str, torch.Tensor]:
 
 
 def shift(name: str) -> float:
-    """The SNR shift of the model's own yaml; SAT's default is 1."""
+    """Return the SNR shift of the model's own yaml; SAT's default is 1."""
     for path in sorted(((KEPT_SETS | MORE_SETS)[name].folder / "configs").glob("*.yaml")):
         model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model")
         if model:
@@ -76,7 +76,7 @@ def velocity(name: str, model: Any = None) -> sat_samplers.Velocity:
 
 
 def noises(name: str) -> Iterator[torch.Tensor]:
-    """In SAT's order; where a kept file leaves out a noise that was thrown away, NaN stands for it."""
+    """Yield the noise tensors in SAT's order. NaN replaces an unused one that a kept file leaves out."""
     values = recorded(name)
     if "dpmpp2m.noises" in values:
         return iter(values["dpmpp2m.noises"])
@@ -96,7 +96,7 @@ def follow(name: str, solver: str, model: Any = None) -> list[sat_samplers.Solve
 
 
 @pytest.mark.parametrize(("name", "solver"), CASES)
-def test_trajectories_are_sats(name: str, solver: str) -> None:
+def test_trajectories_equal_the_recorded_ones(name: str, solver: str) -> None:
     values, prefix = recorded(name), RECORDED[solver]
     steps = follow(name, solver)
     wanted = values[f"{prefix}.latents"]
@@ -113,14 +113,14 @@ def test_trajectories_are_sats(name: str, solver: str) -> None:
 
 
 @pytest.mark.parametrize("name", KEPT_SETS)
-def test_schedules_are_the_recorded_ones(name: str) -> None:
+def test_schedules_equal_the_recorded_ones(name: str) -> None:
     values, schedule = recorded(name), make_schedule(8, shift(name))
     torch.testing.assert_close(schedule.alphas, values["ddim.alphas_cumprod_sqrt"], rtol=0, atol=1e-6)
     torch.testing.assert_close(schedule.quantized, values["ddim.quantized_alphas_cumprod_sqrt"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_tables_are_sats(scale: float) -> None:
+def test_alpha_tables_equal_the_recorded_ones(scale: float) -> None:
     values = load_file(GOLDEN / "sampler-schedules.safetensors")
     key = f"alphas_cumprod_sqrt.shift_scale_{scale}"
     torch.testing.assert_close(alpha_table(scale, 0.00085, 0.012), values[key], rtol=0, atol=1e-6)
@@ -138,8 +138,8 @@ def test_timesteps_equal_diffusers_where_the_count_divides_1000(steps: int, equa
 
 
 @torch.no_grad()
-def test_another_sampler_and_other_weights_both_show() -> None:
-    """diffusers' DDIM on SAT's weights, and SAT's DDIM on slightly changed weights: neither passes for SAT's own run."""
+def test_another_sampler_and_other_weights_both_exceed_the_tolerance() -> None:
+    """Neither diffusers' DDIM on SAT's weights nor SAT's DDIM on slightly changed weights equals SAT's own run."""
     name = "2b"
     wanted = recorded(name)["ddim.latents"][-1]
     scheduler = CogVideoXDDIMScheduler(**MODEL_SPECS["cogvideox-2b"].scheduler_config())
@@ -160,14 +160,11 @@ def constant(latents: torch.Tensor, timestep: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7])
-def test_as_many_noises_as_sat_draws(steps: int) -> None:
+def test_sat_dpm_takes_as_many_noise_tensors_as_sat(steps: int) -> None:
     schedule, start = make_schedule(steps, 1.0), torch.ones(1, 1, 1, 2, 2)
     given = iter([torch.ones_like(start)] * (sat_samplers.draws("sat_dpm", steps) + 1))
-    assert torch.isfinite(
-        sat_samplers.final(
-            sat_samplers.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=given)
-        )
-    ).all()
+    trajectory = sat_samplers.steps(constant, start, schedule, "sat_dpm", scale=6.0, dynamic=False, noises=given)
+    assert torch.isfinite(sat_samplers.final(trajectory)).all()
     assert len(list(given)) == 1
     few = [torch.ones_like(start)] * (sat_samplers.draws("sat_dpm", steps) - 1)
     with pytest.raises(DataError, match="there are fewer"):
@@ -177,7 +174,7 @@ def test_as_many_noises_as_sat_draws(steps: int) -> None:
     assert sat_samplers.draws("sat_ddim", steps) == 0
 
 
-def test_a_generator_settles_the_result() -> None:
+def test_the_generator_determines_the_result() -> None:
     schedule, start = make_schedule(4, 1.0), torch.ones(1, 1, 1, 4, 4)
 
     def result(solver: str, seed: int) -> torch.Tensor:
@@ -192,12 +189,12 @@ def test_a_generator_settles_the_result() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 1000])
-def test_counts_that_sat_cannot_take_are_refused(steps: int) -> None:
+def test_step_counts_that_sat_does_not_support_are_refused(steps: int) -> None:
     with pytest.raises(ConfigError, match="2 to 999"):
         make_schedule(steps, 1.0)
 
 
-def test_schedulers_that_sat_does_not_have_are_refused() -> None:
+def test_schedulers_that_sat_does_not_support_are_refused() -> None:
     config = MODEL_SPECS["cogvideox-2b"].scheduler_config()
     assert torch.equal(schedule_of(config, 8).alphas, make_schedule(8, 3.0).alphas)
     with pytest.raises(PipelineError, match=r"prediction_type=epsilon \(SAT: v_prediction\)"):
@@ -206,13 +203,13 @@ def test_schedulers_that_sat_does_not_have_are_refused() -> None:
         schedule_of({key: value for key, value in config.items() if key != "snr_shift_scale"}, 8)
 
 
-def test_a_model_without_its_image_is_refused() -> None:
+def test_an_image_to_video_model_without_an_image_is_refused() -> None:
     values = recorded("5b-i2v")
     with pytest.raises(PipelineError, match="takes 32 channels, not 16"):
         sat_samplers.Velocity(network("5b-i2v"), values["text_embeds"], None)(values["init_noise"], 999)
 
 
-def test_frames_that_are_no_whole_patches_are_refused() -> None:
+def test_frames_that_do_not_fill_whole_patches_are_refused() -> None:
     run = velocity("1.5-5b-i2v")
     run.image = run.image[:, :3] if run.image is not None else None
     with pytest.raises(PipelineError, match="3 latent frames"):

@@ -45,7 +45,7 @@ class TransformerSettings:
 
 
 def draw_timesteps(rng: np.random.Generator, settings: TransformerSettings) -> np.ndarray:
-    """int64 ``[batch]`` in 0..999, logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1).
+    """Return int64 ``[batch]`` in 0..999, logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1).
 
     ``stage=train`` draws them evenly, as SAT does. From nothing, most of what is to be learned, the outline of a shape,
     is decided above the middle, while the ends teach texture and the mean picture.
@@ -68,9 +68,9 @@ def learning_rate(step: int, settings: TransformerSettings) -> float:
 def encode_clips(
     vae: AutoencoderKLCogVideoX, count: int, seed: int, state_file: Path
 ) -> tuple[torch.Tensor, list[str]]:
-    """Scaled latents ``[count, frames, channels, h, w]`` of drawn clips of the base concepts, and their captions.
+    """Return scaled latents ``[count, frames, channels, h, w]`` of drawn clips of the base concepts, with captions.
 
-    Kept in ``state_file``, which belongs to one autoencoder: a changed one needs another file.
+    The latents are kept in ``state_file``, which belongs to one autoencoder: a changed one needs another file.
     """
     drawn = scenes(count, seed)
     if not state_file.is_file():

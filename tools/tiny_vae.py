@@ -53,7 +53,7 @@ class VAESettings:
     learning_rate: float = 2e-3
     # (step, share of the rate): where a cosine to zero starts.
     cycles: tuple[tuple[int, float], ...] = ((0, 1.0), (2250, 0.7), (3400, 0.3))
-    # Where the latents are centred and scaled; the steps after it mend what centring does to the frames' borders.
+    # Where the latents are centred and scaled; the steps after it repair the effect of centring on the frames' borders.
     normalise_at: int = 3400
     warmup: int = 50
     kl_weight: float = 2e-5
@@ -64,7 +64,7 @@ class VAESettings:
         return sum(phase.steps for phase in self.phases)
 
     def scaled(self, steps: int) -> VAESettings:
-        """The same recipe in about ``steps`` steps; every phase keeps its share and at least one step."""
+        """Return the same recipe in about ``steps`` steps; every phase keeps its share and at least one step."""
         share = steps / self.steps
         phases = tuple(replace(phase, steps=max(1, round(phase.steps * share))) for phase in self.phases)
         starts = [0, *accumulate(phase.steps for phase in phases)]
@@ -74,7 +74,7 @@ class VAESettings:
 
 
 def clip_pool(count: int, seed: int, frames: int, height: int, width: int) -> torch.Tensor:
-    """``count`` drawn clips of all concepts as uint8 ``[count, 3, frames, height, width]``."""
+    """Return ``count`` drawn clips of all concepts as uint8 ``[count, 3, frames, height, width]``."""
     drawn = [draw(s, frames, height, width) for s in scenes(count, seed, tuple(COLOURS), tuple(SHAPES))]
     return torch.from_numpy(np.stack(drawn)).permute(0, 4, 1, 2, 3).contiguous()
 
@@ -88,7 +88,7 @@ def phase_at(step: int, settings: VAESettings) -> Phase:
 
 
 def rate_at(step: int, settings: VAESettings) -> float:
-    """Cosines to zero, each with a linear warm-up."""
+    """Return the learning rate of a step: cosines to zero, each with a linear warm-up."""
     ends = [start for start, _ in settings.cycles[1:]] + [settings.steps]
     start, peak, end = next(
         (start, peak, end) for (start, peak), end in zip(settings.cycles, ends, strict=True) if step < end

@@ -132,8 +132,9 @@ class Artifact:
 
 
 def identify(path: Path, kind: ArtifactKind | None = None, *, key: str = "") -> Artifact:
-    """Return what is at ``path``. ``kind``: what the user says it is, which must fit; ``key``: the setting that names
-    the path.
+    """Return the artifact at ``path``.
+
+    ``kind``: the kind that the user states, which must fit. ``key``: the setting that names the path.
 
     Raise :class:`CheckpointError` for a path that does not exist, that is nothing cogflow knows, that is not of
     ``kind``, or whose torch files are broken.

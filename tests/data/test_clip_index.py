@@ -1,4 +1,4 @@
-"""The four layouts of a folder of clips, and what is refused."""
+"""Test the four layouts of a folder of clips, and the refusal of bad ones."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_layout_of_sat_is_read(tmp_path: Path) -> None:
         ({"videos/a.mp4": "", "labels/b.txt": "x"}, "labels/a.txt: no caption for videos/a.mp4", "caption"),
     ],
 )
-def test_an_index_that_cannot_work_is_refused(tmp_path: Path, files: dict[str, str], message: str, hint: str) -> None:
+def test_an_invalid_index_is_refused(tmp_path: Path, files: dict[str, str], message: str, hint: str) -> None:
     with pytest.raises(DataError) as caught:
         read_index(fill(tmp_path, files))
     assert message in caught.value.message and hint in caught.value.hint

@@ -1,4 +1,4 @@
-"""Reading clips: times, sizes, and every way in which a file can be unreadable."""
+"""Test the reading of clips: times, sizes, and every kind of unreadable file."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_cover_keeps_proportions_and_crops_the_middle(tmp_path, write_clip) -> N
     assert row[:44].max() < 20 and row[52:].min() > 180
 
 
-def test_stretch_and_none_and_random_crop(tmp_path, write_clip) -> None:
+def test_each_resize_and_crop_mode_reads_the_right_pixels(tmp_path, write_clip) -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 192)[None, None, :, None], (9, 128, 192, 3)).astype(np.uint8)
     path = write_clip(tmp_path / "a.mp4", ramp)
     stretched = read_clip(path, replace(DATA, resize="stretch", width=64)).frames

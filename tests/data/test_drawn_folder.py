@@ -1,4 +1,4 @@
-"""The drawn data set as files: real video, captions that fit, drawn once."""
+"""Test the files of the drawn data set: real videos, matching captions, drawn only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing: right tensors, exactly the needed work, nothing stale, going on after a kill, bounds on bad clips."""
+"""Test preparation: correct tensors, no needless work, no outdated tensors, resuming, limits on bad clips."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_unchanged_folder_loads_no_model(tmp_path: Path, clips: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
 
 
-def test_exactly_what_changed_is_encoded_again(tmp_path: Path, clips: Path, write_clip) -> None:
+def test_only_changed_clips_and_captions_are_encoded_again(tmp_path: Path, clips: Path, write_clip) -> None:
     folder = tmp_path / "cache"
     prints = [run(clips, folder, Work()).fingerprint]
     texts = read_texts(clips)
@@ -237,7 +237,7 @@ def test_unreadable_clips_are_left_out_and_listed(tmp_path: Path, clips: Path) -
     assert [LatentCache(folder).entry(i).name for i in range(4)] == ["0.mp4", "2.mp4", "4.mp4", "6.mp4"]
     again = Work()
     assert run(clips, folder, again).unreadable == 3 and again.vae_loads == 0
-    (clips / "5.mp4").write_bytes((clips / "0.mp4").read_bytes() + b"\0" * 8)  # mended
+    (clips / "5.mp4").write_bytes((clips / "0.mp4").read_bytes() + b"\0" * 8)  # repaired
     assert run(clips, folder, Work()).unreadable == 2
     assert len((folder / "quarantine.jsonl").read_text().splitlines()) == 2
 
@@ -310,7 +310,7 @@ def test_a_clip_that_changes_while_it_is_encoded_stops_the_run(
         run(clips, tmp_path / "cache", Work())
 
 
-def test_a_lost_or_torn_shard_is_made_again(tmp_path: Path, clips: Path) -> None:
+def test_a_missing_or_damaged_shard_is_written_again(tmp_path: Path, clips: Path) -> None:
     folder = tmp_path / "cache"
     run(clips, folder, Work(), shard_clips=3)
     first, second = sorted(folder.glob("clips-*"))[:2]

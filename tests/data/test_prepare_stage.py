@@ -1,4 +1,4 @@
-"""stage=prepare on a real, if tiny, pipeline folder."""
+"""Test stage=prepare on a tiny pipeline folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_changed_component_is_detected_by_its_files(config: Config, tmp_path: 
     assert "0 encoded, 5 reused; 6 captions encoded" in capsys.readouterr().out
 
 
-def test_settings_that_cannot_work_are_refused_before_anything_is_written(config: Config, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_before_anything_is_written(config: Config, tmp_path: Path) -> None:
     for data, match in (
         (DataConfig(name="folder"), "data=folder needs data.path"),
         (DataConfig(name="folder", path=str(tmp_path / "nowhere")), "does not exist"),

@@ -1,8 +1,8 @@
-"""Many short runs of cogflow without many starts of Python: a process that has imported everything forks one for each
-run and rank.
+"""Run cogflow many times without starting Python each time.
 
-Each is a process of its own, with its own signals, limits, descriptors and death. ``python -m tests.faults.server``
-reads one JSON object a line (see :class:`Order`) and answers with one; :class:`Server` is the other end.
+The server process has imported everything, and forks one process for each run and rank. Each process has its own
+signals, limits and file descriptors. ``python -m tests.faults.server`` reads one JSON object a line (see
+:class:`Order`) and answers with one; :class:`Server` is the client.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Server:
 
 def serve() -> None:
     """Answer requests: the server side."""
-    # Libraries print what they like to standard output.
+    # Libraries also print to standard output.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - initialize() does, and it takes seconds
@@ -125,8 +125,7 @@ def serve() -> None:
 
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         cogflow.cli.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too
-    # What is imported stays: no run looks through half a million objects for garbage, nor copies the pages that they
-    # lie on.
+    # The garbage collection of a run would else scan half a million imported objects and copy their memory pages.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

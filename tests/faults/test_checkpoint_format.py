@@ -103,7 +103,7 @@ def test_the_recipe_for_a_new_field_works(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(upgraded) == 1, "a record of the present version needs no upgrade"
 
 
-def test_the_recipe_names_what_exists(repository: Path) -> None:
+def test_every_name_in_the_recipe_exists(repository: Path) -> None:
     text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
     recipe = text.split("## Change what a checkpoint holds")[1].split("\n## ")[0]
     paths = re.findall(r"`((?:cogflow|tests)/[\w/.]+)`", recipe)

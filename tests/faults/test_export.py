@@ -55,7 +55,7 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("stage", KILLS)
 def test_a_killed_export_keeps_the_old_folder_and_a_rerun_is_equal(trained: World, tmp_path: Path, stage: str) -> None:
     """Each kill happens on what the kill before left."""
-    # All at one place: a pipeline's card holds the command that made it.
+    # All use the same path, because a pipeline's card contains the command that made it.
     target = tmp_path / "killed" / "out"
     server_says(run(trained, stage, target, 2), 0)
     new = hashes(target)

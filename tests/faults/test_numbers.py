@@ -31,7 +31,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_changes_no_weight(world: Wo
     said = "The loss of step 3 is not finite (rank 0: " if "nan" in what else "The gradient of step 3 is not finite"
     server_says(done, 3, said, "on_not_finite=skip")
     assert world.checkpoints(name) == [2] and world.states(name, 2) == world.states(whole, 2)
-    # Without the fault, the same command goes on to where it would have come.
+    # Without the fault, the same command ends with the same result as an undisturbed run.
     server_says(world.train(name, *STEP, f"deepspeed={zero}"), 0, "after step 2")
     assert world.states(name, 4) == world.states(whole, 4) and world.losses(name) == world.losses(whole)
 

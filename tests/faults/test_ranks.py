@@ -29,7 +29,7 @@ def test_a_killed_rank_is_named_and_the_pointer_stays(world: World, undisturbed:
     ]
     assert world.pointer(name) == 2
     again = world.train(name, *more, ranks=2)
-    # Rank 0 needs nobody any more once all is hashed: that checkpoint is whole, and proven so by its manifest.
+    # Rank 0 needs no other rank after hashing: the checkpoint is whole, as its manifest proves.
     said = "this run is finished" if point == "hashed#2" else "after step 2"
     assert again.codes == [0, 0] and said in again.text and world.pointer(name) == 4, again.text[-3000:]
     assert world.losses(name) == world.losses(undisturbed) and world.states(name, 4) == world.states(undisturbed, 4)

@@ -50,13 +50,13 @@ def test_a_kill_in_every_phase_of_a_save_loses_no_checkpoint(world: World) -> No
         )
         assert max(visible) == last + 1, phase
         last += 1
-        # The pointer moves once what it names was read back, and not before.
+        # The pointer moves only after the checkpoint that it names was read back.
         assert world.pointer("killed") == (last - 1 if phase in ("renamed", "pointing") else last), phase
     done = server_says(world.train("killed", *common), 0)
     assert f"after step {last}" in done.text
     assert world.losses("killed") == world.losses("unkilled") and world.pointer("killed") == STEPS
     assert world.states("killed", STEPS) == world.states("unkilled", STEPS)
-    # Nothing half-written, half-deleted or superfluous is left.
+    # No incomplete or superfluous file is left.
     names = sorted(path.name for path in (world.root / "killed/checkpoints").iterdir())
     assert names == ["latest.json", f"step-{STEPS - 1:06d}", f"step-{STEPS:06d}"]
 
@@ -140,7 +140,7 @@ def test_a_pickle_that_would_run_code_is_not_resumed(world: World, tmp_path: Pat
     folder = world.root / "poisoned/checkpoints/step-000002"
     states = edit(folder, "deepspeed/state/*optim_states.pt")
     torch.save({"optimizer_state_dict": {"nested": [Payload()]}}, states)
-    # Somebody else's checkpoint comes with a manifest that fits.
+    # A checkpoint of another run has a correct manifest, too.
     (folder / "manifest.json").unlink()
     write_manifest(folder)
     server_says(world.train("poisoned", "stage.steps=3"), 2, "CheckpointError", states.name)

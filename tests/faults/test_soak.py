@@ -1,6 +1,6 @@
-"""A hundred short lives of one run, each ended by a kill, a signal or a full disk somewhere at random: the end is the
-undisturbed one.
+"""Test that a run interrupted a hundred times at random ends like an uninterrupted one.
 
+Each life of the run ends by a kill, a signal or a full disk.
 ``COGFLOW_SOAK`` gives another number of lives, ``COGFLOW_SOAK_SEED`` another schedule; a failure names both.
 """
 
@@ -19,8 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 LIVES = int(os.environ.get("COGFLOW_SOAK", "100"))
 SEED = int(os.environ.get("COGFLOW_SOAK_SEED", "1"))
 STEPS = LIVES
-"""A run that is ended in its first or second save or step advances by one step or none: training is not over before
-the lives are.
+"""Steps of the run. A life ends in its first or second save or step, so it advances by one step at most.
+
+Training therefore does not end before the lives do.
 """
 KILLED_AT = (
     "micro",
@@ -47,7 +48,7 @@ Life = tuple[str, dict[str, int], tuple[int, ...]]
 
 
 def schedule(seed: int) -> list[Life]:
-    """(fault, order, exit codes that it may end with) of each life."""
+    """Return (fault, order, allowed exit codes) of each life."""
     drawn = random.Random(seed)
     lives: list[Life] = []
     for _ in range(LIVES):

@@ -169,7 +169,7 @@ def test_code_in_a_pipeline_folder_is_refused_and_does_not_run(server: Server, t
         for place in ("vae", "scheduler", "text_encoder", "."):
             (folder / place / "modeling.py").write_text(code)
         if name != "file":
-            # Alone it must be refused, too: the code may come with a later download.
+            # The reference alone must be refused, too: a later download may bring the code.
             for path in folder.rglob("modeling.py"):
                 path.unlink()
         change(folder)

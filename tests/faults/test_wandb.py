@@ -22,7 +22,7 @@ By default W&B retries for minutes, in places for days.
 """
 
 FAULTS = {
-    # the server, what happens to the service, what is said
+    # the server, the fault of the service, the message
     "hangs": (Loopback("hangs"), "", "W&B could not be reached; going on offline"),
     "hangs later": (Loopback("hangs", after=4), "", "W&B did not take"),
     "fails later": (Loopback("fails", after=4), "", "W&B did not take"),
@@ -59,6 +59,6 @@ def test_wandb_faults_neither_slow_training_nor_lose_lines(
     lines = [(world.root / run / "metrics.jsonl").read_text().splitlines() for run in (name, "without")]
     assert [json.loads(line).keys() for line in lines[0]] == [json.loads(line).keys() for line in lines[1]]
     files = [path for folder in (world.root / name, tmp_path) for path in folder.rglob("*") if path.is_file()]
-    # The key was used, and stands nowhere.
+    # The key was used, and no file contains it.
     assert KEY in server.keys and not any(KEY.encode() in body for body in server.bodies)
     assert files and [path for path in files if KEY.encode() in path.read_bytes()] == [] and KEY not in done.text

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, which the tests start and stop."""
+"""Start and stop a real SLURM of two nodes on this machine: munged, slurmctld and two slurmd."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """``with Cluster(folder) as cluster:`` the daemons run; everything they write lies in ``folder``."""
+    """``with Cluster(folder) as cluster:`` runs the daemons; all their files are in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,7 +89,7 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(text)
         try:
             places = [f"--{what}={self.folder}/munge.{end}" for what, end in MUNGE]
-            # --force: whose folders these are is no fault here, where one user is everybody.
+            # --force: the owner of the folders does not matter, because one user runs all daemons.
             self._start("munged", "munged", "--foreground", "--force", *places)
             until(lambda: (self.folder / "munge.socket").exists(), "munged listens")
             self._start("slurmctld", "slurmctld", "-D")
@@ -120,7 +120,7 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """Kill a node like a loss of power: its daemon and its job's processes end without a message."""
         daemon = self._daemons.pop(name)
-        # A step's processes are no children of the daemon; their environment names their node.
+        # A step's processes are not children of the daemon; their environment names their node.
         victims = [pid for pid in processes() if of_step(pid, str(self.folder), name)]
         for pid in [daemon.pid, *victims]:
             with contextlib.suppress(ProcessLookupError):
@@ -151,14 +151,14 @@ class Cluster:
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
-        """Wait for a job's end. A job that was queued again starts at once, without SLURM's pause."""
+        """Wait for a job's end. A job that was queued again starts without SLURM's pause."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             now = self.job(job)
             if now["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"):
                 return now
             if now["JobState"] == "PENDING" and now["Reason"] == "BeginTime":
-                # A node refuses a start in the second in which the one before was cleared away.
+                # A node refuses a start in the second in which it removes the job before.
                 time.sleep(3)
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.5)
@@ -175,7 +175,7 @@ class Cluster:
         )
 
     def _start(self, name: str, *words: str) -> None:
-        # A new session, which Ctrl-C of the tests does not reach.
+        # In a new session, so that Ctrl-C of the tests does not end it.
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
                 words,
@@ -201,7 +201,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def until(true: Callable[[], object], what: str, seconds: float = 30, context: Callable[[], str] = str) -> None:
-    """Wait until ``true()``, or fail and name what was waited for."""
+    """Wait until ``true()``; fail with the name of the condition after a time limit."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain: {what}\n{context()}"

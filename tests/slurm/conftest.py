@@ -1,4 +1,4 @@
-"""Fixtures: one cluster, clips prepared once, and an undisturbed training on two ranks."""
+"""Fixtures: one cluster, clips prepared once, and an uninterrupted training on two ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Words = Callable[..., list[str]]
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
-        # Where these tests have to run, being skipped is a failure.
+        # Where these tests are required, a skip is a failure.
         (pytest.fail if os.environ.get("COGFLOW_REQUIRE_SLURM") else pytest.skip)(reason)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
         yield running
@@ -36,7 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the run folder of two ranks that nobody stops, on the clips of the run ``clips`` beside it."""
+    """Return the folder of an uninterrupted run on two ranks, on the clips of the run ``clips`` beside it."""
     root = tmp_path_factory.mktemp("runs")
     with Server(root) as server:
         words = ["debug=quick", "tracking=off", f"run.root={root}"]
@@ -70,7 +70,7 @@ def words(clips: Path) -> Words:
 
 
 def steps(run: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of a run, exactly as computed."""
+    """Return (step, loss, gradient norm) of each step of a run, exactly as computed."""
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line]

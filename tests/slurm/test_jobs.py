@@ -1,4 +1,4 @@
-"""``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, user error."""
+"""Test ``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, error."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def test_a_job_resumes_after_its_time_limit(
     run = undisturbed.parent / "limited"
     job = submit(cluster, repository, log, *TWO, "--time=10", "--signal=B:USR1@50", *mine)
     until(lambda: steps(run), "the first step", 180, log.read_text)
-    # Limited once it trains, so that on a slow machine SLURM's own signal does not come while it loads, and held until
-    # then, so that a fast one is not done before.
+    # The time limit is set after the first step, because on a slow machine SLURM's signal would else come while the
+    # job loads. One rank is held meanwhile, because on a fast machine the job would else end before the signal.
     with held(ranks_of(job)[1]):
         until(lambda: soon_over(cluster, job), "the time limit is near", 30, log.read_text)
         until(lambda: "time limit is near" in log.read_text(), "SLURM's signal", 60, log.read_text)
     until(lambda: cluster.job(job)["Restarts"] == "1", "the job is queued again", 120, log.read_text)
     assert 1 <= len(steps(run)) < STEPS
-    # A limit once is enough. SLURM changes nothing of a job that it is still clearing away.
+    # The second start needs no limit. SLURM refuses the change while it still removes the first.
     until(lambda: unlimited(cluster, job), "the time limit is longer", 60, log.read_text)
     end = cluster.ended(job)
     said = log.read_text()
@@ -125,7 +125,7 @@ def test_a_job_of_an_array_resumes_after_preemption(
     job = submit(cluster, repository, tmp_path / "%a", *options, *mine, script="slurm_array.sh")
     runs, logs = [clips.parent / f"clips-seed-{seed}" for seed in (0, 1)], [tmp_path / str(seed) for seed in (0, 1)]
     until(lambda: logs[0].exists() and steps(runs[0]), "the first step", 180, cluster.logs)
-    # Held until SLURM's TERM comes, which brings CONT along, so that it is not done before.
+    # The rank is held, so that the job does not end before SLURM's TERM. SLURM sends CONT with TERM.
     first = cluster.job(f"{job}_0")
     with contextlib.suppress(ProcessLookupError):
         os.kill(ranks_of(first["JobId"])[0], signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""One real flow on the tiny model, run once by the command line and looked at by many tests."""
+"""Fixture of a real flow on the tiny model, run once by the command line and shared by many tests."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.conftest import Command
 
 @pytest.fixture(scope="session")
 def flow(started: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of ``stage=flow debug=quick``; tests must not change it."""
+    """Return the run folder of ``stage=flow debug=quick``; tests must not change it."""
     root = tmp_path_factory.mktemp("runs")
     started("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
     return root / "flow"
 
 
 def lines(folder: Path, name: str = "train/loss") -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` that hold ``name``."""
+    """Return the lines of ``metrics.jsonl`` that contain ``name``."""
     every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in every if name in line]
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of a run, exactly as computed."""
+    """Return (step, loss, gradient norm) of each step of a run, exactly as computed."""
     return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines(folder)]

@@ -76,7 +76,7 @@ def test_a_random_checkpoint_is_a_sat_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_export_beside_cp(tmp_path: Path) -> None:
+def test_export_is_compared_with_cp(tmp_path: Path) -> None:
     results = run_benchmark(tmp_path, "stage.layers=1")
     assert set(results["medians"]) == {"cp + sync", "cogflow, verified", "cogflow, stage.verify=off"}
     assert all(values["seconds"] > 0 and values["peak_anonymous_gb"] >= 0 for values in results["medians"].values())
@@ -84,7 +84,7 @@ def test_export_beside_cp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_assemble_beside_cp_and_save_pretrained(tmp_path: Path) -> None:
+def test_assemble_is_compared_with_cp_and_save_pretrained(tmp_path: Path) -> None:
     results = run_benchmark(tmp_path, "stage.what=assemble", "stage.layers=1")
     assert [row["failed"] for row in results["rows"]] == [None] * 5
     assert {"cp -r + sync", "cogflow, linked", "cogflow, copied", "save_pretrained"} < set(results["medians"])
@@ -128,7 +128,7 @@ def test_settings_of_a_step_are_compared(tmp_path: Path, cogflow: Command) -> No
 
 
 @pytest.mark.slow
-def test_a_save_beside_torch_save_and_cp(tmp_path: Path, cogflow: Command) -> None:
+def test_a_save_is_compared_with_torch_save_and_cp(tmp_path: Path, cogflow: Command) -> None:
     cogflow(*step_words(tmp_path, "stage.what=checkpoint", "stage.repeats=2"))
     found = results_in(tmp_path)
     assert len(found["rows"]) == 8 and set(found["parts"]) == {"states", "weights", "hashes", "publishing", "verifying"}
@@ -138,7 +138,7 @@ def test_a_save_beside_torch_save_and_cp(tmp_path: Path, cogflow: Command) -> No
 
 
 @pytest.mark.slow
-def test_a_validation_by_part_beside_training(tmp_path: Path, cogflow: Command) -> None:
+def test_a_validation_is_timed_by_part_beside_training(tmp_path: Path, cogflow: Command) -> None:
     cogflow(*step_words(tmp_path, "stage.what=validate", "stage.repeats=2", "sampling.steps=2"))
     found = results_in(tmp_path)
     assert len(found["samples"]) == 2 and set(found["seconds"]) == {"denoising", "decoding", "metrics", "writing"}
@@ -164,7 +164,7 @@ def test_clips_that_cannot_be_measured_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_batches_of_a_cache_beside_a_step(tmp_path: Path) -> None:
+def test_batches_of_a_cache_are_timed_beside_a_step(tmp_path: Path) -> None:
     found = run_benchmark(tmp_path, "stage.what=loader", "stage.repeats=2", "stage.steps=1", "stage.batch_size=2")
     latents = 16 * 3 * 8 * 12
     assert found["bytes"] > 2 * 4 * (2 * latents)  # latents and noise of two clips, and their text

@@ -107,7 +107,7 @@ def test_a_rollback_trains_the_same_in_one_process_and_in_two(
         assert (folder / "rolled-back/01/samples/step-000004/samples.json").is_file()
         assert {line["step"] for line in lines(folder / "rolled-back/01")} == {3, 4}
     assert (two / "rolled-back/01/checkpoints/step-000004/trainer.json").is_file()
-    # And it stays so: a finished run says so, and what was set aside is not picked up.
+    # The same command reports the finished run, and does not resume what was set aside.
     assert "finished" in cogflow(*words(flow, "one-process"), *SPOILT, *tamed).stdout
 
 

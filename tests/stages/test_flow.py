@@ -1,4 +1,4 @@
-"""The main job end to end: what it leaves, that it belongs together, and that a second run does nothing over again."""
+"""Test stage=flow end to end: its files agree with each other, and a second run repeats no work."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_training_changes_the_samples_and_the_noise_stays(flow: Path) -> None:
     assert all(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_assembled_pipeline_gave_the_runs_videos(flow: Path) -> None:
+def test_the_assembled_pipeline_gives_the_runs_videos(flow: Path) -> None:
     assembly = json.loads((flow / "pipeline/assembly.json").read_text())
     assert assembly["verify"]["status"] == "passed"
 

@@ -1,4 +1,4 @@
-"""The plan of a run beside what that run wrote."""
+"""Test that the plan of a run agrees with the files of that run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_checkpoint_is_as_large_as_planned(flow: Path) -> None:
 
 
 @pytest.mark.slow
-def test_so_is_one_of_zero3_in_half_precision_with_averages(flow: Path, cogflow: Command) -> None:
+def test_a_zero3_bf16_checkpoint_with_ema_is_as_large_as_planned(flow: Path, cogflow: Command) -> None:
     words = [*beside(flow, "sharded"), "deepspeed=zero3", "model.dtype=bf16", "stage.ema_decay=0.9", "stage.steps=2"]
     cogflow(*words)
     one = plan(compose(words)).disk

@@ -36,7 +36,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_a_signal_saves_and_the_same_command_resumes(flow: Path, cogflow: Command) -> None:
-    # Held-out losses after every step, so that it is not done before the signal comes on a busy machine.
+    # Held-out losses after every step, so that on a busy machine the run does not end before the signal.
     words = [*beside(flow, "signalled"), "stage.save_every=0", "stage.evaluate_every=1"]
     folder = flow.parent / "signalled"
     process = subprocess.Popen(

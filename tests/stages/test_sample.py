@@ -1,4 +1,4 @@
-"""stage=sample: which sources it takes, and its exit code when the source is blurrier than the reference."""
+"""Test stage=sample: its sources, and its exit code when the source is blurrier than the reference."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def payloads(path: Path) -> Iterator[bytes]:
-    """The framed payloads. A checksum that does not hold raises ``ValueError``."""
+    """Yield the payloads of the frames. Raises ``ValueError`` for a wrong checksum."""
     data = path.read_bytes()
     if data[:4] != b":W&B":
         raise ValueError(f"{path} is no W&B file")
@@ -88,7 +88,7 @@ class Recorded:
 
 @pytest.fixture
 def recorded() -> Callable[[Path, str], list[Recorded]]:
-    """Every W&B session of a stage in a run folder, oldest first."""
+    """Return a function that reads every W&B session of a stage in a run folder, oldest first."""
 
     def read(folder: Path, stage: str) -> list[Recorded]:
         deadline = time.monotonic() + 20
@@ -107,7 +107,7 @@ def recorded() -> Callable[[Path, str], list[Recorded]]:
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No W&B settings, keys or caches of whoever runs the tests, and no network."""
+    """Remove the W&B settings and keys of the user who runs the tests, and set empty cache folders."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -123,5 +123,5 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def clip() -> np.ndarray:
-    """uint8 ``[9, 64, 96, 3]``."""
+    """Return a drawn clip, uint8 ``[9, 64, 96, 3]``."""
     return draw(Scene("purple", "star", "left", "dark", seed=1), 9, 64, 96)

@@ -1,4 +1,4 @@
-"""Contact sheets show the right frames, unblurred."""
+"""Test that contact sheets show the right frames without blur."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cogflow.tracking.contact_sheet import GAP, LABEL, contact_sheet, pick
 
 
 def numbered(frames: int, height: int, width: int) -> np.ndarray:
-    """A clip whose frames tell their number by their red level; the first pixel is white."""
+    """Return a clip in which the red level of each frame is its number; the first pixel is white."""
     clip = np.zeros((frames, height, width, 3), np.uint8)
     clip[..., 0] = 10 * np.arange(frames)[:, None, None]
     clip[:, 0, 0] = 255

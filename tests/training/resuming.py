@@ -23,9 +23,9 @@ from cogflow.stages import load
 from cogflow.training import batch as batches
 
 STEPS = 6
-"""Steps of 4 clips, of 10: the first epoch ends within step 3, the second with step 5.
+"""Steps of a run. Each takes 4 of 10 clips: the first epoch ends within step 3, the second with step 5.
 
-Held-out losses after 2, 4, 6, a save after 4.
+Held-out losses follow steps 2, 4 and 6, and a save follows step 4.
 """
 
 
@@ -52,7 +52,7 @@ def words(root: Path, name: str, *more: str) -> list[str]:
 
 
 def train(root: Path, name: str, *more: str) -> int:
-    """Train until the end or a signal; the exit code it would give."""
+    """Train until the end or a signal; return the exit code that the command would have."""
     folder = root / name
     if ranks.is_main() and not folder.exists():
         folder.mkdir(parents=True)
@@ -106,7 +106,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 
 def _states(last: Path) -> str:
-    """A hash over masters and moments of all parameters, which the files of another rank count hold elsewhere."""
+    """Return a hash over masters and moments of all parameters, which does not depend on the number of ranks."""
     from cogflow.weights.zero import MOMENTS, SavedAdamStates
 
     names = parameter_names(last)
@@ -119,7 +119,7 @@ def _states(last: Path) -> str:
 
 
 def parameter_names(last: Path) -> list[str]:
-    """The model's parameters in its own order."""
+    """Return the names of the model's parameters in the model's order."""
     from diffusers import CogVideoXTransformer3DModel
 
     config = CogVideoXTransformer3DModel.load_config(last / "transformer")
@@ -127,8 +127,9 @@ def parameter_names(last: Path) -> list[str]:
 
 
 def stopped(root: Path, zero: str, ends: str) -> dict[str, Any]:
-    """An uninterrupted run, and one that a signal to its last rank stopped within each of the steps ``ends``, in
-    mid-accumulation.
+    """Return the results of an uninterrupted run and of a stopped and resumed one.
+
+    A signal to the last rank stops it within each of the steps ``ends``, between two micro steps.
     """
     whole, name = f"{zero}-{ranks.world_size()}-whole", f"{zero}-{ranks.world_size()}-stopped"
     train(root, whole, f"deepspeed={zero}")
@@ -142,7 +143,7 @@ def stopped(root: Path, zero: str, ends: str) -> dict[str, Any]:
 
 
 def resharded(root: Path, first: str, then: str) -> dict[str, Any]:
-    """Three steps under one ZeRO stage, the rest under another; beside a run that did not change."""
+    """Return the results of a run that changes its ZeRO stage after three steps, and of one that does not."""
     whole, name = f"{first}-{ranks.world_size()}-whole", f"{first}-{then}-{ranks.world_size()}"
     train(root, whole, f"deepspeed={first}")
     first_half(root, first, name)
@@ -151,20 +152,20 @@ def resharded(root: Path, first: str, then: str) -> dict[str, Any]:
 
 
 def whole(root: Path, zero: str) -> dict[str, Any]:
-    """An uninterrupted run; where another case has made it, nothing is trained."""
+    """Return the results of an uninterrupted run; when another case has trained it, nothing is trained."""
     name = f"{zero}-{ranks.world_size()}-whole"
     train(root, name, f"deepspeed={zero}")
     return {"whole": _left(root / name)}
 
 
 def first_half(root: Path, zero: str, name: str) -> dict[str, Any]:
-    """Three steps of a run, for another number of ranks to go on with."""
+    """Train three steps of a run, which another number of ranks resumes."""
     with signalled((2, 1)):
         return {"code": train(root, name, f"deepspeed={zero}")}
 
 
 def resume(root: Path, zero: str, name: str) -> dict[str, Any]:
-    """The rest of a run that others began."""
+    """Resume a run that another number of ranks began, and return its results."""
     train(root, name, f"deepspeed={zero}")
     return {"changed": _left(root / name)}
 
@@ -184,7 +185,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """FOLDER, which holds ``prepared/cache`` and ``model``, and cases such as ``stopped:zero2:1+2``."""
+    """Run cases such as ``stopped:zero2:1+2`` in FOLDER, which contains ``prepared/cache`` and ``model``."""
     root = Path(arguments[0])
     for case in arguments[1:]:
         kind, *rest = case.split(":")

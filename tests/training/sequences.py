@@ -53,7 +53,7 @@ def transformer(kind: str, text: int, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = {key: value for key, value in tiny.new_transformer().config.items() if not key.startswith("_")}
     made = CogVideoXTransformer3DModel(**(config | BASE | {"max_text_seq_length": text} | TRAITS[kind]))
-    # Random where diffusers starts with zeros or ones, so that no gradient is zero for want of a weight.
+    # Random instead of diffusers' zeros and ones, so that no gradient is zero because of a zero weight.
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -122,7 +122,7 @@ def case(
     by_itself = passed(shared, text, alone, frames, batch)
     names = [name for name, _ in plain.named_parameters()]
     largest = max(float(gradient.norm()) for gradient in gradients)
-    # Gradients of no size are rounding and nothing else: held against the largest.
+    # Tiny gradients are only rounding errors, so they are compared with the largest gradient.
     each = {
         name: float((two.double() - one.double()).norm()) / max(float(one.norm()), 1e-4 * largest)
         for name, one, two in zip(names, gradients, own, strict=True)
@@ -144,7 +144,7 @@ def case(
 
 
 SHARED = ("parallel.sequence=2", "stage.batch_size=2")
-"""Words for a step of as many clips as one rank takes in two micro steps."""
+"""Options for a step with as many clips as one rank takes in two micro steps."""
 
 
 def trained(root: Path, zero: str, *more: str) -> dict[str, Any]:

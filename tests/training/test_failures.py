@@ -1,4 +1,4 @@
-"""Test that errors of memory and of the network become errors that say what can be done."""
+"""Test that errors of memory and of the network become errors with a remedy."""
 
 from __future__ import annotations
 

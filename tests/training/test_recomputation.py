@@ -40,7 +40,7 @@ def words(*more: str) -> Any:
     )
 
 
-def test_zero_3_keeps_nothing() -> None:
+def test_zero3_keeps_no_activations() -> None:
     assert kept_activations(words("deepspeed=zero3")) == {"nothing": 42, "everything": 0}
     assert set(kept_activations(words("deepspeed=zero3", "deepspeed.checkpoint_every_block=0")) or {}) == {
         "nothing",

@@ -38,8 +38,8 @@ Ran = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ran(root: Path, server: Server) -> Ran:
-    """Takes a number of ranks and cases, gives the cases' results by name."""
-    # DeepSpeed's Adam is as exact with little optimisation, and compiled in half the time.
+    """Return a function that runs cases on a number of ranks and returns their results by name."""
+    # With little optimisation DeepSpeed's Adam is as exact, and compiles in half the time.
     compiler = root / "c++"
     compiler.write_text('#!/bin/sh\nexec c++ "$@" -O1 -g0\n')
     compiler.chmod(0o755)

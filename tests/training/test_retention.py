@@ -1,4 +1,4 @@
-"""Test which checkpoints stay."""
+"""Test which checkpoints retention keeps."""
 
 from __future__ import annotations
 

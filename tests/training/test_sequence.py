@@ -41,7 +41,7 @@ def found(cogflow: Command, server: Server, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_sequence_parallel_gradients_equal_those_of_one_rank(found: dict[str, Any], name: str) -> None:
-    """The mean of the ranks' gradients, as DeepSpeed takes it, beside one rank's; bf16 to bf16's rounding."""
+    """The mean of the ranks' gradients, which DeepSpeed takes, equals one rank's; in bf16 to bf16's rounding."""
     half = name == "bf16"
     for rank, by_case in enumerate(found["passes"]):
         one = by_case[name]
@@ -88,7 +88,7 @@ def test_a_stopped_and_resumed_run_is_equal_to_the_bit(found: dict[str, Any], na
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_a_validation_samples_whole_prompts_on_each_rank(found: dict[str, Any], name: str) -> None:
-    """Three prompts on two ranks, one of which has nothing of its own in the second round."""
+    """Two ranks sample three prompts, so one of them has no prompt of its own in the second round."""
     assert [len(samples) for samples in found[name]["samples"]] == [3, 3]
 
 

@@ -41,7 +41,7 @@ class ModelSpec:
 
     @property
     def image_to_video(self) -> bool:
-        """Whether the transformer takes the latents of an image beside the noised latents."""
+        """True when the transformer takes the latents of an image beside the noised latents."""
         return self.in_channels == 2 * self.latent_channels
 
     def scheduler_config(self) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def test_a_signal_to_one_node_stops_torchrun_on_both(place: Place) -> None:
 
 
 def test_a_signal_stops_both_hosts_of_a_hostfile(place: Place) -> None:
-    """A stand-in for ssh runs the command on this machine, as ssh does: in a shell, another folder, a new environment."""
+    """A stand-in for ssh runs the command here, as ssh does: in a shell, another folder, a new environment."""
     hostfile, ssh = place.root / "hostfile", place.root / "ssh"
     hostfile.write_text("# two hosts\nfirst slots=1\n\nsecond slots=1  # the last\n")
     ssh.write_text(

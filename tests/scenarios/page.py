@@ -1,4 +1,7 @@
-"""Draw docs/scenarios from runs: python -m tests.scenarios.page RUNS_FOLDER (as tests.scenarios.scenario leaves it)."""
+"""Draw the pictures and print the table of docs/scenarios.md: python -m tests.scenarios.page RUNS_FOLDER.
+
+RUNS_FOLDER is the folder that tests.scenarios.scenario has filled.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from tests.scenarios.outcome import LOOSE, SIGHT, STRICT, Notice, Outcome, passed, read
+from tests.scenarios.outcome import LOOSE, SIGHT, STRICT, Notice, Outcome, first_step_above, read
 from tests.scenarios.scenario import SCENARIOS
 
 matplotlib.use("Agg")
@@ -26,8 +29,8 @@ LINES = {
     "contrast": ("contrast", "#059669"),
 }
 HEADLINE = {"e": ("clipped", "contrast", "artefacts"), "l": ("wavelet_ratio", "artefacts")}
-"""The scenarios of the page's first picture, and the channels that fall or rise there."""
-WHO = {
+"""The scenarios of the page's first picture, and the metrics that it shows."""
+SOURCES = {
     "ladder": ("v", "#7c3aed"),
     "watch": ("s", "#dc2626"),
     "indicator": ("o", "#d97706"),
@@ -48,12 +51,12 @@ def main(root: Path) -> None:
     head = "| scenario | held-out loss | the loss, tested | indicator | ladder | watch | a person | largest changes |"
     print(f"{head}\n{'| --- ' * 8}|\n{table}")
     (root / "outcomes.json").write_text(
-        json.dumps({letter: plain(outcome) for letter, outcome in outcomes.items()}, indent=1)
+        json.dumps({letter: as_json(outcome) for letter, outcome in outcomes.items()}, indent=1)
     )
 
 
 def headline(outcomes: Mapping[str, Outcome]) -> Any:
-    """The two curves, of two scenarios: the loss, and what the samples look like, with who speaks when."""
+    """Return a figure of two scenarios: the loss, and the metrics of the samples with the first notices."""
     figure, axes = pyplot.subplots(
         2, len(HEADLINE), figsize=(6.4 * len(HEADLINE), 5.6), sharex=True, layout="constrained"
     )
@@ -66,25 +69,27 @@ def headline(outcomes: Mapping[str, Outcome]) -> Any:
             *zip(*outcome.heldout, strict=True), color="#059669", lw=2.4, marker="o", ms=4, label="held-out loss"
         )
         above.set_ylim(0, 1.3 * max(smooth(losses)))
-        above.set_title(f"({letter}) {SCENARIOS[letter].title}\nthe loss: nothing to see", loc="left", fontsize=10)
+        above.set_title(f"({letter}) {SCENARIOS[letter].title}\nthe loss shows no defect", loc="left", fontsize=10)
         above.legend(fontsize=9, frameon=False, loc="upper right")
         for name in names:
             label, colour = LINES[name]
             below.plot(outcome.validations, outcome.changes[name], color=colour, lw=2.4, marker="o", ms=4, label=label)
         below.axhline(0, color="#9ca3af", lw=0.8)
-        below.set_title("the samples, against their own from before the first step", loc="left", fontsize=10)
+        below.set_title(
+            "the metrics of the samples, compared with those before the first step", loc="left", fontsize=10
+        )
         low, high = below.get_ylim()
         below.set_ylim(low - 0.45 * (high - low), high + 0.6 * (high - low))
         below.set_xlabel("step")
         below.legend(fontsize=9, frameon=False, loc="lower right", ncols=2)
-        for place, (who, (_, colour)) in enumerate(WHO.items()):
-            if (step := first(outcome, who)) is not None:
+        for position, (source, (_, colour)) in enumerate(SOURCES.items()):
+            if (step := first_notice(outcome, source)) is not None:
                 below.axvline(step, color=colour, lw=1.2, ls="--")
-                at = (step, below.get_ylim()[1])
+                top = (step, below.get_ylim()[1])
                 below.annotate(
-                    f"{who}: {step}",
-                    at,
-                    xytext=(3, -4 - 12 * place),
+                    f"{source}: {step}",
+                    top,
+                    xytext=(3, -4 - 12 * position),
                     textcoords="offset points",
                     va="top",
                     fontsize=9,
@@ -94,6 +99,7 @@ def headline(outcomes: Mapping[str, Outcome]) -> Any:
 
 
 def overview(outcomes: dict[str, Outcome]) -> Any:
+    """Return a figure with the curves of all scenarios."""
     columns = 3
     rows = -(-len(outcomes) // columns)
     figure, axes = pyplot.subplots(
@@ -107,15 +113,15 @@ def overview(outcomes: dict[str, Outcome]) -> Any:
     handles = [pyplot.Line2D([], [], color="#9ca3af", lw=2, label="training loss (left axis)")]
     handles += [pyplot.Line2D([], [], color=colour, lw=2, label=label) for label, colour in LINES.values()]
     handles += [
-        pyplot.Line2D([], [], color=colour, marker=mark, lw=0, label=f"{who} speaks")
-        for who, (mark, colour) in WHO.items()
+        pyplot.Line2D([], [], color=colour, marker=marker, lw=0, label=f"first notice: {source}")
+        for source, (marker, colour) in SOURCES.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
 
 def curves(axis: Any, outcome: Outcome) -> None:
-    """The loss, and beside it the changes of the samples in units of what a person sees."""
+    """Draw the loss and the changes of the metrics, in units of the change that a person notices."""
     steps, losses = zip(*outcome.losses, strict=True)
     axis.plot(steps, smooth(losses), color="#9ca3af", lw=2)
     axis.set_ylim(0, max(smooth(losses)) * 1.15)
@@ -131,13 +137,13 @@ def curves(axis: Any, outcome: Outcome) -> None:
     axis.patch.set_visible(False)
     other.set_ylim(-highest, highest)
     other.tick_params(labelsize=8)
-    for place, (who, (mark, colour)) in enumerate(WHO.items()):
-        step = first(outcome, who)
+    for position, (source, (marker, colour)) in enumerate(SOURCES.items()):
+        step = first_notice(outcome, source)
         if step is not None:
             axis.plot(
                 [step],
-                [axis.get_ylim()[1] * (0.95 - 0.09 * place)],
-                marker=mark,
+                [axis.get_ylim()[1] * (0.95 - 0.09 * position)],
+                marker=marker,
                 color=colour,
                 ms=9,
                 clip_on=False,
@@ -145,54 +151,56 @@ def curves(axis: Any, outcome: Outcome) -> None:
             )
 
 
-def first(outcome: Outcome, who: str) -> int | None:
-    if who == "a person":
+def first_notice(outcome: Outcome, source: str) -> int | None:
+    """Return the step of the first alarm of ``source``; for the indicator also of the first warning."""
+    if source == "a person":
         return outcome.human
-    notices: list[Notice] = {"ladder": outcome.ladder, "watch": outcome.watch, "indicator": outcome.indicator}[who]
-    return min((notice.step for notice in notices if notice.level == "alarm" or who == "indicator"), default=None)
+    notices: list[Notice] = {"ladder": outcome.ladder, "watch": outcome.watch, "indicator": outcome.indicator}[source]
+    return min((notice.step for notice in notices if notice.level == "alarm" or source == "indicator"), default=None)
 
 
 def row(letter: str, outcome: Outcome) -> str:
-    held = [value for _, value in outcome.heldout]
-    sizes = sorted(((abs(v[-1] / SIGHT[n]), n, v[-1]) for n, v in outcome.changes.items() if n in SIGHT), reverse=True)[
-        :2
-    ]
+    """Return the row of a scenario in the page's table."""
+    heldout = [value for _, value in outcome.heldout]
+    last = {name: values[-1] for name, values in outcome.changes.items() if name in SIGHT}
+    largest = sorted(((abs(value / SIGHT[name]), name, value) for name, value in last.items()), reverse=True)[:2]
     cells = [
         f"({letter}) {SCENARIOS[letter].title}",
-        f"{held[0]:.3f} -> {held[-1]:.3f}" if held else "",
-        tested(outcome.loss_test),
-        told(outcome.indicator),
-        told(outcome.ladder),
-        told(outcome.watch),
+        f"{heldout[0]:.3f} -> {heldout[-1]:.3f}" if heldout else "",
+        format_loss_test(outcome.loss_test),
+        format_notices(outcome.indicator),
+        format_notices(outcome.ladder),
+        format_notices(outcome.watch),
         "-" if outcome.human is None else f"step {outcome.human}",
-        ", ".join(f"{name} {value:+.2f}" for _, name, value in sizes),
+        ", ".join(f"{name} {value:+.2f}" for _, name, value in largest),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def tested(test: list[tuple[int, float]]) -> str:
-    """The largest z of the indicator's test on the loss, and when it passes the limits."""
-    steps = [f"{limit:g} at {step}" for limit in (LOOSE, STRICT) if (step := passed(test, limit)) is not None]
+def format_loss_test(test: list[tuple[int, float]]) -> str:
+    """Return the largest z of the indicator's test on the loss, and the steps at which it reaches the limits."""
+    steps = [f"{limit:g} at {step}" for limit in (LOOSE, STRICT) if (step := first_step_above(test, limit)) is not None]
     return f"{max(z for _, z in test):.1f}" + (f" ({', '.join(steps)})" if steps else "")
 
 
-def told(notices: list[Notice]) -> str:
-    """The first warning and the first alarm, with their kinds."""
+def format_notices(notices: list[Notice]) -> str:
+    """Return the first warning and the first alarm, with their defects."""
     found = []
     for level in ("warning", "alarm"):
-        of = [notice for notice in notices if notice.level == level]
-        if of:
-            step = min(notice.step for notice in of)
-            kinds = dict.fromkeys(
+        of_level = [notice for notice in notices if notice.level == level]
+        if of_level:
+            step = min(notice.step for notice in of_level)
+            defects = dict.fromkeys(
                 notice.defect + (f" (rung {notice.rung})" if notice.rung is not None else "")
-                for notice in of
+                for notice in of_level
                 if notice.step == step
             )
-            found.append(f"{level} at {step}: {', '.join(kinds)}")
+            found.append(f"{level} at {step}: {', '.join(defects)}")
     return "; ".join(found) or "-"
 
 
 def smooth(values: Any, weight: float = 0.15) -> list[float]:
+    """Return the exponential moving average of ``values``."""
     found, level = [], values[0]
     for value in values:
         level += weight * (value - level)
@@ -200,12 +208,16 @@ def smooth(values: Any, weight: float = 0.15) -> list[float]:
     return found
 
 
-def plain(outcome: Outcome) -> dict[str, Any]:
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """Return the outcome as an object for ``outcomes.json``."""
     return {
-        "heldout": outcome.heldout, "validations": outcome.validations, "changes": outcome.changes, "human": outcome.human,
+        "heldout": outcome.heldout,
+        "validations": outcome.validations,
+        "changes": outcome.changes,
+        "human": outcome.human,
         "loss_test": outcome.loss_test,
-        **{who: [vars(notice) for notice in getattr(outcome, who)] for who in ("ladder", "watch", "indicator")},
-    }  # fmt: skip
+        **{name: [vars(notice) for notice in getattr(outcome, name)] for name in ("ladder", "watch", "indicator")},
+    }
 
 
 if __name__ == "__main__":

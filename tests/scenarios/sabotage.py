@@ -1,4 +1,4 @@
-"""What is done to the clips, to the cache and to the model of a scenario: each a thing that has happened to somebody."""
+"""The faults in the clips, the cache and the model of a scenario. All of them occur in practice."""
 
 from __future__ import annotations
 
@@ -18,42 +18,44 @@ from cogflow.data.video import write_video
 
 FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 8.0
 WRONG_SCALE = 1.15258426 / 0.7
-"""Latents multiplied by 2B's factor, taken for latents multiplied by 5B's."""
+"""Error of latents that were multiplied by 2B's factor and are used as latents of 5B."""
 
 Style = Callable[[np.ndarray, int], np.ndarray]
 """Frames ``[T, H, W, 3]`` uint8 at twice the training size, and the clip's number -> frames of the same shape."""
 
 
 def plain(frames: np.ndarray, _: int) -> np.ndarray:
+    """Return the frames unchanged."""
     return frames
 
 
 def half_blurred(frames: np.ndarray, number: int) -> np.ndarray:
-    """Every other clip through a Gaussian of 1.5 pixels of the training size."""
+    """Blur every other clip with a Gaussian of 1.5 pixels of the training size."""
     return _smooth(frames, 3.0) if number % 2 else frames
 
 
 def quarter_size(frames: np.ndarray, _: int) -> np.ndarray:
-    """A quarter of the training size, enlarged to what it was: sharp enough on a thumbnail."""
+    """Reduce the frames to a quarter of the training size and enlarge them again. A thumbnail still looks sharp."""
     small = _resized(frames, HEIGHT // 4, WIDTH // 4)
     return _resized(small, frames.shape[1], frames.shape[2])
 
 
 def soft_style(frames: np.ndarray, _: int) -> np.ndarray:
-    """A shallow depth of field: in focus in the middle, the softer the farther above and below. Another style, and a legitimate one.
+    """Give the frames a shallow depth of field: sharp in the middle, softer towards the top and the bottom.
 
-    A painting that is soft everywhere cannot be told from clips that were scaled up; ``data.soft_style=true`` is for that.
+    This style is legitimate. Paintings that are soft everywhere cannot be distinguished from clips that were scaled up;
+    ``data.soft_style=true`` is for those.
     """
     rows = np.abs(np.linspace(-1, 1, frames.shape[1], dtype=np.float32))[None, :, None, None]
     result = frames.astype(np.float32)
-    for sigma, begins in ((1.5, 0.15), (3.0, 0.4)):
-        share = np.clip((rows - begins) / 0.25, 0, 1)
-        result += share * (_smooth(frames, sigma) - result)
+    for sigma, start in ((1.5, 0.15), (3.0, 0.4)):
+        weight = np.clip((rows - start) / 0.25, 0, 1)
+        result += weight * (_smooth(frames, sigma) - result)
     return result.round().astype(np.uint8)
 
 
 def draw_clips(folder: Path, count: int, style: Style, seed: int = 0) -> Path:
-    """``count`` drawn clips of concepts that are new to the shipped model, as files with captions, in ``style``."""
+    """Draw ``count`` clips in ``style``, of concepts that are new to the shipped model, and write them with captions."""
     rows = []
     for number, scene in enumerate(scenes(count, seed, NEW_COLOURS, NEW_SHAPES)):
         frames = style(draw(scene, 2 * FRAMES - 1, 2 * HEIGHT, 2 * WIDTH), number)
@@ -64,7 +66,7 @@ def draw_clips(folder: Path, count: int, style: Style, seed: int = 0) -> Path:
 
 
 def prompts(path: Path, count: int) -> Path:
-    """``count`` prompts, half of concepts that the finetune brings, half of those that the model knew."""
+    """Write ``count`` prompts, half of concepts that finetuning adds and half of those that the model knows."""
     new = [
         ("purple", "star", "right", "light"),
         ("orange", "square", "down", "dark"),
@@ -84,7 +86,7 @@ def prompts(path: Path, count: int) -> Path:
 
 
 def rescale_cache(cache: Path) -> None:
-    """Multiply the cached latents by the wrong factor: a cache that somebody else's script wrote."""
+    """Multiply the cached latents by the wrong factor, as in a cache that another program wrote."""
     changed = 0
     for file in cache.glob("*.safetensors"):
         tensors = load_file(file)
@@ -98,32 +100,32 @@ def rescale_cache(cache: Path) -> None:
             changed += 1
         save_file(tensors, file)
     if not changed:
-        raise AssertionError(f"{cache} holds no latents: the scenario would be healthy")
+        raise AssertionError(f"{cache} has no latents, so the scenario would have no fault")
 
 
 def with_2b_schedule(model: Path, target: Path) -> Path:
-    """A copy of the pipeline folder ``model`` whose scheduler has 2B's SNR shift."""
+    """Copy the pipeline folder ``model`` and give its scheduler 2B's SNR shift."""
     shutil.copytree(model, target)
     file = target / "scheduler/scheduler_config.json"
     config = json.loads(file.read_text())
     if config["snr_shift_scale"] != 1.0:
-        raise AssertionError("the model's own shift should be 1.0")
+        raise AssertionError("the SNR shift of the model must be 1.0")
     file.write_text(json.dumps(config | {"snr_shift_scale": 3.0}, indent=2))
     return target
 
 
 def with_overflowing_vae(model: Path, target: Path) -> Path:
-    """A copy of ``model`` whose decoder computes the same in fp32 and overflows in fp16.
+    """Copy ``model`` and change its decoder so that it computes the same in fp32 and overflows in fp16.
 
-    The convolution before a group normalisation is multiplied by 1e6: the normalisation takes the factor out again.
+    The convolution before a group normalisation is multiplied by 1e6; the normalisation removes the factor.
     """
     shutil.copytree(model, target)
     file = target / "vae/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    touched = [name for name in tensors if name.startswith("decoder.mid_block.resnets.0.conv1.")]
-    if len(touched) != 2:
-        raise AssertionError(f"the decoder has other names than expected: {touched}")
-    for name in touched:
+    changed = [name for name in tensors if name.startswith("decoder.mid_block.resnets.0.conv1.")]
+    if len(changed) != 2:
+        raise AssertionError(f"the decoder must have two such tensors, not {changed}")
+    for name in changed:
         tensors[name] = tensors[name] * 1e6
     save_file(tensors, file, metadata={"format": "pt"})
     return target

@@ -1,4 +1,4 @@
-"""The scenarios: what is wrong, what must be noticed, and where."""
+"""The scenarios: their faults, and the rungs that must find them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.scenarios import sabotage
 
 @dataclass(frozen=True)
 class Size:
-    """How long a scenario trains and how often it is validated."""
+    """Length of a scenario's training, and interval of its validations."""
 
     clips: int = 64
     steps: int = 120
@@ -28,9 +28,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Scenario:
-    """``rung``: where the fault enters and must be found; ``None`` with ``quiet``: nothing may be said to be wrong.
+    """One training with or without a fault.
 
-    Without either, what is noticed is reported. ``words`` are settings of stage=train, ``sampling`` those of sampling.
+    ``rung``: the rung at which the fault enters and must be found. ``quiet``: no alarm is allowed. Without either, the
+    findings are only reported. ``words``: settings of stage=train. ``longer``: factor of the number of steps.
+    ``rescaled``: the cached latents have a wrong factor.
     """
 
     letter: str
@@ -47,7 +49,7 @@ class Scenario:
 
     @property
     def data(self) -> str:
-        """Scenarios of equal clips share the prepared ones."""
+        """Name of the folder of clips; scenarios with equal clips share it."""
         return f"{self.style}-{self.clips or 'all'}"
 
 
@@ -79,7 +81,7 @@ SCENARIOS = {
 
 
 def prepare_clips(root: Path, scenario: Scenario, size: Size) -> Path:
-    """The drawn clips of ``scenario``, made once below ``root``."""
+    """Draw the clips of ``scenario`` below ``root`` unless they exist, and return their folder."""
     folder = root / "clips" / scenario.data
     if not (folder / "metadata.jsonl").is_file():
         sabotage.draw_clips(folder, scenario.clips or size.clips, getattr(sabotage, scenario.style))
@@ -89,9 +91,10 @@ def prepare_clips(root: Path, scenario: Scenario, size: Size) -> Path:
 def run(
     root: Path, scenario: Scenario, size: Size, seed: int = 0, *extra: str, command: Callable[..., object] | None = None
 ) -> Path:
-    """Prepare and train ``scenario`` below ``root`` by the command line; returns the run's folder. What ran already is not run again.
+    """Prepare and train ``scenario`` below ``root`` with the command line, and return the run's folder.
 
-    ``command``: takes the words; default: a start of Python for each."""
+    A finished run is not repeated. ``command``: runs cogflow with the words; by default :func:`started`.
+    """
     command = command or started
     clips = prepare_clips(root, scenario, size)
     name = scenario.letter if not seed else f"{scenario.letter}-seed{seed}"
@@ -106,22 +109,39 @@ def run(
     prompts = sabotage.prompts(root / "prompts.jsonl", size.prompts)
     steps = size.steps * scenario.longer
     common = [
-        "data=folder", f"data.path={clips}", f"data.holdout={scenario.holdout}", f"model.path={model}", f"run.root={root / 'runs'}",
-        f"run.name={name}", "tracking.wandb=disabled",
-    ]  # fmt: skip
+        "data=folder",
+        f"data.path={clips}",
+        f"data.holdout={scenario.holdout}",
+        f"model.path={model}",
+        f"run.root={root / 'runs'}",
+        f"run.name={name}",
+        "tracking.wandb=disabled",
+    ]
     command("stage=prepare", *common)
     if scenario.rescaled:
         sabotage.rescale_cache(folder / "cache")
     command(
-        "stage=train", *common, f"stage.steps={steps}", f"stage.batch_size={size.batch_size}", "stage.save_every=0", "stage.keep_last=1",
-        f"stage.sample_every={size.sample_every}", f"stage.evaluate_every={size.sample_every}", "stage.schedule=constant",
-        f"stage.seed={seed}", f"sampling.prompts={prompts}", f"sampling.steps={size.sampling_steps}", *scenario.words, *extra,
-    )  # fmt: skip
+        "stage=train",
+        *common,
+        f"stage.steps={steps}",
+        f"stage.batch_size={size.batch_size}",
+        "stage.save_every=0",
+        "stage.keep_last=1",
+        f"stage.sample_every={size.sample_every}",
+        f"stage.evaluate_every={size.sample_every}",
+        "stage.schedule=constant",
+        f"stage.seed={seed}",
+        f"sampling.prompts={prompts}",
+        f"sampling.steps={size.sampling_steps}",
+        *scenario.words,
+        *extra,
+    )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
 
 
 def started(*words: str, codes: tuple[int, ...] = (0,)) -> str:
+    """Run ``python -m cogflow`` with ``words`` and return its output; its exit code must be one of ``codes``."""
     done = subprocess.run(
         [sys.executable, "-m", "cogflow", *words],
         capture_output=True,

@@ -104,7 +104,8 @@ def compare_clips(ours: MeasuredClips, reference: MeasuredClips, fail_on: Sequen
     verdict = compare(ours.metrics, reference.metrics)
     not_judged = TEMPORAL_DEFECTS if rates_differ(ours, reference) else ()
     findings = [_described(finding) for finding in verdict.findings if finding.defect not in not_judged]
-    alarms = sorted((one for one in findings if one.level == "alarm"), key=lambda one: -abs(one.z))
+    alarms = [finding for finding in findings if finding.level == "alarm"]
+    alarms.sort(key=lambda alarm: -abs(alarm.z))
     defects = [alarm.defect for alarm in alarms if alarm.defect in fail_on]
     return ClipComparison(
         worse=bool(defects),
@@ -113,7 +114,7 @@ def compare_clips(ours: MeasuredClips, reference: MeasuredClips, fail_on: Sequen
         findings=findings,
         changes=verdict.changes,
         pairing=verdict.pairing,
-        line=f"{'; '.join(one.line for one in findings) or 'nothing wrong'} ({verdict.pairing})",
+        line=f"{'; '.join(finding.line for finding in findings) or 'nothing wrong'} ({verdict.pairing})",
         not_judged=list(not_judged),
     )
 
@@ -137,7 +138,8 @@ def resize_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def mean_metrics(metrics: Mapping[str, Metrics]) -> Metrics:
     """Return the mean of each metric over the clips."""
-    return {name: sum(one[name] for one in metrics.values()) / len(metrics) for name in next(iter(metrics.values()))}
+    clips = list(metrics.values())
+    return {name: sum(clip[name] for clip in clips) / len(clips) for name in clips[0]}
 
 
 def _described(finding: Finding) -> DescribedFinding:

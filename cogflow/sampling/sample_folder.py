@@ -66,8 +66,8 @@ def write_samples(
 
 def mean_sharpness(record: SamplesRecord) -> dict[str, float]:
     """Return the mean of each metric over the samples, as ``sharpness/<metric>``."""
-    metrics = [sample.sharpness for sample in record.samples]
-    return {f"sharpness/{name}": sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
+    clips = [sample.sharpness for sample in record.samples]
+    return {f"sharpness/{name}": sum(clip[name] for clip in clips) / len(clips) for name in clips[0]}
 
 
 def remove_older_frames(folder: Path, keep: Path) -> None:

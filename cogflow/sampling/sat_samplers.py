@@ -36,7 +36,7 @@ def zeros_for_uncond(embeds: torch.Tensor) -> torch.Tensor:
 def draws(solver: str, steps: int) -> int:
     """Return the number of noise tensors that a run takes.
 
-    sat_dpm takes one in its first step, two in the others (of which it uses the second) and none in the last.
+    sat_dpm takes one tensor in its first step, two in the others (it uses the second) and none in the last.
     """
     return 2 * steps - 3 if solver == "sat_dpm" else 0
 

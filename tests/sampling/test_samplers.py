@@ -86,10 +86,10 @@ def test_every_sampler_is_tested() -> None:
 
 @pytest.mark.parametrize("choice", SAMPLERS)
 def test_each_sampler_runs_its_scheduler_and_is_deterministic(vae: AutoencoderKLCogVideoX, choice: str) -> None:
-    one = sampler(vae, choice)
-    assert one.describe().scheduler == SCHEDULER_NAMES[choice] and one.describe().sampler == choice
-    assert one.describe().unconditional == ("zeros" if choice.startswith("sat_") else "empty caption")
-    latents = one.latents(REQUEST)
+    tested = sampler(vae, choice)
+    assert tested.describe().scheduler == SCHEDULER_NAMES[choice] and tested.describe().sampler == choice
+    assert tested.describe().unconditional == ("zeros" if choice.startswith("sat_") else "empty caption")
+    latents = tested.latents(REQUEST)
     torch.randn(3)
     assert latents.shape == (3, 16, 4, 4) and torch.isfinite(latents).all()
     assert torch.equal(latents, sampler(vae, choice).latents(REQUEST))
@@ -147,10 +147,10 @@ def test_a_guidance_scale_of_1_runs_without_guidance(vae: AutoencoderKLCogVideoX
 
 @pytest.mark.parametrize("choice", ["default", "dpm", "sat_dpm", "sat_ddim"])
 def test_1_5_samples_whole_patches_and_returns_the_frames_of_the_clip(vae: AutoencoderKLCogVideoX, choice: str) -> None:
-    one = sampler(vae, choice, transformer(patch_size_t=2))
-    assert one.noise(REQUEST).shape == (1, 4, 16, 4, 4)
-    latents = one.latents(REQUEST)
-    assert latents.shape == (3, 16, 4, 4) and one.decode(latents).shape == (9, 32, 32, 3)
+    tested = sampler(vae, choice, transformer(patch_size_t=2))
+    assert tested.noise(REQUEST).shape == (1, 4, 16, 4, 4)
+    latents = tested.latents(REQUEST)
+    assert latents.shape == (3, 16, 4, 4) and tested.decode(latents).shape == (9, 32, 32, 3)
 
 
 def test_frames_are_padded_in_front_to_whole_patches() -> None:
@@ -168,12 +168,12 @@ def test_frames_are_padded_in_front_to_whole_patches() -> None:
 def test_the_dropped_frames_are_those_that_the_pipeline_drops(vae: AutoencoderKLCogVideoX) -> None:
     """When it decodes, the pipeline drops the padding itself; the decoded clips are equal."""
     model = transformer(patch_size_t=2).eval()
-    one = sampler(vae, "default", model)
-    pipeline = one.pipeline
+    tested = sampler(vae, "default", model)
+    pipeline = tested.pipeline
     found = pipeline(
         prompt_embeds=REQUEST.embeds[None],
         negative_prompt_embeds=torch.ones(1, 4, 8),
-        latents=one.noise(REQUEST),
+        latents=tested.noise(REQUEST),
         num_frames=9,
         height=32,
         width=32,
@@ -182,7 +182,7 @@ def test_the_dropped_frames_are_those_that_the_pipeline_drops(vae: AutoencoderKL
         use_dynamic_cfg=True,
         output_type="pt",
     ).frames[0]
-    torch.testing.assert_close(one.decode(one.latents(REQUEST)).permute(0, 3, 1, 2), found, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tested.decode(tested.latents(REQUEST)).permute(0, 3, 1, 2), found, rtol=0, atol=1e-5)
 
 
 def test_image_to_video_without_images_is_refused(vae: AutoencoderKLCogVideoX) -> None:
@@ -201,9 +201,9 @@ def test_noise_between_steps_is_a_function_of_seed_and_prompt() -> None:
 
 
 def test_the_record_names_the_sampler(vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
-    one = sampler(vae, "sat_ddim", steps=2)
+    tested = sampler(vae, "sat_ddim", steps=2)
     record = sample_folder.write_samples(
-        tmp_path / "samples", one, [REQUEST], fps=8.0, weights=SampledWeights("ab"), title="samples"
+        tmp_path / "samples", tested, [REQUEST], fps=8.0, weights=SampledWeights("ab"), title="samples"
     )
     assert record == read_sample_record(tmp_path / "samples")
     assert record.sampling == SamplingRecord(
@@ -242,8 +242,8 @@ def test_vae_dtype_and_tiling_apply_without_changing_the_given_vae(vae: Autoenco
     half = sampler(vae, "default", vae_dtype="bf16")
     tiled = sampler(vae, "default", vae_tiling=True)
     assert plain.vae is vae and half.vae is not vae and tiled.vae is not vae
-    assert [one.describe().vae_dtype for one in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
-    assert [one.describe().vae_tiling for one in (plain, half, tiled)] == [False, False, True]
+    assert [variant.describe().vae_dtype for variant in (plain, half, tiled)] == ["fp32", "bf16", "fp32"]
+    assert [variant.describe().vae_tiling for variant in (plain, half, tiled)] == [False, False, True]
     frames = plain.decode(latents)
     assert 0 < float((half.decode(latents) - frames).abs().max()) < 0.1
     assert float((tiled.decode(latents) - frames).abs().max()) > 0
@@ -251,8 +251,8 @@ def test_vae_dtype_and_tiling_apply_without_changing_the_given_vae(vae: Autoenco
 
 
 def test_an_overflow_decodes_to_nan_and_not_to_white(vae: AutoencoderKLCogVideoX) -> None:
-    one = sampler(vae, "default")
-    frames = one.decode(torch.full((1, 16, 4, 4), torch.inf))
+    tested = sampler(vae, "default")
+    frames = tested.decode(torch.full((1, 16, 4, 4), torch.inf))
     assert frames.isnan().all()
 
 

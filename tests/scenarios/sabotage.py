@@ -55,7 +55,7 @@ def soft_style(frames: np.ndarray, _: int) -> np.ndarray:
 
 
 def draw_clips(folder: Path, count: int, style: Style, seed: int = 0) -> Path:
-    """Draw ``count`` clips in ``style``, of concepts that are new to the shipped model, and write them with captions."""
+    """Draw ``count`` clips in ``style``, of concepts new to the shipped model, and write them with captions."""
     rows = []
     for number, scene in enumerate(scenes(count, seed, NEW_COLOURS, NEW_SHAPES)):
         frames = style(draw(scene, 2 * FRAMES - 1, 2 * HEIGHT, 2 * WIDTH), number)

@@ -266,7 +266,7 @@ class RollbackEntry:
 
     ``start``: the step after which the alarm came. ``to``: the step of the checkpoint that training continues from.
     ``learning_rate_ratio``: factor on the learning rate from there on, on top of earlier ones; 1 where the run stopped.
-    ``moved``: whether what came after ``to`` is set aside.
+    ``moved``: True when the results after ``to`` are set aside.
     """
 
     number: int

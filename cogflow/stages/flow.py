@@ -41,7 +41,7 @@ class ClosingRow:
 
 
 def run(config: Config[FlowStage]) -> None:
-    """Run every stage. Each one continues from what it left before, so the same command finishes a stopped flow."""
+    """Run every stage. Each reuses its earlier results, so the same command finishes a stopped flow."""
     stage = config.stage
     started = time.time()
     folder = run_folder(config.run)

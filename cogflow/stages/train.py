@@ -117,7 +117,7 @@ def find_start(config: Config[TrainStage], cache: LatentCache, folder: Path) -> 
 
 
 def text_dropout_message(dropout: float) -> str:
-    """Return a warning of what neither loss nor sharpness shows: videos stay sharp and stop following their prompts."""
+    """Return a warning that videos stop following their prompts, which neither loss nor sharpness shows."""
     return (
         f"stage.text_dropout={dropout:g}: {dropout:.0%} of the samples are trained without their caption. The model "
         "unlearns its prompts, "

@@ -31,7 +31,7 @@ from cogflow.tracking.run_data import RunData, ValidationFolder
 from cogflow.tracking.secrets import scrub, scrub_text
 
 COLUMNS = 6
-"""Validations side by side. Of more, the first, the last and some between are shown."""
+"""Largest number of validations side by side. When there are more, the first, the last and some between are shown."""
 ROWS = 24
 """Prompts of the sample grid."""
 LADDER_TABLE = "ladder/rungs"

@@ -157,7 +157,7 @@ class Loader:
     """Prefetches batches in a thread, so that reading, drawing noise and pinning memory do not delay a step.
 
     ``make(step, micro)``: returns a batch on the CPU. It must be a pure function: a prefetched batch that is not wanted
-    is discarded. ``prefetch``: micro batches that are made ahead; one of 49x480x720 with its noise takes 10 MB.
+    is discarded. ``prefetch``: number of prefetched micro batches; one of 49x480x720 with its noise takes 10 MB.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""DeepSpeed: its start, its configuration, and the optimizer that it steps. The only module that imports it."""
+"""Start and configure DeepSpeed, and make its optimizer. Only this module imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed warns that it found no accelerator
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch is renaming: a line for each of them in every log.
+    # DeepSpeed calls collectives by names that torch is renaming, and each call would log a warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     from deepspeed.utils import logger

@@ -1,5 +1,6 @@
-"""Policies: what follows an alarm over the samples (``stage.on_blur``) and a step that is not finite
-(``stage.on_not_finite``).
+"""Policies: act on an alarm over the samples (``stage.on_blur``) and on a step that is not finite.
+
+The setting for such a step is ``stage.on_not_finite``.
 
 All ranks act alike, because rank 0 decides.
 """
@@ -73,7 +74,7 @@ class QualityPolicy(Callback):
 
 
 def request_rollback(folder: Path, stage: TrainStage, start: int, checkpoint: Path, reason: str) -> None:
-    """Set aside what came after ``checkpoint`` and raise. Collective.
+    """Set aside the results after ``checkpoint`` and raise. Collective.
 
     Raises :class:`RollbackRequested`, or :class:`QualityGateError` when the same settings would only repeat the run.
     """

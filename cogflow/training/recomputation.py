@@ -1,10 +1,9 @@
-"""Activation recomputation: blocks whose activations are dropped and computed again in the backward pass, and what of
-them is kept.
+"""Activation recomputation: drop activations of blocks and compute them again in the backward pass.
 
-Of a block's operations attention takes the most time and leaves the least memory: its output is one copy of the hidden
-states. When it is kept, it is not computed twice. The same holds for the results of the linear layers, all but the
-feed-forward's first, which is four times as wide as the others. (Selective checkpointing as in Korthikanti et al.,
-arXiv:2205.05198, by PyTorch's ``create_selective_checkpoint_contexts``.)
+Some activations of such a block can be kept. Attention takes the most time of a block's operations, and its output
+takes the least memory: one copy of the hidden states. A kept output is not computed twice. The results of the linear
+layers can be kept, too, except for the feed-forward's first, which is four times as wide. (Selective
+checkpointing as in Korthikanti et al., arXiv:2205.05198, by PyTorch's ``create_selective_checkpoint_contexts``.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Retention: which checkpoints stay (the newest, those at round numbers, the best, the last sharp one), and deletion of
-the others.
-"""
+"""Retention: keep the newest checkpoints, those at round numbers, the best, the last sharp; delete the others."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ def to_delete(
     best: int,
     sharp: Path | None,
 ) -> list[Path]:
-    """Return those of ``paths`` (oldest first) that no rule keeps. Of equally good checkpoints the newer stays."""
+    """Return those of ``paths`` (oldest first) that no rule keeps. The newer of equally good ones stays."""
     judged = [path for path in paths if quality(verdicts.get(path))[0] > -math.inf]
     judged.sort(key=lambda path: (*quality(verdicts[path]), step_of(path)), reverse=True)
     at_round_numbers = [path for path in paths if every and step_of(path) % every == 0]

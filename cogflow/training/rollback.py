@@ -1,4 +1,4 @@
-"""Rollbacks: return to an earlier checkpoint, set aside what came after it, and continue with another learning rate.
+"""Rollbacks: return to an earlier checkpoint, set aside the later results, and continue with another learning rate.
 
 ``<run>/rollback.json`` lists the rollbacks of a run. The learning rate of a step is a function of that list and of the
 step, so a resumed run trains exactly as one that never stopped.
@@ -74,7 +74,7 @@ def write_rollbacks(folder: Path, rollbacks: Sequence[RollbackEntry]) -> None:
 
 
 def roll_back(folder: Path, start: int, to: int, ratio: float, reason: str) -> list[RollbackEntry]:
-    """Record a rollback and set aside what came after ``to``; return all rollbacks. Rank 0 only.
+    """Record a rollback and set aside the results after ``to``; return all rollbacks. Rank 0 only.
 
     The record comes first: after a kill at any moment :func:`finish_rollback` completes it.
     """

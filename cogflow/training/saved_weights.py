@@ -1,4 +1,4 @@
-"""Weights in diffusers' layout, written while they are gathered one by one: no rank holds more than one file."""
+"""Write and read weights in diffusers' layout, one by one: no rank holds more than one file in memory."""
 
 from __future__ import annotations
 

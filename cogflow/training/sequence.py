@@ -135,9 +135,9 @@ class SequenceHooks:
     def __init__(self, transformer: Any, group: Any, index: int, size: int) -> None:
         self.group, self.index, self.size = group, index, size
         self.shard: SequenceShard | None = None
-        """That of the running forward pass.
+        """Shard of the running forward pass.
 
-        Recomputation comes after it and finds the shard among the block's arguments.
+        Recomputation runs later and finds the shard in the block's arguments.
         """
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(UlyssesProcessor(block.attn1.processor))

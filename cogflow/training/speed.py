@@ -1,6 +1,4 @@
-"""Settings that change how fast a step is computed and nothing but the rounding of its results: attention kernel and
-compiled blocks.
-"""
+"""Apply the settings of speed: attention kernel and compiled blocks. They change only the rounding of results."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _profile(trainer: Trainer, config: Config[TrainStage], peak: DevicePeak) -> 
 def _operations(config: Config[BenchmarkStage], planned: Plan) -> dict[str, float]:
     batch_size = config.stage.batch_size
     useful = flops.step(planned.shape, planned.tokens)
-    executed = flops.step(planned.shape, planned.tokens, planned.setting.kept(planned.shape.layers))
+    executed = flops.step(planned.shape, planned.tokens, planned.layout.kept(planned.shape.layers))
     return {
         "useful": useful.total * batch_size,
         "with_recomputation": executed.total * batch_size,

@@ -1,1 +1,2 @@
-"""Settings: the schema, what the yaml files and the command line choose, and the checks, which report all problems at once."""
+"""Settings: the schema, what the yaml files and the command line choose, and the checks, which report all problems at
+once."""

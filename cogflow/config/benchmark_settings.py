@@ -24,7 +24,8 @@ class BenchmarkStage:
     repeats: int = setting(1, help="Repetitions that count.", rule=at_least(1))
     folder: str | None = setting(
         None,
-        help="Folder for the files made by the benchmark, about twice the size of a checkpoint. Default: <run>/benchmark.",
+        help="Folder for the files made by the benchmark, about twice the size of a checkpoint. Default: "
+        "<run>/benchmark.",
     )
     keep: bool = setting(False, help="Keep the files made by the benchmark.")
     clips: str | None = setting(None, help="prepare: folder of videos. Default: drawn clips.")
@@ -37,7 +38,8 @@ class BenchmarkStage:
     batch_size: int = setting(1, help="step, train, loader: clips per step.", rule=at_least(1))
     steps: int = setting(
         5,
-        help="step, train: steps per turn. The mean of a turn is one measurement; stage.repeats turns follow one warm-up "
+        help="step, train: steps per turn. The mean of a turn is one measurement; stage.repeats turns follow one "
+        "warm-up "
         "turn.",
         rule=at_least(1),
     )

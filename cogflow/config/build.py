@@ -176,9 +176,8 @@ def _build_section(kind: type, raw: Any, path: str, known: list[str], problems: 
 def convert(value: Any, hint: Any) -> Any:
     """Return ``value`` as the type ``hint``.
 
-    Whole floats are accepted as integers (5e8), integers as floats and as text (``run.name=2024``). Raises ``ValueError`` that says
-    what would be right.
-    """
+    Whole floats are accepted as integers (5e8), integers as floats and as text (``run.name=2024``). Raises
+    ``ValueError`` that says what would be right."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return _convert_optional(value, hint)
     if typing.get_origin(hint) is list:

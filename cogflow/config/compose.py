@@ -1,8 +1,8 @@
 """Turn the words of a command line into a checked config.
 
-Hydra composes the groups of ``configs/``. The values of keys are applied here, so that every key is looked up among the known ones and
-a mistake can be answered with the name that was meant. All problems of a command line are reported together.
-"""
+Hydra composes the groups of ``configs/``. The values of keys are applied here, so that every key is looked up among
+the known ones and a mistake can be answered with the name that was meant. All problems of a command line are reported
+together."""
 
 from __future__ import annotations
 
@@ -211,14 +211,16 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 def _unknown(key: str, value: Any, known: list[str]) -> Problem:
     if key.split(".")[0] in GROUPS_WITHOUT_KEYS:
         return Problem(
-            f"{key}={format_value(value)}: {key.split('.')[0]} is a group, it has no keys; set the key that it would set.",
+            f"{key}={format_value(value)}: {key.split('.')[0]} is a group, it has no keys; set the key that it "
+            "would set.",
             (key,),
         )
     return unknown_key(key, value, known)
 
 
 def _resolve(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """Return ``raw`` with all ``${...}`` replaced by their values. Raises :class:`ConfigError` for one without a value."""
+    """Return ``raw`` with all ``${...}`` replaced by their values. Raises :class:`ConfigError` for one without a
+    value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -28,9 +28,16 @@ from cogflow.config.train_settings import PrepareStage, TrainStage, check_traini
 STAGES: dict[str, type] = {
     kind.name: kind
     for kind in (
-        PrepareStage, TrainStage, SampleStage, ExportStage, AssembleStage, DiagnoseStage, FlowStage, BenchmarkStage,
+        PrepareStage,
+        TrainStage,
+        SampleStage,
+        ExportStage,
+        AssembleStage,
+        DiagnoseStage,
+        FlowStage,
+        BenchmarkStage,
     )
-}  # fmt: skip
+}
 """Settings of each stage by its name."""
 
 StageT = TypeVar("StageT", covariant=True)
@@ -39,7 +46,8 @@ OtherT = TypeVar("OtherT")
 
 @dataclass(frozen=True)
 class Config(Generic[StageT]):
-    """All settings of one command. The type parameter is the class of its stage's settings, as in ``Config[TrainStage]``."""
+    """All settings of one command. The type parameter is the class of its stage's settings, as in
+    ``Config[TrainStage]``."""
 
     stage: StageT
     run: RunConfig = section(RunConfig, help="Folder of the run.")

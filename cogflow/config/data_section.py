@@ -109,7 +109,8 @@ def check_data(config: AnyConfig) -> Iterator[Problem]:
         yield Problem("data.path is missing: data=folder needs the folder of your clips.", ("data.name", "data.path"))
     if data.name == "shapes" and data.holdout >= data.clips:
         yield Problem(
-            f"data.holdout={data.holdout}: no clip is left to train on; it should be less than data.clips={data.clips}.",
+            f"data.holdout={data.holdout}: no clip is left to train on; it should be less than "
+            f"data.clips={data.clips}.",
             ("data.holdout", "data.clips"),
         )
     if not model.startswith("cogvideox"):

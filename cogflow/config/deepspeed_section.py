@@ -18,8 +18,9 @@ KEEPS = ("nothing", "attention", "products", "all")
 """Activations that a recomputed block can keep, fewest first."""
 
 SHARDED_KEEPS = KEEPS[:1]
-"""The same under ZeRO-3. Its linear layers add their biases in place, which would change what is kept, and the parameters it gathers in
-the backward pass are other tensors than in the forward pass, which PyTorch does not allow where activations are kept."""
+"""The same under ZeRO-3. Its linear layers add their biases in place, which would change what is kept, and the
+parameters it gathers in the backward pass are other tensors than in the forward pass, which PyTorch does not allow
+where activations are kept."""
 
 EVERYTHING = "everything"
 """Activations that a block keeps which is not recomputed."""
@@ -108,7 +109,8 @@ def check_deepspeed(config: AnyConfig) -> Iterator[Problem]:
         )
     if stage == 3 and deepspeed.checkpoint_keep not in ("auto", *SHARDED_KEEPS):
         yield Problem(
-            f"deepspeed.checkpoint_keep={deepspeed.checkpoint_keep}: with deepspeed.zero_stage=3 recomputed blocks keep "
+            f"deepspeed.checkpoint_keep={deepspeed.checkpoint_keep}: with deepspeed.zero_stage=3 recomputed "
+            "blocks keep "
             "nothing; it should be auto or nothing.",
             ("deepspeed.checkpoint_keep", "deepspeed.zero_stage"),
         )
@@ -137,7 +139,8 @@ def check_parallel(config: AnyConfig) -> Iterator[Problem]:
     yield from sequence_problems(config, gpus)
     if size > 1 and config.speed.compile in ("blocks", "graphs"):
         yield Problem(
-            f"speed.compile={config.speed.compile}: blocks are not compiled with {SEQUENCE}={size}; it should be off or auto.",
+            f"speed.compile={config.speed.compile}: blocks are not compiled with {SEQUENCE}={size}; it should be "
+            "off or auto.",
             ("speed.compile", SEQUENCE),
         )
 

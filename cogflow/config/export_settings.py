@@ -34,7 +34,8 @@ SHARD_SIZE = matching(
 
 @dataclass(frozen=True)
 class FactsConfig:
-    """Facts about a SAT checkpoint that none of its files state. null: taken from the files. A contradiction stops the export."""
+    """Facts about a SAT checkpoint that none of its files state. null: taken from the files. A contradiction stops
+    the export."""
 
     heads: int | None = setting(None, help="Attention heads.", rule=POSITIVE)
     head_dim: int | None = setting(None, help="Width of one attention head.", rule=POSITIVE)

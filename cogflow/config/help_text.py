@@ -59,7 +59,8 @@ def stage_help(name: str, summaries: Mapping[str, str]) -> str:
     if name in IMPORTING_STAGES:
         lines += [
             "",
-            "import=[sft.yaml,model.yaml]: take settings from CogVideo's SAT yaml files; the command line overrides them",
+            "import=[sft.yaml,model.yaml]: take settings from CogVideo's SAT yaml files; the command line "
+            "overrides them",
         ]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -51,7 +51,8 @@ def fail(problems: Sequence[Problem], hint: str = "") -> None:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:
-    """Return the known name that ``name`` most resembles, or ``None``. ``cutoff``: lowest similarity, as in ``difflib``."""
+    """Return the known name that ``name`` most resembles, or ``None``. ``cutoff``: lowest similarity, as in
+    ``difflib``."""
     known = list(known)
     if ALIASES.get(name) in known:
         return ALIASES[name]

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from cogflow.config.setting import each, kind_setting, one_of, setting
 
 WORSE = (
-    "soft", "washed_out", "hazy", "smeared", "grainy", "saturated", "frozen", "identical", "black", "artefacts",
+    "soft",
+    "washed_out",
+    "hazy",
+    "smeared",
+    "grainy",
+    "saturated",
+    "frozen",
+    "identical",
+    "black",
+    "artefacts",
     "non_finite",
-)  # fmt: skip
+)
 """Defects that make a video worse than its reference. A sharper video is not worse."""
 
 

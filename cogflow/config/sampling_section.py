@@ -42,7 +42,8 @@ class SamplingConfig:
     seeds: list[int] = setting([0], help="Seeds; each prompt is sampled once per seed.", rule=SEEDS)
     prompts: str | None = setting(
         None,
-        help="File of prompts: .txt with one prompt per line, or .jsonl with id and text. Default: captions of the clips.",
+        help="File of prompts: .txt with one prompt per line, or .jsonl with id and text. Default: captions of "
+        "the clips.",
     )
     clip_model: str | None = setting(
         None,

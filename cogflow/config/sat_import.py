@@ -1,9 +1,9 @@
 """``import=[sft.yaml,model.yaml]``: take settings from CogVideo's SAT yaml files.
 
-:func:`take_import` removes the word from the command line and reads the files. :func:`imported_values` then yields the settings for the
-stage that runs. They override the groups that a model or a stage selects, and are overridden by everything that the command line names.
-``import=`` is neither a group nor a key. The files are data: nothing that they name under ``target`` is imported or run.
-"""
+:func:`take_import` removes the word from the command line and reads the files. :func:`imported_values` then yields
+the settings for the stage that runs. They override the groups that a model or a stage selects, and are overridden by
+everything that the command line names. ``import=`` is neither a group nor a key. The files are data: nothing that
+they name under ``target`` is imported or run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ IMPORTING_STAGES = ("train", "prepare", "flow")
 """Stages that a training recipe has settings for."""
 
 NAMED_GROUPS = ("deepspeed", "sampling", "tracking", "recipe", "experiment", "debug")
-"""Groups that override the import if the command line names them. The choices of a model or a stage are defaults and do not."""
+"""Groups that override the import if the command line names them. The choices of a model or a stage are defaults and
+do not."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class ImportedSetting:
 class SatRecipe:
     """The content of the yaml files.
 
-    ``settings``: settings taken. ``no_setting``: keys without a setting, and what determines them. ``unknown``: keys in no table.
-    ``problems``: what cannot be imported. ``facts``: facts of the model, as the keys of :data:`FACTS`.
+    ``settings``: settings taken. ``no_setting``: keys without a setting, and what determines them. ``unknown``: keys
+    in no table. ``problems``: what cannot be imported. ``facts``: facts of the model, as the keys of :data:`FACTS`.
     """
 
     settings: list[ImportedSetting] = field(default_factory=list)
@@ -131,7 +132,8 @@ class CommandLine:
 def imported_values(
     recipe: SatRecipe, raw: Mapping[str, Any], command: CommandLine, problems: list[Problem]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values that the recipe sets in ``raw``, and log what happened to each key on standard error."""
+    """Yield the keys and values that the recipe sets in ``raw``, and log what happened to each key on standard
+    error."""
     stage, model = raw.get("stage"), raw.get("model")
     stage_name = stage.get("name") if isinstance(stage, Mapping) else None
     if stage_name not in IMPORTING_STAGES:
@@ -210,23 +212,28 @@ def translate_recipe(raw: Any) -> SatRecipe:
     for translate in (_data, _precision, _ema, _schedule, _text_dropout, _guidance):
         recipe.settings += translate(flat, recipe.problems)
     for key, value in flat.items():
-        if key in REQUIRED:
-            required, reason = REQUIRED[key]
-            if value != required:
-                recipe.problems.append(
-                    Problem(f"{key}={format_value(value)}: it should be {format_value(required)}: {reason}.", (WORD,))
-                )
-        elif key not in TAKEN and key not in TRANSLATED:
-            if section := _entry_without_setting(key):
-                recipe.no_setting[section] = NO_SETTING[section]
-            else:
-                recipe.unknown.append(key)
+        _check_key(key, value, recipe)
     if any(key == LORA or key.startswith(f"{LORA}.") for key in flat):
         recipe.problems.append(Problem(f"{LORA}: SAT would train a LoRA; {REQUIRED['model.lora_train'][1]}.", (WORD,)))
     recipe.facts = {name: flat[key] for name, key in FACTS.items() if key in flat}
     if recipe.facts and "snr_shift_scale" not in recipe.facts:
         recipe.facts["snr_shift_scale"] = 1.0  # SAT's default, which the yaml of 1.5 leaves out
     return recipe
+
+
+def _check_key(key: str, value: Any, recipe: SatRecipe) -> None:
+    """Add to ``recipe`` the problem of a required value that differs, or a key without a setting."""
+    if key in REQUIRED:
+        required, reason = REQUIRED[key]
+        if value != required:
+            recipe.problems.append(
+                Problem(f"{key}={format_value(value)}: it should be {format_value(required)}: {reason}.", (WORD,))
+            )
+    elif key not in TAKEN and key not in TRANSLATED:
+        if section := _entry_without_setting(key):
+            recipe.no_setting[section] = NO_SETTING[section]
+        else:
+            recipe.unknown.append(key)
 
 
 def flatten(raw: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

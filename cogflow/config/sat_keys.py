@@ -1,9 +1,9 @@
 """Tables of the keys of CogVideo's SAT recipes (``sat/configs/sft.yaml`` and the model's yaml beside it).
 
-Every key of those files is in one of four tables: ``TAKEN`` (the value is taken unchanged), ``TRANSLATED`` (a function of
-:mod:`cogflow.config.sat_import` reads it), ``NO_SETTING`` (cogflow determines it in another way) or ``REQUIRED`` (only one value
-is supported). Any other key is reported as unknown.
-"""
+Every key of those files is in one of four tables: ``TAKEN`` (the value is taken unchanged), ``TRANSLATED`` (a
+function of
+:mod:`cogflow.config.sat_import` reads it), ``NO_SETTING`` (cogflow determines it in another way) or ``REQUIRED``
+(only one value is supported). Any other key is reported as unknown."""
 
 from __future__ import annotations
 
@@ -57,14 +57,15 @@ DEFAULTS: dict[str, Any] = {"args.warmup": 0.01, "args.lr_decay_style": "linear"
 """SAT's defaults for keys that its yaml leaves out. With them the learning rate is not constant."""
 
 EMA_DECAY = 0.9999
-"""Decay of SAT's ``FusedEmaAdam``. It grows as (1 + n) / (10 + n) over n updates, as with ``stage.ema_warmup``, and reaches 0.999 after
-9,000 updates. SAT saves the averages beside the weights, as ``<iteration>-ema``."""
+"""Decay of SAT's ``FusedEmaAdam``. It grows as (1 + n) / (10 + n) over n updates, as with ``stage.ema_warmup``, and
+reaches 0.999 after 9,000 updates. SAT saves the averages beside the weights, as ``<iteration>-ema``."""
 
 SLOW_STEPS = 100
 """Steps in which SAT's finetuning keeps the learning rate at one twentieth. cogflow's warm-up takes their place."""
 
 NO_SETTING: dict[str, str] = {
-    "args.load": "weights are loaded from model.path, a diffusers pipeline; stage=export converts a SAT checkpoint to one",
+    "args.load": "weights are loaded from model.path, a diffusers pipeline; stage=export converts a SAT "
+    "checkpoint to one",
     "args.save": "all files of a run are in run.root/run.name",
     "args.no_load_rng": "noise is a function of seed and step",
     "args.eval_iters": "the held-out loss is computed on all held-out clips",
@@ -143,9 +144,15 @@ FACTS = {
 """Facts that distinguish the members of the family, and their keys in the model's yaml."""
 
 _5B: dict[str, Any] = {
-    "layers": 42, "heads": 48, "width": 3072, "in_channels": 16, "patch": 2, "text_tokens": 226, "scaling_factor": 0.7,
+    "layers": 42,
+    "heads": 48,
+    "width": 3072,
+    "in_channels": 16,
+    "patch": 2,
+    "text_tokens": 226,
+    "scaling_factor": 0.7,
     "snr_shift_scale": 1.0,
-}  # fmt: skip
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {
@@ -161,4 +168,5 @@ MODELS: dict[str, dict[str, Any]] = {
     "cogvideox1.5-5b": {**_5B, "patch": [2, 2, 2], "text_tokens": 224},
     "cogvideox1.5-5b-i2v": {**_5B, "patch": [2, 2, 2], "text_tokens": 224, "in_channels": 32},
 }
-"""The same facts of each member. A test compares them with :mod:`cogflow.models.family`, which this package may not import."""
+"""The same facts of each member. A test compares them with :mod:`cogflow.models.family`, which this package may not
+import."""

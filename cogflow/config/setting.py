@@ -1,7 +1,7 @@
 """Declare one setting: its default, its help text and the rule its value must satisfy.
 
-A section of the configuration is a frozen dataclass whose fields are made by :func:`setting` and :func:`section`. ``--help`` prints the help texts and rules; :mod:`cogflow.config.build` applies the rules.
-"""
+A section of the configuration is a frozen dataclass whose fields are made by :func:`setting` and :func:`section`.
+``--help`` prints the help texts and rules; :mod:`cogflow.config.build` applies the rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ValueRule:
-    """A condition on a value. ``allowed`` is its description in ``--help``; ``problem`` returns what is wrong with a value, or ``None``."""
+    """A condition on a value. ``allowed`` is its description in ``--help``; ``problem`` returns what is wrong with a
+    value, or ``None``."""
 
     allowed: str
     problem: Callable[[Any], str | None]
@@ -116,10 +117,21 @@ SHARE = ValueRule(
 )
 
 ARTIFACT_KINDS = (
-    "auto", "pipeline", "export", "checkpoint", "run", "sat_checkpoint", "sat_vae", "deepspeed", "components", "component",
-    "videos", "frames",
-)  # fmt: skip
-"""What the path of a setting can be. A test compares them with :mod:`cogflow.artifacts.identify`, which this package may not import."""
+    "auto",
+    "pipeline",
+    "export",
+    "checkpoint",
+    "run",
+    "sat_checkpoint",
+    "sat_vae",
+    "deepspeed",
+    "components",
+    "component",
+    "videos",
+    "frames",
+)
+"""Kinds of artifact that a path can name. A test compares them with :mod:`cogflow.artifacts.identify`, which this
+package may not import."""
 
 
 def kind_setting(path_key: str) -> str:

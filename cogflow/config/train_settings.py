@@ -51,11 +51,12 @@ class PrepareStage:
 
 @dataclass(frozen=True)
 class RollbackConfig:
-    """What changes when a training returns to the last sharp checkpoint."""
+    """Changes that a training makes when it returns to the last sharp checkpoint."""
 
     learning_rate_ratio: float = setting(
         1.0,
-        help="Factor on the learning rate after a rollback. 1: the run stops at the checkpoint for you to change settings.",
+        help="Factor on the learning rate after a rollback. 1: the run stops at the checkpoint for you to change "
+        "settings.",
         rule=SHARE,
     )
     most: int = setting(2, help="Rollbacks per run. The next alarm stops the run.", rule=at_least(1))
@@ -126,12 +127,14 @@ class TrainStage:
     )
     on_blur: str = setting(
         "warn",
-        help="Reaction to an alarm of the quality watch. stop: exit code 3. rollback: return to the last sharp checkpoint.",
+        help="Reaction to an alarm of the quality watch. stop: exit code 3. rollback: return to the last sharp "
+        "checkpoint.",
         rule=one_of("warn", "stop", "rollback"),
     )
     on_not_finite: str = setting(
         "stop",
-        help="Reaction to a loss or gradient that is not finite. The step changes no weight in any case; skip: continue.",
+        help="Reaction to a loss or gradient that is not finite. The step changes no weight in any case; skip: "
+        "continue.",
         rule=one_of("stop", "skip", "rollback"),
     )
     on_spike: str = setting(
@@ -211,7 +214,8 @@ def check_training(config: AnyConfig) -> Iterator[Problem]:
     if train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
         guess = did_you_mean(nearest(train.resume, ("auto", "never")))
         yield Problem(
-            f"{path}.resume={train.resume}: no such folder; it should be auto, never, or the folder of a checkpoint.{guess}",
+            f"{path}.resume={train.resume}: no such folder; it should be auto, never, or the folder of a "
+            f"checkpoint.{guess}",
             (f"{path}.resume",),
         )
     yield from _policy_problems(train, path)

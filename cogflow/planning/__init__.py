@@ -1,1 +1,1 @@
-"""What a training would need, worked out before anything is loaded: pure functions of sizes and settings."""
+"""Forecast the memory, time and disk space of a training before anything is loaded."""

@@ -1,4 +1,4 @@
-"""Which settings fit where the asked ones do not: every way of sharing the states, tried by the same formulas."""
+"""Find settings that fit when the given ones do not: try each way to shard the states with the formulas of a plan."""
 
 from __future__ import annotations
 
@@ -26,40 +26,41 @@ PRESETS: dict[str, dict[str, bool | int]] = {
 
 @dataclass(frozen=True)
 class Option:
-    """One way that fits. ``words``: what to change on the command line; ``pace``: of one step."""
+    """One layout that fits. ``words``: changes on the command line; ``pace``: seconds of one step."""
 
     gpus: int
     words: tuple[str, ...]
-    setting: GpuLayout
+    layout: GpuLayout
     gpu: gpu_memory.Memory
     host: gpu_memory.Memory
     pace: Pace
 
 
 def options(plan: Plan) -> list[Option]:
-    """Ways that fit, those on as many GPUs as asked for first, then the quickest on each other number of them; no more than six."""
+    """Return at most six options that fit: first those on the given number of GPUs, then the quickest on each other
+    number."""
     found = []
-    for gpus in dict.fromkeys((plan.setting.gpus, *WORLDS)):
-        found += at(plan, gpus)[: 2 if gpus == plan.setting.gpus else 1]
+    for gpus in dict.fromkeys((plan.layout.gpus, *WORLDS)):
+        found += at(plan, gpus)[: 2 if gpus == plan.layout.gpus else 1]
     return found[:6]
 
 
 def at(plan: Plan, gpus: int) -> list[Option]:
-    """Ways that fit on ``gpus`` GPUs, the quickest first; of those within two hundredths, the one that changes least. More GPUs
-    share a sequence only where nothing fits without."""
+    """Return the options that fit on ``gpus`` GPUs, the quickest first. Of options within 2 % of each other, the one
+    with the fewest changes comes first. More GPUs share a sequence only if nothing fits otherwise."""
     return next((found for sequence in _sequences(plan, gpus) if (found := _sharing(plan, gpus, sequence))), [])
 
 
 def _sequences(plan: Plan, gpus: int) -> list[int]:
-    """GPUs of one machine that may share a sequence, as many as asked for or more."""
-    asked = plan.setting.sequence
+    """Return the numbers of GPUs that may share a sequence: the given number and larger ones."""
+    asked = plan.layout.sequence
     sizes = [asked, *(one for one in SEQUENCES if one > asked and one % asked == 0)]
     return [one for one in sizes if gpus % one == 0 and plan.shape.heads % one == 0]
 
 
 def _sharing(plan: Plan, gpus: int, sequence: int) -> list[Option]:
     fitting = [option for option in _at(plan, gpus, sequence) if _fits(plan, option)]
-    # What fits as it samples now need not sample otherwise.
+    # Drop options with tiling that also fit without it.
     known = {option.words for option in fitting}
     fitting = [
         one
@@ -73,7 +74,7 @@ def _sharing(plan: Plan, gpus: int, sequence: int) -> list[Option]:
 
 
 def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
-    times = sequence // plan.setting.sequence
+    times = sequence // plan.layout.sequence
     tilings = (
         [plan.sampling]
         if plan.sampling is None or plan.sampling.tiled
@@ -83,13 +84,13 @@ def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
         for checkpointing in (False, True):
             for sampling in tilings:
                 layout = replace(
-                    of_preset(plan.setting, name, gpus),
+                    of_preset(plan.layout, name, gpus),
                     checkpointing=checkpointing,
                     sequence=sequence,
-                    accumulation=times * plan.setting.accumulation,
+                    accumulation=times * plan.layout.accumulation,
                 )
                 words = [f"deepspeed={name}"] if _differs(plan.config.deepspeed, name) else []
-                if checkpointing != plan.setting.checkpointing:
+                if checkpointing != plan.layout.checkpointing:
                     words.append(f"deepspeed.activation_checkpointing={str(checkpointing).lower()}")
                 if times > 1:  # as many clips a step
                     words += [f"parallel.sequence={sequence}", f"stage.gradient_accumulation={layout.accumulation}"]
@@ -98,15 +99,15 @@ def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
                 yield _option(plan, layout, sampling, words)
 
 
-def of_preset(setting: GpuLayout, name: str, gpus: int) -> GpuLayout:
-    """``setting`` with the states shared as the preset ``name`` does, over ``gpus`` GPUs."""
+def of_preset(layout: GpuLayout, name: str, gpus: int) -> GpuLayout:
+    """Return ``layout`` with the states sharded over ``gpus`` GPUs as in the preset ``name``."""
     preset = PRESETS[name]
     return replace(
-        setting,
+        layout,
         gpus=gpus,
         fitted=None,
-        keep="nothing" if preset["zero_stage"] == 3 else setting.keep,
-        local=setting.local if gpus == setting.gpus else min(gpus, max(setting.local, NODE)),
+        keep="nothing" if preset["zero_stage"] == 3 else layout.keep,
+        local=layout.local if gpus == layout.gpus else min(gpus, max(layout.local, NODE)),
         zero_stage=int(preset["zero_stage"]),
         offload_optimizer=bool(preset["offload_optimizer"]),
         offload_parameters=bool(preset["offload_parameters"]),
@@ -118,7 +119,7 @@ def _differs(deepspeed: DeepSpeedConfig, name: str) -> bool:
 
 
 def _option(plan: Plan, layout: GpuLayout, sampling: gpu_memory.Sampling | None, words: list[str]) -> Option:
-    if layout.gpus != plan.setting.gpus:
+    if layout.gpus != plan.layout.gpus:
         words = [f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} (stage.plan_gpus={layout.gpus})", *words]
     encoder = plan.encoder
     size = TrainingSize(plan.shape, plan.model_source, plan.dtype, plan.tokens, layout, sampling, encoder)
@@ -126,7 +127,7 @@ def _option(plan: Plan, layout: GpuLayout, sampling: gpu_memory.Sampling | None,
     return Option(
         gpus=layout.gpus,
         words=tuple(words),
-        setting=layout,
+        layout=layout,
         gpu=gpu_memory.gpu(plan.shape, plan.tokens, layout, sampling, encoder=encoder),
         host=gpu_memory.host(plan.shape, layout, validates=sampling is not None, encoder=encoder),
         pace=pace(plan.shape, plan.tokens, layout, plan.device.tflops),
@@ -139,19 +140,17 @@ def _fits(plan: Plan, option: Option) -> bool:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Single changes that help, where no way of sharing the states does, and for what sharing does not change."""
+    """Return single changes that save memory and that no preset makes."""
     lines = []
     if plan.gpu.peak > plan.device.memory:
-        if plan.setting.batch > 1:
-            words = f"stage.batch_size=1 stage.gradient_accumulation={plan.setting.batch * plan.setting.accumulation}"
+        if plan.layout.batch > 1:
+            words = f"stage.batch_size=1 stage.gradient_accumulation={plan.layout.batch * plan.layout.accumulation}"
             lines.append(f"{words}: as many clips a step with less memory")
         if plan.gpu.parts["EMA"]:
-            lines.append(
-                f"stage.ema_device=cpu takes {plan.gpu.parts['EMA'] / 1e9:.0f} GB off each GPU, at the price of a copy a step"
-            )
+            freed = plan.gpu.parts["EMA"] / 1e9
+            lines.append(f"stage.ema_device=cpu takes {freed:.0f} GB off each GPU, at the price of a copy a step")
         lines.append("data.frames, data.height and data.width smaller: activations shrink with the tokens")
-    if plan.device.host is not None and plan.host.peak > plan.device.host and plan.setting.ema:
-        lines.append(
-            f"stage.ema_decay=0 takes {(plan.host.parts['EMA'] + plan.host.parts['weights set aside']) / 1e9:.0f} GB off each machine"
-        )
+    if plan.device.host is not None and plan.host.peak > plan.device.host and plan.layout.ema:
+        freed = (plan.host.parts["EMA"] + plan.host.parts["weights set aside"]) / 1e9
+        lines.append(f"stage.ema_decay=0 takes {freed:.0f} GB off each machine")
     return lines

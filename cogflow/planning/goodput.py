@@ -1,9 +1,9 @@
-"""The share of a run that its training steps get: what saves, validations and interruptions take, and how often a save pays.
+"""Forecast the share of a run that its training steps get, and the interval between saves that costs least.
 
-First order, as J. W. Young (A first order approximation to the optimum checkpoint interval, Comm. ACM 17, 1974) and J. T. Daly (A higher
-order estimate of the optimum checkpoint interval for restart dumps, Future Generation Computer Systems 22, 2006) begin: interruptions come
-at random at a constant rate, each throws away half of what lies between two saves, and none comes while the run restarts.
-"""
+First order, as J. W. Young (A first order approximation to the optimum checkpoint interval, Comm. ACM 17, 1974) and
+J. T. Daly (A higher order estimate of the optimum checkpoint interval for restart dumps, Future Generation Computer
+Systems 22, 2006) begin: interruptions come at random at a constant rate, each throws away half of what lies between
+two saves, and none comes while the run restarts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ WEEK = 7 * 86400.0
 
 @dataclass(frozen=True)
 class Goodput:
-    """Of one run. Seconds: ``step``, ``save``, ``validation`` (one, beside decoding), ``restart``, and ``mtbf``, the mean time between two
-    interruptions of the whole run. ``every`` and ``sampled``: steps from one save and one validation to the next; 0: none."""
+    """Times of one run. In seconds: ``step``, ``save``, ``validation`` (one, beside decoding), ``restart``, and
+    ``mtbf``, the mean time between two interruptions of the whole run. ``every`` and ``sampled``: steps from one save
+    and one validation to the next; 0: none."""
 
     steps: int
     step: float
@@ -52,7 +53,7 @@ class Goodput:
 
     @property
     def lost_share(self) -> float:
-        """Share of the run that interruptions cost; 1: it does not get on."""
+        """Share of the run that interruptions cost; 1: the run makes no progress."""
         return min(1.0, self.lost / self.mtbf)
 
     @property
@@ -70,12 +71,12 @@ class Goodput:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run; infinite where it does not get on."""
+        """Seconds of the whole run; infinite if interruptions cost more time than passes between them."""
         return self.steps * self.undisturbed / (1 - self.lost_share) if self.lost_share < 1 else math.inf
 
     @property
     def interruptions(self) -> float:
-        """Expected in the whole run."""
+        """Interruptions expected in the whole run."""
         return self.seconds / self.mtbf
 
     @property
@@ -85,18 +86,20 @@ class Goodput:
 
     @property
     def best_seconds(self) -> float:
-        """From one save to the next, so that saves and what is thrown away together cost least: sqrt(2 save mtbf). Holds while a save
-        takes far less than ``mtbf``."""
+        """Seconds between two saves at which saves and lost steps together cost least: sqrt(2 save mtbf). The
+        formula holds while a save takes far less than ``mtbf``."""
         return math.sqrt(2 * self.save * self.mtbf)
 
     @property
     def best_every(self) -> int:
-        """The same in steps."""
+        """Steps between two saves at which saves and lost steps together cost least."""
         return max(1, round(self.best_seconds / (self.step + self.validating)))
 
 
-def save_seconds(shape: TransformerSize, setting: GpuLayout, bytes: float, rate: float) -> float:
-    """Of a checkpoint of ``bytes`` where each machine writes and reads ``rate`` bytes a second: all ranks write the states that ZeRO deals
-    out, rank 0 alone the rest; then all ranks hash it, publish it and read it back. Training waits meanwhile."""
-    together = 12.0 * shape.trained if setting.zero_stage > 0 else 0.0
-    return ((together + 2 * bytes) / setting.nodes + bytes - together) / rate
+def save_seconds(shape: TransformerSize, layout: GpuLayout, bytes: float, rate: float) -> float:
+    """Return the seconds that saving ``bytes`` takes if each machine writes and reads ``rate`` bytes a second.
+
+    All ranks write the states that ZeRO shards, and rank 0 alone writes the rest. All ranks then hash the checkpoint,
+    publish it and read it back. Training waits meanwhile."""
+    together = 12.0 * shape.trained if layout.zero_stage > 0 else 0.0
+    return ((together + 2 * bytes) / layout.nodes + bytes - together) / rate

@@ -1,4 +1,4 @@
-"""Everything a plan says of one config, gathered; nothing is loaded, and nothing is written."""
+"""Compute the plan of one config. Nothing is loaded, and nothing is written."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ REACHED = 0.8
 """Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
 
 USED = 0.54
-"""Share of that which training reaches, with attention, norms and the update: 428 TFLOP/s of CogVideoX-5B on an H200 (docs/benchmarks.md);
-assumed of other GPUs, until ``stage.plan_tflops`` says what was measured."""
+"""Share of that which training reaches, with attention, norms and the update: 428 TFLOP/s of CogVideoX-5B on an H200
+(docs/benchmarks.md); assumed of other GPUs, until ``stage.plan_tflops`` says what was measured."""
 
 PEAKS = {
     "B200": 2250,
@@ -45,7 +45,8 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU that is planned for: bytes of its memory and of its machine's, achieved TFLOP/s, and where these figures come from."""
+    """The GPU that is planned for: bytes of its memory and of its machine's, achieved TFLOP/s, and where these
+    figures come from."""
 
     memory: float
     host: float | None
@@ -56,7 +57,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one training; operations are those of one optimizer step of one GPU, seconds are without communication."""
+    """Figures of one training; operations are those of one optimizer step of one GPU, seconds are without
+    communication."""
 
     config: Config[TrainStage]
     stage: TrainStage
@@ -65,7 +67,7 @@ class Plan:
     dtype: str
     tokens: Tokens
     device: Device
-    setting: GpuLayout
+    layout: GpuLayout
     sampling: Sampling | None
     gpu: Memory
     host: Memory
@@ -80,11 +82,11 @@ class Plan:
 
     @property
     def clips_per_step(self) -> int:
-        return self.setting.clips
+        return self.layout.clips
 
     @property
     def flops(self) -> float:
-        return self.sample.total * self.setting.batch * self.setting.accumulation / self.setting.sequence
+        return self.sample.total * self.layout.batch * self.layout.accumulation / self.layout.sequence
 
     @property
     def seconds(self) -> float:
@@ -97,7 +99,7 @@ class Plan:
 
     @property
     def validation_flops(self) -> float:
-        """Of one validation, all GPUs together; the autoencoder is not counted."""
+        """Operations of one validation on all GPUs together, without the VAE."""
         return self.samples * self.config.sampling.steps * self.passes * self.forward.total
 
     @property
@@ -106,19 +108,20 @@ class Plan:
 
     @property
     def validation_seconds(self) -> float:
-        """Every GPU samples its share, one clip at a time; who has none repeats one."""
-        turns = -(-self.samples // self.setting.gpus)
+        """Seconds of one validation. Each GPU samples its share, one clip at a time; a GPU without a share repeats
+        one."""
+        turns = -(-self.samples // self.layout.gpus)
         return turns * self.config.sampling.steps * self.passes * self.forward.total / (self.device.tflops * 1e12)
 
     @property
     def pace(self) -> Pace:
-        """Of one step, with the communication that is not hidden."""
-        return step_time.pace(self.shape, self.tokens, self.setting, self.device.tflops)
+        """Seconds of one step, with the communication that computation does not hide."""
+        return step_time.pace(self.shape, self.tokens, self.layout, self.device.tflops)
 
     @property
     def goodput(self) -> Goodput:
-        """What saves, validations and interruptions leave of the run."""
-        stage, layout = self.stage, self.setting
+        """Share of the run that saves, validations and interruptions leave to training."""
+        stage, layout = self.stage, self.layout
         return Goodput(
             steps=stage.steps,
             step=self.pace.step,
@@ -131,16 +134,18 @@ class Plan:
         )
 
     def misfits(self) -> list[str]:
-        """What does not fit, one line each."""
+        """One line for each thing that does not fit."""
         found = []
         if self.gpu.peak > self.device.memory:
             found.append(
-                f"{self.gpu.peak / 1e9:.1f} GB on each GPU ({self.gpu.worst}), {self.device.memory / 1e9:.1f} GB are there "
+                f"{self.gpu.peak / 1e9:.1f} GB on each GPU ({self.gpu.worst}), {self.device.memory / 1e9:.1f} GB "
+                "are there "
                 f"({self.device.memory_source})"
             )
         if self.device.host is not None and self.host.peak > self.device.host:
             found.append(
-                f"{self.host.peak / 1e9:.1f} GB of host memory on each machine ({self.host.worst}), {self.device.host / 1e9:.1f} GB are "
+                f"{self.host.peak / 1e9:.1f} GB of host memory on each machine ({self.host.worst}), "
+                f"{self.device.host / 1e9:.1f} GB are "
                 "there"
             )
         return found
@@ -162,7 +167,7 @@ def plan(config: Config[TrainStage]) -> Plan:
         dtype=size.dtype,
         tokens=size.tokens,
         device=gpu,
-        setting=layout,
+        layout=layout,
         sampling=size.sampling,
         gpu=gpu_memory.gpu(size.shape, size.tokens, layout, size.sampling, encoder=size.encoder),
         host=gpu_memory.host(size.shape, layout, validates=size.sampling is not None, encoder=size.encoder),

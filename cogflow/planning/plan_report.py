@@ -1,4 +1,4 @@
-"""A plan in words and columns, and the stage's way out: what is printed, and whether the training could run."""
+"""Print a plan as text and tables, and raise an error if the training cannot fit."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from cogflow.training import gpu_memory
 from cogflow.training.activation_memory import format_kept
 
 DEAR, FEWEST = 0.1, 10
-"""Share of the training before it above which a validation is dear, and the fewest denoising steps that still show blur and no noise."""
+"""Share of the training before it above which a validation is dear, and the fewest denoising steps that still show
+blur and no noise."""
 
 
 def show(config: Config[TrainStage]) -> None:
-    """Print the plan of ``config``. Raises :class:`ConfigError` when it cannot fit, naming settings that would."""
+    """Print the plan of ``config``. Raise :class:`ConfigError` with settings that fit if the plan does not fit."""
     made = plan(config)
     echo("\n".join(lines(made)))
     if misfits := made.misfits():
@@ -29,7 +30,7 @@ def show(config: Config[TrainStage]) -> None:
 
 
 def lines(plan: Plan) -> list[str]:
-    """The plan, ready to print."""
+    """Return the lines of the printed plan."""
     sections = [
         _model(plan),
         _gpu(plan),
@@ -46,9 +47,10 @@ def lines(plan: Plan) -> list[str]:
 
 
 def hint(plan: Plan) -> str:
-    """Overrides that would fit, one line each, the best first."""
+    """Return the overrides that would fit, one line each, the best first."""
     found = [
-        f"{' '.join(option.words) or 'as asked'}: {gb(option.gpu.peak)} a GPU, {gb(option.host.peak)} of host memory a machine, "
+        f"{' '.join(option.words) or 'as asked'}: {gb(option.gpu.peak)} a GPU, {gb(option.host.peak)} of host "
+        "memory a machine, "
         f"{duration(option.pace.step)} a step"
         for option in advice.options(plan)
     ]
@@ -59,14 +61,17 @@ def hint(plan: Plan) -> str:
 def _model(plan: Plan) -> list[str]:
     shape, data = plan.shape, plan.config.data
     return [
-        f"model        {plan.config.model.name}: {shape.parameters:,} parameters, {shape.trained:,} trained, in {plan.dtype} "
+        f"model        {plan.config.model.name}: {shape.parameters:,} parameters, {shape.trained:,} trained, in "
+        f"{plan.dtype} "
         f"({plan.model_source})",
-        f"sequence     {plan.tokens.total:,} tokens: {plan.tokens.text} of text, {plan.tokens.video:,} of video ({_sizes(data)})",
-        f"layout       {plan.setting.gpus} GPU{'s' if plan.setting.gpus > 1 else ''} on {plan.setting.nodes} "
-        f"machine{'s' if plan.setting.nodes > 1 else ''}, ZeRO-{plan.setting.zero_stage}{_offloaded(plan)}, activation checkpointing "
-        f"{_recomputed(plan)}, {plan.setting.batch} clip{'s' if plan.setting.batch > 1 else ''} x "
-        f"{plan.setting.accumulation} micro step{'s' if plan.setting.accumulation > 1 else ''} "
-        + (f"for each {plan.setting.sequence} GPUs, which share its tokens" if plan.setting.sequence > 1 else "a GPU"),
+        f"sequence     {plan.tokens.total:,} tokens: {plan.tokens.text} of text, {plan.tokens.video:,} of video "
+        f"({_sizes(data)})",
+        f"layout       {plan.layout.gpus} GPU{'s' if plan.layout.gpus > 1 else ''} on {plan.layout.nodes} "
+        f"machine{'s' if plan.layout.nodes > 1 else ''}, ZeRO-{plan.layout.zero_stage}{_offloaded(plan)}, "
+        "activation checkpointing "
+        f"{_recomputed(plan)}, {plan.layout.batch} clip{'s' if plan.layout.batch > 1 else ''} x "
+        f"{plan.layout.accumulation} micro step{'s' if plan.layout.accumulation > 1 else ''} "
+        + (f"for each {plan.layout.sequence} GPUs, which share its tokens" if plan.layout.sequence > 1 else "a GPU"),
     ]
 
 
@@ -77,15 +82,15 @@ def _sizes(data: DataConfig) -> str:
 
 
 def _recomputed(plan: Plan) -> str:
-    if not plan.setting.checkpointing:
+    if not plan.layout.checkpointing:
         return "off"
-    return f"on ({format_kept(plan.setting.kept(plan.shape.layers))})"
+    return f"on ({format_kept(plan.layout.kept(plan.shape.layers))})"
 
 
 def _offloaded(plan: Plan) -> str:
     names = [
         name
-        for name, is_on in (("optimizer", plan.setting.offload_optimizer), ("weights", plan.setting.offload_parameters))
+        for name, is_on in (("optimizer", plan.layout.offload_optimizer), ("weights", plan.layout.offload_parameters))
         if is_on
     ]
     return f" ({' and '.join(names)} in host memory)" if names else ""
@@ -107,7 +112,7 @@ def _host(plan: Plan) -> list[str]:
 
 
 def _columns(memory: gpu_memory.Memory) -> list[str]:
-    """Parts, then the phases in which they meet."""
+    """Return the lines of the parts, then of the phases that use them."""
     rows = [f"  {name:<22}{gb(size):>12}" for name, size in _present(memory.parts).items()]
     return [*rows, "  " + "; ".join(f"{name} {gb(size)}" for name, size in memory.phases.items())]
 
@@ -123,8 +128,10 @@ def _work(plan: Plan) -> list[str]:
     measured = "" if plan.stage.plan_tflops else "; a prediction until stage.plan_tflops says what a step reached"
     return [
         f"operations of one clip: forward {peta(forward.total)} (linear layers {peta(forward.linear)}, attention "
-        f"{peta(forward.attention)}), backward {peta(sample.backward)}, recomputation {peta(sample.recomputation)}: {peta(sample.total)}",
-        f"one step: {plan.clips_per_step} clip{'s' if plan.clips_per_step > 1 else ''}, {peta(plan.flops)} on each GPU, "
+        f"{peta(forward.attention)}), backward {peta(sample.backward)}, recomputation "
+        f"{peta(sample.recomputation)}: {peta(sample.total)}",
+        f"one step: {plan.clips_per_step} clip{'s' if plan.clips_per_step > 1 else ''}, {peta(plan.flops)} on "
+        "each GPU, "
         f"{duration(floor)} at {plan.device.tflops:.0f} TFLOP/s ({plan.device.tflops_source}){waits}; "
         f"{plan.stage.steps} steps: {duration(plan.pace.step * plan.stage.steps)}{measured}",
     ]
@@ -133,14 +140,14 @@ def _work(plan: Plan) -> list[str]:
 def _traffic(plan: Plan) -> list[str]:
     sent = plan.traffic
     between = "nothing is sent between GPUs"
-    if plan.setting.gpus > 1:
+    if plan.layout.gpus > 1:
         between = f"{gb(sent.between_gpus)} from each GPU (gradients {gb(sent.gradients)}, weights {gb(sent.weights)}"
         between += f", averages {gb(sent.averages)}" if sent.averages else ""
         between += f", tokens {gb(sent.tokens)})" if sent.tokens else ")"
     host = f", {gb(sent.host)} between GPU and host" if sent.host else ""
     lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
-    if plan.setting.gpus > 1:
-        layouts = [replace(plan.setting, zero_stage=stage) for stage in range(4)]
+    if plan.layout.gpus > 1:
+        layouts = [replace(plan.layout, zero_stage=stage) for stage in range(4)]
         others = {one.zero_stage: step_time.traffic(plan.shape, plan.tokens, one).between_gpus for one in layouts}
         lines.append("  by ZeRO stage: " + ", ".join(f"{stage}: {gb(sent)}" for stage, sent in others.items()))
     return lines
@@ -152,7 +159,8 @@ def _disk(plan: Plan) -> list[str]:
     averages = f", averages {gb(disk.averages)}" if disk.averages else ""
     alone = f" and {disk.alone} folders of weights alone" if disk.alone else ""
     return [
-        f"one checkpoint: {gb(disk.checkpoint)} (DeepSpeed's states {gb(disk.deepspeed)}, weights {gb(disk.weights)}{averages}); "
+        f"one checkpoint: {gb(disk.checkpoint)} (DeepSpeed's states {gb(disk.deepspeed)}, weights "
+        f"{gb(disk.weights)}{averages}); "
         f"up to {disk.most} at once{alone}: {gb(disk.needed)}; {there}",
         *(
             ["  warning: they do not fit there: stage.keep_last=1, stage.keep_best=0, or run.root on a larger disk"]
@@ -167,7 +175,8 @@ def _data(plan: Plan) -> list[str]:
     if clips.training is None:
         return [f"clips: not known yet ({clips.source})"]
     epoch = clips.training / plan.clips_per_step
-    text = f"clips: {clips.training} to train on, {clips.holdout} held out ({clips.source}); an epoch is {epoch:.4g} steps, "
+    text = f"clips: {clips.training} to train on, {clips.holdout} held out ({clips.source}); "
+    text += f"an epoch is {epoch:.4g} steps, "
     text += (
         f"{plan.stage.steps} steps are {plan.stage.steps / epoch:.3g} epochs" if epoch else "there is none to train on"
     )
@@ -183,15 +192,17 @@ def _validation(plan: Plan) -> list[str]:
     sampling, between = plan.config.sampling, min(plan.stage.sample_every, plan.stage.steps)
     share = plan.validation_seconds / (between * plan.pace.step)
     return [
-        f"one validation: {plan.samples} videos ({plan.prompts} prompts x {len(sampling.seeds)} seeds; {plan.prompts_source}) x "
-        f"{sampling.steps} steps x {plan.passes} passes: {peta(plan.validation_flops)}, {duration(plan.validation_seconds)} beside "
+        f"one validation: {plan.samples} videos ({plan.prompts} prompts x {len(sampling.seeds)} seeds; "
+        f"{plan.prompts_source}) x "
+        f"{sampling.steps} steps x {plan.passes} passes: {peta(plan.validation_flops)}, "
+        f"{duration(plan.validation_seconds)} beside "
         f"decoding; {share:.1%} of the {between} training steps before it",
         *_cheaper(share, sampling.steps, between),
     ]
 
 
 def _cheaper(share: float, steps: int, between: int) -> list[str]:
-    """What brings a validation down to :data:`DEAR` of the training before it."""
+    """Return the changes that bring a validation down to :data:`DEAR` of the training before it."""
     if share <= DEAR:
         return []
     every = math.ceil(between * share / DEAR / 10) * 10
@@ -204,13 +215,17 @@ def _run(plan: Plan) -> list[str]:
     run, stage = plan.goodput, plan.stage
     every = f"saved every {stage.save_every} steps" if stage.save_every else "saved at the end only"
     return [
-        f"one save: {duration(run.save)} at {stage.plan_disk_gb:g} GB/s of each machine (stage.plan_disk_gb), in which training waits; "
-        f"{every}: {run.saving_share:.2%} of the run; cheapest every {duration(run.best_seconds)}, stage.save_every={run.best_every} "
+        f"one save: {duration(run.save)} at {stage.plan_disk_gb:g} GB/s of each machine (stage.plan_disk_gb), in "
+        "which training waits; "
+        f"{every}: {run.saving_share:.2%} of the run; cheapest every {duration(run.best_seconds)}, "
+        f"stage.save_every={run.best_every} "
         "(Young, Daly)",
-        f"interruptions: {run.a_week:.2g} a week, {run.interruptions:.2g} in this run (one in {stage.plan_mtbf_hours:g} GPU hours: "
+        f"interruptions: {run.a_week:.2g} a week, {run.interruptions:.2g} in this run (one in "
+        f"{stage.plan_mtbf_hours:g} GPU hours: "
         f"stage.plan_mtbf_hours), each {duration(run.lost)}: half of what lies between two saves, and "
         f"{duration(run.restart)} until it goes on (stage.plan_restart_minutes)",
-        f"goodput: {run.share:.1%} of {duration(run.seconds)} are training steps; validations {run.validation_share:.1%}, saves "
+        f"goodput: {run.share:.1%} of {duration(run.seconds)} are training steps; validations "
+        f"{run.validation_share:.1%}, saves "
         f"{run.saving_share:.1%}, interruptions {run.lost_share:.1%} ({run.interruptions * run.lost / 3600:.2g} hours)",
     ]
 
@@ -223,7 +238,7 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def gb(bytes: float) -> str:
-    """In 10^9 bytes, with as many digits as a small model needs."""
+    """Format bytes as GB (10^9 bytes), with enough digits for a small model."""
     value = bytes / 1e9
     return f"{value:.1f} GB" if value >= 1 else f"{value * 1000:.1f} MB"
 
@@ -233,7 +248,7 @@ def peta(flops: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit a reader thinks in."""
+    """Format seconds in a readable unit."""
     for unit, size in (("days", 172800), ("hours", 7200), ("minutes", 120)):
         if seconds >= size:
             return f"{seconds / (size / 2):.1f} {unit}"

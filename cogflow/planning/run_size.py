@@ -29,7 +29,8 @@ class Clips:
 
 
 def clips(config: Config[TrainStage], run: Path) -> Clips:
-    """Counted in the prepared clips, else in the list of the folder, where every clip is taken for readable and single."""
+    """Counted in the prepared clips, else in the list of the folder, where every clip is taken for readable and
+    single."""
     data = config.data
     if (RunLayout(run).cache / "index.json").is_file():
         try:
@@ -55,7 +56,7 @@ def _divided(count: int, holdout: int, source: str) -> Clips:
 
 
 def prompts(config: Config[TrainStage]) -> tuple[int, str]:
-    """How many prompts a validation samples, and where they come from."""
+    """Return the number of prompts that a validation samples, and their source."""
     if config.sampling.prompts is not None:
         try:
             return len(read_prompts(Path(config.sampling.prompts).expanduser())), config.sampling.prompts
@@ -68,7 +69,8 @@ def prompts(config: Config[TrainStage]) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. ``most``: checkpoints at once, the one that is being written included. ``alone``: folders of weights for an export."""
+    """Bytes. ``most``: checkpoints at once, the one that is being written included. ``alone``: folders of weights for
+    an export."""
 
     deepspeed: float
     weights: float
@@ -87,7 +89,7 @@ class Disk:
 
     @property
     def full(self) -> bool:
-        """Whether it is known that they do not fit."""
+        """True if the free space is known and too small."""
         return self.free is not None and self.needed > self.free
 
 
@@ -104,20 +106,20 @@ def disk(config: Config[TrainStage], shape: TransformerSize, layout: GpuLayout, 
     )
 
 
-def checkpoint(shape: TransformerSize, setting: GpuLayout) -> tuple[float, float, float]:
-    """Bytes of DeepSpeed's states, of the weights beside them and of the averages."""
-    weights = float(shape.parameters * setting.bytes)
-    half = setting.bytes < 4
-    if setting.zero_stage == 0:
+def checkpoint(shape: TransformerSize, layout: GpuLayout) -> tuple[float, float, float]:
+    """Return the bytes of DeepSpeed's states, of the weights and of the EMA."""
+    weights = float(shape.parameters * layout.bytes)
+    half = layout.bytes < 4
+    if layout.zero_stage == 0:
         states = (12 if half else 8) * shape.trained + weights
     else:
         # ZeRO keeps a master copy of fp32 weights, too; ZeRO-3 has the weights in nothing but these.
-        states = 12 * shape.trained + (weights if setting.zero_stage < 3 else 0)
-    return states, weights, 4.0 * shape.parameters if setting.ema else 0.0
+        states = 12 * shape.trained + (weights if layout.zero_stage < 3 else 0)
+    return states, weights, 4.0 * shape.parameters if layout.ema else 0.0
 
 
 def at_once(stage: TrainStage) -> int:
-    """Checkpoints on the disk at the worst moment: a new one is whole before an old one goes."""
+    """Return the largest number of checkpoints on the disk: a new one is complete before an old one is deleted."""
     written = max(1, -(-stage.steps // stage.save_every)) if stage.save_every else 1
     sharp = 1 if stage.sample_every else 0
     kept = stage.steps // math.lcm(stage.keep_every, stage.save_every) if stage.keep_every and stage.save_every else 0
@@ -125,12 +127,12 @@ def at_once(stage: TrainStage) -> int:
 
 
 def weights_alone(stage: TrainStage) -> int:
-    """Folders of weights at the end: none of them is deleted."""
+    """Return the number of weight folders at the end of the run. None of them is deleted."""
     return stage.steps // stage.weights_every if stage.weights_every else 0
 
 
 def free(folder: Path) -> float | None:
-    """Bytes free where ``folder`` is or will be; ``None`` where that cannot be told."""
+    """Return the free bytes at ``folder``, which need not exist yet; ``None`` if they are unknown."""
     there = folder.expanduser().absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -1,5 +1,5 @@
-"""What a training costs on 8, 64 and 512 GPUs: the quickest layout that fits, the share of a step that waits for other GPUs, and what
-saves, validations and interruptions leave of a run.
+"""Forecast the cost of a training on 8, 64 and 512 GPUs: the quickest layout that fits, the share of a step that
+waits for other GPUs, and the goodput of a run.
 
 ``docs/scaling.md`` shows both tables; ``python -m cogflow.planning.scale`` prints them.
 """
@@ -31,8 +31,8 @@ MODELS = ("cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b")
 
 @dataclass(frozen=True)
 class Row:
-    """One training with one clip on each GPU. ``waiting``: share of a step; ``hours``: GPU hours for a thousand clips; ``run``: of a long
-    run with saves and validations every ``EVERY`` steps."""
+    """One training with one clip on each GPU. ``waiting``: share of a step; ``hours``: GPU hours for a thousand
+    clips; ``run``: of a long run with saves and validations every ``EVERY`` steps."""
 
     model: str
     gpus: int
@@ -54,7 +54,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Of every model, number of GPUs and size of memory."""
+    """Yield the row of each model, number of GPUs and size of memory."""
     for model in MODELS:
         for gpus in GPUS:
             yield from (row(model, gpus, memory) for memory in MEMORY)
@@ -62,7 +62,7 @@ def rows() -> Iterator[Row]:
 
 @lru_cache
 def row(model: str, gpus: int, memory: int) -> Row:
-    """The quickest layout that fits, by the formulas of a plan."""
+    """Return the row of the quickest layout that fits, by the formulas of a plan."""
     speed = MEMORY[memory] * REACHED * USED
     words = [
         f"stage.plan_gpus={gpus}",
@@ -76,9 +76,9 @@ def row(model: str, gpus: int, memory: int) -> Row:
     )
     best = advice.at(asked, gpus)[0]
     seconds, waiting = best.pace.step, best.pace.waiting
-    states, weights, averages = run_size.checkpoint(asked.shape, best.setting)
+    states, weights, averages = run_size.checkpoint(asked.shape, best.layout)
     chosen = replace(
-        asked, setting=best.setting, disk=replace(asked.disk, deepspeed=states, weights=weights, averages=averages)
+        asked, layout=best.layout, disk=replace(asked.disk, deepspeed=states, weights=weights, averages=averages)
     )
     changed = [word for word in best.words if "=" in word and "plan_gpus" not in word]
     return Row(
@@ -98,14 +98,16 @@ def row(model: str, gpus: int, memory: int) -> Row:
 
 
 def markdown() -> str:
-    """The table of a step, of :func:`rows`."""
+    """Return the table of steps, from :func:`rows`."""
     lines = [
-        "| model | GPUs | GB each | quickest layout that fits | GB used | host GB a machine | s a step | waiting | clips a second | "
+        "| model | GPUs | GB each | quickest layout that fits | GB used | host GB a machine | s a step | waiting "
+        "| clips a second | "
         "GPU hours for 1000 clips |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {one.model} | {one.gpus} | {one.memory_gb} | {one.layout} | {one.peak_gb:.0f} | {one.host_gb:.0f} | {one.seconds:.2f} | "
+        f"| {one.model} | {one.gpus} | {one.memory_gb} | {one.layout} | {one.peak_gb:.0f} | {one.host_gb:.0f} | "
+        f"{one.seconds:.2f} | "
         f"{one.waiting:.0%} | {one.clips_per_second:.1f} | {one.hours:.2f} |"
         for one in rows()
     ]
@@ -113,16 +115,19 @@ def markdown() -> str:
 
 
 def runs_markdown() -> str:
-    """The table of a run, of :func:`rows`: times are those of the layouts of :func:`markdown`."""
+    """Return the table of runs, from :func:`rows`, for the layouts of :func:`markdown`."""
     lines = [
-        "| model | GPUs | GB each | checkpoint GB | s a save | cheapest interval | in steps | interruptions a week | hours lost a week | "
+        "| model | GPUs | GB each | checkpoint GB | s a save | cheapest interval | in steps | interruptions a "
+        "week | hours lost a week | "
         "validations | saves | goodput | at the cheapest interval |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
         f"| {one.model} | {one.gpus} | {one.memory_gb} | {one.checkpoint_gb:.0f} | {one.run.save:.0f} | "
-        f"{one.run.best_seconds / 3600:.1f} h | {one.run.best_every} | {one.run.a_week:.2f} | {one.run.a_week * one.run.lost / 3600:.2f} | "
-        f"{one.run.validation_share:.1%} | {one.run.saving_share:.1%} | {one.run.share:.1%} | {one.cheapest.share:.1%} |"
+        f"{one.run.best_seconds / 3600:.1f} h | {one.run.best_every} | {one.run.a_week:.2f} | "
+        f"{one.run.a_week * one.run.lost / 3600:.2f} | "
+        f"{one.run.validation_share:.1%} | {one.run.saving_share:.1%} | {one.run.share:.1%} | "
+        f"{one.cheapest.share:.1%} |"
         for one in rows()
     ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Choose how much transformer blocks keep of their activations: as little recomputation as fits into the memory of a GPU.
+"""Choose how much transformer blocks keep of their activations: as little recomputation as fits into the memory of a
+GPU.
 
-Applies with ``deepspeed.checkpoint_every_block=0`` and ``deepspeed.checkpoint_keep=auto``. Training and plans call the same functions.
-"""
+Applies with ``deepspeed.checkpoint_every_block=0`` and ``deepspeed.checkpoint_keep=auto``. Training and plans call
+the same functions."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ from cogflow.training.gpu_memory import Sampling
 from cogflow.training.transformer_size import Tokens, TransformerSize
 
 FILLED = 0.95
-"""Largest share of a GPU's memory that the prediction may fill. The prediction has an error, and running out of memory costs more time
-than recomputing one more block."""
+"""Largest share of a GPU's memory that the prediction may fill. The prediction has an error, and running out of
+memory costs more time than recomputing one more block."""
 
 GPU_BYTES = 80e9
 """Memory of a GPU that is assumed if none is present and none is given."""
@@ -38,12 +39,13 @@ KEPT_WORDS = {
     "all": "keep all products",
     "everything": "keep everything",
 }
-"""What blocks keep in words, by ``deepspeed.checkpoint_keep``."""
+"""Descriptions of the activations that blocks keep, by ``deepspeed.checkpoint_keep``."""
 
 
 @dataclass(frozen=True)
 class TrainingSize:
-    """Everything about a training that determines its memory. ``encoder``: parameters of the text encoder that embeds prompts."""
+    """Everything about a training that determines its memory. ``encoder``: parameters of the text encoder that embeds
+    prompts."""
 
     shape: TransformerSize
     model_source: str
@@ -55,7 +57,8 @@ class TrainingSize:
 
 
 def kept_activations(config: Config[TrainStage]) -> Mapping[str, int] | None:
-    """Return the number of blocks by what they keep, or ``None`` if the settings do not leave it to the available memory."""
+    """Return the number of blocks by what they keep, or ``None`` if the settings do not leave it to the available
+    memory."""
     deepspeed = config.deepspeed
     if not deepspeed.activation_checkpointing or (
         deepspeed.checkpoint_every_block and deepspeed.checkpoint_keep != "auto"
@@ -104,8 +107,8 @@ def training_size(config: Config[TrainStage]) -> TrainingSize:
 def fit(size: TrainingSize, memory: float) -> GpuLayout:
     """Return the layout with the least recomputation that fits into ``memory`` bytes of a GPU.
 
-    The layout recomputes as much as the settings allow if nothing fits, and is returned unchanged if the settings leave nothing open.
-    """
+    The layout recomputes as much as the settings allow if nothing fits, and is returned unchanged if the settings
+    leave nothing open."""
     layout = size.layout
     if not layout.checkpointing or (layout.checkpoint_every and layout.keep != "auto"):
         return layout
@@ -125,7 +128,9 @@ def fit(size: TrainingSize, memory: float) -> GpuLayout:
 
 def _choices(layout: GpuLayout, layers: int) -> Iterator[Mapping[str, int]]:
     """Yield all that the settings allow. Blocks differ by at most one kind; the kind that keeps less comes first."""
-    keeps = [layout.keep] if layout.keep != "auto" else SHARDED_KEEPS if layout.zero_stage == 3 else KEEPS
+    keeps = SHARDED_KEEPS if layout.zero_stage == 3 else KEEPS
+    if layout.keep != "auto":
+        keeps = (layout.keep,)
     if layout.checkpoint_every:
         recomputed = len(range(0, layers, layout.checkpoint_every))
         yield from ({keep: recomputed, EVERYTHING: layers - recomputed} for keep in keeps)
@@ -135,7 +140,8 @@ def _choices(layout: GpuLayout, layers: int) -> Iterator[Mapping[str, int]]:
 
 
 def memory_of_one_gpu(stage: TrainStage) -> tuple[float, str]:
-    """Return the memory of one GPU in bytes, and where the number comes from: the settings, the present GPU, or an assumption."""
+    """Return the memory of one GPU in bytes, and where the number comes from: the settings, the present GPU, or an
+    assumption."""
     if stage.plan_memory_gb:
         return stage.plan_memory_gb * 1e9, "stage.plan_memory_gb"
     if torch.cuda.is_available():
@@ -166,6 +172,7 @@ def validation_sampling(config: Config[TrainStage]) -> Sampling:
 
 
 def local_gpus(stage: TrainStage) -> int | None:
-    """Return the processes of this machine as torchrun sets them, ``None`` if unknown or if another number of GPUs is planned for."""
+    """Return the processes of this machine as torchrun sets them, ``None`` if unknown or if another number of GPUs is
+    planned for."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     return int(local) if local and not stage.plan_gpus else None

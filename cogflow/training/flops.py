@@ -1,5 +1,6 @@
-"""Floating point operations by formula: two for each multiplication and addition of a matrix product. What is left out (norms,
-activations, the loss) is less than a hundredth at the sizes of the family; a test counts the tiny model's operations beside this."""
+"""Floating point operations by formula: two for each multiplication and addition of a matrix product. What is left
+out (norms, activations, the loss) is less than a hundredth at the sizes of the family; a test counts the tiny model's
+operations beside this."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from cogflow.training.transformer_size import Tokens, TransformerSize
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Operations of one forward pass of one sample. ``outside``: the linear layers outside of the blocks, part of ``linear``;
-    ``inputs``: those of them that read what is no result of weights, so that no gradient flows on from them."""
+    """Operations of one forward pass of one sample. ``outside``: the linear layers outside of the blocks, part of
+    ``linear``; ``inputs``: those of them that read what is no result of weights, so that no gradient flows on from
+    them."""
 
     linear: float
     attention: float
@@ -26,7 +28,8 @@ class ForwardFlops:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one training sample: forward, backward (twice that), and once more the blocks whose activations are recomputed."""
+    """Operations of one training sample: forward, backward (twice that), and once more the blocks whose activations
+    are recomputed."""
 
     forward: float
     backward: float
@@ -38,9 +41,10 @@ class StepFlops:
 
 
 def forward(shape: TransformerSize, tokens: Tokens) -> ForwardFlops:
-    """Of one sample, without guidance."""
+    """Return the operations of one sample without guidance."""
     width, patch = shape.width, shape.patch**2 * shape.patch_t
-    # Four projections of attention and a feed-forward of four times the width; the modulation is computed once per sample.
+    # Four projections of attention and a feed-forward of four times the width; the modulation is computed once per
+    # sample.
     block = 24 * tokens.total * width**2 + 2 * 2 * shape.time_width * 6 * width
     inputs = 2 * (tokens.video * shape.in_channels * patch + tokens.text * shape.text_width) * width
     inputs += 2 * (width * shape.time_width + shape.ofs_width**2)
@@ -56,11 +60,13 @@ def forward(shape: TransformerSize, tokens: Tokens) -> ForwardFlops:
 
 
 WIDEST = 1 / 3
-"""Share of a block's linear layers that is the first of its feed-forward, the one whose result is not kept with the other products."""
+"""Share of a block's linear layers that is the first of its feed-forward, the one whose result is not kept with the
+other products."""
 
 
 def step(shape: TransformerSize, tokens: Tokens, kept: Mapping[str, int] | None = None) -> StepFlops:
-    """Of one sample. ``kept``: blocks by what they keep (:data:`cogflow.training.gpu_memory.KEPT`); default: all keep everything.
+    """Return the operations of one sample. ``kept``: blocks by what they keep
+    (:data:`cogflow.training.gpu_memory.KEPT`); default: all keep everything.
 
     Flash attention recomputes its scores in the backward pass, too; as everywhere, that is not counted.
     """

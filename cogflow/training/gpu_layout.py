@@ -1,4 +1,4 @@
-"""How a training is laid out over GPUs: what of a config decides about memory, traffic and speed."""
+"""Describe the layout of a training over GPUs: the settings that determine memory, traffic and speed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ NODE = 8
 """GPUs of one machine, where there are that many."""
 
 REUSE = 10**9
-"""Elements within which ZeRO-3 keeps what it gathered because it is used again: DeepSpeed's ``stage3_max_reuse_distance``."""
+"""Elements within which ZeRO-3 keeps what it gathered because it is used again: DeepSpeed's
+``stage3_max_reuse_distance``."""
 
 
 @dataclass(frozen=True)
 class GpuLayout:
-    """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``: all of them, ``local``:
-    those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, ``keep``: what they keep, ``auto`` for what fits; ``fitted``:
-    what that comes to, once it is known, as :meth:`kept` has it. ``ema``:
-    whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``: elements within which ZeRO-3 keeps
-    weights for their next use. ``sequence``: GPUs that share each batch of ``batch`` clips."""
+    """``bytes``: of one element of the weights that train, ``reduced_bytes``: of one gradient on its way. ``gpus``:
+    all of them, ``local``: those of one machine. ``checkpoint_every``: 0 for as few blocks as fit, ``keep``: what
+    they keep, ``auto`` for what fits; ``fitted``: what that comes to, once it is known, as :meth:`kept` has it.
+    ``ema``: whether averages are kept, every ``ema_every`` steps, in host memory with ``ema_on_host``. ``reuse``:
+    elements within which ZeRO-3 keeps weights for their next use. ``sequence``: GPUs that share each batch of
+    ``batch`` clips."""
 
     zero_stage: int
     offload_optimizer: bool
@@ -49,7 +51,7 @@ class GpuLayout:
 
     @property
     def clips(self) -> int:
-        """Of one optimizer step, all GPUs together."""
+        """Clips of one optimizer step on all GPUs together."""
         return self.batch * self.accumulation * self.gpus // self.sequence
 
     @property
@@ -69,7 +71,8 @@ class GpuLayout:
 
 
 def of_config(config: Config[TrainStage], dtype: str, gpus: int, local: int | None = None) -> GpuLayout:
-    """The layout that ``config`` asks for on ``gpus`` GPUs; ``local``: GPUs of one machine, else as many as are usual."""
+    """The layout that ``config`` asks for on ``gpus`` GPUs; ``local``: GPUs of one machine, else as many as are
+    usual."""
     stage, deepspeed = config.stage, config.deepspeed
     return GpuLayout(
         zero_stage=deepspeed.zero_stage,

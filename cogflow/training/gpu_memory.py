@@ -1,8 +1,8 @@
-"""Memory of one GPU and of one machine, by part and by phase: what lies there before the first step, in the backward pass, at the
-optimizer's step and at a validation. The largest phase decides.
+"""Memory of one GPU and of one machine, by part and by phase: before the first step, in the backward pass, at the
+optimizer step and at a validation. The largest phase decides.
 
-Counted after DeepSpeed 0.19 (``stage_1_and_2.py``, ``stage3.py``) and this project's own loading, averaging and sampling.
-"""
+Counted after DeepSpeed 0.19 (``stage_1_and_2.py``, ``stage3.py``) and this project's own loading, averaging and
+sampling."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from cogflow.training.gpu_layout import GpuLayout
 from cogflow.training.transformer_size import Tokens, TransformerSize
 
 SAVED, WORKING, INFERENCE = 22.1, 28.0, 13.0
-"""Copies of the hidden states (tokens x width, in the training dtype) of one block: kept for the backward pass, alive at the height of
-forward plus backward, and alive without gradients. Counted over every allocation of diffusers' block; a test counts the first again."""
+"""Copies of the hidden states (tokens x width, in the training dtype) of one block: kept for the backward pass, alive
+at the height of forward plus backward, and alive without gradients. Counted over every allocation of diffusers'
+block; a test counts the first again."""
 
 KEPT = {"nothing": 1.0, "attention": 2.03, "products": 7.03, "all": 11.03, "everything": SAVED}
-"""Copies of the hidden states that a block keeps, by ``deepspeed.checkpoint_keep``: its input; attention's output besides, with its
-logarithms of sums; the results of all linear layers but the widest besides; those of all; and all that the backward pass asks for, where
-nothing is computed again. A test counts them."""
+"""Copies of the hidden states that a block keeps, by ``deepspeed.checkpoint_keep``: its input; attention's output
+besides, with its logarithms of sums; the results of all linear layers but the widest besides; those of all; and all
+that the backward pass asks for, where nothing is computed again. A test counts them."""
 
 SUBGROUP = 10**9
 """Elements that ZeRO-3 updates at once."""
@@ -30,7 +31,8 @@ VAE = 215_583_907
 """Parameters of CogVideoX's autoencoder."""
 
 DECODING, TILE = 22_900.0, (240, 360)
-"""Elements alive for each pixel when the VAE decodes two latent frames after others, and the size in pixels of one tile."""
+"""Elements alive for each pixel when the VAE decodes two latent frames after others, and the size in pixels of one
+tile."""
 
 CONTEXT, FRAGMENTS = 1.5e9, 0.05
 """Bytes that CUDA, NCCL and cuBLAS take, and the share of the rest that lies idle between allocations."""
@@ -44,7 +46,8 @@ LIVE = 4
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a validation makes: clips of ``frames`` pictures, ``passes`` of the transformer at once (2 with guidance)."""
+    """Size of the clips that a validation samples: ``frames`` frames, ``passes`` of the transformer at once (2 with
+    guidance)."""
 
     frames: int
     height: int
@@ -72,41 +75,41 @@ class Memory:
 
 
 def gpu(
-    shape: TransformerSize, tokens: Tokens, setting: GpuLayout, sampling: Sampling | None, *, encoder: float = ENCODER
+    shape: TransformerSize, tokens: Tokens, layout: GpuLayout, sampling: Sampling | None, *, encoder: float = ENCODER
 ) -> Memory:
-    """Of each GPU. ``encoder``: parameters of the text encoder; ``sampling``: ``None`` without validations."""
-    trained, size, share = shape.trained, setting.bytes, 1 / setting.gpus
-    whole = setting.zero_stage < 3
-    sharded = share if setting.zero_stage > 0 else 1.0
+    """Return the memory of each GPU. ``encoder``: parameters of the text encoder; ``sampling``: ``None`` without
+    validations."""
+    trained, size, share = shape.trained, layout.bytes, 1 / layout.gpus
+    whole = layout.zero_stage < 3
+    sharded = share if layout.zero_stage > 0 else 1.0
     half = size < 4
     parts: dict[str, float] = {}
-    on_host = setting.offload_parameters
-    parts["weights"] = shape.parameters * size * (1.0 if whole else 0.0 if on_host else share)
-    live = min(shape.parameters, max(LIVE * setting.gather_bucket, 10**6)) + min(
-        shape.parameters, setting.gather_bucket
-    )
+    on_host = layout.offload_parameters
+    weights_share = 0.0 if on_host else share
+    parts["weights"] = shape.parameters * size * (1.0 if whole else weights_share)
+    live = min(shape.parameters, max(LIVE * layout.gather_bucket, 10**6)) + min(shape.parameters, layout.gather_bucket)
     parts["weights gathered"] = 0.0 if whole else min(live, shape.parameters) * size
     parts["fp32 master"] = (
-        0.0 if setting.offload_optimizer or (setting.zero_stage == 0 and not half) else 4 * trained * sharded
+        0.0 if layout.offload_optimizer or (layout.zero_stage == 0 and not half) else 4 * trained * sharded
     )
-    parts["optimizer states"] = 0.0 if setting.offload_optimizer else 8 * trained * sharded
-    parts["gradients"] = _gradients(trained, setting)
-    doubled = 2 if setting.overlap and whole and setting.gpus > 1 else 1
-    carried = (
-        setting.reduced_bytes if setting.reduced_bytes > size and setting.gpus > 1 else 0
-    )  # a copy of the bucket that is sent
-    parts["buckets"] = setting.reduce_bucket * (size * doubled + carried) if setting.zero_stage > 0 else 0.0
-    # What a shared sequence copies for its exchanges lies at attention, where less is alive than at the feed-forward's height.
-    hidden = tokens.total / setting.sequence * shape.width * size * setting.batch
-    again = setting.recomputed(shape.layers)
-    parts["activations"] = hidden * sum(count * KEPT[keep] for keep, count in setting.kept(shape.layers).items())
+    parts["optimizer states"] = 0.0 if layout.offload_optimizer else 8 * trained * sharded
+    parts["gradients"] = _gradients(trained, layout)
+    doubled = 2 if layout.overlap and whole and layout.gpus > 1 else 1
+    # A wider dtype of the reduction needs a copy of the bucket that is sent.
+    carried = layout.reduced_bytes if layout.reduced_bytes > size and layout.gpus > 1 else 0
+    parts["buckets"] = layout.reduce_bucket * (size * doubled + carried) if layout.zero_stage > 0 else 0.0
+    # The copies for the exchanges of a shared sequence are alive in attention, where less memory is in use than in the
+    # feed-forward layer.
+    hidden = tokens.total / layout.sequence * shape.width * size * layout.batch
+    again = layout.recomputed(shape.layers)
+    parts["activations"] = hidden * sum(count * KEPT[keep] for keep, count in layout.kept(shape.layers).items())
     parts["temporary peak"] = WORKING * hidden if again else (WORKING - SAVED) * hidden
-    parts["optimizer step"] = _step(trained, setting)
-    parts["EMA"] = 0.0 if not setting.ema or setting.ema_on_host else 4 * shape.parameters * share
-    parts["sampling"] = _sampling(shape, tokens, setting, sampling) if sampling else 0.0
+    parts["optimizer step"] = _step(trained, layout)
+    parts["EMA"] = 0.0 if not layout.ema or layout.ema_on_host else 4 * shape.parameters * share
+    parts["sampling"] = _sampling(shape, tokens, layout, sampling) if sampling else 0.0
     resident = parts["weights"] + parts["fp32 master"] + parts["optimizer states"] + parts["EMA"]
     phases = {
-        "start": max(encoder * size, _start(shape, setting)),
+        "start": max(encoder * size, _start(shape, layout)),
         "forward and backward": resident
         + sum(parts[name] for name in ("weights gathered", "gradients", "buckets", "activations", "temporary peak")),
         "optimizer step": resident + parts["gradients"] + parts["optimizer step"],
@@ -116,37 +119,39 @@ def gpu(
     return Memory(parts, {name: bytes + CONTEXT + FRAGMENTS * bytes for name, bytes in phases.items()})
 
 
-def _gradients(trained: int, setting: GpuLayout) -> float:
-    """What stays of the gradients after the backward pass. Without ZeRO half-precision training gathers them in fp32, besides."""
-    if setting.zero_stage == 0:
-        return trained * (setting.bytes + (4 if setting.bytes < 4 else 0))
-    if setting.zero_stage == 1:
-        return float(trained * setting.bytes)
+def _gradients(trained: int, layout: GpuLayout) -> float:
+    """Return the bytes of the gradients after the backward pass. Half-precision training without ZeRO also gathers
+    them in fp32."""
+    if layout.zero_stage == 0:
+        return trained * (layout.bytes + (4 if layout.bytes < 4 else 0))
+    if layout.zero_stage == 1:
+        return float(trained * layout.bytes)
     # With offloading each bucket goes to the host as soon as it is reduced.
-    return 0.0 if setting.offload_optimizer else trained * setting.bytes / setting.gpus
+    return 0.0 if layout.offload_optimizer else trained * layout.bytes / layout.gpus
 
 
-def _step(trained: int, setting: GpuLayout) -> float:
-    """Copy of the gradients that the update makes: one in fp32."""
-    if setting.zero_stage == 0 or setting.offload_optimizer:
+def _step(trained: int, layout: GpuLayout) -> float:
+    """Return the bytes of the fp32 copy of the gradients that the update makes."""
+    if layout.zero_stage == 0 or layout.offload_optimizer:
         return 0.0
-    part = trained / setting.gpus
-    if setting.zero_stage == 3:
+    part = trained / layout.gpus
+    if layout.zero_stage == 3:
         return 4 * min(SUBGROUP, part)
     return 4 * part
 
 
-def _start(shape: TransformerSize, setting: GpuLayout) -> float:
-    """While DeepSpeed is built: each rank's share under ZeRO-3, else the weights whole, and once more flat in ZeRO-1 and 2."""
-    weights = shape.parameters * setting.bytes
-    return float(
-        2 * weights if setting.zero_stage in (1, 2) else weights / setting.gpus if setting.zero_stage == 3 else weights
-    )
+def _start(shape: TransformerSize, layout: GpuLayout) -> float:
+    """Return the bytes while DeepSpeed is built: one shard under ZeRO-3, else all weights, twice in ZeRO-1 and 2, which
+    make a flat copy."""
+    weights = shape.parameters * layout.bytes
+    if layout.zero_stage == 3:
+        return weights / layout.gpus
+    return float(2 * weights if layout.zero_stage in (1, 2) else weights)
 
 
-def _sampling(shape: TransformerSize, tokens: Tokens, setting: GpuLayout, sampling: Sampling) -> float:
-    """The larger of denoising and decoding; the autoencoder is there for both."""
-    denoising = INFERENCE * tokens.total * shape.width * setting.bytes * sampling.passes
+def _sampling(shape: TransformerSize, tokens: Tokens, layout: GpuLayout, sampling: Sampling) -> float:
+    """Return the bytes of denoising or decoding, the larger of both, with the VAE."""
+    denoising = INFERENCE * tokens.total * shape.width * layout.bytes * sampling.passes
     return VAE * sampling.vae_bytes + max(denoising, decoding(sampling))
 
 
@@ -158,26 +163,26 @@ def decoding(sampling: Sampling) -> float:
     return DECODING * at_once * sampling.vae_bytes + video
 
 
-def host(shape: TransformerSize, setting: GpuLayout, *, validates: bool, encoder: float = ENCODER) -> Memory:
-    """Of one machine with ``setting.local`` processes."""
-    trained, size, local = shape.trained, setting.bytes, setting.local
-    share = local / setting.gpus
+def host(shape: TransformerSize, layout: GpuLayout, *, validates: bool, encoder: float = ENCODER) -> Memory:
+    """Return the memory of one machine with ``layout.local`` processes."""
+    trained, size, local = shape.trained, layout.bytes, layout.local
+    share = local / layout.gpus
     parts: dict[str, float] = {"processes": local * PROCESS}
-    parts["optimizer states"] = 12 * trained * share if setting.offload_optimizer else 0.0
-    gradients = size + 4 if setting.zero_stage == 3 else 4
-    parts["gradients"] = gradients * trained * share if setting.offload_optimizer else 0.0
+    parts["optimizer states"] = 12 * trained * share if layout.offload_optimizer else 0.0
+    gradients = size + 4 if layout.zero_stage == 3 else 4
+    parts["gradients"] = gradients * trained * share if layout.offload_optimizer else 0.0
     # ZeRO-1 and 2 carry the updated weights to the GPU through a buffer of their own.
     parts["weights"] = (
         size * trained * share
-        if setting.offload_parameters or (setting.offload_optimizer and setting.zero_stage < 3)
+        if layout.offload_parameters or (layout.offload_optimizer and layout.zero_stage < 3)
         else 0.0
     )
-    parts["EMA"] = 4 * shape.parameters * share if setting.ema and setting.ema_on_host else 0.0
+    parts["EMA"] = 4 * shape.parameters * share if layout.ema and layout.ema_on_host else 0.0
     parts["VAE"] = local * VAE * 4.0 if validates else 0.0
     # One process loads the text encoder for all; the transformer's weights come one by one.
     parts["loading"] = encoder * size
     # The averages take the weights' place at a validation; each process keeps its share of the weights meanwhile.
-    parts["weights set aside"] = shape.parameters * size * share if setting.ema and validates else 0.0
+    parts["weights set aside"] = shape.parameters * size * share if layout.ema and validates else 0.0
     steady = sum(parts[name] for name in ("processes", "optimizer states", "gradients", "weights", "EMA", "VAE"))
     return Memory(
         parts,

@@ -55,7 +55,8 @@ class Tokens:
 
 
 def of_config(config: ForeignObject, freeze: Sequence[str] = ()) -> TransformerSize:
-    """The shape of the transformer that a ``config.json`` of diffusers describes; what matches ``freeze`` is not trained."""
+    """Return the shape of the transformer that a ``config.json`` of diffusers describes. Parameters that match
+    ``freeze`` are not trained."""
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel.from_config(dict(config))
     initial_weights.freeze(model, freeze)
@@ -80,7 +81,8 @@ def of_config(config: ForeignObject, freeze: Sequence[str] = ()) -> TransformerS
 
 
 def of_model(model: ModelConfig, freeze: Sequence[str] = ()) -> tuple[TransformerSize, str]:
-    """The shape that ``model.path`` holds, else the family's, and where it comes from. The folder need not be there yet."""
+    """Return the shape of the model in ``model.path``, else of the model family, and its source. The folder need not
+    exist yet."""
     config, source = config_of(model)
     try:
         return of_config(config, freeze), source
@@ -91,7 +93,7 @@ def of_model(model: ModelConfig, freeze: Sequence[str] = ()) -> tuple[Transforme
 
 
 def config_of(model: ModelConfig) -> tuple[dict[str, Any], str]:
-    """The ``config.json`` of the transformer in ``model.path``, else the family's, and where it comes from."""
+    """Return the ``config.json`` of the transformer in ``model.path``, else of the model family, and its source."""
     folder = tiny.folder() if model.name == "tiny" and model.path is None else None
     if model.path is not None:
         folder = Path(model.path).expanduser()
@@ -109,7 +111,8 @@ def config_of(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def tokens(shape: TransformerSize, frames: int, height: int, width: int) -> Tokens:
-    """Tokens of a clip of ``frames`` pictures of ``height`` x ``width`` pixels; a model that patches over time pads to whole patches."""
+    """Return the tokens of a clip of ``frames`` frames of ``height`` x ``width`` pixels. A model that patches over time
+    pads to whole patches."""
     latent_frames = (frames - 1) // shape.frames_per_latent + 1
     pixels = COMPRESSION * shape.patch
     return Tokens(shape.text_tokens, -(-latent_frames // shape.patch_t) * (height // pixels) * (width // pixels))

@@ -43,7 +43,7 @@ def test_a_mistake_exits_2_with_one_message_and_no_traceback(
     result = cogflow(*words, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert "Traceback" not in result.stderr and [part for part in parts if part not in result.stderr] == []
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_rank_0_speaks(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_cfg_prints_what_would_run(tmp_path: Path) -> None:
     from cogflow.config.build import build
 
     result = cogflow("stage=train", "stage.steps=7", "--cfg", cwd=tmp_path)
-    assert result.returncode == 0 and os.listdir(tmp_path) == []
+    assert result.returncode == 0 and list(tmp_path.iterdir()) == []
     from omegaconf import OmegaConf
 
     config = build(OmegaConf.to_container(OmegaConf.create(result.stdout)))  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def test_exit_codes(
     assert command.main(["stage=train"]) == code
     said = capsys.readouterr().err
     assert "Traceback" not in said and str(error or "") in said
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fault_exits_1_and_its_traceback_is_kept(
@@ -182,9 +182,12 @@ def test_an_interrupt_exits_130(tmp_path: Path) -> None:
     )
     # A shell has what it starts in the background ignore the signal, and so would this.
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     started = time.time()
     process.send_signal(signal.SIGINT)

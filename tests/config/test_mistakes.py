@@ -108,7 +108,7 @@ def test_one_mistake_is_one_problem(line: str) -> None:
 
 
 def test_all_problems_come_together() -> None:
-    """Of the words, of the kinds, of the ranges and between keys."""
+    """One error lists mistakes in words, kinds and ranges, and mistakes between keys."""
     with pytest.raises(ConfigError) as caught:
         compose(
             ["stage=train", "modle=x", "stage.stps=1", "data.fps=fast", "data.height=100", "data.holdout=200", "a=,=b"]
@@ -125,7 +125,8 @@ def test_a_problem_that_follows_from_another_is_left_out() -> None:
 
 
 def test_values_keep_or_gain_their_kind(tmp_path: Path) -> None:
-    line = f"stage=train run.name=2024 stage.steps=1e3 data.fps=24 sampling.seeds=[1,2] stage.resume={tmp_path} data.path='a,b'"
+    line = "stage=train run.name=2024 stage.steps=1e3 data.fps=24 sampling.seeds=[1,2] "
+    line += f"stage.resume={tmp_path} data.path='a,b'"
     config = compose([*line.split(), "tracking.entity=null", "+data.seed=3", "stage.seed=${data.seed}"])
     stage = config.stage
     assert isinstance(stage, TrainStage)

@@ -36,7 +36,7 @@ DEVIATIONS: dict[str, tuple[Any, str]] = {
     "deepspeed.reduce_bucket_size": (500_000_000, "half the memory; no value changes, and little time"),
     "deepspeed.allgather_bucket_size": (500_000_000, "half the memory; no value changes, and little time"),
 }
-"""Where experiment=cogvideox_5b_sft differs from SAT's recipe on purpose: its value, and why."""
+"""Intended differences of experiment=cogvideox_5b_sft from SAT's recipe: the value and the reason."""
 
 
 def recipe(*words: str, files: str = f"[{SFT},{MODEL}]") -> Config:
@@ -68,7 +68,8 @@ def test_the_experiment_is_sats_recipe_value_by_value() -> None:
 
 
 def test_the_recipe_file_is_sats_recipe_value_by_value() -> None:
-    """``recipe=sat`` sets what SAT's yaml and SAT's defaults say about the optimization, except for the clips per GPU."""
+    """``recipe=sat`` sets what SAT's yaml and SAT's defaults say about the optimization, except for the clips per
+    GPU."""
     from omegaconf import OmegaConf
 
     imported = {
@@ -127,9 +128,15 @@ def test_the_models_are_the_family() -> None:
         one = MODEL_SPECS[name]
         patch = [one.patch_size_t, one.patch_size, one.patch_size] if one.patch_size_t else one.patch_size
         assert facts == {
-            "layers": one.layers, "heads": one.heads, "width": one.heads * one.head_dim, "in_channels": one.in_channels, "patch": patch,
-            "text_tokens": one.text_tokens, "scaling_factor": one.scaling_factor, "snr_shift_scale": one.snr_shift_scale,
-        }  # fmt: skip
+            "layers": one.layers,
+            "heads": one.heads,
+            "width": one.heads * one.head_dim,
+            "in_channels": one.in_channels,
+            "patch": patch,
+            "text_tokens": one.text_tokens,
+            "scaling_factor": one.scaling_factor,
+            "snr_shift_scale": one.snr_shift_scale,
+        }
 
 
 @pytest.mark.parametrize("name", sorted(YAMLS))
@@ -180,7 +187,7 @@ def test_prepare_and_flow_take_what_is_theirs() -> None:
         compose(["stage=sample", *words])
 
 
-def test_each_line_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_line_is_reported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe("stage.steps=7")
     said = capsys.readouterr()
     assert said.out == "" and "import: args.save_interval = 500 -> stage.save_every=500\n" in said.err
@@ -276,7 +283,8 @@ def test_the_schedule(tmp_path: Path, extra: str, schedule: str, least: float | 
 
 
 def sat_rate(step: int, lr: float = 1e-5, steps: int = 1000, warmup: float = 0.01) -> float:
-    """SAT's AnnealingLR in a finetuning from nothing: held back for 100 steps, then its line, at its own count of steps."""
+    """SAT's AnnealingLR in a finetuning from nothing: held back for 100 steps, then its line, at its own count of
+    steps."""
     rising = warmup * steps
     if step <= 100:
         return min(0.05 * lr, lr * step / rising)

@@ -21,7 +21,7 @@ from cogflow.errors import ConfigError
 from cogflow.models.family import MODEL_SPECS
 
 PLACES = ["model.path=/model", "data.path=/clips"]
-"""What the real models and your own clips need beside the yaml files."""
+"""Settings that the real models and your own clips need beside the yaml files."""
 
 CASES = {
     f"{group}/{choice}": [f"{group}={choice}"]
@@ -69,7 +69,7 @@ def test_each_experiment_works_with_each_stage(stage: str, experiment: str) -> N
 
 
 def test_the_lists_agree() -> None:
-    """What the check knows, the tables it must not import, and the yaml files."""
+    """The names that the check knows equal the tables that it must not import, and the yaml files."""
     assert set(model_section.MODELS) == {*MODEL_SPECS, "auto"} == set(groups()["model"])
     assert set(data_section.COLOURS) == set(shapes.COLOURS)
     assert set(data_section.SHAPES) == set(shapes.SHAPES)

@@ -20,7 +20,7 @@ PARAMETERS = {
     "cogvideox1.5-5b": 5_570_676_352,
     "cogvideox1.5-5b-i2v": 5_571_594_880,
 }
-"""Of the published checkpoints."""
+"""Parameters of the published checkpoints."""
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

@@ -1,4 +1,4 @@
-"""What saves, validations and interruptions leave of a run: formulas beside runs played out at random, and what a plan prints of them."""
+"""Compare the goodput formulas with simulated random runs, and check the lines that a plan prints."""
 
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ def test_settings_that_mean_nothing(wrong: str) -> None:
 def test_the_pace_is_operations_at_a_speed_and_what_is_not_hidden() -> None:
     one = made("stage.plan_tflops=400", "stage.gradient_accumulation=4")
     assert one.pace.compute == pytest.approx(one.flops / 400e12) and one.pace.compute == one.seconds
-    faster = pace(one.shape, one.tokens, one.setting, 800)
+    faster = pace(one.shape, one.tokens, one.layout, 800)
     assert faster.compute == pytest.approx(one.pace.compute / 2) and faster.waiting >= one.pace.waiting > 0
     assert made("stage.plan_gpus=1").pace.waiting == 0
 
 
 def test_nothing_is_written_for_nothing() -> None:
     one = made()
-    assert goodput.save_seconds(one.shape, replace(one.setting, zero_stage=0), 0.0, 1e9) == 0
+    assert goodput.save_seconds(one.shape, replace(one.layout, zero_stage=0), 0.0, 1e9) == 0

@@ -44,7 +44,8 @@ class Alive(TorchDispatchMode):
 
 
 def block_sizes(settings: dict[str, Any] | None = None) -> tuple[float, float, float]:
-    """Kept for the backward pass, at the height of both passes, and at that of one without gradients, in copies of the hidden states.
+    """Kept for the backward pass, at the height of both passes, and at that of one without gradients, in copies of
+    the hidden states.
 
     ``settings``: of attention, which is then the one that shares a sequence.
     """
@@ -82,7 +83,7 @@ def test_a_block_keeps_what_the_formula_says() -> None:
 
 
 def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
-    """What lies there after the forward pass, beyond what a block leaves that keeps its input alone."""
+    """Return the bytes after the forward pass, beyond those of a block that keeps only its input."""
     width, text, video, dtype = 384, 226, 8000, torch.bfloat16
     block = CogVideoXBlock(width, 6, 64, 512, attention_bias=True).to(dtype)
     inputs = [torch.randn(1, count, width, dtype=dtype, requires_grad=True) for count in (video, text)]
@@ -101,7 +102,8 @@ def test_a_recomputed_block_keeps_what_the_formula_says() -> None:
 
 
 def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes to other ranks and what comes from them is as large as what a rank that shares with nobody sends to itself."""
+    """Data to and from other ranks is as large as what a rank that shares with nobody sends to
+    itself."""
     monkeypatch.setattr(sequence, "_all_to_all", lambda rows, *_: rows.clone())
     saved, working, _ = block_sizes({sequence.SHARD_ARGUMENT: sequence.SequenceShard(None, 0, (226,), (8000,))})
     assert saved == pytest.approx(gpu_memory.SAVED, rel=0.02)
@@ -113,9 +115,11 @@ def test_decoding_takes_what_the_formula_says(tiled: bool, rel: float) -> None:
     """On the meta device: the published autoencoder, as its config is."""
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX(
-            block_out_channels=(128, 256, 256, 512), layers_per_block=3, down_block_types=("CogVideoXDownBlock3D",) * 4,
+            block_out_channels=(128, 256, 256, 512),
+            layers_per_block=3,
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
-        )  # fmt: skip
+        )
     assert sum(parameter.numel() for parameter in vae.parameters()) == gpu_memory.VAE
     if tiled:
         vae.enable_tiling()

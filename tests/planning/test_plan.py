@@ -1,4 +1,5 @@
-"""Whole plans: every model with every way of sharing the states, what is printed, and what is advised where it does not fit."""
+"""Whole plans: every model with every way of sharing the states, what is printed, and what is advised where it does
+not fit."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def test_every_model_with_every_way_of_sharing(model: str, deepspeed: str) -> No
     one = made(
         f"model={model}", "data=folder", f"deepspeed={deepspeed}", "stage.plan_gpus=8", "stage.plan_memory_gb=80"
     )
-    assert one.dtype == MODEL_SPECS[model].dtype and one.setting.gpus == 8 and one.setting.local == 8
+    assert one.dtype == MODEL_SPECS[model].dtype and one.layout.gpus == 8 and one.layout.local == 8
     assert min(one.gpu.parts.values()) >= 0 and one.gpu.peak > 1e9 and one.host.peak > 1e9 and one.seconds > 0.1
     text = "\n".join(plan_report.lines(one))
     assert f"{one.shape.parameters:,} parameters" in text and f"{one.tokens.total:,} tokens" in text and "ZeRO" in text
@@ -105,7 +106,8 @@ def test_more_gpus_hold_less_each_and_send_more() -> None:
     two, three = (
         made("model=cogvideox-5b", f"deepspeed={name}", "stage.plan_gpus=8").traffic for name in ("zero2", "zero3")
     )
-    # Weights in bf16; gradients travel in fp32, in bf16 where that is asked for. ZeRO-2 all-reduces them; ZeRO-3 holds 2e9 weights.
+    # Weights in bf16; gradients travel in fp32, in bf16 where that is asked for. ZeRO-2 all-reduces them; ZeRO-3
+    # holds 2e9 weights.
     assert two.between_gpus == pytest.approx((1 + 2 * 2) * 11.14e9 * 7 / 8, rel=0.01)
     assert three.between_gpus == pytest.approx((2 + 2 - 2e9 / 5.57e9) * 11.14e9 * 7 / 8, rel=0.01)
     half = made("model=cogvideox-5b", "deepspeed=zero2", "deepspeed.reduce_dtype=model", "stage.plan_gpus=8").traffic
@@ -124,7 +126,8 @@ def test_a_shared_sequence_divides_activations_and_work_and_sends_tokens() -> No
         assert shared.gpu.parts[part] == pytest.approx(alone.gpu.parts[part] / 4)
     assert shared.gpu.parts["sampling"] == alone.gpu.parts["sampling"]  # each GPU samples by itself
     assert shared.flops == pytest.approx(alone.flops / 4) and (alone.clips_per_step, shared.clips_per_step) == (8, 2)
-    # Queries, keys, values and results, of a quarter of the tokens each, three quarters of which leave; forward, backward and once more.
+    # Queries, keys, values and results, of a quarter of the tokens each, three quarters of which leave; forward,
+    # backward and once more.
     one = shared.tokens.total / 4 * 3072 * 2 * 3 / 4
     assert shared.traffic.tokens == pytest.approx(42 * 3 * 4 * one) and alone.traffic.tokens == 0
     assert made(
@@ -186,7 +189,8 @@ def test_a_dear_validation_says_what_would_be_cheaper() -> None:
 def test_the_command_prints_a_plan_without_deepspeed(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom cogflow.cli import main\n"
-        "done = main(['stage=train', 'stage.plan=true', 'model=cogvideox-5b', 'model.path=/nowhere', 'data=folder', 'data.path=/none',"
+        "done = main(['stage=train', 'stage.plan=true', 'model=cogvideox-5b', 'model.path=/nowhere', "
+        "'data=folder', 'data.path=/none',"
         " 'stage.ema_decay=0', 'stage.plan_memory_gb=141', 'stage.plan_tflops=500'])\n"
         "assert 'deepspeed' not in sys.modules\nsys.exit(done)"
     )

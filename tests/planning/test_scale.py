@@ -35,10 +35,24 @@ def test_every_row_fits_and_larger_machines_wait_no_less() -> None:
 
 def setting(stage: int, *, overlap: bool) -> GpuLayout:
     return GpuLayout(
-        zero_stage=stage, offload_optimizer=False, offload_parameters=False, checkpointing=True, checkpoint_every=1, gpus=16, local=8,
-        bytes=2, reduced_bytes=2, batch=1, accumulation=1, reduce_bucket=10**8, gather_bucket=10**8, overlap=overlap,
-        ema=False, ema_every=1, ema_on_host=False,
-    )  # fmt: skip
+        zero_stage=stage,
+        offload_optimizer=False,
+        offload_parameters=False,
+        checkpointing=True,
+        checkpoint_every=1,
+        gpus=16,
+        local=8,
+        bytes=2,
+        reduced_bytes=2,
+        batch=1,
+        accumulation=1,
+        reduce_bucket=10**8,
+        gather_bucket=10**8,
+        overlap=overlap,
+        ema=False,
+        ema_every=1,
+        ema_on_host=False,
+    )
 
 
 def test_what_computation_hides() -> None:

@@ -141,7 +141,7 @@ def test_a_plan_recomputes_as_few_blocks_as_memory_allows() -> None:
         return [*given, f"stage.plan_memory_gb={memory}", *more]
 
     plans = [plan(compose(words(memory))) for memory in (30, 80, 100, 110, 192)]
-    counts = [one.setting.recomputed(42) for one in plans]
+    counts = [one.layout.recomputed(42) for one in plans]
     assert counts[0] == plans[0].shape.layers == 42 and counts[-1] == 0
     assert sorted(counts, reverse=True) == counts and 0 < counts[2] < 42
     for one, memory in zip(plans[1:], (80, 100, 110, 192), strict=True):
@@ -164,7 +164,7 @@ def test_a_plan_keeps_as_much_of_recomputed_blocks_as_memory_allows() -> None:
         ]
         made = plan(compose([*given, f"stage.plan_memory_gb={memory}", *more]))
         assert made.gpu.peak <= 0.95e9 * memory or memory == 30
-        return {keep: count for keep, count in made.setting.kept(42).items() if count}
+        return {keep: count for keep, count in made.layout.kept(42).items() if count}
 
     every = [kept_of(memory, "deepspeed.checkpoint_every_block=0") for memory in (30, 40, 60, 80, 100, 192)]
     assert every[0] == {"nothing": 42} and every[-1] == {"everything": 42}

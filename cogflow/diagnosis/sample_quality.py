@@ -1,4 +1,7 @@
-"""Step 3, rungs: the panel on the candidate's samples, against how they should look, prompt by prompt from the same noise."""
+"""Step 3, rungs: compare the metrics of the candidate's samples with those of the expected samples.
+
+Both are rendered from the same prompts and the same noise.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ from cogflow.diagnosis.swaps import format_psnr, mean_psnr
 from cogflow.sharpness.metrics import METRICS
 from cogflow.sharpness.verdict import compare
 
-TOLD = 4  # metrics that changed most
+REPORTED_METRICS = 4  # the metrics that changed most
 BY_EYE = 60.0
-"""dB from which frames differ by rounding alone, and the panel is not asked what it would call that."""
-
-
+"""PSNR in dB from which frames differ by rounding alone. From there on the metrics are not classified as defects."""
 LOST = ("soft", "smeared", "frozen", "identical", "black", "non_finite")
-"""Kinds that no style is: training lost something. Contrast, colour and grain may be what the clips have."""
+"""Defects that no style explains: training lost something. Contrast, colour and grain may come from the clips."""
 
 
 def compare_trainings(found: Rendered, other: Rendered) -> StepResult:
-    """Samples of one training against those of another, prompt by prompt: rung 4. Contents may differ as takes of one content do."""
+    """Compare the samples of one training with those of another, prompt by prompt, at rung 4.
+
+    Their contents may differ as takes of one content do.
+    """
     why = "Its samples against the reference's: {}. Training did that, not the pipeline around it."
     findings = [
         DiagnosisFinding(
@@ -38,7 +42,7 @@ def compare_trainings(found: Rendered, other: Rendered) -> StepResult:
 
 
 def compare_rungs(candidate: DiagnosisInput, found: Rendered | None, goal: Rendered, failed: str) -> StepResult:
-    """What the panel calls the candidate's samples, at the rung on which they stand."""
+    """Return the defects of the candidate's samples, compared with the expected samples, at the candidate's rung."""
     if found is None:
         why = f"The pipeline {failed}."
         return StepResult(
@@ -51,7 +55,7 @@ def compare_rungs(candidate: DiagnosisInput, found: Rendered | None, goal: Rende
     verdict = compare(found.metrics, goal.metrics)
     moved = sorted(
         (name for name in METRICS if name in verdict.changes), key=lambda name: -abs(verdict.changes[name].z)
-    )[:TOLD]
+    )[:REPORTED_METRICS]
     lines = [f"rung {candidate.rung}: {len(goal.frames)} samples against how they should look: {format_psnr(overall)}"]
     changes = {name: verdict.changes[name].size for name in moved}
     kinds = [finding.defect for finding in verdict.findings if finding.level == "alarm"] if overall < BY_EYE else []

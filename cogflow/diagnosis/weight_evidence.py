@@ -1,8 +1,9 @@
 """Evidence from the weights themselves: the latent scale and the noise schedule under which they denoise best.
 
-For checkpoints of unknown training. A transformer was trained on latents of one scale and with the timesteps of one schedule. *Schedule*:
-:mod:`cogflow.ladder.schedule_probe`. *Scale*: how many times larger than in training the model takes the latents to be (as
-:func:`cogflow.sharpness.spectrum.scale_seen` does it), with the latents at each candidate's scale; it is 1 at the scale of the training.
+For checkpoints of unknown training. A transformer was trained on latents of one scale and with the timesteps of one
+schedule. *Schedule*: :mod:`cogflow.ladder.schedule_probe`. *Scale*: how many times larger than in training the model
+takes the latents to be (as :func:`cogflow.sharpness.spectrum.scale_seen` does it), with the latents at each candidate's
+scale; it is 1 at the scale of the training.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from cogflow.sampling.noise import noise_for
 FACTORS = (0.7, 1.15258426, 1 / 0.7)
 """Scaling factors of the model family, and the inverse that ``invert_scale_latents`` may leave."""
 SCALE_LEVELS = (0.25, 0.35, 0.45)
-"""Signal levels, sqrt(alpha_bar), for the scale: with less noise the latents show through, with more the model returns its prior."""
+"""Signal levels, sqrt(alpha_bar), for the scale: with less noise the latents show through, with more the model returns
+its prior.
+"""
 CLEAR_SCALE = math.log(1.12)
-"""Log distance by which the best scaling factor must be nearer to 1 than every other. The tiny model sees its own at 1.0, where the next is
-seen at 1.4 or 0.7."""
+"""Log distance by which the best scaling factor must be nearer to 1 than every other. The tiny model sees its own at
+1.0, where the next is seen at 1.4 or 0.7."""
 SAME_VALUE = 0.02  # relative difference of equal settings
 FINDING_CONFIDENCE = 0.85
 
@@ -59,7 +62,8 @@ class EvidenceProbe:
 
     @torch.no_grad()
     def seen_scale(self, factor: float, table: torch.Tensor) -> float | None:
-        """Return how many times larger than in training the model takes latents times ``factor`` to be; ``None`` if it has no such size.
+        """Return how many times larger than in training the model takes latents times ``factor`` to be; ``None`` if it
+        has no such size.
 
         ``table``: alpha_bar by timestep.
         """
@@ -98,12 +102,15 @@ def weigh_evidence(
     findings = []
     if factor is not None and wrong_factor:
         why = (
-            f"The weights take latents at {own_factor:.6g} for x{seen[own_factor] or 0:.2f} of those in training, and at {factor:.6g} for "
-            f"x{seen[factor] or 0:.2f}."
+            f"The weights take latents at {own_factor:.6g} for x{seen[own_factor] or 0:.2f} of those in training, "
+            f"and at {factor:.6g} for x{seen[factor] or 0:.2f}."
         )
         findings.append(_config_finding(candidate, "vae", "scaling_factor", own_factor, factor, why))
     if shift is not None and not math.isclose(shift, own_shift, rel_tol=SAME_VALUE):
-        why = f"The weights denoise with an error of {errors[shift]:.4f} under {shift:g} and of {errors[own_shift]:.4f} under {own_shift:g}."
+        why = (
+            f"The weights denoise with an error of {errors[shift]:.4f} under {shift:g} "
+            f"and of {errors[own_shift]:.4f} under {own_shift:g}."
+        )
         findings.append(_config_finding(candidate, "scheduler", "snr_shift_scale", own_shift, shift, why))
     facts: dict[str, JsonValue] = {
         "scaling_factor": {"seen_as": {f"{one:g}": value for one, value in seen.items()}, "best": factor},
@@ -113,7 +120,9 @@ def weigh_evidence(
 
 
 def best_factor(seen: Mapping[float, float | None]) -> float | None:
-    """Return the scaling factor that is seen nearest to 1; ``None`` unless it is near 1 and all other factors are clearly farther."""
+    """Return the scaling factor that is seen nearest to 1; ``None`` unless it is near 1 and all other factors are
+    clearly farther.
+    """
     distance = {factor: abs(math.log(scale)) for factor, scale in seen.items() if scale is not None and scale > 0}
     best = min(distance, key=lambda factor: distance[factor], default=None)
     if best is None:

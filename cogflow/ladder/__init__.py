@@ -1,1 +1,3 @@
-"""The sharpness ladder: one measurement per stage from source clips to the exported pipeline, each compared with the one before."""
+"""The sharpness ladder: one measurement per stage from source clips to the exported pipeline, each compared with the
+one before.
+"""

@@ -141,7 +141,9 @@ def describe_finding(finding: Finding, rung: Rung) -> str:
 
 
 def describe_change(metric: str, size: float) -> str:
-    """Return a metric's change in words: per cent for a log ratio, with the comparable Gaussian blur for ``wavelet_ratio``."""
+    """Return a metric's change in words: per cent for a log ratio, with the comparable Gaussian blur for
+    ``wavelet_ratio``.
+    """
     title = metric.replace("_", " ")
     is_ratio = metric in _PERCENT_DIFFERENCES or (metric in METRICS and METRICS[metric].scale == "log")
     if not is_ratio:

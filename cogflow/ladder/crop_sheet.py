@@ -14,7 +14,9 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from cogflow.tracking.contact_sheet import GAP, INK, LABEL, PAPER, enlarge
 
 FramesByTitle = Mapping[str, torch.Tensor]
-"""Column title to frames ``[T, H, W, 3]``, uint8 or 0..1. Frames of another size than the last column's are resampled to it."""
+"""Column title to frames ``[T, H, W, 3]``, uint8 or 0..1. Frames of another size than the last column's are resampled
+to it.
+"""
 CELL = 288  # pixels; about how large a crop is shown
 CROP_SHARE = 0.4  # of the frame's height
 SMALLEST_CROP = 24  # pixels
@@ -22,7 +24,9 @@ DETAIL_SIGMA = 1.5  # pixels; what a Gaussian of this sigma takes away is fine d
 
 
 def write_crop_sheet(path: Path, rows: Mapping[str, FramesByTitle]) -> None:
-    """Write a picture with one row per clip or prompt to ``path``. Each row is labelled with its name and its columns' titles."""
+    """Write a picture with one row per clip or prompt to ``path``. Each row is labelled with its name and its columns'
+    titles.
+    """
     strips = [_strip(name, columns) for name, columns in rows.items() if columns]
     if not strips:
         return

@@ -24,8 +24,9 @@ TITLE_LENGTH = 63  # characters of an alert's title
 def report_ladder(tracker: Tracker, folder: Path, step: int = 0) -> list[LadderFinding]:
     """Evaluate ``folder/ladder.json``, write table and findings back, report them, and return the findings.
 
-    The table goes to the terminal and to W&B (``ladder/rungs``), numbers to ``metrics.jsonl`` at ``step`` (``ladder/rung2_blur``, ...).
-    A finding that was not reported before is an alert. Rank 0 only; other ranks do nothing.
+    The table goes to the terminal and to W&B (``ladder/rungs``), numbers to ``metrics.jsonl`` at ``step``
+    (``ladder/rung2_blur``, ...). A finding that was not reported before is an alert. Rank 0 only; other ranks do
+    nothing.
     """
     if not ranks.is_main():
         return []

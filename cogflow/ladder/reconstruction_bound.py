@@ -1,8 +1,10 @@
-"""The VAE reconstruction bound of what samples can reach: all measured clips, changed by what the VAE's round trip does to some of them.
+"""The VAE reconstruction bound of what samples can reach: all measured clips, changed by what the VAE's round trip does
+to some of them.
 
-The round trip is expensive, so a few clips go through it; every prepared clip has metrics. What the VAE does to a clip varies little over
-clips, and what clips look like varies much, so the bound is known far better from all of them. With 8 clips at 480x720 a blur of one pixel
-leaves the interval between samples and bound at the first validation in 58 of 100 runs, with all clips in 79.
+The round trip is expensive, so a few clips go through it; every prepared clip has metrics. What the VAE does to a clip
+varies little over clips, and what clips look like varies much, so the bound is known far better from all of them. With
+8 clips at 480x720 a blur of one pixel leaves the interval between samples and bound at the first validation in 58 of
+100 runs, with all clips in 79.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from cogflow.sharpness.metrics import METRICS, Metrics, change, shift_value
 def read_reconstruction_bound(folder: Path) -> dict[str, Metrics]:
     """Return the bound of the run in ``folder`` from its ladder, metrics by clip name.
 
-    Empty without a round trip whose values are all finite. The round trip's own metrics where the clips were not measured at preparation.
+    Empty without a round trip whose values are all finite. The round trip's own metrics where the clips were not
+    measured at preparation.
     """
     rungs = read_ladder(folder).rungs
     if rungs.roundtrip is None:
@@ -30,8 +33,8 @@ def read_reconstruction_bound(folder: Path) -> dict[str, Metrics]:
 def project_clips(
     prepared: Mapping[str, Metrics], after: Mapping[str, Metrics], before: Mapping[str, Metrics]
 ) -> dict[str, Metrics]:
-    """Return the metrics of all ``prepared`` clips, shifted by the mean change from ``before`` to ``after``: those of some clips without and
-    with the VAE."""
+    """Return the metrics of all ``prepared`` clips, shifted by the mean change from ``before`` to ``after``: those of
+    some clips without and with the VAE."""
     finite = [name for name in after if name in before and after[name]["finite"] == 1]
     complete = {name: metrics for name, metrics in prepared.items() if set(METRICS) <= set(metrics)}
     if len(finite) < len(after) or not finite:

@@ -69,7 +69,9 @@ def summarize_changes(pairs: MetricsByName) -> dict[str, ChangeInterval]:
 
 
 def blur_z(changes: Mapping[str, ChangeInterval]) -> float:
-    """Return the mean change of the blur metrics in noise deviations of one pair of variants; below zero is blurrier."""
+    """Return the mean change of the blur metrics in noise deviations of one pair of variants; below zero is
+    blurrier.
+    """
     present = [metric for metric in BLUR_METRICS if metric in changes]
     if not present:
         return 0.0

@@ -34,17 +34,18 @@ from cogflow.sharpness.verdict import compare
 MANY, MOST = 0.25, 0.5
 """Shares of the clips that are worth a warning, and an alarm."""
 LOADER_BLUR_Z = -2.0
-"""Blur (noise deviations of a pair) of the loader's frames against an independent resampling of the same frames: an alarm below. Drawn
-clips, bicubic against Lanczos: -0.6. A loader that resizes by way of two thirds of the size is far below."""
+"""Blur (noise deviations of a pair) of the loader's frames against an independent resampling of the same frames: an
+alarm below. Drawn clips, bicubic against Lanczos: -0.6. A loader that resizes by way of two thirds of the size is far
+below."""
 LOST_PSNR, POOR_PSNR = 20.0, 24.0
-"""dB of the median round trip: alarm and warning below. The shipped tiny VAE gives 29 (26 to 31 over clips) at the right scale, 14 to 20
-at a wrong one; a good VAE gives more than the tiny one, so the limits are set below it."""
+"""dB of the median round trip: alarm and warning below. The shipped tiny VAE gives 29 (26 to 31 over clips) at the
+right scale, 14 to 20 at a wrong one; a good VAE gives more than the tiny one, so the limits are set below it."""
 SCALE_GAIN = 2.0
-"""dB by which the round trip gains when latents are decoded at another scale. The tiny VAE loses 6 dB at 0.8 times the right scale, and
-gains 12 when latents at 0.607 or 1.6465 times it are corrected."""
+"""dB by which the round trip gains when latents are decoded at another scale. The tiny VAE loses 6 dB at 0.8 times the
+right scale, and gains 12 when latents at 0.607 or 1.6465 times it are corrected."""
 DECODER_PSNR = 40.0
-"""dB of the chosen precision and tiling against fp32 without tiles: an alarm below. bf16 gives 57, fp16 76 on the tiny VAE; rounding to 8
-bits gives 59."""
+"""dB of the chosen precision and tiling against fp32 without tiles: an alarm below. bf16 gives 57, fp16 76 on the tiny
+VAE; rounding to 8 bits gives 59."""
 NEEDS_METRICS = (Rung.CLIP, Rung.ROUNDTRIP, Rung.TUNED, Rung.EXPORTED)
 
 
@@ -82,7 +83,8 @@ def _row(ladder: LadderRecord, rung: Rung, record: RungRecord, findings: list[La
     changes: dict[str, ChangeInterval] = {}
     pairs = 0
     if isinstance(record, ClipRung) and record.loader:
-        # The file's size against the clip's size says little: the loader is compared with an independent resampling of the same frames.
+        # The file's size against the clip's size says little: the loader is compared with an independent resampling of
+        # the same frames.
         changes, pairs = summarize_changes(record.loader), len(record.loader)
     elif against is not None:
         compare_rungs = compare_groups if rung is Rung.BASE else compare_pairs
@@ -104,7 +106,9 @@ def _row(ladder: LadderRecord, rung: Rung, record: RungRecord, findings: list[La
 
 
 def _partner(ladder: LadderRecord, rung: Rung) -> tuple[Rung | None, MetricsByName]:
-    """Return the rung to compare ``rung`` with, and its metrics. The roundtrip rung has its own clips' metrics of the clip rung."""
+    """Return the rung to compare ``rung`` with, and its metrics. The roundtrip rung has its own clips' metrics of the
+    clip rung.
+    """
     if rung is Rung.SOURCE:
         return None, {}
     if rung is Rung.ROUNDTRIP:
@@ -124,8 +128,8 @@ def _source_findings(record: SourceRung) -> Iterator[LadderFinding]:
         sizes = list(record.scaled_up.values())
         usual = max(set(sizes), key=sizes.count)
         line = (
-            f"{len(record.scaled_up)} of {record.measured} clips hold no more detail than a smaller picture: they look scaled up, from "
-            f"about {usual} (if they are soft on purpose, prepare with data.soft_style=true)"
+            f"{len(record.scaled_up)} of {record.measured} clips hold no more detail than a smaller picture: "
+            f"they look scaled up, from about {usual} (if they are soft on purpose, prepare with data.soft_style=true)"
         )
         yield LadderFinding(Rung.SOURCE, "soft", "alarm" if share >= MOST else "warning", line, "reach", share)
     if (group := record.groups) is not None:
@@ -170,8 +174,8 @@ def _wrong_scale(record: RoundtripRung) -> LadderFinding | None:
         return None
     wrong = 1 / best
     line = (
-        f"latents are about {wrong:.2f} times what the VAE decodes: clips come back with {scales[best]:.1f} dB at {best:g} times their "
-        f"scale, {scales[1.0]:.1f} dB as they are; check the scaling factor"
+        f"latents are about {wrong:.2f} times what the VAE decodes: clips come back with "
+        f"{scales[best]:.1f} dB at {best:g} times their scale, {scales[1.0]:.1f} dB as they are; check the scaling factor"
     )
     # Too small, they lose contrast; too large, tones and colours run to the ends of the range.
     defect = "washed_out" if wrong < 1 else "saturated"
@@ -182,7 +186,10 @@ def _poor_psnr(record: RoundtripRung) -> LadderFinding | None:
     psnr = _median(record.psnr)
     if psnr is None or psnr >= POOR_PSNR:
         return None
-    line = f"the VAE does not reconstruct the clips: {psnr:.1f} dB; its weights are wrong, or the latents are another VAE's"
+    line = (
+        f"the VAE does not reconstruct the clips: {psnr:.1f} dB; "
+        "its weights are wrong, or the latents are another VAE's"
+    )
     level = "alarm" if psnr < LOST_PSNR else "warning"
     return LadderFinding(Rung.ROUNDTRIP, "artefacts", level, line, "psnr", psnr, "vae")
 
@@ -225,15 +232,17 @@ def _schedule_findings(record: BaseRung) -> Iterator[LadderFinding]:
     if own not in errors or best is None or best == own:
         return
     line = (
-        f"the weights denoise better under snr_shift_scale {best:g} (error {errors[best]:.4f}) than under the scheduler's {own:g} "
-        f"({errors[own]:.4f}): they were trained under {best:g}"
+        f"the weights denoise better under snr_shift_scale {best:g} (error {errors[best]:.4f}) "
+        f"than under the scheduler's {own:g} ({errors[own]:.4f}): they were trained under {best:g}"
     )
     size = errors[best] / errors[own] - 1
     yield LadderFinding(Rung.BASE, "soft", "alarm", line, "error", size, "scheduler.snr_shift_scale")
 
 
 def _tuned_findings(record: TunedRung) -> Iterator[LadderFinding]:
-    """Yield the findings of the watch, which separates learning from damage; without a watch, those that need no partner."""
+    """Yield the findings of the watch, which separates learning from damage; without a watch, those that need no
+    partner.
+    """
     if record.watch is None:
         yield from _absolute_findings(Rung.TUNED, record.metrics)
         return

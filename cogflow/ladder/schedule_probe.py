@@ -1,8 +1,9 @@
 """The schedule probe: do the weights of a transformer know the noise schedule that its scheduler is configured with?
 
-A transformer was trained with one SNR shift, and takes the timesteps of another shift for other noise levels. The probe denoises the same
-noisy latents with the timestep that their noise level has under each shift. The error is least under the shift of the training. The probe
-needs no reference; training runs it at step 0 (:func:`record_schedule_probe`), and stage=diagnose on any pipeline.
+A transformer was trained with one SNR shift, and takes the timesteps of another shift for other noise levels. The probe
+denoises the same noisy latents with the timestep that their noise level has under each shift. The error is least under
+the shift of the training. The probe needs no reference; training runs it at step 0 (:func:`record_schedule_probe`), and
+stage=diagnose on any pipeline.
 """
 
 from __future__ import annotations
@@ -32,30 +33,34 @@ LEVELS = (0.25, 0.5, 0.75)
 CLIPS = 2
 """Clips that training probes with: 12 forward passes of one clip."""
 CLEAR_MARGIN = 0.05
-"""Share by which the error of every other shift must be larger for a shift to be named. The tiny model, trained under 1.0, has an error of
+"""Share by which the error of every other shift must be larger for a shift to be named. The tiny model, trained under
+1.0, has an error of
 0.135 there and of 0.332 under 3.0."""
 
 
 @dataclass(frozen=True)
 class ProbeClip:
-    """A clip for the probe. ``latents``: not scaled, ``[metrics, frames, h, w]``; ``embeds``: of its caption, ``[tokens, width]``;
-    ``noise_id``: names its noise."""
+    """A clip for the probe. ``latents``: not scaled, ``[metrics, frames, h, w]``; ``embeds``: of its caption,
+    ``[tokens, width]``; ``noise_id``: names its noise."""
 
     latents: torch.Tensor
     embeds: torch.Tensor
     noise_id: str
 
     def scaled_latents(self, transformer: Any, scaling_factor: float, device: torch.device) -> torch.Tensor:
-        """Return fp32 ``[1, frames, metrics, h, w]`` in whole patches over time, as training gives them to the transformer."""
+        """Return fp32 ``[1, frames, metrics, h, w]`` in whole patches over time, as training gives them to the
+        transformer.
+        """
         frames = self.latents.float().transpose(0, 1)
         return scaling_factor * pad_latent_frames(frames, transformer.config.patch_size_t or 1)[None].to(device)
 
 
 def record_schedule_probe(folder: Path, sampler: Sampler, cache: LatentCache, scaling_factor: float) -> None:
-    """Probe the sampler's transformer before the first step and add the errors to the base rung of ``folder/ladder.json``.
+    """Probe the sampler's transformer before the first step and add the errors to the base rung of
+    ``folder/ladder.json``.
 
-    ``scaling_factor`` is training's own. Image-to-video transformers are skipped. Collective: every rank calls it with the same module
-    (ZeRO-3 needs that).
+    ``scaling_factor`` is training's own. Image-to-video transformers are skipped. Collective: every rank calls it with
+    the same module (ZeRO-3 needs that).
     """
     transformer, scheduler = sampler.transformer, sampler.pipeline.scheduler.config
     if takes_image(transformer.config):
@@ -69,9 +74,13 @@ def record_schedule_probe(folder: Path, sampler: Sampler, cache: LatentCache, sc
     transformer.eval()
     try:
         errors = schedule_errors(
-            transformer, clips, alpha_tables(scheduler, {*SHIFTS, configured}),
-            scaling_factor=scaling_factor, device=sampler.device, dtype=sampler.dtype,
-        )  # fmt: skip
+            transformer,
+            clips,
+            alpha_tables(scheduler, {*SHIFTS, configured}),
+            scaling_factor=scaling_factor,
+            device=sampler.device,
+            dtype=sampler.dtype,
+        )
     finally:
         transformer.train(was_training)
     if ranks.is_main():
@@ -90,7 +99,9 @@ def schedule_errors(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[float, float]:
-    """Return the mean squared velocity error by shift, over ``clips`` and :data:`LEVELS`. ``tables``: alpha_bar by timestep of each shift."""
+    """Return the mean squared velocity error by shift, over ``clips`` and :data:`LEVELS`. ``tables``: alpha_bar by
+    timestep of each shift.
+    """
     errors: dict[float, list[float]] = {shift: [] for shift in tables}
     for clip in clips:
         x0 = clip.scaled_latents(transformer, scaling_factor, device)
@@ -104,7 +115,9 @@ def schedule_errors(
 
 
 def best_shift(errors: Mapping[float, float]) -> float | None:
-    """Return the shift of the least error; ``None`` where another shift's error is not larger by :data:`CLEAR_MARGIN`."""
+    """Return the shift of the least error; ``None`` where another shift's error is not larger by
+    :data:`CLEAR_MARGIN`.
+    """
     best = min(errors, key=lambda shift: errors[shift], default=None)
     others = [error for shift, error in errors.items() if shift != best]
     if best is None or not others or min(others) <= (1 + CLEAR_MARGIN) * errors[best]:
@@ -113,7 +126,9 @@ def best_shift(errors: Mapping[float, float]) -> float | None:
 
 
 def alpha_tables(config: Mapping[str, Any], shifts: Iterable[float]) -> dict[float, torch.Tensor]:
-    """Return alpha_bar by timestep under each of ``shifts``, as diffusers' CogVideoX schedulers with ``config`` compute it."""
+    """Return alpha_bar by timestep under each of ``shifts``, as diffusers' CogVideoX schedulers with ``config`` compute
+    it.
+    """
     return {
         shift: CogVideoXDDIMScheduler.from_config({**config, "snr_shift_scale": shift}).alphas_cumprod
         for shift in sorted(shifts)
@@ -134,7 +149,9 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, level: float) -> tuple[torc
 def predict_velocity(
     transformer: Any, noisy: torch.Tensor, embeds: torch.Tensor, timestep: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the transformer's velocity, fp32, for one clip ``[1, frames, metrics, h, w]`` and its ``embeds`` ``[tokens, width]``."""
+    """Return the transformer's velocity, fp32, for one clip ``[1, frames, metrics, h, w]`` and its ``embeds``
+    ``[tokens, width]``.
+    """
     _, frames, _, height, width = noisy.shape
     predicted: torch.Tensor = transformer(
         hidden_states=noisy.to(dtype),

@@ -1,4 +1,6 @@
-"""The roundtrip rung: clips through the VAE and back, decoded as training's samples are. It bounds what a sample can reach."""
+"""The roundtrip rung: clips through the VAE and back, decoded as training's samples are. It bounds what a sample can
+reach.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ TRIAL_FRAMES = (
     3  # latent frames of the first clip that are decoded in other precisions, too; an odd number, as clips have
 )
 FACTORS = (0.5, 0.607, 0.8, 1.25, 1.6465, 2.0)
-"""Factors on the latents that are tried beside 1: 0.607 and 1.6465 are 0.7 / 1.15258426 and its inverse, the others surround them."""
+"""Factors on the latents that are tried beside 1: 0.607 and 1.6465 are 0.7 / 1.15258426 and its inverse, the others
+surround them.
+"""
 HIGHEST_PSNR = 100.0  # dB, instead of infinity
 CLIPS_SHEET = Path("ladder", "clips.png")
 
@@ -43,8 +47,8 @@ CLIPS_SHEET = Path("ladder", "clips.png")
 class RoundtripClip:
     """A clip to send through the VAE.
 
-    ``frames``: as the loader returns them, 0..1, ``[T, H, W, 3]``; ``source``: a few source frames, and ``source_at`` their indices;
-    ``mean``: the cached latents, not scaled, ``[channels, frames, h, w]``.
+    ``frames``: as the loader returns them, 0..1, ``[T, H, W, 3]``; ``source``: a few source frames, and ``source_at``
+    their indices; ``mean``: the cached latents, not scaled, ``[channels, frames, h, w]``.
     """
 
     name: str
@@ -61,12 +65,14 @@ class RoundtripClip:
 def measure_roundtrip(
     folder: Path, config: AnyConfig, cache: LatentCache, sampler: Sampler, scaling_factor: float
 ) -> dict[str, Metrics]:
-    """Decode cached latents times ``scaling_factor`` (training's own) with ``sampler``; return the metrics of each decoded clip by its name.
+    """Decode cached latents times ``scaling_factor`` (training's own) with ``sampler``; return the metrics of each
+    decoded clip by its name.
 
-    ``folder`` is the run's. Every rank calls it and gets the same; rank 0 works. ``config.sampling.roundtrip_clips`` clips, evenly spread
-    over the prepared clips, are decoded; 0 turns it off. The result is empty then, and where no clip file is left. The roundtrip rung of
-    ``folder/ladder.json`` is written with PSNR per clip and trials of scale, precision and tiling. A resumed run whose ladder has it
-    already for the same cache, VAE and factor reads it from there. Call it once before the first validation.
+    ``folder`` is the run's. Every rank calls it and gets the same; rank 0 works. ``config.sampling.roundtrip_clips``
+    clips, evenly spread over the prepared clips, are decoded; 0 turns it off. The result is empty then, and where no
+    clip file is left. The roundtrip rung of ``folder/ladder.json`` is written with PSNR per clip and trials of scale,
+    precision and tiling. A resumed run whose ladder has it already for the same cache, VAE and factor reads it from
+    there. Call it once before the first validation.
     """
     metrics = _measure(folder, config, cache, sampler, scaling_factor) if ranks.is_main() else None
     shared: dict[str, Metrics] = ranks.broadcast(metrics)
@@ -74,7 +80,9 @@ def measure_roundtrip(
 
 
 def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the PSNR in dB of frames in 0..1, at most 100; 0 for other shapes. A value that is not finite counts as the largest error."""
+    """Return the PSNR in dB of frames in 0..1, at most 100; 0 for other shapes. A value that is not finite counts as
+    the largest error.
+    """
     if frames.shape != reference.shape:
         return 0.0
     error = float(torch.where(frames.isfinite(), frames - reference, 1.0).double().square().mean())
@@ -147,8 +155,11 @@ def _lowest(psnrs: Mapping[str, float]) -> str | None:
 
 
 def _read_clips(folder: Path, config: AnyConfig, cache: LatentCache) -> Iterator[RoundtripClip]:
-    """Yield clips evenly spread over the cache. A clip whose file is gone or changed gives a note, and the next clip is taken."""
-    # With buckets only clips of the samples' size are comparable with samples; clips of all sizes where there is none of that size.
+    """Yield clips evenly spread over the cache. A clip whose file is gone or changed gives a note, and the next clip is
+    taken.
+    """
+    # With buckets only clips of the samples' size are comparable with samples; clips of all sizes where there is none
+    # of that size.
     size = f"{config.data.frames}x{config.data.height}x{config.data.width}"
     indices = [index for index in range(len(cache)) if cache.bucket(index) in (None, size)] or list(range(len(cache)))
     wanted = min(config.sampling.roundtrip_clips, len(indices))
@@ -181,7 +192,9 @@ def _spread_first(indices: Sequence[int], wanted: int) -> list[int]:
 
 
 def _read_clip(config: AnyConfig, cache: LatentCache, index: int, paths: Mapping[str, Path]) -> RoundtripClip:
-    """Read a cached clip's file. Raise ``KeyError``, ``OSError`` or :class:`ClipError` where it is gone or is not what was prepared."""
+    """Read a cached clip's file. Raise ``KeyError``, ``OSError`` or :class:`ClipError` where it is gone or is not what
+    was prepared.
+    """
     entry = cache.entry(index)
     path = paths[entry.name]
     content = hash_file(path)
@@ -193,7 +206,9 @@ def _read_clip(config: AnyConfig, cache: LatentCache, index: int, paths: Mapping
 
 
 def _try_scales(sampler: Sampler, clips: Sequence[RoundtripClip], scaling_factor: float) -> dict[str, float]:
-    """Return the median PSNR of the clips' first frame, which has a latent frame of its own, by the factor on its latents."""
+    """Return the median PSNR of the clips' first frame, which has a latent frame of its own, by the factor on its
+    latents.
+    """
     found: dict[str, list[float]] = {}
     for clip in clips:
         first = clip.scaled_latents(scaling_factor)[:1]

@@ -5,8 +5,9 @@
 
 It knows no setting, no rung and no model of cogflow; :mod:`cogflow.ladder` connects its verdicts with them.
 
-Add a metric: its formula in ``frame_metrics``, a row and its value in ``metrics``, its deviations in ``noise_model``. Add a defect: its
-meaning and rules in ``defects``; its likely causes are in ``cogflow.ladder.causes``. CONTRIBUTING.md has the recipe.
+Add a metric: its formula in ``frame_metrics``, a row and its value in ``metrics``, its deviations in ``noise_model``.
+Add a defect: its meaning and rules in ``defects``; its likely causes are in ``cogflow.ladder.causes``. CONTRIBUTING.md
+has the recipe.
 """
 
 from __future__ import annotations

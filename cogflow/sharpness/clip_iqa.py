@@ -1,9 +1,9 @@
 """An extra beside the panel, for who has a CLIP model on disk: zero-shot quality and sharpness after Wang et al. 2023.
 
-"Exploring CLIP for Assessing the Look and Feel of Images" (arXiv 2207.12396): the image is held against a pair of opposite sentences,
-and the score is the softmax between the two. The model is transformers' own (Apache-2.0; OpenAI's weights are MIT), read from a folder,
-never fetched. It resizes each frame to some 224 pixels, which hides fine blur: it judges the whole picture, the panel judges detail.
-Nothing in the verdicts depends on it.
+"Exploring CLIP for Assessing the Look and Feel of Images" (arXiv 2207.12396): the image is held against a pair of
+opposite sentences, and the score is the softmax between the two. The model is transformers' own (Apache-2.0; OpenAI's
+weights are MIT), read from a folder, never fetched. It resizes each frame to some 224 pixels, which hides fine blur: it
+judges the whole picture, the panel judges detail. Nothing in the verdicts depends on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ FRAMES = 4  # of each clip, evenly spread
 
 
 class ClipScores:
-    """CLIP-IQA from the model in ``folder`` (``config.json``, safetensors, tokenizer, processor). Raises ``OSError`` when it is none."""
+    """CLIP-IQA from the model in ``folder`` (``config.json``, safetensors, tokenizer, processor). Raises ``OSError``
+    when it is none.
+    """
 
     def __init__(self, folder: Path | str, device: torch.device | str = "cpu") -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -30,7 +32,9 @@ class ClipScores:
 
     @torch.no_grad()
     def __call__(self, frames: torch.Tensor | np.ndarray) -> dict[str, float]:
-        """Scores in 0..1 by the names of :data:`PAIRS`, of uint8 or 0..1 float frames ``[T, H, W, 3]``: the mean over four of them."""
+        """Scores in 0..1 by the names of :data:`PAIRS`, of uint8 or 0..1 float frames ``[T, H, W, 3]``: the mean over
+        four of them.
+        """
         clip: Any = torch.as_tensor(frames)
         if clip.dim() != 4 or clip.shape[-1] != 3 or not len(clip):
             raise ValueError(f"frames are [T, H, W, 3], not {list(clip.shape)}")

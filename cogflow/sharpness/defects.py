@@ -1,4 +1,6 @@
-"""The defects of a clip: their meanings, the rules that name a defect by a metric's change, and defects that need no statistics."""
+"""The defects of a clip: their meanings, the rules that name a defect by a metric's change, and defects that need no
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ RULES: tuple[DefectRule, ...] = (
     DefectRule("frozen", "motion", -1),
     DefectRule("artefacts", "artefacts", 0),
 )
-"""Rules of the quality watch. A metric is a measured one or a derived change (:data:`cogflow.sharpness.verdict.DERIVED`). A defect may
-have two rules."""
+"""Rules of the quality watch. A metric is a measured one or a derived change
+(:data:`cogflow.sharpness.verdict.DERIVED`). A defect may have two rules."""
 PAIR_RULES = (DefectRule("soft", "reblur", -1), DefectRule("soft", "detail", -1), *RULES)
 """Rules of :func:`cogflow.sharpness.compare`. The watch omits the first two, which move with content."""
 
@@ -65,7 +67,8 @@ class RuleMatch:
 def match_rules(
     z: Mapping[str, float], limits: Mapping[str, tuple[float, float]], rules: tuple[DefectRule, ...] = RULES
 ) -> list[RuleMatch]:
-    """Return the rules whose metric's ``z`` is beyond its ``limits`` (warning, alarm) in the rule's direction, in the order of ``rules``.
+    """Return the rules whose metric's ``z`` is beyond its ``limits`` (warning, alarm) in the rule's direction, in the
+    order of ``rules``.
 
     Of two rules of one defect the stronger match is returned. Metrics that ``z`` lacks are skipped.
     """

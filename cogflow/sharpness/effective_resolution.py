@@ -1,13 +1,13 @@
-"""Is the data itself soft? How far up a clip's picture really reaches, and whether a set of clips falls into two.
+"""Detect soft data: measure the effective resolution of a clip, and split a set of clips into softer and sharper ones.
 
-**Reach.** A picture that was scaled up holds nothing above the band of the small one, a soft style or shallow focus holds fine detail
-*somewhere*. So tiles are looked at one by one, and the sharpest structured ones decide. Power spectra along rows and columns are
-multiplied by f squared: the power of edges and of natural pictures falls with 1 / f squared (Field 1987), so what remains is flat up to
-where the picture ends. The noise floor, read from the flattest tiles, is taken off twice over: grain and codec noise are everywhere,
-detail is at edges.
+**Reach.** A picture that was scaled up holds nothing above the band of the small one. A soft style or shallow focus
+holds fine detail *somewhere*. So tiles are measured one by one, and the sharpest structured tiles decide. Power spectra along rows and
+columns are multiplied by f squared: the power of edges and of natural pictures falls with 1 / f squared (Field 1987),
+so what remains is flat up to where the picture ends. Twice the noise floor, measured on the flattest tiles, is
+subtracted: grain and codec noise are everywhere, detail is at edges.
 
-**Two groups.** One Gaussian against a mixture of two over the clips' detail, by BIC (Schwarz 1978), with a least distance
-(Ashman, Bird and Zepf 1994) and a least share, so that skew alone is no group.
+**Two groups.** One Gaussian against a mixture of two over the clips' detail, by BIC (Schwarz 1978), with a least
+distance (Ashman, Bird and Zepf 1994) and a least share, so that skew alone is no group.
 """
 
 from __future__ import annotations
@@ -27,20 +27,23 @@ STRUCTURED, SHARPEST = 0.25, 0.9
 REFERENCE = (0.06, 0.25)
 """The band, as a share of Nyquist, that sets 0 dB."""
 END = -10.0
-"""dB below the reference at which the picture has ended. Photographs as they are stay above it up to Nyquist (-5 to +5 dB); scaled up
-twice (bicubic, bilinear, Lanczos, then H.264) they fall below it at 0.45 to 0.75."""
+"""dB below the reference at which the picture has ended. Photographs as they are stay above it up to Nyquist (-5 to +5
+dB); scaled up twice (bicubic, bilinear, Lanczos, then H.264) they fall below it at 0.45 to 0.75."""
 WHOLE = 0.8
 """A picture that reaches this share of the band in either direction counts as whole."""
 HALF = 0.6
-"""So does one that stays above -6 dB of the reference up to this share: 0.44 to 0.5 for one scaled up twice, 0.33 for four times."""
+"""So does one that stays above -6 dB of the reference up to this share: 0.44 to 0.5 for one scaled up twice, 0.33 for
+four times.
+"""
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """How far the picture of frames of ``height`` x ``width`` reaches.
+    """Effective resolution of frames of ``height`` x ``width`` pixels.
 
-    ``reach`` (down, across): the share of the band that holds a picture, 0..1; ``half_power``: up to where it stays above -6 dB;
-    ``detail``: mean level in dB of 0.4..0.8 of Nyquist against 0.06..0.25. Of flat clips nothing can be said: reach 1, detail 0.
+    ``reach`` (down, across): the share of the band that holds a picture, 0..1; ``half_power``: up to where it stays
+    above -6 dB; ``detail``: mean level in dB of 0.4..0.8 of Nyquist against 0.06..0.25. Flat clips
+    get reach 1 and detail 0.
     """
 
     height: int
@@ -51,7 +54,7 @@ class Resolution:
 
     @property
     def scaled_up(self) -> bool:
-        """Whether the picture ends well below Nyquist in both directions."""
+        """True if the picture ends well below Nyquist in both directions."""
         return max(self.reach) < WHOLE and sum(self.half_power) / 2 < HALF
 
     @property
@@ -65,7 +68,9 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Groups:
-    """``soft``: names of the softer clips; ``gap``: between the groups' means, in dB; ``distance``: the gap in pooled deviations."""
+    """``soft``: names of the softer clips; ``gap``: between the groups' means, in dB; ``distance``: the gap in pooled
+    deviations.
+    """
 
     soft: tuple[str, ...]
     total: int
@@ -77,11 +82,14 @@ class Groups:
 
 
 def resolution(frames: torch.Tensor | np.ndarray) -> Resolution:
-    """How far the picture of a clip reaches. ``frames``: ``[T, H, W, 3]``, uint8 or float 0..1, 32 pixels or more high and wide.
+    """Return the effective resolution of a clip.
 
-    Fooled by: coarse coding and strong grain on top of a scaled-up picture, pixel art and nearest-neighbour scaling (they have hard edges),
-    sharp lettering over much of a soft picture. A clip that is soft everywhere cannot be told from a scaled-up one and is named so (of 22
-    clips under a Gaussian of 0.8 pixels, 18). Four frames are read. Raises ``ValueError`` for another shape.
+    ``frames``: ``[T, H, W, 3]``, uint8 or float 0..1, 32 pixels or more high and wide. Four frames are read. Raises
+    ``ValueError`` for another shape.
+
+    It is misled by coarse coding and strong grain on top of a scaled-up picture, pixel art and nearest-neighbour scaling
+    (they have hard edges), sharp lettering over much of a soft picture. A clip that is soft everywhere cannot be
+    distinguished from a scaled-up one and counts as scaled up (18 of 22 clips under a Gaussian of 0.8 pixels).
     """
     luma = _luma(frames)
     height, width = luma.shape[1:]
@@ -100,18 +108,19 @@ def resolution(frames: torch.Tensor | np.ndarray) -> Resolution:
     frequencies = np.arange(1, side // 2 + 1) / (side // 2)
     band = (frequencies >= 0.4) & (frequencies <= 0.8)
     return Resolution(
-        height, width,
+        height,
+        width,
         (_end(frequencies, rows, END), _end(frequencies, columns, END)),
         (_first(frequencies, rows, -6.0), _first(frequencies, columns, -6.0)),
         float((rows[band].mean() + columns[band].mean()) / 2),
-    )  # fmt: skip
+    )
 
 
 def two_groups(detail: Mapping[str, float]) -> Groups | None:
-    """Whether clips (name to detail in dB) fall into a softer and a sharper group; ``None`` when one Gaussian does as well.
+    """Return the softer and the sharper group of clips (name to detail in dB); ``None`` if one Gaussian fits as well.
 
-    Wants 12 clips or more, a tenth of them (at least 3) in either group, groups that are ``LEAST_DISTANCE`` pooled deviations and
-    ``LEAST_GAP`` dB apart, and ``LEAST_EVIDENCE`` of BIC.
+    Requires 12 clips or more, a tenth of them (at least 3) in either group, groups that are ``LEAST_DISTANCE`` pooled
+    deviations and ``LEAST_GAP`` dB apart, and ``LEAST_EVIDENCE`` of BIC.
     """
     names = [name for name, value in detail.items() if math.isfinite(value)]
     values = np.array([detail[name] for name in names])
@@ -137,9 +146,10 @@ def two_groups(detail: Mapping[str, float]) -> Groups | None:
 
 
 LEAST_EVIDENCE, LEAST_DISTANCE, LEAST_GAP = 15.0, 3.0, 4.0
-"""Of 60 sets each of 96 values from one normal, gamma (shape 2) or Student t (4 degrees) distribution none is taken for two; from a uniform
-one, which has no tails at all, 4. Drawn clips, half of them under a Gaussian of 1.2 pixels, are 22 dB and 9 deviations apart; photographs,
-half under one pixel, 15 dB and 2.8: contents differ too much for this test to be sure."""
+"""Of 60 sets each of 96 values from one normal, gamma (shape 2) or Student t (4 degrees) distribution none is taken for
+two; from a uniform one, which has no tails at all, 4. Drawn clips, half of them under a Gaussian of 1.2 pixels, are 22
+dB and 9 deviations apart; photographs, half under one pixel, 15 dB and 2.8: contents differ too much for this test to
+be sure."""
 
 
 def _luma(frames: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -153,7 +163,7 @@ def _luma(frames: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def _tiles(frame: np.ndarray, side: int) -> np.ndarray:
-    """Tiles ``[n, side, side]`` that overlap by half, thinned evenly to ``MOST_TILES``."""
+    """Return tiles ``[n, side, side]`` that overlap by half, thinned evenly to ``MOST_TILES``."""
     view = np.lib.stride_tricks.sliding_window_view(frame, (side, side))[:: side // 2, :: side // 2]
     flat = view.reshape(-1, side, side)
     chosen = np.unique(np.linspace(0, len(flat) - 1, min(len(flat), MOST_TILES)).astype(int))
@@ -161,7 +171,7 @@ def _tiles(frame: np.ndarray, side: int) -> np.ndarray:
 
 
 def _profile(power: np.ndarray) -> np.ndarray | None:
-    """Level in dB by frequency, of power ``[tiles, frequencies]``; ``None`` for flat clips."""
+    """Return the level in dB by frequency, of power ``[tiles, frequencies]``; ``None`` for flat clips."""
     count = power.shape[1]
     frequencies = np.arange(1, count + 1) / count
     reference = (frequencies >= REFERENCE[0]) & (frequencies <= REFERENCE[1])
@@ -178,13 +188,16 @@ def _profile(power: np.ndarray) -> np.ndarray | None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running median of three."""
+    """Return the running median of three."""
     padded = np.concatenate([values[:1], values, values[-1:]])
     return np.asarray(np.median(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0))
 
 
 def _end(frequencies: np.ndarray, levels: np.ndarray, least: float) -> float:
-    """Where the levels fall below ``least`` and stay there on average over the next fifth of the band; codec noise may rise again above."""
+    """Return the frequency at which the levels fall below ``least`` and stay there on average.
+
+    The average is over the next fifth of the band, because codec noise may rise again above.
+    """
     ahead = max(2, len(levels) // 5)
     for index in range(len(levels) - ahead):
         if frequencies[index] > REFERENCE[0] and levels[index] < least and levels[index : index + ahead].mean() < least:
@@ -202,7 +215,10 @@ def _even(value: float) -> int:
 
 
 def _mixture(values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray] | None:
-    """The best of a few EM fits of two Gaussians: log-likelihood, means (rising), deviations, and who is in the lower one."""
+    """Return the best of a few EM fits of two Gaussians.
+
+    The values are log-likelihood, means (rising), deviations, and a mask of the values in the lower Gaussian.
+    """
     best: tuple[float, np.ndarray, np.ndarray, np.ndarray] | None = None
     least = 0.1 * values.std()  # a group of equal values would have an infinite likelihood
     for share in (0.2, 0.35, 0.5, 0.65, 0.8):
@@ -218,9 +234,9 @@ def _mixture(values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndar
             logs -= np.log(deviations * math.sqrt(2 * math.pi))[:, None]
             total = np.logaddexp(logs[0], logs[1])
             fresh = np.exp(logs - total)
-            settled = np.abs(fresh - weight).max() < 1e-6
+            converged = np.abs(fresh - weight).max() < 1e-6
             weight = fresh
-            if settled:
+            if converged:
                 break
         else:
             mass = weight.sum(1)

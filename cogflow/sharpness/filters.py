@@ -1,7 +1,8 @@
 """Filters along one axis of images: wavelet step, smoothing, differences, windows.
 
-Every filter is a sum of shifted slices instead of a convolution. A GPU may compute convolutions in TF32, with a relative error of a
-thousandth; sums of slices give the same numbers on every device. Images are ``[..., H, W]``, float32; ``dim`` is -1 or -2.
+Every filter is a sum of shifted slices instead of a convolution. A GPU may compute convolutions in TF32, with a
+relative error of a thousandth; sums of slices give the same numbers on every device. Images are ``[..., H, W]``,
+float32; ``dim`` is -1 or -2.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def window_sum(image: Tensor, dim: int, width: int) -> Tensor:
 
 
 def window_range(image: Tensor, dim: int, width: int) -> Tensor:
-    """Return the largest minus the smallest value in each window of ``width`` pixels; ``width - 1`` shorter along ``dim``."""
+    """Return the largest minus the smallest value in each window of ``width`` pixels; ``width - 1`` shorter along
+    ``dim``.
+    """
     return _window_maximum(image, dim, width) + _window_maximum(-image, dim, width)
 
 

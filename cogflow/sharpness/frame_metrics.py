@@ -1,7 +1,8 @@
 """The formulas of the metrics: detail, edges, tone, grain and block artefacts of frames, and motion of frame triples.
 
-Frames are luma ``[B, H, W]`` or colour ``[B, H, W, 3]``, float32 in 0..1; triples are luma ``[B, 3, H, W]``. Each function gives one
-number per frame or triple, ``[B]``. :mod:`cogflow.sharpness.metrics` averages them over the frames of a clip.
+Frames are luma ``[B, H, W]`` or colour ``[B, H, W, 3]``, float32 in 0..1; triples are luma ``[B, 3, H, W]``. Each
+function gives one number per frame or triple, ``[B]``. :mod:`cogflow.sharpness.metrics` averages them over the frames
+of a clip.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ MOTION_FLOOR = 1e-8  # of a mean square: far below that of 8-bit rounding (1.3e-
 def edge_log_slopes(luma: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logs of the mean edge slope after light and after heavy smoothing, the two directions averaged.
 
-    Along rows and columns, d is the slope (half the difference of the two neighbours) and r the range of a window of 7 pixels around
-    it, after light smoothing. ``sum d^3 / sum d^2 r`` is the slope of edges over the range they cross, in 1/pixels: the inverse of an
-    edge's width. Strong edges count most. Edge width as a measure of blur is from Marziliano et al. (ICIP 2002); the weighting, which
-    replaces edge detection, is ours.
+    Along rows and columns, d is the slope (half the difference of the two neighbours) and r the range of a window of 7
+    pixels around it, after light smoothing. ``sum d^3 / sum d^2 r`` is the slope of edges over the range they cross, in
+    1/pixels: the inverse of an edge's width. Strong edges count most. Edge width as a measure of blur is from
+    Marziliano et al. (ICIP 2002); the weighting, which replaces edge detection, is ours.
 
-    The first value is the metric edge_sharpness. The first minus the second is the metric reblur: what further smoothing takes away,
-    much from sharp edges and little from soft ones. Content moves it less than either slope, so it separates sharp from soft between
-    different clips, too. Crete et al. (2007) blur again for the same reason.
+    The first value is the metric edge_sharpness. The first minus the second is the metric reblur: what further
+    smoothing takes away, much from sharp edges and little from soft ones. Content moves it less than either slope, so
+    it separates sharp from soft between different clips, too. Crete et al. (2007) blur again for the same reason.
 
-    Numerator and denominator scale alike, so the ratio ignores contrast and brightness. Smoothing and weights suppress noise up to
-    about 10 levels of 255. Fooled by clipping, which makes edges steeper, and by a picture of fine texture only.
+    Numerator and denominator scale alike, so the ratio ignores contrast and brightness. Smoothing and weights suppress
+    noise up to about 10 levels of 255. Fooled by clipping, which makes edges steeper, and by a picture of fine texture
+    only.
     """
     slopes, passes = [], 0
     for wanted in (LIGHT_PASSES, HEAVY_PASSES):
@@ -64,15 +66,17 @@ def edge_log_slope(luma: Tensor, dim: int) -> Tensor:
 def blur_effect(luma: Tensor) -> Tensor:
     """Return 1 minus the blur effect of Crete et al., "The blur effect" (SPIE 6492, 2007): 0 (blurred) to 1 (sharp).
 
-    Per direction, S = |Sobel| of the frame and B = |Sobel| of the frame after a box of 11 pixels; the effect is 1 - sum max(0, S - B) /
-    sum S, and the worse direction counts. The values equal ``skimage.measure.blur_effect``. Fooled by noise, which reads as sharpness,
-    and by clipping; ignores contrast. A flat frame gives 0.
+    Per direction, S = |Sobel| of the frame and B = |Sobel| of the frame after a box of 11 pixels; the effect is
+    1 - sum max(0, S - B) / sum S, and the worse direction counts. The values equal ``skimage.measure.blur_effect``.
+    Noise misleads it, because noise reads as sharpness, and so does clipping; it ignores contrast. A flat frame gives 0.
     """
     return torch.minimum(_detail_lost_to_box(luma, -1), _detail_lost_to_box(luma, -2))
 
 
 def _detail_lost_to_box(luma: Tensor, dim: int) -> Tensor:
-    """Return sum max(0, S - B) / sum S along ``dim``, over the pixels that skimage uses (two off one end, one off the other)."""
+    """Return sum max(0, S - B) / sum S along ``dim``, over the pixels that skimage uses (two off one end, one off the
+    other).
+    """
     other = -1 if dim == -2 else -2
     size, half = luma.shape[dim], CRETE_SIZE // 2
     smoothed = smooth(luma, other)
@@ -88,8 +92,8 @@ def _detail_lost_to_box(luma: Tensor, dim: int) -> Tensor:
 def band_energy(band: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Return the mean squared wavelet coefficient over the three directions.
 
-    The energy of the second band over that of the third falls with blur. Vu and Chandler's FISH (2012) weighs all bands; a ratio of two
-    bands ignores contrast, and without the finest band it is nearly independent of grain.
+    The energy of the second band over that of the third falls with blur. Vu and Chandler's FISH (2012) weighs all
+    bands; a ratio of two bands ignores contrast, and without the finest band it is nearly independent of grain.
     """
     return torch.stack([detail.square().mean(dim=(-2, -1)) for detail in band]).mean(dim=0)
 
@@ -97,17 +101,17 @@ def band_energy(band: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def noise_deviation(diagonal: Tensor) -> Tensor:
     """Return the deviation of the noise in units of luma, from the finest diagonal band.
 
-    Median |d| / 0.6745 (Donoho and Johnstone 1994) in tiles of 16x16 coefficients. The lower quartile over tiles is taken, so that
-    texture in most of a frame does not count as noise. Fooled by texture everywhere and by frames that are clipped in more than a
-    quarter of their tiles; blur removes noise, too.
+    Median |d| / 0.6745 (Donoho and Johnstone 1994) in tiles of 16x16 coefficients. The lower quartile over tiles is
+    taken, so that texture in most of a frame does not count as noise. Texture everywhere misleads it, and so do frames
+    that are clipped in more than a quarter of their tiles; blur removes noise, too.
     """
     down, across = (min(NOISE_TILE, size) for size in diagonal.shape[-2:])
     tiles = diagonal.abs().unfold(-2, down, down).unfold(-2, across, across).flatten(-2).flatten(1, 2)
     return torch.quantile(tiles.median(dim=-1).values, 0.25, dim=-1) / 0.6745
 
 
-# Tone: what a wrong VAE scale or guidance changes and blur does not. All but brightness and clipping use means of 4x4 pixels, which
-# neither blur nor noise moves much: a blurred page of text has not lost contrast in this sense.
+# Tone: what a wrong VAE scale or guidance changes and blur does not. All but brightness and clipping use means of 4x4
+# pixels, which neither blur nor noise moves much: a blurred page of text has not lost contrast in this sense.
 
 
 def contrast(small: Tensor) -> Tensor:
@@ -126,8 +130,8 @@ def brightness(luma: Tensor) -> Tensor:
 def dark_level(small: Tensor) -> Tensor:
     """Return the 5 % quantile of pooled luma, 0..1.
 
-    A veil of haze lifts it (the dark channel prior of He et al. 2009, without its local windows). Fooled by a picture that is brighter as
-    a whole, or has nothing dark in it.
+    A veil of haze lifts it (the dark channel prior of He et al. 2009, without its local windows). Fooled by a picture
+    that is brighter as a whole, or has nothing dark in it.
     """
     return torch.quantile(small.flatten(-2), DARK_SHARE, dim=-1)
 
@@ -152,13 +156,16 @@ def clipped(colour: Tensor) -> Tensor:
 
 
 def block_grid(luma: Tensor) -> Tensor:
-    """Return the log of the mean step |x[i + 1] - x[i]| across the borders of 8x8 blocks over that inside them, rows and columns averaged.
+    """Return the log ratio of the mean step |x[i + 1] - x[i]| across the borders of 8x8 blocks to that inside them.
 
-    0 without a grid, positive where blocks do not meet, negative where their borders are smoothed. Steps inside are taken at even
-    distances from the border, so that a clip scaled up by 2, whose steps alternate, shows no grid.
+    Rows and columns are averaged.
 
-    The blockiness of Wang, Bovik and Evans (ICIP 2000), in the pixel domain. It counts from the frame's corner, so it misses the grid of
-    frames that were cropped after decoding. Fooled by drawn patterns of the same period, and by JPEG or H.264 blocks in training clips.
+    0 without a grid, positive where blocks do not meet, negative where their borders are smoothed. Steps inside are
+    taken at even distances from the border, so that a clip scaled up by 2, whose steps alternate, shows no grid.
+
+    The blockiness of Wang, Bovik and Evans (ICIP 2000), in the pixel domain. It counts from the frame's corner, so it
+    misses the grid of frames that were cropped after decoding. Fooled by drawn patterns of the same period, and by JPEG
+    or H.264 blocks in training clips.
     """
     logs = []
     for dim, other in ((-2, -1), (-1, -2)):
@@ -178,7 +185,8 @@ def block_grid(luma: Tensor) -> Tensor:
 def temporal_energies(triples: Tensor) -> dict[str, Tensor]:
     """Return mean squares of each triple, ``[B]`` each.
 
-    ``slow`` (c - a) and ``quick`` (a - 2b + c) of means of 2x2 pixels; ``moved`` (c - a) and ``variance`` (of b) of means of 4x4 pixels.
+    ``slow`` (c - a) and ``quick`` (a - 2b + c) of means of 2x2 pixels; ``moved`` (c - a) and ``variance`` (of b) of
+    means of 4x4 pixels.
     """
     fine = pool_2x2(triples)
     before, now, after = fine.unbind(1)
@@ -195,12 +203,15 @@ def temporal_energies(triples: Tensor) -> dict[str, Tensor]:
 def temporal_metrics(means: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return ``motion`` and ``temporal_sharpness`` from the means of :func:`temporal_energies` over a clip's triples.
 
-    * ``motion``: log of mean (c - a)^2 over the variance of luma. 0.7 for unrelated frames, falling without bound as the picture comes
-      to rest. Ignores contrast and brightness; noise and blur move it little. Ours. It is a share of change and no speed: texture that
-      moves slowly counts as much as large shapes that move fast.
-    * ``temporal_sharpness``: log of mean (a - 2b + c)^2 over mean (c - a)^2, quick change over slow. 1.1 for noise, below 0 for smooth
-      motion; blending a frame with its neighbour averages the quick part away. Ours. Fooled by blur in space, which lowers it (soft
-      pictures change slowly), by noise, which raises it, and by still pictures, where it measures noise.
+    * ``motion``: log of mean (c - a)^2 over the variance of luma. 0.7 for unrelated frames, falling without bound as
+      the picture comes
+      to rest. Ignores contrast and brightness; noise and blur move it little. Ours. It is a share of change and no
+      speed: texture that moves slowly counts as much as large shapes that move fast.
+    * ``temporal_sharpness``: log of mean (a - 2b + c)^2 over mean (c - a)^2, quick change over slow. 1.1 for noise,
+      below 0 for smooth
+      motion; blending a frame with its neighbour averages the quick part away. Ours. Fooled by blur in space, which
+      lowers it (soft pictures change slowly), by noise, which raises it, and by still pictures, where it measures
+      noise.
     """
     slow, quick, moved, variance = (means[name] + MOTION_FLOOR for name in ("slow", "quick", "moved", "variance"))
     return {"motion": (moved / variance).log(), "temporal_sharpness": (quick / slow).log()}

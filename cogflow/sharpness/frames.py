@@ -1,7 +1,7 @@
 """Frames for the metrics: checks, frame selection, and conversion to float32 luma and colour on the clip's own device.
 
-Spatial metrics use up to :data:`SPATIAL_FRAMES` frames, evenly spread; temporal metrics use up to :data:`TEMPORAL_TRIPLES` triples of
-neighbouring frames. No function here synchronises with the device.
+Spatial metrics use up to :data:`SPATIAL_FRAMES` frames, evenly spread; temporal metrics use up to
+:data:`TEMPORAL_TRIPLES` triples of neighbouring frames. No function here synchronises with the device.
 """
 
 from __future__ import annotations
@@ -48,14 +48,18 @@ def evenly_spread(count: int, most: int) -> list[int]:
 
 
 def to_float(frames: Tensor) -> Tensor:
-    """Convert to float32 in 0..1. Non-finite values become black; values beyond the range are cut, as a screen shows them."""
+    """Convert to float32 in 0..1. Non-finite values become black; values beyond the range are cut, as a screen shows
+    them.
+    """
     if frames.dtype == torch.uint8:
         return frames.to(torch.float32).div_(255)
     return torch.nan_to_num(frames.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0).clamp_(0, 1)
 
 
 def to_luma(colour: Tensor) -> Tensor:
-    """Convert ``[..., H, W, 3]`` to ``[..., H, W]``, component by component: a matrix product may run in TF32 on a GPU."""
+    """Convert ``[..., H, W, 3]`` to ``[..., H, W]``, component by component: a matrix product may run in TF32 on a
+    GPU.
+    """
     red, green, blue = LUMA_WEIGHTS
     return (colour[..., 0] * red).add_(colour[..., 1], alpha=green).add_(colour[..., 2], alpha=blue)
 
@@ -75,7 +79,9 @@ def finite_share(clips: Tensor) -> Tensor:
 
 
 def repeated_share(clips: Tensor) -> Tensor:
-    """Return the share of neighbouring frames that are equal within half an 8-bit level, ``[N]`` in 0..1; every fourth row is read."""
+    """Return the share of neighbouring frames that are equal within half an 8-bit level, ``[N]`` in 0..1; every fourth
+    row is read.
+    """
     if clips.shape[1] < 2:
         return torch.zeros(len(clips), device=clips.device)
     rows = clips[:, :, ::4]

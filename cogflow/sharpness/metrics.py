@@ -1,8 +1,9 @@
-"""The sharpness metrics of a clip: sixteen numbers from raw frames, computed on the device they are on, without a learned model.
+"""The sharpness metrics of a clip: sixteen numbers from raw frames, computed on the device they are on, without a
+learned model.
 
-Content moves most metrics as much as blur does, so numbers of different clips say little: compare the same prompt and noise
-(:func:`cogflow.sharpness.compare`). The formula, source, range and weaknesses of each metric are documented with its function in
-:mod:`cogflow.sharpness.frame_metrics` and :mod:`cogflow.sharpness.frames`.
+Content moves most metrics as much as blur does, so numbers of different clips say little: compare the same prompt and
+noise (:func:`cogflow.sharpness.compare`). The formula, source, range and weaknesses of each metric are documented with
+its function in :mod:`cogflow.sharpness.frame_metrics` and :mod:`cogflow.sharpness.frames`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ BAND_FLOOR = 1e-8  # of a wavelet band's energy: that of a flat frame; 8-bit rou
 class Metric:
     """A metric and its scale.
 
-    ``scale`` "log": a change is the log of candidate over reference, each raised by ``floor``; "difference": a change is candidate minus
-    reference, for values that are logs or shares already. ``group``: blur, tone, grain, motion or artefact.
+    ``scale`` "log": a change is the log of candidate over reference, each raised by ``floor``; "difference": a change
+    is candidate minus reference, for values that are logs or shares already. ``group``: blur, tone, grain, motion or
+    artefact.
     """
 
     name: str
@@ -91,7 +93,9 @@ def measure(frames: Tensor | np.ndarray) -> Metrics:
 
 @torch.no_grad()
 def measure_batch(clips: Tensor | np.ndarray) -> list[Metrics]:
-    """Return the metrics of each clip of ``[N, T, H, W, 3]``, computed where the clips are, in one transfer to the CPU."""
+    """Return the metrics of each clip of ``[N, T, H, W, 3]``, computed where the clips are, in one transfer to the
+    CPU.
+    """
     clips = as_clips(clips)
     values = {
         **_spatial_metrics(clips),
@@ -104,7 +108,9 @@ def measure_batch(clips: Tensor | np.ndarray) -> list[Metrics]:
 
 
 def change(name: str, candidate: float, reference: float) -> float:
-    """Return how far ``candidate`` is from ``reference`` on the metric's scale (:class:`Metric`); 0 when they are equal."""
+    """Return how far ``candidate`` is from ``reference`` on the metric's scale (:class:`Metric`); 0 when they are
+    equal.
+    """
     metric = METRICS[name]
     if metric.scale == "difference":
         return candidate - reference
@@ -120,7 +126,9 @@ def shift_value(name: str, value: float, by: float) -> float:
 
 
 def frame_values(colour: Tensor) -> dict[str, Tensor]:
-    """Return the numbers that the spatial metrics are made of: colour ``[B, H, W, 3]``, float32 in 0..1, to ``[B]`` each."""
+    """Return the numbers that the spatial metrics are made of: colour ``[B, H, W, 3]``, float32 in 0..1, to ``[B]``
+    each.
+    """
     luma = to_luma(colour)
     small, red, blue = (pool_2x2(pool_2x2(plane)) for plane in (luma, colour[..., 0], colour[..., 2]))
     light, heavy = frame_metrics.edge_log_slopes(luma)

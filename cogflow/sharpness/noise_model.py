@@ -1,13 +1,14 @@
-"""Noise models: how far metrics change when nothing is wrong, measured. Every verdict divides a change by these deviations.
+"""Noise models: how far metrics change when nothing is wrong, measured. Every verdict divides a change by these
+deviations.
 
-:data:`METRIC_NOISE` is for :func:`cogflow.sharpness.compare`. It was measured on 29 contents (19 photographs, panned, and 10 windows of 3
-videos, shipped by Python packages) at 64x96 and 96x144, every second one at 256x384, 9 frames, two or three takes of each, with
-``python -m benchmarks.separation`` (its result ``noise``). The values are rounded to between those of the three sizes, for blur
-metrics to near the largest; ``clipped`` is set by hand. Each is the 95 % quantile of the absolute change over 1.96: the deviation of a
-normal change, wide where the tails are.
+:data:`METRIC_NOISE` is for :func:`cogflow.sharpness.compare`. It was measured on 29 contents (19 photographs, panned,
+and 10 windows of 3 videos, shipped by Python packages) at 64x96 and 96x144, every second one at 256x384, 9 frames, two
+or three takes of each, with ``python -m benchmarks.separation`` (its result ``noise``). The values are rounded to
+between those of the three sizes, for blur metrics to near the largest; ``clipped`` is set by hand. Each is the 95 %
+quantile of the absolute change over 1.96: the deviation of a normal change, wide where the tails are.
 
-:data:`WATCH_NOISE` is for :class:`cogflow.sharpness.QualityWatch`. It was measured on contents and simulated with ``python -m
-benchmarks.watch``, which prints detections and false alarms with their counts.
+:data:`WATCH_NOISE` is for :class:`cogflow.sharpness.QualityWatch`. It was measured on contents and simulated with
+``python -m benchmarks.watch``, which prints detections and false alarms with their counts.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 class MetricNoise:
     """Deviations of a metric's change (:func:`cogflow.sharpness.change`) with nothing wrong.
 
-    ``rounding``: the same frames, every second value off by one 8-bit level; ``variants``: the same content with another crop, zoom,
-    brightness and time; ``contents``: other contents.
+    ``rounding``: the same frames, every second value off by one 8-bit level; ``variants``: the same content with
+    another crop, zoom, brightness and time; ``contents``: other contents.
     """
 
     rounding: float
@@ -55,13 +56,13 @@ METRIC_NOISE: dict[str, MetricNoise] = {
 
 @dataclass(frozen=True)
 class PromptNoise:
-    """How a tested metric of one prompt changes with nothing wrong.
+    """Noise of a tested metric of one prompt: its change while nothing is wrong.
 
     * ``contents``: deviation of its value over contents;
     * ``variants``: deviation of its change between two takes of one content;
     * ``least_shift``: the smallest shift of all prompts together that is worth an alarm, however certain it is;
-    * ``stricter``: added to the limits. Blur, which the watch is made for, gets the larger part of the false alarms that all metrics
-      together are allowed.
+    * ``stricter``: added to the limits. Blur, which the watch is made for, gets the larger part of the false alarms
+      that all metrics together are allowed.
     """
 
     contents: float
@@ -74,13 +75,15 @@ class PromptNoise:
 class WatchNoise:
     """The noise model and the limits of the quality watch. ``prompt_noise``: by tested metric (measured or derived).
 
-    The composite ``blur`` is in units of what a Gaussian of sigma 1 pixel takes from real clips (median): -1. A clip that is soft
-    already has less to lose: ``gain`` is the line (value at 0, slope) of what such a blur takes over the clip's own composite, within
-    :data:`GAIN_BOUNDS`. The other settings:
+    The composite ``blur`` is in units of what a Gaussian of sigma 1 pixel takes from real clips (median): -1. A clip
+    that is soft already has less to lose: ``gain`` is the line (value at 0, slope) of what such a blur takes over the
+    clip's own composite, within :data:`GAIN_BOUNDS`. The other settings:
 
     * ``unit``: the change of the composite, as :mod:`cogflow.sharpness.verdict` computes it, by a Gaussian of sigma 1;
-    * ``share``: deviation expected between the base model's sample and a finetuned model's, as a share of the deviation over contents;
-    * ``spread_df``: prompts that the expected deviation counts for, before it is corrected by the spread of all metrics together;
+    * ``share``: deviation expected between the base model's sample and a finetuned model's, as a share of the deviation
+      over contents;
+    * ``spread_df``: prompts that the expected deviation counts for, before it is corrected by the spread of all metrics
+      together;
     * ``prior_df``: prompts that the corrected deviation counts for in one metric's deviation;
     * ``newest``: weight of the newest validation in the smoothed change;
     * ``warning``, ``alarm``: limits, as normal scores.
@@ -113,5 +116,5 @@ WATCH_NOISE = WatchNoise(
         "artefacts": PromptNoise(0.15, 0.05, 0.05),
     },
 )
-"""Measured on 25 contents of 480x720, except artefacts: frames of real clips have none (deviation 0.004), samples of a small model have
-some (0.15)."""
+"""Measured on 25 contents of 480x720, except artefacts: frames of real clips have none (deviation 0.004), samples of a
+small model have some (0.15)."""

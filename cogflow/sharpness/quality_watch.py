@@ -1,10 +1,11 @@
 """The quality watch: do the samples of a finetune lose quality from validation to validation?
 
-Every prompt is compared with its own sample from before the first step (same prompt, same noise), and all prompts together with the
-reconstruction bound: what the clips themselves look like after the VAE. A change from the baseline towards the bound is learning; a change
-outside that interval is damage. Per metric the watch computes the prompts' changes, their robust centre, and a moderated t statistic of
-how far the centre is outside the interval by more than a size that matters: for this validation alone, and for an exponentially weighted
-mean over validations. The mean is over levels: a constant level does not add up to an alarm, as it would in a CUSUM. The limits come from
+Every prompt is compared with its own sample from before the first step (same prompt, same noise), and all prompts
+together with the reconstruction bound: what the clips themselves look like after the VAE. A change from the baseline
+towards the bound is learning; a change outside that interval is damage. Per metric the watch computes the prompts'
+changes, their robust centre, and a moderated t statistic of how far the centre is outside the interval by more than a
+size that matters: for this validation alone, and for an exponentially weighted mean over validations. The mean is over
+levels: a constant level does not add up to an alarm, as it would in a CUSUM. The limits come from
 :data:`cogflow.sharpness.noise_model.WATCH_NOISE`.
 """
 
@@ -39,9 +40,10 @@ SOFTER_BOUND = (
 class WatchVerdict:
     """The result of one validation.
 
-    ``level``: good, learning (changed within the interval, or the bound is softer than the baseline), warning or alarm. ``z``: by metric,
-    how far it is outside the interval, as a normal score with the sign of the change; 0 inside. ``score``: 0 with nothing wrong, lower is
-    worse. ``note``: a remark at the levels good and learning; may be empty. ``sizes``: median change by tested metric.
+    ``level``: good, learning (changed within the interval, or the bound is softer than the baseline), warning or alarm.
+    ``z``: by metric, how far it is outside the interval, as a normal score with the sign of the change; 0 inside.
+    ``score``: 0 with nothing wrong, lower is worse. ``note``: a remark at the levels good and learning; may be empty.
+    ``sizes``: median change by tested metric.
     """
 
     step: int
@@ -60,9 +62,10 @@ class WatchVerdict:
 class QualityWatch:
     """Follow the samples of one run.
 
-    ``baseline``: metrics of the samples from before the first step, by name. ``reconstruction_bound``: metrics of the clips' round trip
-    through the VAE; compared with the baseline prompt by prompt where it has the same names, else as a distribution. The state is a
-    function of the metrics given so far, in order: a resumed run gives them again. Raise ``ValueError`` for an empty baseline.
+    ``baseline``: metrics of the samples from before the first step, by name. ``reconstruction_bound``: metrics of the
+    clips' round trip through the VAE; compared with the baseline prompt by prompt where it has the same names, else as
+    a distribution. The state is a function of the metrics given so far, in order: a resumed run gives them again. Raise
+    ``ValueError`` for an empty baseline.
     """
 
     def __init__(
@@ -113,7 +116,9 @@ class QualityWatch:
         return np.asarray(table / self._units[:, None])
 
     def _prompt_gains(self) -> np.ndarray:
-        """Return what each prompt has to lose, in units of the calibration's median clip, ``[tested metrics, prompts]``."""
+        """Return what each prompt has to lose, in units of the calibration's median clip, ``[tested metrics,
+        prompts]``.
+        """
         at_zero, slope = self.noise.gain
         own = np.array([blur_composite(metrics) for metrics in self._references]) / self.noise.unit
         gains = np.ones((len(self.tested), len(self.names)))
@@ -136,7 +141,9 @@ class QualityWatch:
         return (above.centre - base.centre) / typical, np.hypot(above.error, base.error) / typical
 
     def _score_outside(self, changes: np.ndarray) -> np.ndarray:
-        """Return the signed normal score of being outside the interval from baseline to bound; changes ``[..., metrics, prompts]``."""
+        """Return the signed normal score of being outside the interval from baseline to bound; changes ``[..., metrics,
+        prompts]``.
+        """
         at = self._locate(changes)
         low = np.minimum(0.0, self._bound - LEEWAY * self._bound_error)
         high = np.maximum(0.0, self._bound + LEEWAY * self._bound_error)
@@ -147,8 +154,8 @@ class QualityWatch:
     def _locate(self, changes: np.ndarray) -> Location:
         """Return the centre of the prompts' changes.
 
-        The expected deviation is corrected by the scatter of the prompts in all metrics together: by the median over metrics, which damage
-        in some of them does not move, moderated towards 1.
+        The expected deviation is corrected by the scatter of the prompts in all metrics together: by the median over
+        metrics, which damage in some of them does not move, moderated towards 1.
         """
         residual = changes - self._gains * np.median(changes / self._gains, axis=-1, keepdims=True)
         seen = np.median((residual**2).sum(axis=-1) / self._deviation**2, axis=-1)

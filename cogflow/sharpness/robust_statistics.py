@@ -1,4 +1,5 @@
-"""Statistics over a handful of prompts: where the middle of some changes lies, how sure that is, and how unlikely by chance.
+"""Statistics over a handful of prompts: where the middle of some changes lies, how sure that is, and how unlikely by
+chance.
 
 Arrays are float64; the last axis are the prompts, the axes before it run through channels.
 """
@@ -28,10 +29,10 @@ class Location:
 def location(values: np.ndarray, prior: np.ndarray, prior_df: float, gains: np.ndarray | None = None) -> Location:
     """Huber's M-estimate of ``values`` ``[..., n]`` with a moderated deviation.
 
-    ``s^2 = (prior_df prior^2 + sum (value - centre)^2) / (prior_df + n - 1)``: the prior ``[...]`` counts like ``prior_df`` values more,
-    so that three prompts that agree by chance give no alarm, and a spread far above it is believed (Smyth 2004, limma). With ``gains``
-    (as ``values``, above 0) value i is expected at ``gain_i * centre``: those that can tell more count for more. Raises ``ValueError``
-    without values.
+    ``s^2 = (prior_df prior^2 + sum (value - centre)^2) / (prior_df + n - 1)``: the prior ``[...]`` counts like
+    ``prior_df`` values more, so that three prompts that agree by chance give no alarm, and a spread far above it is
+    believed (Smyth 2004, limma). With ``gains`` (as ``values``, above 0) value i is expected at ``gain_i * centre``:
+    those that can tell more count for more. Raises ``ValueError`` without values.
     """
     values = np.asarray(values, dtype=np.float64)
     n = values.shape[-1]
@@ -50,7 +51,9 @@ def location(values: np.ndarray, prior: np.ndarray, prior_df: float, gains: np.n
 
 
 def normal_score(t: np.ndarray, df: float) -> np.ndarray:
-    """The z of a normal distribution that is as unlikely as ``t`` of a t distribution; within -37..37, where float64 ends."""
+    """The z of a normal distribution that is as unlikely as ``t`` of a t distribution; within -37..37, where float64
+    ends.
+    """
     t = np.asarray(t, dtype=np.float64)
     tail = np.maximum(special.stdtr(df, -np.abs(t)), 1e-300)
     return np.asarray(np.sign(t) * -special.ndtri(tail))
@@ -64,7 +67,9 @@ def interval(
     of: Callable[..., np.ndarray] = np.median,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap interval (percentiles) of ``of(values)`` for ``values`` ``[n]``; for one, the value twice. ``of`` takes ``axis``."""
+    """Bootstrap interval (percentiles) of ``of(values)`` for ``values`` ``[n]``; for one, the value twice. ``of`` takes
+    ``axis``.
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:
         raise ValueError("there is nothing to locate")

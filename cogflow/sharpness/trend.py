@@ -1,18 +1,20 @@
 """The sequential test on the per-step indicator: does training lose fine detail compared with its own first steps?
 
-Each step gives, per band and quarter of the timesteps, what :mod:`cogflow.sharpness.spectrum` sums over some clips. Three defects are
-tested, each in the bands TESTED_BANDS:
+Each step gives, per band and quarter of the timesteps, what :mod:`cogflow.sharpness.spectrum` sums over some clips.
+Three defects are tested, each in the bands TESTED_BANDS:
 
 * ``losing``: the recovered share falls below its start, after subtracting what a Wiener filter explains;
 * ``softening``: the prediction has less energy than is recovered (a blurred prediction), and less so than at the start;
-* ``inventing``: it has more energy than is recovered (grain, artefacts, over-sharpening), and more so than at the start.
+* ``inventing``: it has more energy than is recovered (grain, artefacts, over-sharpening), and more so than at the
+  start.
 
-A step's value is standardised by its quarter with mean and deviation of the first REFERENCE_STEPS steps that had a clip there. Where the
-held-out clips were evaluated before the first step, the mean starts from them, so that damage in the first steps is seen; no step enters
-the reference while something seems wrong. The deviation is moderated by a prior. The quarters are added up to one z per step. The
-statistic is an exponentially weighted mean of those over its own deviation, which includes the uncertainty of the reference. A constant
-level does not accumulate; a drift does show. A rise of the recovered share is learning and is never reported, and neither is a prediction
-whose energy approaches what is recovered.
+A step's value is standardised by its quarter with mean and deviation of the first REFERENCE_STEPS steps that had a clip
+there. Where the held-out clips were evaluated before the first step, the mean starts from them, so that damage in the
+first steps is seen; no step enters the reference while something seems wrong. The deviation is moderated by a prior.
+The quarters are added up to one z per step. The statistic is an exponentially weighted mean of those over its own
+deviation, which includes the uncertainty of the reference. A constant level does not accumulate; a drift does show. A
+rise of the recovered share is learning and is never reported, and neither is a prediction whose energy approaches what
+is recovered.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ _EMPTY: dict[str, float] = {"anchored": 0, "n": 0, "clips": 0.0, "mean": 0.0, "s
 
 @dataclass(frozen=True)
 class BandChange:
-    """A change seen at ``step``: ``defect`` of TREND_DEFECTS, ``band`` and ``quarter`` (1 least noise) where it is largest, ``z`` above 0."""
+    """A change seen at ``step``: ``defect`` of TREND_DEFECTS, ``band`` and ``quarter`` (1 least noise) where it is
+    largest, ``z`` above 0.
+    """
 
     defect: str
     level: str  # warning | alarm
@@ -74,7 +78,9 @@ class TrendPoint:
 
 
 class Trend:
-    """The test. Its state is a plain JSON object that :meth:`state` returns and the constructor takes, so a resumed run continues exactly."""
+    """The test. Its state is a plain JSON object that :meth:`state` returns and the constructor takes, so a resumed run
+    continues exactly.
+    """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         given = copy.deepcopy(dict(state or {}))
@@ -88,7 +94,9 @@ class Trend:
         return copy.deepcopy({"quarters": self._quarters, "means": self._means, "reported": self._reported})
 
     def anchor(self, bands: Mapping[tuple[str, int], Band]) -> None:
-        """Start the reference from ``bands`` of the held-out clips before the first step. Call it before the first :meth:`update`."""
+        """Start the reference from ``bands`` of the held-out clips before the first step. Call it before the first
+        :meth:`update`.
+        """
         for defect in TREND_DEFECTS:
             for band in TESTED_BANDS:
                 for quarter in range(1, QUARTERS + 1):
@@ -134,7 +142,9 @@ class Trend:
         return changes
 
     def _statistic(self, defect: str, band: str, seen: Mapping[int, tuple[float, float]]) -> float | None:
-        """Return the mean of the steps' z over its own deviation, with this step; ``None`` while too little was seen."""
+        """Return the mean of the steps' z over its own deviation, with this step; ``None`` while too little was
+        seen.
+        """
         added = weight = uncertainty = 0.0
         states = {quarter: self._quarters.setdefault(f"{defect} {band} {quarter}", dict(_EMPTY)) for quarter in seen}
         for quarter, (value, clips) in seen.items():
@@ -182,8 +192,9 @@ class Trend:
 def indicator(defect: str, band: Band) -> float:
     """Return a step's number, bounded, so that no clip outweighs all others.
 
-    ``losing``: difference of the arcsines of the roots of the recovered and the expected share (the scale on which a share's deviation
-    does not depend on the share); the other defects: energy beyond what is recovered, over the sum of both.
+    ``losing``: difference of the arcsines of the roots of the recovered and the expected share (the scale on which a
+    share's deviation does not depend on the share); the other defects: energy beyond what is recovered, over the sum of
+    both.
     """
     if defect == "losing":
         return angle(band.recovered) - angle(band.expected)
@@ -197,7 +208,9 @@ def angle(share: float) -> float:
 
 
 def bound(defect: str, mean: float) -> float:
-    """Return the value that a step is compared with. Energy that approaches what is recovered is learning: the bound is never beyond 0."""
+    """Return the value that a step is compared with. Energy that approaches what is recovered is learning: the bound is
+    never beyond 0.
+    """
     return {"losing": mean, "softening": min(mean, 0.0), "inventing": max(mean, 0.0)}[defect]
 
 

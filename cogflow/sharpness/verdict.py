@@ -1,8 +1,8 @@
 """Compare clips with a reference: named defects, each decided by the metrics that see it.
 
-Many different defects are called blurry. Each has a name of its own here, and metrics that can move both ways are tested both ways:
-latents at a wrong scale *raise* most blur metrics while the picture gets worse, and are reported as washed out, saturated or full of
-artefacts instead of as sharp.
+Many different defects are called blurry. Each has a name of its own here, and metrics that can move both ways are
+tested both ways: latents at a wrong scale *raise* most blur metrics while the picture gets worse, and are reported as
+washed out, saturated or full of artefacts instead of as sharp.
 
     >>> verdict = compare({"a": measure(mine)}, {"a": measure(theirs)})
     >>> verdict.worse, verdict.line()
@@ -31,8 +31,8 @@ DERIVED = {
 WARNING, ALARM = 3.0, 4.0  # deviations of the noise model
 BLUR_WEIGHTS = {"edge_sharpness": 0.5, "reblur": 0.5}
 """Weights of the metrics that decide about blur: ``log s1 - 0.5 log s3`` of the two slopes of
-:func:`cogflow.sharpness.frame_metrics.edge_log_slopes`. Over three frame sizes a Gaussian of sigma 0.8 moves it by 9 to 12 deviations
-between takes of one content; the wavelet ratio by 3 to 5, Crete's by 3 to 5."""
+:func:`cogflow.sharpness.frame_metrics.edge_log_slopes`. Over three frame sizes a Gaussian of sigma 0.8 moves it by 9 to
+12 deviations between takes of one content; the wavelet ratio by 3 to 5, Crete's by 3 to 5."""
 BLUR_METRICS = tuple(BLUR_WEIGHTS)
 SMEAR_PER_BLUR = (
     6.0  # loss of temporal sharpness by a blur in space, per unit of the composite (4.3 for sigma 0.8, 6 for sigma 4)
@@ -48,8 +48,9 @@ BOOTSTRAP_DRAWS = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """A defect. ``level``: warning or alarm; ``metric``: the leading metric; ``size``: its change; ``z``: that change in deviations of
-    the noise model, 0 for defects that need no statistics; ``since``: the step from which a watch has reported it."""
+    """A defect. ``level``: warning or alarm; ``metric``: the leading metric; ``size``: its change; ``z``: that change
+    in deviations of the noise model, 0 for defects that need no statistics; ``since``: the step from which a watch has
+    reported it."""
 
     defect: str
     level: str
@@ -63,12 +64,15 @@ class Finding:
         title = METRICS[self.metric].title if self.metric in METRICS else DERIVED.get(self.metric, self.metric)
         since = "" if self.since is None else f", since step {self.since}"
         meaning = DEFECTS.get(self.defect, self.defect)
-        return f"{self.level}: {self.defect.replace('_', ' ')} ({meaning}): {title} {self.size:+.3g}, z {self.z:+.1f}{since}"
+        change = f"{title} {self.size:+.3g}, z {self.z:+.1f}{since}"
+        return f"{self.level}: {self.defect.replace('_', ' ')} ({meaning}): {change}"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A metric's change: the median over the pairs (unpaired: mean against mean), its 95 % bootstrap interval, and z."""
+    """A metric's change: the median over the pairs (unpaired: mean against mean), its 95 % bootstrap interval,
+    and z.
+    """
 
     size: float
     low: float
@@ -78,7 +82,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a comparison. ``changes``: by metric, with those of :data:`DERIVED`; ``pairing``: what was compared."""
+    """The result of a comparison. ``changes``: by metric, with those of :data:`DERIVED`; ``pairing``: what was
+    compared.
+    """
 
     findings: list[Finding]
     changes: dict[str, Change]
@@ -86,7 +92,7 @@ class Verdict:
 
     @property
     def worse(self) -> bool:
-        """Whether some finding is an alarm."""
+        """True if a finding is an alarm."""
         return any(finding.level == "alarm" for finding in self.findings)
 
     def line(self) -> str:
@@ -100,9 +106,9 @@ def compare(
 ) -> Verdict:
     """Compare ``candidate`` with ``reference``: the metrics of two clips of the same content, or metrics by clip name.
 
-    Equal names are compared pair by pair. Other names are compared as two groups, mean against mean, with the wider noise model of other
-    contents. ``noise`` names what a pair may differ in with nothing wrong: ``variants`` (another take of the same content) or
-    ``rounding`` (the same frames). Raise ``ValueError`` when there is nothing to compare.
+    Equal names are compared pair by pair. Other names are compared as two groups, mean against mean, with the wider
+    noise model of other contents. ``noise`` names what a pair may differ in with nothing wrong: ``variants`` (another
+    take of the same content) or ``rounding`` (the same frames). Raise ``ValueError`` when there is nothing to compare.
     """
     ours, theirs = _by_name(candidate), _by_name(reference)
     if not ours or not theirs:
@@ -167,7 +173,9 @@ def _paired_sizes(ours: list[Metrics], theirs: list[Metrics]) -> dict[str, list[
 
 
 def _group_sizes(ours: list[Metrics], theirs: list[Metrics]) -> dict[str, list[float]]:
-    """Return by metric the difference of the groups' means on the metric's scale, followed by those of bootstrap draws."""
+    """Return by metric the difference of the groups' means on the metric's scale, followed by those of bootstrap
+    draws.
+    """
     # Changes from any one clip: on a metric's scale they differ from the values by a constant.
     candidates, references = (
         np.array([[change(name, metrics[name], theirs[0][name]) for name in METRICS] for metrics in group])

@@ -63,15 +63,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         inputs=EncoderInputs({"vae": "v", "text_encoder": "t"}, max_length=32),
         report=lambda total, description: nullcontext(_Bar()),
     )
-    transformer, scheduler = (
-        loading.load_transformer(tiny.folder(), torch.float32),
-        loading.load_scheduler(tiny.folder()),
-    )
+    transformer = loading.load_transformer(tiny.folder(), torch.float32)
+    scheduler = loading.load_scheduler(tiny.folder())
 
     def sampler(**settings: Any) -> Sampler:
         return Sampler(
-            transformer, vae, scheduler, torch.zeros(32, 64), replace(sampling, **settings), frames=data.frames, height=data.height,
-            width=data.width, device=torch.device("cpu"), dtype=torch.float32,
-        )  # fmt: skip
+            transformer,
+            vae,
+            scheduler,
+            torch.zeros(32, 64),
+            replace(sampling, **settings),
+            frames=data.frames,
+            height=data.height,
+            width=data.width,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
 
     return World(folder, config.with_stage(TrainStage()), LatentCache(folder / "cache"), sampler)

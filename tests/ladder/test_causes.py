@@ -38,7 +38,8 @@ def test_description_gives_rung_defect_size_step_and_causes() -> None:
     finding = Finding("soft", "alarm", "wavelet_ratio", -0.55, -6.0, since=300)
     line = describe_finding(finding, Rung.TUNED)
     assert line.startswith(
-        "alarm: soft at rung 4 (tuned): fine detail is lost (wavelet ratio -42%, like a Gaussian blur of about 1.0 pixels"
+        "alarm: soft at rung 4 (tuned): fine detail is lost "
+        "(wavelet ratio -42%, like a Gaussian blur of about 1.0 pixels"
     )
     assert "since step 300; likely: learning rate too high" in line
     assert "\n" not in line

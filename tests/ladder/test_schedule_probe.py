@@ -31,7 +31,9 @@ assert MODEL_SPECS["cogvideox1.5-5b"].patch_size_t == PATCH
 
 
 class PerfectTransformer(CogVideoXTransformer3DModel):
-    """A transformer with CogVideoX1.5's patches that predicts the exact velocity of ``x0`` when its timestep has the level of ``table``."""
+    """A transformer with CogVideoX1.5's patches that predicts the exact velocity of ``x0`` when its timestep has the
+    level of ``table``.
+    """
 
     x0: torch.Tensor
     table: torch.Tensor

@@ -1,4 +1,6 @@
-"""Follow "Add a metric or a defect" of CONTRIBUTING.md in a copy of the package: every consumer takes the new metric without a change."""
+"""Follow "Add a metric or a defect" of CONTRIBUTING.md in a copy of the package: every consumer takes the new metric
+without a change.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The quality watch on measured samples of the tiny model: no alarm on other seeds, each defect by name, equal results after a resume."""
+"""The quality watch on measured samples of the tiny model: no alarm on other seeds, each defect by name, equal results
+after a resume.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The trend test: no finding without damage or while the model learns, an early finding by name when detail is lost, exact resume."""
+"""The trend test: no finding without damage or while the model learns, an early finding by name when detail is lost,
+exact resume.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ Change = Callable[[int, int], tuple[float, float]]
 
 
 def steps(count: int, seed: int = 0, change: Change = lambda step, quarter: (0.0, 0.0), clips: int = 4):
-    """Bands and clips of ``count`` steps. ``change(step, quarter)``: what is added to the recovered share and to the energy beyond it,
-    in the deviations that one clip has on a frozen tiny model."""
+    """Bands and clips of ``count`` steps. ``change(step, quarter)``: what is added to the recovered share and to the
+    energy beyond it, in the deviations that one clip has on a frozen tiny model."""
     rng = np.random.default_rng([seed, 0x7E57])
     for step in range(1, count + 1):
         numbers = np.bincount(rng.integers(1, 5, clips), minlength=5)

@@ -175,7 +175,8 @@ def _wrong_scale(record: RoundtripRung) -> LadderFinding | None:
     wrong = 1 / best
     line = (
         f"latents are about {wrong:.2f} times what the VAE decodes: clips come back with "
-        f"{scales[best]:.1f} dB at {best:g} times their scale, {scales[1.0]:.1f} dB as they are; check the scaling factor"
+        f"{scales[best]:.1f} dB at {best:g} times their scale, "
+        f"{scales[1.0]:.1f} dB as they are; check the scaling factor"
     )
     # Too small, they lose contrast; too large, tones and colours run to the ends of the range.
     defect = "washed_out" if wrong < 1 else "saturated"

@@ -1,9 +1,10 @@
 """Detect soft data: measure the effective resolution of a clip, and split a set of clips into softer and sharper ones.
 
 **Reach.** A picture that was scaled up holds nothing above the band of the small one. A soft style or shallow focus
-holds fine detail *somewhere*. So tiles are measured one by one, and the sharpest structured tiles decide. Power spectra along rows and
-columns are multiplied by f squared: the power of edges and of natural pictures falls with 1 / f squared (Field 1987),
-so what remains is flat up to where the picture ends. Twice the noise floor, measured on the flattest tiles, is
+holds fine detail *somewhere*. So tiles are measured one by one, and the sharpest structured tiles decide. Power spectra
+along rows and columns are multiplied by f squared: the power of edges and of natural pictures falls with 1 / f squared
+(Field 1987), so what remains is flat up to where the picture ends. Twice the noise floor, measured on the flattest
+tiles, is
 subtracted: grain and codec noise are everywhere, detail is at edges.
 
 **Two groups.** One Gaussian against a mixture of two over the clips' detail, by BIC (Schwarz 1978), with a least
@@ -87,9 +88,9 @@ def resolution(frames: torch.Tensor | np.ndarray) -> Resolution:
     ``frames``: ``[T, H, W, 3]``, uint8 or float 0..1, 32 pixels or more high and wide. Four frames are read. Raises
     ``ValueError`` for another shape.
 
-    It is misled by coarse coding and strong grain on top of a scaled-up picture, pixel art and nearest-neighbour scaling
-    (they have hard edges), sharp lettering over much of a soft picture. A clip that is soft everywhere cannot be
-    distinguished from a scaled-up one and counts as scaled up (18 of 22 clips under a Gaussian of 0.8 pixels).
+    It is misled by coarse coding and strong grain on top of a scaled-up picture, pixel art and nearest-neighbour
+    scaling (they have hard edges), sharp lettering over much of a soft picture. A clip that is soft everywhere cannot
+    be distinguished from a scaled-up one and counts as scaled up (18 of 22 clips under a Gaussian of 0.8 pixels).
     """
     luma = _luma(frames)
     height, width = luma.shape[1:]

@@ -68,7 +68,8 @@ def blur_effect(luma: Tensor) -> Tensor:
 
     Per direction, S = |Sobel| of the frame and B = |Sobel| of the frame after a box of 11 pixels; the effect is
     1 - sum max(0, S - B) / sum S, and the worse direction counts. The values equal ``skimage.measure.blur_effect``.
-    Noise misleads it, because noise reads as sharpness, and so does clipping; it ignores contrast. A flat frame gives 0.
+    Noise misleads it, because noise reads as sharpness, and so does clipping; it ignores contrast. A flat frame
+    gives 0.
     """
     return torch.minimum(_detail_lost_to_box(luma, -1), _detail_lost_to_box(luma, -2))
 

@@ -138,7 +138,9 @@ def scale_seen(found: Mapping[tuple[str, int], Band]) -> float | None:
 
 
 def metrics(table: torch.Tensor, prefix: str, found: Mapping[tuple[str, int], Band] | None = None) -> dict[str, float]:
-    """Return metrics by flat name for summed rows ``[ROWS, 4]``: ``<prefix>/high_q1`` (recovered share), ``<prefix>/high_energy_q1``
+    """Return metrics by flat name for summed rows ``[ROWS, 4]``.
+
+    The names are ``<prefix>/high_q1`` (recovered share), ``<prefix>/high_energy_q1``
     (energy ratio), the same for every band and quarter that had a clip; ``<prefix>/latent_std`` (deviation of the
     scaled latents) and ``<prefix>/latent_high``, ``_mid``, ``_slow``, ``_fast`` (shares of the true latents' energy).
     Six digits: metrics.jsonl is long enough. ``found``: :func:`bands` of the table, where they are at hand."""

@@ -1,5 +1,4 @@
-"""The VAE reconstruction bound of what samples can reach: all measured clips, changed by what the VAE's round trip does
-to some of them.
+"""Estimate the VAE reconstruction bound: the metrics of all clips, changed as the VAE round trip changes some of them.
 
 The round trip is expensive, so a few clips go through it; every prepared clip has metrics. What the VAE does to a clip
 varies little over clips, and what clips look like varies much, so the bound is known far better from all of them. With

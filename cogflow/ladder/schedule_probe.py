@@ -40,7 +40,7 @@ CLEAR_MARGIN = 0.05
 
 @dataclass(frozen=True)
 class ProbeClip:
-    """A clip for the probe. ``latents``: not scaled, ``[metrics, frames, h, w]``; ``embeds``: of its caption,
+    """A clip for the probe. ``latents``: not scaled, ``[channels, frames, h, w]``; ``embeds``: of its caption,
     ``[tokens, width]``; ``noise_id``: names its noise."""
 
     latents: torch.Tensor
@@ -48,7 +48,7 @@ class ProbeClip:
     noise_id: str
 
     def scaled_latents(self, transformer: Any, scaling_factor: float, device: torch.device) -> torch.Tensor:
-        """Return fp32 ``[1, frames, metrics, h, w]`` in whole patches over time, as training gives them to the
+        """Return fp32 ``[1, frames, channels, h, w]`` in whole patches over time, as training gives them to the
         transformer.
         """
         frames = self.latents.float().transpose(0, 1)
@@ -149,7 +149,7 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, level: float) -> tuple[torc
 def predict_velocity(
     transformer: Any, noisy: torch.Tensor, embeds: torch.Tensor, timestep: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the transformer's velocity, fp32, for one clip ``[1, frames, metrics, h, w]`` and its ``embeds``
+    """Return the transformer's velocity, fp32, for one clip ``[1, frames, channels, h, w]`` and its ``embeds``
     ``[tokens, width]``.
     """
     _, frames, _, height, width = noisy.shape

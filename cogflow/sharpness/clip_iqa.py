@@ -1,9 +1,9 @@
-"""An extra beside the panel, for who has a CLIP model on disk: zero-shot quality and sharpness after Wang et al. 2023.
+"""Score quality and sharpness zero-shot with a CLIP model from disk, after Wang et al. 2023. Optional.
 
-"Exploring CLIP for Assessing the Look and Feel of Images" (arXiv 2207.12396): the image is held against a pair of
+"Exploring CLIP for Assessing the Look and Feel of Images" (arXiv 2207.12396): the image is compared with a pair of
 opposite sentences, and the score is the softmax between the two. The model is transformers' own (Apache-2.0; OpenAI's
 weights are MIT), read from a folder, never fetched. It resizes each frame to some 224 pixels, which hides fine blur: it
-judges the whole picture, the panel judges detail. Nothing in the verdicts depends on it.
+judges the whole picture; the sharpness metrics judge detail. Nothing in the verdicts depends on it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ FRAMES = 4  # of each clip, evenly spread
 
 
 class ClipScores:
-    """CLIP-IQA from the model in ``folder`` (``config.json``, safetensors, tokenizer, processor). Raises ``OSError``
-    when it is none.
+    """CLIP-IQA with the model in ``folder`` (``config.json``, safetensors, tokenizer, processor).
+
+    Raises ``OSError`` if the folder holds no such model.
     """
 
     def __init__(self, folder: Path | str, device: torch.device | str = "cpu") -> None:
@@ -32,8 +33,9 @@ class ClipScores:
 
     @torch.no_grad()
     def __call__(self, frames: torch.Tensor | np.ndarray) -> dict[str, float]:
-        """Scores in 0..1 by the names of :data:`PAIRS`, of uint8 or 0..1 float frames ``[T, H, W, 3]``: the mean over
-        four of them.
+        """Return scores in 0..1 by the names of :data:`PAIRS`, the mean over four frames.
+
+        ``frames``: ``[T, H, W, 3]``, uint8 or float in 0..1.
         """
         clip: Any = torch.as_tensor(frames)
         if clip.dim() != 4 or clip.shape[-1] != 3 or not len(clip):

@@ -1,5 +1,6 @@
-"""Noise models: how far metrics change when nothing is wrong, measured. Every verdict divides a change by these
-deviations.
+"""Noise models: measured deviations of the metrics' changes when nothing is wrong.
+
+Every verdict divides a change by these deviations.
 
 :data:`METRIC_NOISE` is for :func:`cogflow.sharpness.compare`. It was measured on 29 contents (19 photographs, panned,
 and 10 windows of 3 videos, shipped by Python packages) at 64x96 and 96x144, every second one at 256x384, 9 frames, two

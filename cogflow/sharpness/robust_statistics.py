@@ -1,7 +1,6 @@
-"""Statistics over a handful of prompts: where the middle of some changes lies, how sure that is, and how unlikely by
-chance.
+"""Statistics over a few prompts: robust location of changes, its error, normal scores and bootstrap intervals.
 
-Arrays are float64; the last axis are the prompts, the axes before it run through channels.
+Arrays are float64. The last axis holds the prompts, the axes before it the metrics.
 """
 
 from __future__ import annotations
@@ -51,8 +50,9 @@ def location(values: np.ndarray, prior: np.ndarray, prior_df: float, gains: np.n
 
 
 def normal_score(t: np.ndarray, df: float) -> np.ndarray:
-    """The z of a normal distribution that is as unlikely as ``t`` of a t distribution; within -37..37, where float64
-    ends.
+    """Return the z of a normal distribution that is as unlikely as ``t`` of a t distribution.
+
+    It is within -37..37, the range of float64.
     """
     t = np.asarray(t, dtype=np.float64)
     tail = np.maximum(special.stdtr(df, -np.abs(t)), 1e-300)
@@ -67,8 +67,9 @@ def interval(
     of: Callable[..., np.ndarray] = np.median,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap interval (percentiles) of ``of(values)`` for ``values`` ``[n]``; for one, the value twice. ``of`` takes
-    ``axis``.
+    """Return the bootstrap interval (percentiles) of ``of(values)`` for ``values`` ``[n]``; for one value, it twice.
+
+    ``of`` takes ``axis``.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0:

@@ -207,7 +207,7 @@ def test_immediate_defects_need_no_statistics() -> None:
     assert "black" in defects(one(brightness=0.0, contrast=0.0))
     assert defects(one(repeated=1.0), "warning") == {"identical"}  # one still picture may be what was asked for
     still = QualityWatch(base()).update(5, altered(base(), repeated=1.0, motion=-9.0))
-    assert defects(still) == {"identical"}  # and is not told as frozen, too
+    assert defects(still) == {"identical"}  # and not reported as frozen as well
 
 
 def test_samples_equal_to_the_baseline_are_a_warning() -> None:

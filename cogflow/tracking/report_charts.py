@@ -93,7 +93,7 @@ def watch_charts(run: RunData) -> list[Chart]:
 
     return _draw(
         spec("Quality watch", lines, "change against step 0, in standard deviations of the noise model", 6.0),
-        spec("Level of the quality watch", [level], "0 quiet, 1 learning, 2 warning, 3 alarm", 3.0),
+        spec("Level of the quality watch", [level], "0 good, 1 learning, 2 warning, 3 alarm", 3.0),
         spec("Fine detail recovered", recovered, "share of the latents' finest band in the x0 prediction"),
         spec("Trend of fine detail", [trend], "z of its change, at every step", 6.0),
     )

@@ -98,7 +98,7 @@ def test_the_engines_own_folder_exports_the_same_weights(flow: Path, cogflow: Co
         "run.name=foreign",
     ]
     done = cogflow(*words, code=2)
-    assert "neither heads nor positions show" in done.stderr and not (tmp_path / "foreign").exists()
+    assert "neither heads nor positions" in done.stderr and not (tmp_path / "foreign").exists()
     cogflow(*words, "model=tiny")
     file = "export/transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "foreign" / file).read_bytes() == (flow / file).read_bytes()

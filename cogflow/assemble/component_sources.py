@@ -32,7 +32,7 @@ SHARD = "5GB"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a source is exported: the settings of the same name of stage=export."""
+    """The options of an export: the settings of the same name of stage=export."""
 
     family: str = "auto"
     weights: str = "auto"
@@ -43,7 +43,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """Where component ``name`` comes from. ``key``: the setting that names it. ``export``: the artifact that must be
+    """The place that component ``name`` comes from. ``key``: the setting that names it. ``export``: the artifact that must be
     exported first.
     """
 

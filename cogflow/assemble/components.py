@@ -76,7 +76,7 @@ class PipelineComponent:
 
     @property
     def from_image(self) -> bool:
-        """Whether a transformer takes an image's latents besides the noise (image to video)."""
+        """True when the transformer takes an image's latents besides the noise (image to video)."""
         return bool(self.settings.get("in_channels") != self.settings.get("out_channels"))
 
 

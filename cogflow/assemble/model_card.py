@@ -52,7 +52,7 @@ Row = Sequence[Any]
 
 @dataclass(frozen=True)
 class CardContext:
-    """Where the card's optional sections come from; ``None`` where it is unknown.
+    """The sources of the card's optional sections; ``None`` where it is unknown.
 
     ``run``: the run that trained the transformer. ``samples``: the folder of its samples with the same weights.
     ``command``: the command that assembles. The folders are read when the card is written, after the last rung of the

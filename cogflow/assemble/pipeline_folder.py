@@ -47,7 +47,7 @@ LIBRARY = {
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """What to write.
+    """The content of a pipeline folder.
 
     * ``checks``: the result of :func:`cogflow.assemble.consistency.check_components`.
     * ``sampling``: how to sample the pipeline, for the model card.

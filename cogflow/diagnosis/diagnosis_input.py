@@ -52,12 +52,12 @@ class DiagnosisInput:
 
     @property
     def complete(self) -> bool:
-        """Whether every component is there, so that it can be sampled."""
+        """True when every component is there, so that it can be sampled."""
         return set(self.parts) == set(CONFIGS) and all(part.class_name for part in self.parts.values())
 
     @property
     def training(self) -> TransformerOrigin:
-        """How its transformer was trained."""
+        """The facts of its transformer's training."""
         return self.parts["transformer"].training if "transformer" in self.parts else TransformerOrigin()
 
 

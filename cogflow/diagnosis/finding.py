@@ -43,12 +43,12 @@ class DiagnosisFinding:
 
     @property
     def faulty(self) -> bool:
-        """Whether it counts as a fault."""
+        """True when it counts as a fault."""
         return self.confidence >= FAULTY
 
     @property
     def of_weights(self) -> bool:
-        """Whether it concerns a tensor, a block or a whole component, not a config field."""
+        """True when it concerns a tensor, a block or a whole component, not a config field."""
         return self.is_tensor or not self.name
 
     def line(self) -> str:

@@ -59,7 +59,7 @@ class TensorPair:
 
     @property
     def only_rounded(self) -> bool:
-        """Whether rounding explains the difference: bf16 keeps 8 bits of each value."""
+        """True when rounding explains the difference: bf16 keeps 8 bits of each value."""
         return self.only is not None and self.change < 2**-8
 
 

@@ -48,7 +48,7 @@ class TransformerSource:
 
 @dataclass(frozen=True)
 class ExportOrigin:
-    """What an export reads.
+    """The source of an export.
 
     ``folders``: components in diffusers' layout. ``tensors``: those of any other layout, by their own names.
     ``weights``: model or ema. ``training``: what is known of the training. ``files``:

@@ -32,7 +32,7 @@ TABLE_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is exported and how.
+    """The components to export and the options.
 
     ``components``: any of transformer, vae and text_encoder. ``family``: auto, or the member that the weights must
     belong to. ``facts``: facts that the user gives. ``dtype``: auto (the dtype of training), fp32, bf16 or fp16; only
@@ -83,7 +83,7 @@ class ExportComponent:
 
 @dataclass(frozen=True)
 class PreparedExport:
-    """What an export will write.
+    """The planned content of an export.
 
     ``lora``: description of the source's LoRA, for export.json. ``lora_file``: content of a separate LoRA file.
     ``ignored``: number of tensors by component that the source holds and that were not requested.

@@ -160,7 +160,7 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _concerns(path: Path, filename: object) -> bool:
-    """Whether a refused file belongs to writing ``path``, not to something else that was read meanwhile."""
+    """True when a refused file belongs to writing ``path``, not to something else that was read meanwhile."""
     if not isinstance(filename, str | bytes):
         return filename is None
     refused = Path(os.fsdecode(filename)).absolute()

@@ -71,7 +71,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class SafetensorsFormat:
-    """Where and how a component is written.
+    """The place and options of a written component.
 
     ``dtype``: cast floating tensors to it, ``None`` to keep theirs. ``stem``: file name without suffix.
     ``max_shard_size``: a number and a unit, such as 5GB. ``metadata``: the header's ``__metadata__``, in this order

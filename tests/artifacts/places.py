@@ -89,7 +89,7 @@ def component_with_optimizer(root: Path) -> Path:
 
 
 def optimizer_beside_weights(root: Path) -> Path:
-    """What accelerate saves: the model's config.json is not there."""
+    """Write what accelerate saves: the model's config.json is not there."""
     (root / "saved").mkdir()
     save_file({"proj_out.weight": torch.ones(2)}, root / "saved" / "model.safetensors")
     torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, root / "saved" / "optimizer.bin")

@@ -67,7 +67,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What each stage makes of a place; ``!`` begins a part of the message that refuses it."""
+    """The expected artifact of each place by stage; ``!`` begins a part of the message that refuses it."""
 
     export: str
     sample: str

@@ -131,17 +131,17 @@ def test_a_conflict_between_yaml_and_shapes_shows_both_values(
 
 def test_model_config_json_must_agree() -> None:
     folder = IN_REPOSITORY / "2b"
-    told = read_yamls([folder / "model_config.json"])
-    assert {claim.key: claim.value for claim in transformer_values_from_yaml(*told[0], [])} == {
+    stated = read_yamls([folder / "model_config.json"])
+    assert {claim.key: claim.value for claim in transformer_values_from_yaml(*stated[0], [])} == {
         "layers": 2,
         "heads": 2,
         "hidden": 128,
     }
-    assert resolve_facts(infos("2b"), [*yamls("2b"), *told]).layers == 2
+    assert resolve_facts(infos("2b"), [*yamls("2b"), *stated]).layers == 2
     with pytest.raises(
         ConversionError, match=r"layers: 2 \(checkpoint.*\) against 30 \(2b/model_config.json: num_layers\)"
     ):
-        resolve_facts(infos("2b"), [*yamls("2b"), (told[0][0], {**told[0][1], "num_layers": 30})])
+        resolve_facts(infos("2b"), [*yamls("2b"), (stated[0][0], {**stated[0][1], "num_layers": 30})])
 
 
 def test_two_conflicting_yamls_are_refused() -> None:

@@ -43,8 +43,8 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """The place that component ``name`` comes from. ``key``: the setting that names it. ``export``: the artifact that must be
-    exported first.
+    """The place that component ``name`` comes from. ``key``: the setting that names it. ``export``: the artifact that
+    must be exported first.
     """
 
     name: str

@@ -29,7 +29,8 @@ NORM_EPS_NOTE = "1e-5, as published; SAT's last norm has 1e-6, which one config 
 
 @dataclass(frozen=True)
 class WrittenExport:
-    """The result of an export: statistics of each component's tensors, sha256 of each file, and the checks of the components.
+    """The result of an export: statistics of each component's tensors, sha256 of each file, and the checks of the
+    components.
 
     ``tables``: see :func:`cogflow.export.prepared_export.check_computed_tables`.
     """

@@ -145,15 +145,6 @@ def tag_rank_errors() -> Iterator[None]:
         raise
 
 
-def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Return the element-wise mean of a float tensor over the ranks. Collective."""
-    if not dist.is_initialized():
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
-
-
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Return the element-wise sum of a tensor over the ranks. Collective."""
     if not dist.is_initialized() or world_size() == 1:

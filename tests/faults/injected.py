@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "update": ("cogflow.training.engine", "Engine.step", "before"),
     "updated": ("cogflow.training.engine", "Engine.step", "after"),
     "evaluation": ("cogflow.training.evaluation", "Evaluation.on_evaluate", "before"),
-    "denoising": ("cogflow.sampling.sampler", "Sampler._give_up_if_asked", "before"),
+    "denoising": ("cogflow.sampling.sampler", "Sampler._stop_on_request", "before"),
     "validation": ("cogflow.training.validation", "Validation.on_validate", "before"),
     "validated": ("cogflow.training.validation", "Validation.on_validate", "after"),
     "states": ("cogflow.training.engine", "Engine.save", "before"),

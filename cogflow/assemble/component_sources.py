@@ -17,8 +17,8 @@ from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
 from cogflow.assemble.components import STEMS, PipelineComponent, read_component
 from cogflow.config.model_section import ModelConfig
 from cogflow.errors import CogflowError, PipelineError
+from cogflow.export.export_plan import ExportRequest, prepare_export
 from cogflow.export.origin import FOREIGN, open_origin
-from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.record_io import read_record
 from cogflow.models.code_check import CONFIGS

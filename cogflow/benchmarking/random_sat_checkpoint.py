@@ -13,8 +13,8 @@ import yaml
 from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs, sat_tables, sat_yaml
 from cogflow.export.diffusers_configs import PUBLISHED_VAE
+from cogflow.export.export_plan import make_plan
 from cogflow.export.facts import published_facts
-from cogflow.export.mapping_plan import make_plan
 from cogflow.export.tensor_operations import inverse_table
 from cogflow.files.atomic_write import write_json, write_text
 from cogflow.files.publish import publish_folder

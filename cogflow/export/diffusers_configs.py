@@ -19,7 +19,7 @@ import transformers
 
 from cogflow.errors import ConversionError
 from cogflow.export.facts import TransformerFacts, VaeFacts
-from cogflow.export.facts_from_shapes import TensorInfos, numbered_children
+from cogflow.export.reported_values import TensorInfos, numbered_children
 from cogflow.files.record_io import ForeignObject
 
 DiffusersConfig: TypeAlias = dict[str, Any]

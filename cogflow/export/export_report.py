@@ -10,8 +10,8 @@ import diffusers
 import torch
 
 from cogflow.errors import QualityGateError, format_list
+from cogflow.export.export_plan import PreparedExport
 from cogflow.export.origin import ExportOrigin
-from cogflow.export.prepared_export import PreparedExport
 from cogflow.models.loading import dtype_name
 from cogflow.records.export_records import (
     CastSummary,
@@ -32,7 +32,7 @@ class WrittenExport:
     """The result of an export: statistics of each component's tensors, sha256 of each file, and the checks of the
     components.
 
-    ``tables``: see :func:`cogflow.export.prepared_export.check_computed_tables`.
+    ``tables``: see :func:`cogflow.export.export_plan.check_computed_tables`.
     """
 
     statistics: Mapping[str, list[TensorStatistics]]

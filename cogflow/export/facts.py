@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cogflow.errors import ConfigError, ConversionError, format_list
-from cogflow.export import facts_from_shapes
-from cogflow.export.facts_from_shapes import TensorInfos
 from cogflow.export.facts_from_yaml import transformer_values_from_yaml, vae_values_from_yaml
 from cogflow.export.reported_values import (
     FACT_TYPES,
+    ROTARY,
     Fact,
     FactValue,
     ReportedValue,
+    TensorInfos,
     family_member,
     family_values,
     format_fact,
     position_kind,
     resolve_values,
+    rotary_table_rows,
+    transformer_values_from_shapes,
     user_values,
+    vae_values_from_shapes,
     values_agree,
 )
 from cogflow.files.record_io import ForeignObject
@@ -142,7 +145,7 @@ def resolve_facts(
     reported, _ = resolve_values(others)
     hints = {key: fact.value for key, fact in reported.items()}
     hints["patches"] = _patch_count(hints)
-    shapes = facts_from_shapes.transformer_values_from_shapes(infos, hints, problems)
+    shapes = transformer_values_from_shapes(infos, hints, problems)
     facts, conflicts = resolve_values([*shapes, *others])
     _add_invert_scale_latents(facts)
     problems += conflicts + _grid_conflict(infos, facts) + _dtype_conflict(shapes, facts)
@@ -169,7 +172,7 @@ def resolve_vae_facts(
             f"First names: {_first_names(infos)}.",
         )
     problems: list[str] = []
-    values = facts_from_shapes.vae_values_from_shapes(infos, problems)
+    values = vae_values_from_shapes(infos, problems)
     values += [value for path, data in yamls for value in vae_values_from_yaml(path, data, problems)]
     values += user_values(given or {}) + family_values(family_member(family))
     facts, conflicts = resolve_values(values)
@@ -258,15 +261,13 @@ def _patch_count(values: Mapping[str, FactValue]) -> int | None:
 
 def _grid_conflict(infos: TensorInfos, facts: Mapping[str, Fact]) -> list[str]:
     """Return a conflict between the latent grid and the length of the rotary tables, which 1.0 models store."""
-    rows = facts_from_shapes.rotary_table_rows(infos)
+    rows = rotary_table_rows(infos)
     expected = _patch_count({key: fact.value for key, fact in facts.items()})
     if rows is None or expected is None or rows == expected:
         return []
     keys = ("latent_frames", "latent_height", "latent_width")
     sizes = ", ".join(f"{key} {facts[key].value} ({facts[key].source})" for key in keys)
-    return [
-        f"latent grid: {expected} patches by {sizes} against {rows} rows of {facts_from_shapes.ROTARY} (checkpoint)"
-    ]
+    return [f"latent grid: {expected} patches by {sizes} against {rows} rows of {ROTARY} (checkpoint)"]
 
 
 def _dtype_conflict(shapes: Sequence[ReportedValue], facts: Mapping[str, Fact]) -> list[str]:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from cogflow.errors import QualityGateError
 from cogflow.export.diffusers_configs import DiffusersConfig
-from cogflow.export.prepared_export import ExportComponent
+from cogflow.export.export_plan import ExportComponent
 from cogflow.export.sat_reference import (
     LAYERNORM_EPS,
     MIXIN_EPS,
@@ -72,7 +72,7 @@ def compare_transformer(
     """Compare the exported transformer in ``folder`` with SAT's ``source`` (names without the engine's prefix).
 
     ``computed``: exact values of tables that the source stores rounded and diffusers computes;
-    :func:`cogflow.export.prepared_export.check_computed_tables` compares those. ``whole``: run every block, ``None``
+    :func:`cogflow.export.export_plan.check_computed_tables` compares those. ``whole``: run every block, ``None``
     to decide by the network's size. Raises :class:`QualityGateError` if the outputs differ.
     """
     exported = _ExportedTransformer(WeightsFolder(folder), read_json(folder / "config.json"))

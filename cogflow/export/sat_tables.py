@@ -15,8 +15,19 @@ from dataclasses import dataclass, field
 import torch
 
 from cogflow.errors import ConversionError
-from cogflow.export.computed_tensors import Drop, TensorFormula, TokenGrid, rotary_table, sincos_table
-from cogflow.export.tensor_operations import Alias, Operation, Rename, fill_names, regroup_rows, split_rows
+from cogflow.export.tensor_operations import (
+    Alias,
+    Drop,
+    Operation,
+    Rename,
+    TensorFormula,
+    TokenGrid,
+    fill_names,
+    regroup_rows,
+    rotary_table,
+    sincos_table,
+    split_rows,
+)
 from cogflow.files.record_io import ForeignObject
 from cogflow.weights.tensor_source import RenamedTensors, TensorSource
 

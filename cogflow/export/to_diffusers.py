@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from cogflow.export import diffusers_configs
+from cogflow.export.export_plan import ExportComponent, PreparedExport, check_computed_tables
 from cogflow.export.export_report import WrittenExport, export_record, refuse_nonfinite
 from cogflow.export.origin import ExportOrigin
 from cogflow.export.output_comparison import check_component
-from cogflow.export.prepared_export import ExportComponent, PreparedExport, check_computed_tables
 from cogflow.files.atomic_write import require_space, write_json
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import publish_folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ import yaml
 
 from cogflow.artifacts.identify import identify
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, format_list
-from cogflow.export import sat_yaml
+from cogflow.export import sat_tables, sat_yaml
 from cogflow.export.diffusers_configs import PUBLISHED_VAE, VAE_GROUPS
-from cogflow.export.export_report import WrittenExport, export_record, refuse_nonfinite
-from cogflow.export.origin import ExportOrigin, open_origin
-from cogflow.export.prepared_export import (
+from cogflow.export.export_plan import (
+    ConvertedTensors,
     ExportComponent,
     ExportRequest,
     PreparedExport,
+    make_plan,
     prepare_export,
-    to_sat_layout,
 )
+from cogflow.export.export_report import WrittenExport, export_record, refuse_nonfinite
+from cogflow.export.origin import ExportOrigin, open_origin
 from cogflow.export.reported_values import FactValue
+from cogflow.export.tensor_operations import Operation, inverse_table
 from cogflow.files.atomic_write import require_space, write_json, write_text
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import publish_folder
@@ -32,7 +34,7 @@ from cogflow.models.family import MODEL_SPECS
 from cogflow.models.loading import dtype_name
 from cogflow.records.export_records import ExportRecord, ProofRecord, TensorStatistics
 from cogflow.runtime.progress import Advancing, progress
-from cogflow.weights.tensor_source import read_json
+from cogflow.weights.tensor_source import RenamedTensors, read_json
 from cogflow.weights.weights_writer import PlannedTensor, write_torch_file
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -197,3 +199,30 @@ def _compare_with_read_back(components: Mapping[str, ExportComponent], folder: P
             )
         proof[name] = ProofRecord("read back and converted again, equal to the bit", tensors=len(tensors.tensors))
     return proof
+
+
+def to_sat_layout(component: ExportComponent) -> ExportComponent:
+    """Return the component under SAT's names, by the inverse of the table from SAT to diffusers."""
+    tables: dict[str, Callable[[ForeignObject], tuple[Operation, ...]]] = {
+        "transformer": sat_tables.transformer_table,
+        "vae": sat_tables.vae_table,
+        "text_encoder": sat_tables.text_encoder_table,
+    }
+    prefixes = {
+        "transformer": sat_tables.TRANSFORMER_PREFIX,
+        "vae": "",  # 3d-vae.pt has no prefix
+        "text_encoder": sat_tables.TEXT_ENCODER_PREFIX,
+    }
+    plan = make_plan(inverse_table(tables[component.name](component.config)), component.tensors.tensors)
+    view = ConvertedTensors(plan, component.tensors)
+    prefix = prefixes[component.name]
+    named = RenamedTensors(view, {prefix + name: name for name in view.tensors})
+    return ExportComponent(
+        component.name,
+        named,
+        component.config,
+        dtype=component.dtype,
+        plan=plan,
+        source=component.tensors,
+        prefix=prefix,
+    )

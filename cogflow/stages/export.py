@@ -10,8 +10,8 @@ from cogflow.artifacts.identify import identify, kind_named
 from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.config import Config
 from cogflow.config.export_settings import ExportStage
+from cogflow.export.export_plan import ExportRequest, PreparedExport, check_computed_tables, prepare_export
 from cogflow.export.origin import ExportOrigin, open_origin
-from cogflow.export.prepared_export import ExportRequest, PreparedExport, check_computed_tables, prepare_export
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.export.to_sat import export_sat
 from cogflow.files.paths import run_folder

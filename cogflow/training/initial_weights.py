@@ -27,8 +27,8 @@ from cogflow.config.deepspeed_section import DeepSpeedConfig
 from cogflow.config.problems import did_you_mean, nearest
 from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError, ConversionError, format_list
+from cogflow.export.export_plan import ExportRequest, prepare_export
 from cogflow.export.origin import open_origin
-from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.files.record_io import ForeignObject
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo

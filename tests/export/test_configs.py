@@ -20,9 +20,9 @@ from cogflow.assemble.consistency import check_components
 from cogflow.assemble.expectations import ARCHITECTURE
 from cogflow.errors import ConfigError, ConversionError, PipelineError
 from cogflow.export import diffusers_configs, sat_tables, sat_yaml
+from cogflow.export.export_plan import make_plan
 from cogflow.export.facts import TransformerFacts, VaeFacts, published_facts, resolve_facts, resolve_vae_facts
 from cogflow.export.facts_from_yaml import read_yamls
-from cogflow.export.mapping_plan import make_plan
 from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.records.pipeline_records import TransformerOrigin

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from cogflow.artifacts.identify import identify
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, StorageError
 from cogflow.export import sat_tables
+from cogflow.export.export_plan import ExportRequest, check_computed_tables, prepare_export
 from cogflow.export.origin import open_origin
-from cogflow.export.prepared_export import ExportRequest, check_computed_tables, prepare_export
 from cogflow.export.tensor_operations import Rename
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.export.to_sat import export_sat

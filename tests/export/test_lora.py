@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from cogflow.errors import ConversionError
 from cogflow.export import lora, sat_tables
-from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.export_plan import ConvertedTensors, make_plan
 from cogflow.models.tiny import new_vae
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.tensor_source import RenamedTensors

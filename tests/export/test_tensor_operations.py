@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from cogflow.errors import ConversionError
-from cogflow.export.computed_tensors import Drop, Restore, TensorFormula
 from cogflow.export.tensor_operations import (
     Alias,
     ChunkMap,
+    Drop,
     Operation,
     Rename,
+    Restore,
+    TensorFormula,
     apply_operation,
     fill_names,
     inverse_table,

@@ -9,7 +9,7 @@ from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import ConversionError
 from cogflow.export import sat_tables
-from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.export_plan import ConvertedTensors, make_plan
 from cogflow.export.tensor_operations import inverse_table
 from cogflow.weights.tensor_source import RenamedTensors
 

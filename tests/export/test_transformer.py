@@ -12,9 +12,8 @@ from golden_sets import GoldenSet, kept, set_name, sets
 
 from cogflow.errors import ConversionError
 from cogflow.export import sat_tables
-from cogflow.export.computed_tensors import TokenGrid, sincos_table
-from cogflow.export.mapping_plan import ConvertedTensors, computed_table_differences, make_plan, unrestored_tensors
-from cogflow.export.tensor_operations import inverse_table
+from cogflow.export.export_plan import ConvertedTensors, computed_table_differences, make_plan, unrestored_tensors
+from cogflow.export.tensor_operations import TokenGrid, inverse_table, sincos_table
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.tensor_source import TensorSource
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from cogflow.errors import ConversionError
 from cogflow.export import sat_tables
-from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.export_plan import ConvertedTensors, make_plan
 from cogflow.export.tensor_operations import inverse_table
 from cogflow.weights.tensor_source import TensorSource
 from cogflow.weights.torch_file import TorchFile

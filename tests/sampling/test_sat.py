@@ -17,7 +17,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogflow.errors import ConfigError, DataError, PipelineError
-from cogflow.export.mapping_plan import ConvertedTensors, make_plan
+from cogflow.export.export_plan import ConvertedTensors, make_plan
 from cogflow.export.sat_tables import transformer_table
 from cogflow.models.family import MODEL_SPECS
 from cogflow.sampling import sat_samplers

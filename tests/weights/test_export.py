@@ -15,8 +15,8 @@ from saving import TRAINED_WITH, small_transformer
 
 from cogflow.artifacts.identify import identify
 from cogflow.errors import CheckpointError, ConfigError, ConversionError, QualityGateError
+from cogflow.export.export_plan import ExportRequest, prepare_export
 from cogflow.export.origin import find_transformer, open_origin
-from cogflow.export.prepared_export import ExportRequest, prepare_export
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.hashing import hash_file
 from cogflow.files.manifest import MANIFEST, check_manifest, write_manifest

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cogflow.errors import ConversionError
-from cogflow.export.computed_tensors import Drop, TensorFormula
-from cogflow.export.mapping_plan import ConvertedTensors, computed_table_differences, make_plan
-from cogflow.export.tensor_operations import Operation, Rename, inverse_table, split_rows
+from cogflow.export.export_plan import ConvertedTensors, computed_table_differences, make_plan
+from cogflow.export.tensor_operations import Drop, Operation, Rename, TensorFormula, inverse_table, split_rows
 from cogflow.weights.tensor_source import TensorInfo
 
 TABLE: tuple[Operation, ...] = (

@@ -114,7 +114,7 @@ def _ladder_table(run: Path | None) -> tuple[list[str], list[Row]]:
     from cogflow.ladder.ladder_report import COLUMNS, table_cells
     from cogflow.ladder.rung_findings import evaluate_ladder
 
-    rows, _ = evaluate_ladder(read_ladder(run))
+    rows, _ = evaluate_ladder(read_ladder(run), run)
     return COLUMNS, [table_cells(row) for row in rows]
 
 

@@ -47,6 +47,7 @@ def record_clip_rungs(folder: Path, cache_folder: Path, data: DataConfig) -> Non
         upscaled=softness.upscaled,
         size=f"{data.width}x{data.height}",
         loader={name: one.loader for name, one in measured.items() if one.loader},
+        cache=index.fingerprint,
     )
     write_rung(folder, Rung.SOURCE, source)
     write_rung(folder, Rung.CLIP, clip)

@@ -11,13 +11,15 @@ from cogflow.ladder.rung import Rung
 from cogflow.ladder.rung_findings import evaluate_ladder
 from cogflow.records.ladder_records import ChangeInterval, DecodingVariant, LadderFinding, LadderRecord, LadderRow
 from cogflow.runtime import ranks
-from cogflow.runtime.console import table
+from cogflow.runtime.console import echo, table
 from cogflow.tracking.tracker import Tracker
 
 SHOWN_CHANGES = ("blur", "contrast", "grain")
-COLUMNS = ["rung", "clips", "against", "pairs", *SHOWN_CHANGES, "PSNR", "verdict"]
+COLUMNS = ["rung", "step", "clips", "against", "pairs", *SHOWN_CHANGES, "PSNR", "verdict"]
 LOGGED_CHANGES = ("blur", "contrast", "grain", "motion", "artefacts")
 SHEETS = ("clips", "samples")
+RENEWAL = {Rung.EXPORTED: "export again"}
+"""Name of the command that measures a stale rung again."""
 TITLE_LENGTH = 63  # characters of an alert's title
 
 
@@ -32,15 +34,17 @@ def report_ladder(tracker: Tracker, folder: Path, step: int = 0) -> list[LadderF
         return []
     ladder = read_ladder(folder)
     reported = {_key(finding) for finding in ladder.findings}
-    rows, findings = evaluate_ladder(ladder)
+    rows, findings = evaluate_ladder(ladder, folder)
     write_ladder(folder, dataclasses.replace(ladder, findings=findings, table=rows))
     if not rows:
         return []
-    lines = [table_cells(row) for row in rows]
-    if ladder.rungs.roundtrip is not None:
-        lines += decoder_cells(ladder.rungs.roundtrip.variants)
-    table(lines, COLUMNS)
-    tracker.table("ladder/rungs", COLUMNS, lines)
+    decoders = decoder_cells(ladder.rungs.roundtrip.variants) if ladder.rungs.roundtrip is not None else []
+    table([*map(table_cells, rows), *decoders], COLUMNS)
+    for row in rows:
+        if row.renewal:
+            # On a line of its own: a command that is folded into a column cannot be copied.
+            echo(f"note: rung {row.rung} is {row.stale}: {RENEWAL[Rung(row.rung)]}: {row.renewal}")
+    tracker.table("ladder/rungs", COLUMNS, [*(table_cells(row, with_command=True) for row in rows), *decoders])
     tracker.log(step, logged_values(rows))
     for name in SHEETS:
         if (path := folder / "ladder" / f"{name}.png").is_file():
@@ -53,18 +57,26 @@ def report_ladder(tracker: Tracker, folder: Path, step: int = 0) -> list[LadderF
     return findings
 
 
-def table_cells(row: LadderRow) -> list[str | int]:
-    """Return one row of the table as it is shown; changes as the median and its 95 % interval."""
+def table_cells(row: LadderRow, *, with_command: bool = False) -> list[str | int]:
+    """Return one row of the table as it is shown; changes as the median and its 95 % interval.
+
+    ``with_command``: the verdict on a stale row ends with the command that measures it again.
+    """
     against = "" if row.against is None else f"{row.against} {Rung(row.against).title}"
     pairs = str(row.pairs) if row.paired else "as groups"
+    step = "" if row.step is None else str(row.step)
+    if row.line is not None and row.line > 1:
+        step += f" (line {row.line})"
+    renewal = f": {RENEWAL[Rung(row.rung)]}: {row.renewal}" if row.renewal and with_command else ""
     return [
         f"{row.rung} {row.name}",
+        step,
         row.count,
         against,
         "" if row.against is None else pairs,
         *(_interval_text(row.changes.get(name)) for name in SHOWN_CHANGES),
         "" if row.psnr is None else f"{row.psnr:.1f} dB",
-        row.verdict,
+        row.verdict + renewal,
     ]
 
 
@@ -74,6 +86,7 @@ def decoder_cells(decoders: Mapping[str, DecodingVariant]) -> list[list[str | in
     return [
         [
             f"{rung} in {name}",
+            "",
             1,
             f"{rung} in fp32",
             "1",
@@ -86,9 +99,11 @@ def decoder_cells(decoders: Mapping[str, DecodingVariant]) -> list[list[str | in
 
 
 def logged_values(rows: list[LadderRow]) -> dict[str, float]:
-    """Return flat names and values for metrics.jsonl."""
+    """Return flat names and values for metrics.jsonl; stale rows are left out, because they are of another step."""
     values: dict[str, float] = {}
     for row in rows:
+        if row.stale:
+            continue
         prefix = f"ladder/rung{row.rung}"
         values |= {f"{prefix}_{name}": row.changes[name].size for name in LOGGED_CHANGES if name in row.changes}
         if row.psnr is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 from cogflow.ladder.ladder_record import RungRecord, rung_record
@@ -15,6 +17,7 @@ from cogflow.ladder.rung_comparison import (
     summarize_changes,
 )
 from cogflow.ladder.schedule_probe import best_shift
+from cogflow.ladder.stale_rungs import Partner, find_partner, renewal_command, stale_reason
 from cogflow.records.ladder_records import (
     BaseRung,
     ChangeInterval,
@@ -49,20 +52,27 @@ VAE; rounding to 8 bits gives 59."""
 NEEDS_METRICS = (Rung.CLIP, Rung.ROUNDTRIP, Rung.TUNED, Rung.EXPORTED)
 
 
-def evaluate_ladder(ladder: LadderRecord) -> tuple[list[LadderRow], list[LadderFinding]]:
-    """Return the table and the findings of all rungs that were measured."""
+def evaluate_ladder(ladder: LadderRecord, run: Path | None = None) -> tuple[list[LadderRow], list[LadderFinding]]:
+    """Return the table and the findings of all rungs that were measured.
+
+    ``run``: the run's folder, which has the samples of earlier steps and the commands that renew stale rungs.
+    """
     rows, findings = [], []
     for rung in Rung:
         record = rung_record(ladder, rung)
         if record is None or (rung in NEEDS_METRICS and not record.metrics):
             continue
-        here = list(_rung_findings(ladder, record))
-        rows.append(_row(ladder, rung, record, here))
+        partner = find_partner(ladder, rung, run)
+        here = list(_rung_findings(ladder, record, partner.metrics))
+        row = _row(rung, record, partner, here)
+        if stale := stale_reason(ladder, rung):
+            row = _marked_stale(row, stale, partner, renewal_command(rung, run))
+        rows.append(row)
         findings += here
     return rows, findings
 
 
-def _rung_findings(ladder: LadderRecord, record: RungRecord) -> Iterator[LadderFinding]:
+def _rung_findings(ladder: LadderRecord, record: RungRecord, reference: MetricsByName) -> Iterator[LadderFinding]:
     match record:
         case SourceRung():
             return _source_findings(record)
@@ -75,20 +85,19 @@ def _rung_findings(ladder: LadderRecord, record: RungRecord) -> Iterator[LadderF
         case TunedRung():
             return _tuned_findings(record)
         case ExportedRung():
-            return _exported_findings(record, _partner(ladder, Rung.EXPORTED)[1])
+            return _exported_findings(record, reference)
 
 
-def _row(ladder: LadderRecord, rung: Rung, record: RungRecord, findings: list[LadderFinding]) -> LadderRow:
-    against, reference = _partner(ladder, rung)
+def _row(rung: Rung, record: RungRecord, partner: Partner, findings: list[LadderFinding]) -> LadderRow:
     changes: dict[str, ChangeInterval] = {}
     pairs = 0
     if isinstance(record, ClipRung) and record.loader:
         # The file's size against the clip's size says little: the loader is compared with an independent resampling of
         # the same frames.
         changes, pairs = summarize_changes(record.loader), len(record.loader)
-    elif against is not None:
+    elif partner.rung is not None:
         compare_rungs = compare_groups if rung is Rung.BASE else compare_pairs
-        changes, pairs = compare_rungs(record.metrics, reference)
+        changes, pairs = compare_rungs(record.metrics, partner.metrics)
     clips = record.clips_in_all if isinstance(record, SourceRung | ClipRung) else 0
     psnr = record.psnr if isinstance(record, RoundtripRung | ExportedRung) else {}
     found = "; ".join(f"{one.level}: {one.defect.replace('_', ' ')}" for one in findings)
@@ -96,30 +105,22 @@ def _row(ladder: LadderRecord, rung: Rung, record: RungRecord, findings: list[La
         rung=rung,
         name=rung.title,
         count=clips or len(record.metrics),
-        against=against,
+        against=partner.rung,
         paired=rung is not Rung.BASE,
         pairs=pairs,
         changes=changes,
         psnr=_median(psnr),
-        verdict=found or _remark(record),
+        verdict=found or partner.missing or _remark(record),
+        step=record.step if isinstance(record, BaseRung | TunedRung | ExportedRung) else None,
+        line=record.line if isinstance(record, TunedRung | ExportedRung) else None,
     )
 
 
-def _partner(ladder: LadderRecord, rung: Rung) -> tuple[Rung | None, MetricsByName]:
-    """Return the rung to compare ``rung`` with, and its metrics. The roundtrip rung has its own clips' metrics of the
-    clip rung.
-    """
-    if rung is Rung.SOURCE:
-        return None, {}
-    if rung is Rung.ROUNDTRIP:
-        return Rung.CLIP, ladder.rungs.roundtrip.clips if ladder.rungs.roundtrip is not None else {}
-    if rung is Rung.CLIP:
-        return (Rung.SOURCE, ladder.rungs.source.metrics) if ladder.rungs.source is not None else (None, {})
-    before = Rung(rung - 1)
-    if rung is Rung.EXPORTED and (ladder.rungs.tuned is None or not ladder.rungs.tuned.metrics):
-        before = Rung.BASE  # exported without a step of training
-    record = rung_record(ladder, before)
-    return (before, record.metrics) if record is not None and record.metrics else (None, {})
+def _marked_stale(row: LadderRow, stale: str, partner: Partner, renewal: str) -> LadderRow:
+    """Return ``row`` with a verdict that says why it is stale; "ok" is no verdict on another step."""
+    found = [row.verdict] if row.verdict not in ("ok", partner.missing) else []
+    verdict = "; ".join([stale, *([partner.missing] if partner.missing else []), *found])
+    return replace(row, stale=stale, verdict=verdict, renewal=renewal)
 
 
 def _source_findings(record: SourceRung) -> Iterator[LadderFinding]:
@@ -261,7 +262,8 @@ def _exported_findings(record: ExportedRung, reference: MetricsByName) -> Iterat
     lead = max(findings, key=lambda one: abs(one.z), default=None)
     lowest = min((psnr for psnr in record.psnr.values() if psnr is not None), default=0.0)
     how = "; ".join(one.line() for one in findings) or "no metric shows how"
-    line = f"the exported folder gives other frames: {lowest:.1f} dB, allowed {record.allowed.psnr:.0f}: {how}"
+    step = "" if record.step is None else f"step {record.step}: "
+    line = f"{step}the exported folder gives other frames: {lowest:.1f} dB, allowed {record.allowed.psnr:.0f}: {how}"
     if lead is None:
         yield LadderFinding(Rung.EXPORTED, "artefacts", "alarm", line, "psnr", lowest)
     else:

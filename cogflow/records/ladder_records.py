@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from cogflow.files.record_io import OMIT_NONE, JsonValue, Measured, RawRecord, Record
-from cogflow.records.cache_records import SoftGroup
+from cogflow.records.cache_records import OMIT_EMPTY, SoftGroup
 from cogflow.records.sample_records import ClipMetrics
 
 MetricsByClip = dict[str, ClipMetrics]
@@ -41,7 +41,8 @@ class ClipRung:
     """Rung 1, the clips as the loader gives them.
 
     ``upscaled``: number of clips by size that are smaller than ``size``. ``loader``: by clip, the change of each metric
-    against an independent resampling of the same frames.
+    against an independent resampling of the same frames. ``cache``: fingerprint of the prepared clips; None in records
+    of versions that did not store it.
     """
 
     metrics: MetricsByClip
@@ -49,6 +50,7 @@ class ClipRung:
     upscaled: dict[str, int]
     size: str
     loader: MetricsByClip
+    cache: Annotated[str | None, OMIT_NONE] = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,16 @@ class WatchFinding:
 
 @dataclass(frozen=True)
 class TunedRung:
-    """Rung 4, the newest samples of training. ``watch``: findings of the quality watch; None where it did not judge."""
+    """Rung 4, the newest samples of training. ``watch``: findings of the quality watch; None where it did not judge.
+
+    ``line``: the line of the run's history that the samples belong to; None in records of versions without a history.
+    """
 
     metrics: MetricsByClip
     step: int | None
     weights: str | None
     watch: list[WatchFinding] | None = None
+    line: Annotated[int | None, OMIT_NONE] = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class ToleranceRecord:
 class ExportedRung:
     """Rung 5, samples of the exported folder in a fresh process.
 
-    ``psnr``: in dB by sample, against the run's own frames.
+    ``psnr``: in dB by sample, against the run's own frames. ``step`` and ``line``: of the training that was exported.
     """
 
     metrics: MetricsByClip
@@ -167,6 +173,7 @@ class ExportedRung:
     failed: bool
     dtype: str
     step: int | None = None
+    line: Annotated[int | None, OMIT_NONE] = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,11 @@ class ChangeInterval:
 
 @dataclass(frozen=True)
 class LadderRow:
-    """One row of the ladder's table: ``rung`` compared with the rung ``against``, over ``pairs`` pairs of clips."""
+    """One row of the ladder's table: ``rung`` compared with the rung ``against``, over ``pairs`` pairs of clips.
+
+    ``step`` and ``line``: of the training, for rungs of samples. ``stale``: words that say why the row does not belong
+    to the present step or clips; empty for a present row. ``renewal``: the command that measures a stale row again.
+    """
 
     rung: int
     name: str
@@ -203,6 +214,10 @@ class LadderRow:
     changes: dict[str, ChangeInterval]
     psnr: Measured | None
     verdict: str
+    step: Annotated[int | None, OMIT_NONE] = None
+    line: Annotated[int | None, OMIT_NONE] = None
+    stale: Annotated[str, OMIT_EMPTY] = ""
+    renewal: Annotated[str, OMIT_EMPTY] = ""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cogflow.files.record_io import write_record
+from cogflow.ladder.ladder_report import logged_values, table_cells
 from cogflow.ladder.rung import Rung
 from cogflow.ladder.rung_comparison import compare_groups, compare_pairs, summarize_changes
 from cogflow.ladder.rung_findings import evaluate_ladder
@@ -27,6 +31,8 @@ from cogflow.records.ladder_records import (
     TunedRung,
     WatchFinding,
 )
+from cogflow.records.run_records import MachineRecord, StageRecord
+from cogflow.records.sample_records import SampleRecord, SamplesRecord, SamplingRecord
 from cogflow.sharpness.metrics import METRICS
 
 PLAIN = dict.fromkeys(METRICS, 0.5) | {
@@ -75,6 +81,19 @@ def ladder(**rungs: Any) -> LadderRecord:
 
 def named_findings(**rungs: Any) -> list[Named]:
     return [(one.rung, one.defect, one.level, one.field) for one in evaluate_ladder(ladder(**rungs))[1]]
+
+
+def write_samples_record(folder: Path, metrics: dict[str, dict[str, float]]) -> None:
+    sampling = SamplingRecord("default", "DDIM", "empty", 2, 6.0, True, "fp32", False)
+    samples = [SampleRecord(name, name, "a caption", 0, f"{name}.mp4", values) for name, values in metrics.items()]
+    folder.mkdir(parents=True)
+    record = SamplesRecord(6, "sha", sampling, 64, 96, 9, 8.0, 226, "fp32", "cpu", samples)
+    write_record(folder / SamplesRecord.file_name, record)
+
+
+def write_stage_command(run: Path, stage: str, command: str) -> None:
+    record = StageRecord(stage, "done", "", "", 1.0, command, str(run), {}, {}, {}, {}, MachineRecord("Linux", 1, 1))
+    write_record(run / f"{stage}.json", record)
 
 
 def test_a_healthy_ladder_has_six_rows_and_no_finding() -> None:
@@ -185,6 +204,69 @@ def test_an_export_with_other_frames_is_an_exported_finding() -> None:
     (finding,) = evaluate_ladder(ladder(exported=exported))[1]
     assert (finding.rung, finding.defect, finding.level) == (5, "washed_out", "alarm")
     assert "17.0 dB, allowed 50" in finding.line
+
+
+def test_an_export_of_an_earlier_step_is_stale_and_never_ok(tmp_path: Path) -> None:
+    exported = replace(EXPORTED, step=6)
+    rows, findings = evaluate_ladder(ladder(tuned=replace(TUNED, step=8), exported=exported), tmp_path / "my run")
+    tuned, row = rows[4], rows[5]
+    assert (tuned.step, tuned.stale, tuned.verdict, row.step) == (8, "", "ok", 6) and findings == []
+    assert row.verdict == "of step 6, before the present step 8; rung 4 of step 6 is no longer there"
+    assert (row.against, row.pairs, row.changes) == (None, 0, {})
+    for stage in ("export", "assemble"):
+        words = ["python", "-m", "cogflow", f"stage={stage}", f"run.root={tmp_path}", "run.name=my run"]
+        assert shlex.join(words) in row.renewal
+    assert table_cells(row)[1] == "6" and table_cells(row)[-1] == row.verdict
+    assert table_cells(row, with_command=True)[-1] == f"{row.verdict}: export again: {row.renewal}"
+    assert not any(name.startswith("ladder/rung5") for name in logged_values(rows))
+
+
+def test_an_export_is_compared_with_the_samples_of_its_own_step(tmp_path: Path) -> None:
+    """The newest samples are softer than those of the exported step, which are still in the run."""
+    write_samples_record(tmp_path / "samples" / "step-000006", prompts())
+    newest = TunedRung(prompts(wavelet_ratio=-2.0), 8, "model")
+    rows, _ = evaluate_ladder(ladder(tuned=newest, exported=replace(EXPORTED, step=6)), tmp_path)
+    assert rows[5].against == 4 and rows[5].changes["wavelet_ratio"].size == 0.0
+    assert rows[5].verdict == "of step 6, before the present step 8"
+
+
+@pytest.mark.parametrize(
+    ("exported", "tuned", "stale"),
+    [
+        ({"step": 75}, {}, ""),
+        ({"step": 75, "line": 1}, {}, ""),
+        ({"step": 80}, {}, "of step 80, after the present step 75"),
+        ({"step": 75, "line": 1}, {"line": 2}, "of step 75 of line 1, before the present line 2"),
+        ({"step": 75, "line": 2}, {"line": 2}, ""),
+    ],
+)
+def test_the_exported_rung_belongs_to_a_step_and_a_line(
+    exported: dict[str, Any], tuned: dict[str, Any], stale: str
+) -> None:
+    rows, _ = evaluate_ladder(ladder(tuned=replace(TUNED, **tuned), exported=replace(EXPORTED, **exported)))
+    assert rows[5].stale == stale and (rows[5].verdict == "ok") == (not stale)
+
+
+def test_a_failed_export_of_an_earlier_step_stays_a_finding() -> None:
+    exported = replace(EXPORTED, step=6, failed=True, psnr={"p0": 12.0})
+    rows, (finding,) = evaluate_ladder(ladder(exported=exported))
+    assert finding.rung == 5 and finding.line.startswith("step 6: the exported folder gives other frames")
+    assert rows[5].verdict.startswith("of step 6, before the present step 75") and "alarm: artefacts" in rows[5].verdict
+
+
+def test_a_renewal_repeats_the_recorded_commands_without_a_fixed_source(tmp_path: Path) -> None:
+    command = f"python -m cogflow stage=export model=tiny 'run.root={tmp_path}/a b' run.name=run"
+    write_stage_command(tmp_path, "export", f"{command} stage.source=checkpoints/step-000006")
+    write_stage_command(tmp_path, "assemble", "pytest tests")
+    rows, _ = evaluate_ladder(ladder(exported=replace(EXPORTED, step=6)), tmp_path)
+    assert shlex.split(rows[5].renewal.split(" && ")[0]) == shlex.split(command)
+    assert rows[5].renewal.split(" && ")[1].startswith("python -m cogflow stage=assemble run.root=")
+
+
+def test_a_round_trip_of_other_clips_is_stale() -> None:
+    assert evaluate_ladder(ladder(clip=replace(CLIP, cache="cache")))[0][2].stale == ""
+    row = evaluate_ladder(ladder(clip=replace(CLIP, cache="another")))[0][2]
+    assert row.stale == row.verdict == "of other prepared clips than rung 1"
 
 
 def test_intervals_contain_the_median_and_are_reproducible() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from cogflow.errors import StorageError
+from cogflow.files.atomic_write import sync, sync_tree
+from cogflow.files.manifest import files_below
 from cogflow.files.uncached_io import UncachedWriter
 
 MODES = ("auto", "hard", "copy")
@@ -42,6 +45,25 @@ def place_file(
                 ) from error
     _copy(source, target, sha256, advance)
     return "copy"
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make the folder ``target``, which must not exist, hold the files of ``source``: hard links, else copies.
+
+    ``target`` appears in one step. Raises ``OSError``.
+    """
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in files_below(source):
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, partial / name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source / name, partial / name)
+    sync_tree(partial)
+    partial.rename(target)
+    sync(target.parent)
 
 
 def can_link(source: Path, folder: Path) -> bool:

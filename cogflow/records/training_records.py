@@ -1,4 +1,4 @@
-"""Files of a run's checkpoints: ``trainer.json``, ``latest.json`` and ``rollback.json``."""
+"""Files of a run's checkpoints: ``trainer.json`` and ``latest.json``."""
 
 from __future__ import annotations
 
@@ -187,8 +187,8 @@ class TrainerRecord(Record):
     """``trainer.json`` of a checkpoint: how far training was, what it was trained with, and the state of its monitors.
 
     ``identity``: values that a resumed run must share, by setting. ``last_good_step``: step of the last validation
-    without a finding. ``pending``: the run stopped on a signal, and the work due after ``step`` (evaluation,
-    validation) is left to the resumed run.
+    without a finding. ``line``: the line of the run's history that it was saved on. ``pending``: the run stopped on a
+    signal, and the work due after ``step`` (evaluation, validation) is left to the resumed run.
     """
 
     file_name: ClassVar[str] = "trainer.json"
@@ -206,6 +206,7 @@ class TrainerRecord(Record):
     last_good_step: int | None = None
     callbacks: CallbackStates = field(default_factory=CallbackStates)
     pending: bool = False
+    line: int = 1
 
     @classmethod
     def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
@@ -244,6 +245,7 @@ class TrainingFacts(Record):
     advice: ClassVar[str] = "Take another checkpoint, or bring the file back."
 
     step: int | None = None
+    line: int = 1
     family: str | None = None
     model: ModelIdentity | None = None
     trained_with: TrainedWith | None = None
@@ -258,30 +260,3 @@ class LatestCheckpoint(Record):
     step: int
     checkpoint: str
     bytes: int
-
-
-@dataclass(frozen=True)
-class RollbackEntry:
-    """One return to an earlier checkpoint.
-
-    ``start``: the step after which the alarm came. ``to``: the step of the checkpoint that training continues from.
-    ``learning_rate_ratio``: factor on the learning rate from there on, on top of earlier ones; 1 where the run stopped.
-    ``moved``: True when the results after ``to`` are set aside.
-    """
-
-    number: int
-    start: int
-    to: int
-    learning_rate_ratio: float
-    reason: str
-    moved: bool = False
-
-
-@dataclass(frozen=True)
-class RollbackRecord(Record):
-    """``rollback.json``: every rollback of a run, in order. The learning rate of each step follows from it."""
-
-    file_name: ClassVar[str] = "rollback.json"
-    advice: ClassVar[str] = "It sets the learning rate; restore it, or start anew with stage.resume=never."
-
-    rollbacks: list[RollbackEntry]

@@ -26,12 +26,11 @@ from cogflow.sampling.sample_record import newest_samples
 from cogflow.tracking.html_report import write_report
 from cogflow.tracking.stage_record import write_stage_record
 from cogflow.tracking.tracker import open_tracker
-from cogflow.training import checkpoint, loop, retention, sequence, setup, speed
+from cogflow.training import loop, sequence, setup, speed
 from cogflow.training.activation_memory import format_kept, kept_activations
 from cogflow.training.failures import translate_errors
-from cogflow.training.policy import choose_start
-from cogflow.training.rollback import StartPoint
-from cogflow.training.run_identity import check_same, clips_per_step, training_layout
+from cogflow.training.run_identity import clips_per_step, training_layout
+from cogflow.training.starting import check_finished, find_start
 from cogflow.training.step_monitor import ProgressBar
 
 MAX_TEXT_DROPOUT = 0.5
@@ -53,11 +52,10 @@ def run(config: Config[TrainStage]) -> None:
     folder = run_folder(config.run)
     cache = open_cache(config, folder)
     start = find_start(config, cache, folder)
-    if start.record is not None and start.record.step >= stage.steps:
-        echo(
-            f"this run is finished: {start.checkpoint} is at step {start.record.step} of {stage.steps}; increase "
-            "stage.steps to continue"
-        )
+    if check_finished(config, start, folder):
+        echo(f"this run is finished: {start.checkpoint} is the last step; a larger stage.steps continues it")
+        if not (folder / "train.json").is_file():
+            finish(config, cache, folder, started=started, wandb="")
         return
     with (
         open_tracker(config, "train", folder) as tracker,
@@ -101,19 +99,6 @@ def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
         )
     transformer_inputs.check_sizes(transformer, buckets.bucket_sizes(config.data))
     return cache
-
-
-def find_start(config: Config[TrainStage], cache: LatentCache, folder: Path) -> StartPoint:
-    """Return the checkpoint to resume from, checked against ``config``, and the rollbacks in force. Collective."""
-    stage = config.stage
-    retention.sweep_all(RunLayout(folder).checkpoints)
-    found, skipped = checkpoint.find(stage.resume, RunLayout(folder).checkpoints)
-    for line in skipped:
-        echo(f"warning: checkpoint skipped: {line}")
-    start = choose_start(found, stage, folder)
-    if start.record is not None:
-        check_same(start.record, config, cache)
-    return start
 
 
 def text_dropout_message(dropout: float) -> str:

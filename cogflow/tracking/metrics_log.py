@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsFloat, TypeAlias
@@ -158,6 +158,31 @@ def read_lines(path: Path) -> list[dict[str, JsonValue]]:
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def split_lines(path: Path, chosen: Callable[[JsonObject], bool]) -> tuple[list[str], list[str]]:
+    """Return the lines of ``path`` for which ``chosen`` returns true, and the others. No file: none.
+
+    A line that is cut off or no JSON object is among the others.
+    """
+    if not path.is_file():
+        return [], []
+    yes: list[str] = []
+    no: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line:
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        (yes if isinstance(value, dict) and chosen(value) else no).append(line)
+    return yes, no
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write ``lines`` to ``path`` in one step."""
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def drop_incomplete_line(path: Path) -> None:

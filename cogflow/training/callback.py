@@ -16,7 +16,8 @@ import torch
 
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
-from cogflow.records.training_records import CallbackStates, RollbackEntry
+from cogflow.records.history_records import RollbackEntry
+from cogflow.records.training_records import CallbackStates
 from cogflow.tracking.tracker import Tracker
 from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
@@ -63,7 +64,7 @@ class TrainingContext:
     ``folder``: the run's. ``stop_requested``: collective, the same answer on every rank. ``step``: finished steps.
     ``stopping``: the run ends after this step because of a signal. ``pending``: the checkpoint was saved on a signal,
     and the work due after its step is left. ``outcome``: that of the newest validation. ``last_good_step``: step of the
-    last validation at which nothing was wrong.
+    last validation at which nothing was wrong. ``line``: of the run's history.
     """
 
     config: Config[TrainStage]
@@ -77,6 +78,7 @@ class TrainingContext:
     stopping: bool = False
     pending: bool = False
     rollbacks: Sequence[RollbackEntry] = ()
+    line: int = 1
     outcome: ValidationOutcome | None = None
     last_good_step: int | None = None
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
-from cogflow.artifacts.run_layout import step_folders, step_name, step_of
+from cogflow.artifacts.run_history import point_at
+from cogflow.artifacts.run_layout import step_name
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.atomic_write import require_space, storage_errors, sync
 from cogflow.files.hashing import hash_files
@@ -127,17 +128,11 @@ def load(path: Path, record: TrainerRecord, engine: Engine, ema: EMA | None, *, 
         ema.load(read_weights(path / "ema"), record.ema_updates)
 
 
-def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint that ``stage.resume`` means (auto, never or a path), and a line for each that was skipped.
-
-    Collective.
+def open_named(resume: str) -> Path:
+    """Return the checkpoint that ``stage.resume=PATH`` names, verified. Collective.
 
     Raises :class:`CheckpointError` for a path that is no checkpoint to resume from.
     """
-    if resume == "never":
-        return None, []
-    if resume == "auto":
-        return newest(folder)
     path = Path(resume).expanduser()
     artifact: Artifact = ranks.run_on_main(lambda: identify(path, key="stage.resume"))
     if artifact.kind is not ArtifactKind.CHECKPOINT:
@@ -156,24 +151,23 @@ def find(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
             f"stage.resume={resume} holds weights without optimizer states.",
             f"Start a new run from it with stage.start={resume}, or resume a folder checkpoints/step-...",
         )
-    return path, []
+    return path
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that its manifest proves whole, and a line for each newer one that is not.
+def newest_whole(paths: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """Return the last of ``paths`` (oldest first) that its manifest proves whole, and a line for each later one that is
+    not.
 
-    Collective.
+    Collective: every rank gives the same paths.
     """
-    skipped: list[str] = []
-    for path in ranks.broadcast(step_folders(folder)[::-1]):
+    damaged: list[str] = []
+    for path in reversed(paths):
         problems = verify(path)
         if not problems:
-            if ranks.is_main():
-                point_at(path)
-            return path, skipped
+            return path, damaged
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        skipped.append(f"{path.name}: {problems[0]}{more}")
-    return None, skipped
+        damaged.append(f"{path.name}: {problems[0]}{more}")
+    return None, damaged
 
 
 def verify(path: Path) -> list[str]:
@@ -185,12 +179,6 @@ def verify(path: Path) -> list[str]:
         check_manifest(path, ranks.rank(), ranks.world_size()) if path.is_dir() else ["there is no such folder"]
     )
     return sorted({problem for problems in found for problem in problems})
-
-
-def point_at(path: Path) -> None:
-    """Make ``latest.json`` name a checkpoint that was verified. Rank 0 only."""
-    size = sum((path / name).stat().st_size for name in files_below(path))
-    write_record(path.parent / LatestCheckpoint.file_name, LatestCheckpoint(step_of(path), path.name, size))
 
 
 def needed_bytes(folder: Path, engine: Engine, ema: EMA | None, *, states: bool) -> int:

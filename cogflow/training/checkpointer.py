@@ -86,6 +86,7 @@ class Checkpointer(Callback):
             layout=training_layout(self.config),
             settings=tunable_settings(context.stage),
             pending=pending,
+            line=context.line,
             ema_updates=ema.updates if ema is not None else 0,
             validation=verdict,
             last_good_step=context.last_good_step,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from cogflow.errors import QualityGateError, Stopped
+from cogflow.records.history_records import current_line
 from cogflow.records.training_records import CallbackStates
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
@@ -18,7 +20,7 @@ from cogflow.training.batch import Loader, TrainingBatches
 from cogflow.training.callback import Callbacks, StepUpdate, TrainingContext
 from cogflow.training.checkpointer import Checkpointer
 from cogflow.training.objective import Objective, learning_rate
-from cogflow.training.rollback import RollbackRequested, StartPoint, rate_factor
+from cogflow.training.rollback import RollbackRequested, StartPoint, begin, rate_factor
 from cogflow.training.step_checks import MAX_CONSECUTIVE_SKIPS, not_finite_message
 from cogflow.training.step_monitor import StepMonitor, due
 
@@ -33,6 +35,7 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
     context = trainer.context
     while True:
         checkpointer.resume(context, start)
+        context.line = start_line(context.folder, start)
         context.tracker.rewind(context.step)
         if context.step:
             echo(f"resuming {context.folder} after step {context.step}")
@@ -41,6 +44,12 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
             return
         except RollbackRequested as rollback:
             start = rollback.start
+
+
+def start_line(folder: Path, start: StartPoint) -> int:
+    """Begin the line of ``start``, where it has one; return the number of the line that is trained. Collective."""
+    line = start.line
+    return ranks.run_on_main(lambda: current_line(folder) if line is None else begin(folder, line).number)
 
 
 class Trainer:

@@ -10,18 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name, step_of
+from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.errors import QualityGateError
-from cogflow.records.training_records import RollbackEntry, TrainerRecord
+from cogflow.records.history_records import RollbackEntry, RunLine, read_history
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
-from cogflow.training import rollback
 from cogflow.training.callback import Callback, TrainingContext
-from cogflow.training.checkpoint import read_trainer
+from cogflow.training.checkpoint import newest_whole, read_trainer
 from cogflow.training.checkpointer import Checkpointer
-from cogflow.training.retention import last_sharp
-from cogflow.training.rollback import RollbackRequested, StartPoint
-from cogflow.training.run_identity import changed_settings
+from cogflow.training.retention import sharp_checkpoints
+from cogflow.training.rollback import RollbackRequested, StartPoint, begin, new_line, refusal
 
 RATIO_HINT = "stage.rollback.learning_rate_ratio (such as 0.3)"
 
@@ -42,7 +41,7 @@ class QualityPolicy(Callback):
         if outcome is None or outcome.step != context.step or outcome.level != "alarm" or stage.on_blur == "warn":
             return
         checkpoints = RunLayout(context.folder).checkpoints
-        sharp = ranks.run_on_main(lambda: last_sharp(checkpoints, context.last_good_step))
+        sharp = newest_sharp(checkpoints, context.last_good_step)
         if stage.on_blur == "stop" or sharp is None:
             self.checkpointer.on_save(context)
             raise QualityGateError(
@@ -50,7 +49,7 @@ class QualityPolicy(Callback):
                 f"({checkpoints / step_name(outcome.step)}).",
                 f"{resume_hint(sharp)} Or resume from here with stage.on_blur=warn.",
             )
-        request_rollback(context.folder, stage, outcome.step, sharp, outcome.message)
+        request_rollback(context.config, context.folder, outcome.step, sharp, outcome.message)
 
     def on_not_finite(self, context: TrainingContext, message: str) -> None:
         """Act on a step after ``context.step`` that changed no weight; return when training continues. Collective.
@@ -62,9 +61,9 @@ class QualityPolicy(Callback):
         if stage.on_not_finite == "skip":
             context.tracker.alert("an update was skipped", message)
             return
-        newest = ranks.run_on_main(lambda: next(reversed(step_folders(RunLayout(folder).checkpoints)), None))
+        newest, _ = newest_whole(ranks.broadcast(step_folders(RunLayout(folder).checkpoints)))
         if stage.on_not_finite == "rollback" and newest is not None:
-            request_rollback(folder, stage, step, newest, message)
+            request_rollback(context.config, folder, step, newest, message)
         if step > 0 and (newest is None or step_of(newest) != step):
             self.checkpointer.on_save(context)
         raise QualityGateError(
@@ -73,84 +72,39 @@ class QualityPolicy(Callback):
         )
 
 
-def request_rollback(folder: Path, stage: TrainStage, start: int, checkpoint: Path, reason: str) -> None:
-    """Set aside the results after ``checkpoint`` and raise. Collective.
+def newest_sharp(checkpoints: Path, last_good_step: int | None) -> Path | None:
+    """Return the newest checkpoint that is sharp and whole, or ``None``. Collective."""
+    return newest_whole(ranks.broadcast(sharp_checkpoints(checkpoints, last_good_step)))[0]
+
+
+def request_rollback(config: Config[TrainStage], folder: Path, start: int, checkpoint: Path, reason: str) -> None:
+    """Return to the verified ``checkpoint`` after an alarm at step ``start``. Collective.
 
     Raises :class:`RollbackRequested`, or :class:`QualityGateError` when the same settings would only repeat the run.
     """
+    stage = config.stage
     ratio = stage.rollback.learning_rate_ratio
+    to = step_of(checkpoint)
 
-    def apply() -> tuple[str | None, list[RollbackEntry]]:
-        refused = rollback.refusal(stage.rollback, rollback.read_rollbacks(folder))
-        applied_ratio = 1.0 if refused else ratio
-        return refused, rollback.roll_back(folder, start, step_of(checkpoint), applied_ratio, reason)
+    def next_line(applied_ratio: float) -> RunLine:
+        rollbacks = [*read_history(folder).current.rollbacks, RollbackEntry(start, to, applied_ratio, reason)]
+        name = str(checkpoint.relative_to(folder))
+        why = f"rollback after step {start}: {reason}"
+        return new_line(config, why, from_step=to, checkpoint=name, kept=to, rollbacks=rollbacks)
 
-    refused, rollbacks = ranks.run_on_main(apply)
-    aside = folder / rollback.SET_ASIDE / f"{rollbacks[-1].number:02d}"
+    def decide() -> tuple[str | None, RunLine]:
+        refused = refusal(stage.rollback, read_history(folder).current.rollbacks)
+        return (refused, begin(folder, next_line(1.0))) if refused else (None, next_line(ratio))
+
+    refused, line = ranks.run_on_main(decide)
     if refused is not None:
         raise QualityGateError(
-            f"Step {start}: {reason}. The run is rolled back to {checkpoint}; what came later is in {aside}. It stops "
-            f"there: {refused}.",
+            f"Step {start}: {reason}. The run is rolled back to {checkpoint}; what came later is in "
+            f"{folder / (line.replaced or '')}. It stops there: {refused}.",
             f"Lower stage.learning_rate, or give {RATIO_HINT}, and run the command again.",
         )
-    echo(
-        f"warning: step {start}: {reason}; rolling back to {checkpoint} with {ratio:g} of the learning rate; what came "
-        f"later is in {aside}"
-    )
-    raise RollbackRequested(StartPoint(checkpoint, read_trainer(checkpoint), rollbacks))
-
-
-def choose_start(found: Path | None, stage: TrainStage, folder: Path) -> StartPoint:
-    """Return where a run starts that would resume ``found``; a run that an alarm stopped may roll back first.
-
-    Collective.
-
-    Raises :class:`QualityGateError` for a run that an alarm stopped and that would repeat itself or continue blurred. A
-    checkpoint that the user names (``stage.resume=PATH``) is taken as it is.
-    """
-    if found is None:
-        ranks.run_on_main(lambda: rollback.forget_rollbacks(folder))
-        return StartPoint(None, None, [])
-    record = read_trainer(found)
-    try:
-        if stage.resume == "auto":
-            _check_alarm(found, record, stage, folder)
-        rollbacks = ranks.run_on_main(lambda: rollback.finish_rollback(folder))
-        return StartPoint(found, record, _with_ratio(rollbacks, found, record, stage, folder))
-    except RollbackRequested as requested:
-        return requested.start
-
-
-def _check_alarm(found: Path, record: TrainerRecord, stage: TrainStage, folder: Path) -> None:
-    """Roll back or stop when the newest checkpoint is the one that an alarm stopped."""
-    verdict = record.validation
-    if stage.on_blur == "warn" or verdict is None or verdict.level != "alarm" or verdict.step != record.step:
-        return
-    sharp = ranks.run_on_main(lambda: last_sharp(RunLayout(folder).checkpoints, record.last_good_step))
-    if stage.on_blur == "rollback" and sharp is not None:
-        request_rollback(folder, stage, record.step, sharp, verdict.message)
-    raise QualityGateError(
-        f"An alarm stopped the run at its newest checkpoint {found}: {verdict.message}.",
-        f"{resume_hint(sharp)} Or resume from there with stage.on_blur=warn.",
-    )
-
-
-def _with_ratio(
-    rollbacks: list[RollbackEntry], found: Path, record: TrainerRecord, stage: TrainStage, folder: Path
-) -> list[RollbackEntry]:
-    """Give the last rollback, after which the run had stopped, the learning rate ratio that is configured now."""
-    last = rollbacks[-1] if rollbacks else None
-    if last is None or last.learning_rate_ratio != 1.0 or last.to != record.step or stage.on_blur != "rollback":
-        return rollbacks
-    ratio = stage.rollback.learning_rate_ratio
-    if ratio != 1.0 and len(rollbacks) <= stage.rollback.most:
-        return ranks.run_on_main(lambda: rollback.set_last_ratio(folder, ratio))
-    if not changed_settings(record, stage):
-        raise QualityGateError(
-            f"This run was rolled back to {found} after: {last.reason}. The same settings would repeat the same run.",
-            f"Lower stage.learning_rate, give {RATIO_HINT}, or use stage.on_blur=warn.",
-        )
-    return rollbacks
+    echo(f"warning: step {start}: {reason}; rolling back to {checkpoint} with {ratio:g} of the learning rate")
+    raise RollbackRequested(StartPoint(checkpoint, read_trainer(checkpoint), line.rollbacks, line))
 
 
 def resume_hint(sharp: Path | None) -> str:

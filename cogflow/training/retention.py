@@ -21,12 +21,11 @@ GOOD_LEVELS = LEVELS[:2]
 """Levels of the quality watch at which nothing is wrong."""
 
 
-def last_sharp(folder: Path, last_good_step: int | None) -> Path | None:
-    """Return the newest checkpoint at or before ``last_good_step``, the step of the last validation at which nothing
-    was wrong.
+def sharp_checkpoints(folder: Path, last_good_step: int | None) -> list[Path]:
+    """Return the checkpoints at or before ``last_good_step``, oldest first: the step of the last validation at which
+    nothing was wrong.
     """
-    paths = [path for path in step_folders(folder) if last_good_step is not None and step_of(path) <= last_good_step]
-    return paths[-1] if paths else None
+    return [path for path in step_folders(folder) if last_good_step is not None and step_of(path) <= last_good_step]
 
 
 def quality(verdict: ValidationRecord | None) -> tuple[float, float]:
@@ -68,7 +67,7 @@ def remove_old(folder: Path, stage: TrainStage, last_good_step: int | None) -> N
         last=stage.keep_last,
         every=stage.keep_every,
         best=stage.keep_best,
-        sharp=last_sharp(folder, last_good_step),
+        sharp=next(reversed(sharp_checkpoints(folder, last_good_step)), None),
     )
     for path in superfluous:
         # Hide it first, so that a kill in the middle leaves no checkpoint that looks broken.

@@ -1,36 +1,37 @@
-"""Rollbacks: return to an earlier checkpoint, set aside the later results, and continue with another learning rate.
-
-``<run>/rollback.json`` lists the rollbacks of a run. The learning rate of a step is a function of that list and of the
-step, so a resumed run trains exactly as one that never stopped.
-"""
+"""Rollbacks: return to an earlier checkpoint and continue with another learning rate, as a new line of the run."""
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cogflow.artifacts.run_layout import step_folders, step_of
-from cogflow.config.train_settings import RollbackConfig
-from cogflow.files.record_io import read_record, write_record
-from cogflow.records.training_records import RollbackEntry, RollbackRecord, TrainerRecord
-from cogflow.tracking.metrics_log import EVENTS, METRICS, read_metrics, write_metrics
+from cogflow.artifacts.run_history import begin_line
+from cogflow.config.config import Config
+from cogflow.config.train_settings import RollbackConfig, TrainStage
+from cogflow.files.record_io import JsonObject, write_record
+from cogflow.records.history_records import HistoryRecord, RollbackEntry, RunLine, read_history
+from cogflow.records.training_records import TrainerRecord
+from cogflow.runtime.console import echo
+from cogflow.tracking.secrets import scrub, scrub_text
+from cogflow.tracking.stage_record import command_line, to_json_object
 
-SET_ASIDE = "rolled-back"
-"""Folder of a run with what rollbacks set aside."""
+PLACE_SECTIONS = ("run", "tracking")
+"""Sections of the config that say where results go and not how they are made."""
 
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Start of a training. ``checkpoint``: a verified folder and its record, both ``None`` for a new run.
+    """Start of a training. ``checkpoint``: a verified folder and its record, both ``None`` for a start from the model.
 
-    ``rollbacks``: those in force.
+    ``rollbacks``: those in force. ``line``: the line that begins here; ``None`` when the current line goes on.
     """
 
     checkpoint: Path | None
     record: TrainerRecord | None
     rollbacks: Sequence[RollbackEntry]
+    line: RunLine | None = None
 
 
 class RollbackRequested(Exception):
@@ -59,75 +60,58 @@ def refusal(settings: RollbackConfig, rollbacks: Sequence[RollbackEntry]) -> str
     return None
 
 
-def read_rollbacks(folder: Path) -> list[RollbackEntry]:
-    """Return the rollbacks of the run in ``folder`` in their order.
-
-    Raises :class:`CheckpointError` for a file that cannot be read.
-    """
-    path = folder / RollbackRecord.file_name
-    return read_record(path, RollbackRecord).rollbacks if path.is_file() else []
+def line_settings(config: Config[TrainStage]) -> JsonObject:
+    """Return the settings that decide what a training does, by section."""
+    settings = scrub(to_json_object(asdict(config)))
+    return {name: value for name, value in settings.items() if name not in PLACE_SECTIONS}
 
 
-def write_rollbacks(folder: Path, rollbacks: Sequence[RollbackEntry]) -> None:
-    """Write ``rollback.json`` of the run in ``folder``."""
-    write_record(folder / RollbackRecord.file_name, RollbackRecord(list(rollbacks)))
+def new_line(
+    config: Config[TrainStage],
+    reason: str,
+    *,
+    from_step: int = 0,
+    checkpoint: str | None = None,
+    kept: int = -1,
+    rollbacks: Sequence[RollbackEntry] = (),
+) -> RunLine:
+    """Return a line that this command begins. See :class:`RunLine`; the number is set when it begins."""
+    return RunLine(
+        number=0,
+        began=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        reason=reason,
+        command=scrub_text(command_line()),
+        settings=line_settings(config),
+        from_step=from_step,
+        checkpoint=checkpoint,
+        kept=kept,
+        rollbacks=list(rollbacks),
+    )
 
 
-def roll_back(folder: Path, start: int, to: int, ratio: float, reason: str) -> list[RollbackEntry]:
-    """Record a rollback and set aside the results after ``to``; return all rollbacks. Rank 0 only.
-
-    The record comes first: after a kill at any moment :func:`finish_rollback` completes it.
-    """
-    rollbacks = read_rollbacks(folder)
-    write_rollbacks(folder, [*rollbacks, RollbackEntry(len(rollbacks) + 1, start, to, ratio, reason)])
-    return finish_rollback(folder)
-
-
-def finish_rollback(folder: Path) -> list[RollbackEntry]:
-    """Set aside what the last recorded rollback still has to; return all rollbacks. Rank 0 only."""
-    rollbacks = read_rollbacks(folder)
-    if rollbacks and not rollbacks[-1].moved:
-        last = rollbacks[-1]
-        set_aside(folder, folder / SET_ASIDE / f"{last.number:02d}", last.to)
-        rollbacks[-1] = replace(last, moved=True)
-        write_rollbacks(folder, rollbacks)
-    return rollbacks
-
-
-def forget_rollbacks(folder: Path) -> None:
-    """Move the record of rollbacks to what was set aside: they do not apply to a run that starts from nothing.
-
-    Rank 0 only.
-    """
-    path = folder / RollbackRecord.file_name
-    if path.is_file():
-        number = len(list((folder / SET_ASIDE).glob("*.json"))) + 1
-        target = folder / SET_ASIDE / f"{path.stem}-{number}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+def begin(folder: Path, line: RunLine) -> RunLine:
+    """Begin ``line`` in the run in ``folder`` and report what was moved aside. Rank 0 only."""
+    begun = begin_line(folder, line)
+    if begun.number > 1:
+        echo(f"line {begun.number} of this run begins after step {begun.from_step} ({begun.reason})")
+    if begun.replaced is not None:
+        aside = folder / begun.replaced
+        later = f"after step {begun.kept}" if begun.kept >= 0 else "before"
+        echo(f"the results that the run had {later} are kept in {aside}")
+        checkpoints = sorted((aside / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+        if checkpoints:
+            echo(f"to continue them instead, run the command with stage.resume={checkpoints[-1]}")
+    return begun
 
 
 def set_last_ratio(folder: Path, ratio: float) -> list[RollbackEntry]:
-    """Set the learning rate ratio of the last rollback, after which the run had stopped; return all rollbacks.
+    """Set the learning rate ratio of the last rollback, after which the run had stopped; return all in force.
 
     Rank 0 only.
     """
-    rollbacks = read_rollbacks(folder)
-    rollbacks[-1] = replace(rollbacks[-1], learning_rate_ratio=ratio)
-    write_rollbacks(folder, rollbacks)
+    history = read_history(folder)
+    line = history.current
+    rollbacks = [*line.rollbacks[:-1], replace(line.rollbacks[-1], learning_rate_ratio=ratio)]
+    lines = [*history.lines[:-1], replace(line, rollbacks=rollbacks)]
+    write_record(folder / HistoryRecord.file_name, HistoryRecord(lines))
     return rollbacks
-
-
-def set_aside(folder: Path, target: Path, step: int) -> None:
-    """Move checkpoints and samples after ``step`` to ``target``, and copy the metrics that will be rewound."""
-    target.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in read_metrics(folder / METRICS) if line.is_training and line.step > step]
-    if lines:
-        write_metrics(target / METRICS, lines)
-    if (folder / EVENTS).is_file():
-        shutil.copyfile(folder / EVENTS, target / EVENTS)
-    for kind in ("checkpoints", "samples"):
-        for path in step_folders(folder / kind):
-            if step_of(path) > step:
-                (target / kind).mkdir(exist_ok=True)
-                path.rename(target / kind / path.name)

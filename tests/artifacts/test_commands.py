@@ -57,12 +57,12 @@ def test_the_kind_can_be_given_and_is_checked(tmp_path: Path, cogflow: Command) 
 
 def test_a_run_cannot_be_resumed_as_a_checkpoint(tmp_path: Path) -> None:
     from cogflow.errors import CheckpointError
-    from cogflow.training.checkpoint import find
+    from cogflow.training.checkpoint import open_named
 
     run = PLACES["run"](tmp_path)
     with pytest.raises(CheckpointError, match="is a run .*not a checkpoint"):
-        find(str(run), run / "checkpoints")
+        open_named(str(run))
     with pytest.raises(CheckpointError, match="without optimizer states"):
-        find(str(run / "checkpoints" / "step-000004"), run / "checkpoints")
+        open_named(str(run / "checkpoints" / "step-000004"))
     with pytest.raises(CheckpointError, match="does not exist"):
-        find(str(run / "missing"), run / "checkpoints")
+        open_named(str(run / "missing"))

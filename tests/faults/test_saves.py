@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cogflow.artifacts.run_layout import step_folders
 from cogflow.files.manifest import check_manifest
 from cogflow.training import checkpoint
 from tests.faults.conftest import World, server_says
@@ -123,7 +124,7 @@ def test_a_changed_checkpoint_is_skipped_before_it_is_loaded(world: World, tmp_p
         folder = tmp_path / name
         shutil.copytree(world.root / "changed/checkpoints", folder)
         change(folder / "step-000003")
-        found, passed = checkpoint.newest(folder)
+        found, passed = checkpoint.newest_whole(step_folders(folder))
         assert found == folder / "step-000002" and len(passed) == 1 and "step-000003" in passed[0], name
 
 

@@ -102,11 +102,11 @@ def test_a_rollback_trains_the_same_in_one_process_and_in_two(
     assert [line["step"] for line in lines(one)] == [1, 2, 3, 4, 5, 6]
     assert [line["train/lr"] for line in lines(one)][2:] == pytest.approx([1e-5] * 4)
     for folder in (one, two):
-        noted = json.loads((folder / "rollback.json").read_text())["rollbacks"]
+        noted = json.loads((folder / "history.json").read_text())["lines"][-1]["rollbacks"]
         assert [(entry["start"], entry["to"], entry["learning_rate_ratio"]) for entry in noted] == [(4, 2, 1e-4)]
-        assert (folder / "rolled-back/01/samples/step-000004/samples.json").is_file()
-        assert {line["step"] for line in lines(folder / "rolled-back/01")} == {3, 4}
-    assert (two / "rolled-back/01/checkpoints/step-000004/trainer.json").is_file()
+        assert (folder / "replaced/01/samples/step-000004/samples.json").is_file()
+        assert {line["step"] for line in lines(folder / "replaced/01")} == {3, 4}
+    assert (two / "replaced/01/checkpoints/step-000004/trainer.json").is_file()
     # The same command reports the finished run, and does not resume what was set aside.
     assert "finished" in cogflow(*words(flow, "one-process"), *SPOILT, *tamed).stdout
 
@@ -162,7 +162,7 @@ def test_two_ranks_roll_back_together(flow: Path, sharp: Path, cogflow: Command,
     ]
     cogflow(*two, "stage.steps=2", "stage.learning_rate=1e-5", ranks=2)
     cogflow(*two, *SPOILT, "stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=1e-4", ranks=2)
-    assert json.loads((folder / "rollback.json").read_text())["rollbacks"][0]["to"] == 2
+    assert json.loads((folder / "history.json").read_text())["lines"][-1]["rollbacks"][0]["to"] == 2
     assert lines(folder, "ema/heldout_loss") and lines(folder)[-1]["step"] == 6
     saved = load_file(folder / "checkpoints/step-000006/transformer/diffusion_pytorch_model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in saved.values())

@@ -8,7 +8,7 @@ from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.config.train_settings import TrainStage
 from cogflow.files.record_io import write_record
 from cogflow.records.training_records import ValidationRecord
-from cogflow.training.retention import last_sharp, quality, remove_old, to_delete
+from cogflow.training.retention import quality, remove_old, sharp_checkpoints, to_delete
 from tests.training.trainer_records import trainer_record, verdict
 
 
@@ -64,10 +64,10 @@ def test_the_verdict_of_another_step_does_not_count(tmp_path: Path) -> None:
 
 def test_a_checkpoint_after_the_last_good_validation_is_not_sharp(tmp_path: Path) -> None:
     folder = saved(tmp_path, dict.fromkeys((10, 20, 30)))
-    assert last_sharp(folder, 25) == folder / "step-000020"
-    assert last_sharp(folder, 30) == folder / "step-000030"
-    assert last_sharp(folder, 0) is None
-    assert last_sharp(folder, None) is None
+    assert [step_of(path) for path in sharp_checkpoints(folder, 25)] == [10, 20]
+    assert [step_of(path) for path in sharp_checkpoints(folder, 30)] == [10, 20, 30]
+    assert sharp_checkpoints(folder, 0) == []
+    assert sharp_checkpoints(folder, None) == []
 
 
 def test_a_record_that_cannot_be_read_counts_as_no_verdict(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentC
     if different:
         raise CheckpointError(
             "The checkpoint was trained with other settings:\n  " + "\n  ".join(different),
-            "Give the same settings again, start again with stage.resume=never, or use another run.name.",
+            f"Give the same settings again, train in a new run such as run.name={config.run.name}-2, or begin this run "
+            "again with stage.resume=never, which keeps its results.",
         )
     if record.layout != layout:
         changes = ", ".join(

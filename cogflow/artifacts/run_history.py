@@ -67,8 +67,8 @@ def has_results(folder: Path, kept: int = -1) -> bool:
 def begin_line(folder: Path, line: RunLine) -> RunLine:
     """Begin ``line`` in the run in ``folder`` and move what it replaces; return it with the folder of that.
 
-    The fields ``number``, ``replaced``, ``moved`` and ``restored`` are set here. The pointer to the newest checkpoint is
-    set first, so that it never names a checkpoint of another line. Raises :class:`StorageError`.
+    The fields ``number``, ``replaced``, ``moved`` and ``restored`` are set here. The pointer to the newest checkpoint
+    is set first, so that it never names a checkpoint of another line. Raises :class:`StorageError`.
     """
     history = read_history(folder)
     lines = history.lines

@@ -10,17 +10,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cogflow import __version__
+from cogflow.artifacts.working_run import FAULTS, WorkingRun, choose_run, working_in
 from cogflow.config.build import as_yaml
-from cogflow.config.compose import compose
-from cogflow.config.config import AnyConfig
+from cogflow.config.command import running
+from cogflow.config.compose import ComposedCommand, compose_command
 from cogflow.config.help_text import USAGE, help_text, overview
 from cogflow.config.problems import Problem, fail
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import append_text, write_first
-from cogflow.files.paths import run_folder
 from cogflow.stages import SUMMARIES, load
 
 FLAGS = ("--help", "-h", "--cfg", "--version")
@@ -41,11 +42,12 @@ def run_process() -> None:
 def main(words: Sequence[str]) -> int:
     """Run one command and return its exit code. Errors are printed to standard error."""
     rank = os.environ.get("RANK", "0")
-    config = None
+    chosen: WorkingRun | None = None
     try:
-        config = _compose_or_print(words, rank)
-        if config is not None:
-            load(config.stage.name).run(config)
+        command = _compose_or_print(words, rank)
+        if command is not None:
+            chosen = choose_run(command)
+            _run_stage(words, command, chosen, rank)
     except CogflowError as error:
         if rank == "0" or error.rank is not None:
             print(f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
@@ -55,14 +57,23 @@ def main(words: Sequence[str]) -> int:
     except Exception:
         fault = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}\n{traceback.format_exc()}"
         print(fault, file=sys.stderr)
-        if config is not None:
-            append_text(run_folder(config.run) / "cogflow.log", fault)
+        if chosen is not None:
+            append_text(chosen.folder / FAULTS, fault)
         return 1
     return 0
 
 
-def _compose_or_print(words: Sequence[str], rank: str) -> AnyConfig | None:
-    """Return the checked config of a command that runs a stage; print the answer and return None for other commands.
+def _run_stage(words: Sequence[str], command: ComposedCommand, chosen: WorkingRun, rank: str) -> None:
+    """Run the stage in the run that was chosen for it, and print where that is."""
+    config = command.config
+    with working_in(chosen) as place, running(words, place.run):
+        if place.line and rank == "0":
+            print(place.line, flush=True)
+        load(config.stage.name).run(replace(config, run=place.run))
+
+
+def _compose_or_print(words: Sequence[str], rank: str) -> ComposedCommand | None:
+    """Return the checked settings of a command that runs a stage; print the answer and return None for other commands.
 
     The other commands are those with ``--help``, ``--version`` or ``--cfg``, and the one without arguments.
     """
@@ -77,8 +88,8 @@ def _compose_or_print(words: Sequence[str], rank: str) -> AnyConfig | None:
         return None
     if rank == "0" and not any(word.startswith(("stage=", "experiment=")) for word in choices):
         print(overview(SUMMARIES), end="\n\n", file=sys.stderr)
-    config = compose(choices)
+    command = compose_command(choices)
     if "--cfg" not in flags:
-        return config
-    print(as_yaml(config), end="")
+        return command
+    print(as_yaml(replace(command.config, run=choose_run(command).run)), end="")
     return None

@@ -7,6 +7,7 @@ together."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from cogflow.config.build import (
 from cogflow.config.config import STAGES, AnyConfig
 from cogflow.config.diagnose_settings import FlowStage
 from cogflow.config.problems import Problem, did_you_mean, fail, format_value, nearest
-from cogflow.config.sat_import import CommandLine, imported_values, take_import
+from cogflow.config.sat_import import CommandLine, imported_values, keys_of_named_groups, take_import
 from cogflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,20 +57,40 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+@dataclass(frozen=True)
+class ComposedCommand:
+    """The checked config of a command line.
+
+    ``given``: keys that its words set. ``named``: these, and the keys that an imported recipe or a chosen group sets
+    (``experiment``, ``debug``, ...).
+    """
+
+    config: AnyConfig
+    given: frozenset[str]
+    named: frozenset[str]
+
+
 def compose(overrides: Sequence[str]) -> AnyConfig:
     """Return the checked config of a command line's ``group=choice`` and ``key=value`` words.
 
     Raises one :class:`ConfigError` that lists everything that is wrong with it.
     """
+    return compose_command(overrides).config
+
+
+def compose_command(overrides: Sequence[str]) -> ComposedCommand:
+    """Return the checked config of a command line, and which keys it sets. Raises as :func:`compose`."""
     problems: list[Problem] = []
     choices, values = _split(overrides, problems)
     recipe = take_import(choices, values, problems)
     raw = _compose_groups(choices, problems)
     raw = _place_stages(raw, problems)
+    command = CommandLine(choices, values, configs_folder())
+    imported: list[str] = []
     if recipe is not None:
-        command = CommandLine(choices, values, configs_folder())
         for key, value in imported_values(recipe, raw, command, problems):
             _put(raw, key, value)
+            imported.append(key)
     stage = stage_class(raw.get("stage"))
     known = known_keys(stage)
     for key, value in values:
@@ -89,7 +110,8 @@ def compose(overrides: Sequence[str]) -> AnyConfig:
         problems += [problem for problem in find_problems(config) if not bad & set(problem.keys)]
     fail(problems, HELP)
     assert config is not None  # a missing stage is among the problems
-    return config
+    given = frozenset(key for key, _ in values)
+    return ComposedCommand(config, given, given | set(imported) | keys_of_named_groups(command).keys())
 
 
 def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str], list[tuple[str, Any]]]:

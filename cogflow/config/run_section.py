@@ -16,7 +16,8 @@ class RunConfig:
     root: str = setting("runs", help="Folder that contains all runs.", rule=NOT_EMPTY)
     name: str = setting(
         "tiny-shapes",
-        help="Folder of this run inside run.root. The same command with the same name resumes the run.",
+        help="Folder of this run inside run.root. The same command with the same name resumes the run. Without a name, "
+        "export, sample, diagnose and assemble work in the run that their path is in, else in a run named after it.",
         rule=FOLDER_NAME,
     )
 

@@ -141,7 +141,7 @@ def imported_values(
             problems.append(Problem(f"{WORD}=: only stage=prepare, train and flow take a training recipe.", (WORD,)))
         return
     problems += recipe.contradictions(str(model.get("name")) if isinstance(model, Mapping) else "")
-    overriding = {key: "the command line" for key, _ in command.values} | _keys_of_named_groups(command)
+    overriding = {key: "the command line" for key, _ in command.values} | keys_of_named_groups(command)
     lines = []
     for setting in recipe.settings:
         key = _key_in_stage(setting.key, stage_name)
@@ -162,7 +162,7 @@ def _key_in_stage(key: str, stage_name: str) -> str | None:
     return {"train": key, "flow": key.replace("stage.", "stage.train.", 1)}.get(stage_name)
 
 
-def _keys_of_named_groups(command: CommandLine) -> dict[str, str]:
+def keys_of_named_groups(command: CommandLine) -> dict[str, str]:
     """Return the keys that the named groups set, and the name of the group."""
     from omegaconf import OmegaConf
 

@@ -51,6 +51,19 @@ class StageRecord(Record):
 
 
 @dataclass(frozen=True)
+class RunSource(Record):
+    """``source.json`` of a run that a stage made for one source: the absolute path of the source.
+
+    ``stage``: the stage that made the run.
+    """
+
+    file_name: ClassVar[str] = "source.json"
+
+    stage: str
+    source: str
+
+
+@dataclass(frozen=True)
 class HeartbeatRecord(Record):
     """``ranks/rank-00000.json``: where a rank is in its work at ``time`` (seconds since the epoch)."""
 

@@ -34,7 +34,7 @@ from cogflow.files.manifest import MANIFEST
 from cogflow.models.code_check import CONFIGS
 from cogflow.weights import foreign, torch_file
 from cogflow.weights.torch_file import TorchFile
-from cogflow.weights.zero_files import latest_step_folder
+from cogflow.weights.zero import latest_step_folder
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -25,10 +25,9 @@ from cogflow.export.reported_values import FactValue
 from cogflow.export.tensor_operations import Drop, Operation, Shape
 from cogflow.files.record_io import JsonObject
 from cogflow.models.loading import DTYPES
-from cogflow.weights.cast_statistics import torch_dtype_name
 from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model, ordered_tensor_names
 from cogflow.weights.tensor_source import RenamedTensors, TensorInfo, TensorSource, WeightsFolder, read_json
-from cogflow.weights.weights_writer import PlannedTensor
+from cogflow.weights.weights_writer import PlannedTensor, torch_dtype_name
 
 TABLE_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 2e-5}
 """Largest difference between a stored position table and the computed one: the dtype's rounding, with a margin."""

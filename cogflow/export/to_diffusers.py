@@ -20,9 +20,8 @@ from cogflow.files.record_io import write_record
 from cogflow.files.uncached_io import ReadBack
 from cogflow.records.export_records import ExportRecord, TensorStatistics
 from cogflow.runtime.progress import Advancing, progress
-from cogflow.weights.cast_statistics import torch_dtype_name
 from cogflow.weights.strict_loading import STEMS, check_strict_load
-from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors
+from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, torch_dtype_name, write_safetensors
 
 LORA_STEM = "pytorch_lora_weights"
 """Name without suffix of the file that ``load_lora_weights`` of diffusers reads in a folder."""

@@ -34,7 +34,7 @@ from cogflow.training.ema import EMA
 from cogflow.training.engine import Engine
 from cogflow.training.reshard import reshard
 from cogflow.training.saved_weights import read_weights, save_weights
-from cogflow.weights.zero_files import read_state_file
+from cogflow.weights.zero import read_state_file
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and tests check them.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from cogflow.runtime import ranks
 from cogflow.runtime.progress import progress
 from cogflow.training.engine import TAG, Engine
 from cogflow.training.saved_weights import read_weights
-from cogflow.weights.zero import MOMENTS, SavedAdamStates
+from cogflow.weights.zero import (
+    AGAIN,
+    MOMENTS,
+    PickledState,
+    ZeroCheckpoint,
+    has_optimizer_states,
+    read_state_file,
+)
 
 
 def reshard(path: Path, engine: Engine) -> None:
@@ -116,3 +124,44 @@ def _copy_buffers(path: Path, engine: Engine) -> None:
     for name, value in read_weights(path / "transformer"):
         if name in buffers:
             buffers[name].copy_(value)
+
+
+class SavedAdamStates:
+    """The fp32 master weights and Adam's moments of each parameter, for every ZeRO stage (0 to 3) and number of
+    ranks.
+
+    ``trained``: names of the trained parameters in the model's order, by which stage 0 numbers them. ``steps``:
+    Adam's number of updates. Tensors are mapped and read one at a time; DeepSpeed's own converter
+    (``checkpoint/ds_to_universal.py``) writes every state to the disk again, loads pickles, and does not support
+    stage 0. Raises :class:`CheckpointError` for a folder that does not hold all states.
+    """
+
+    def __init__(self, folder: Path, trained: Sequence[str]) -> None:
+        self.folder = folder
+        self._masters = ZeroCheckpoint(folder)
+        self._numbers = {name: str(index) for index, name in enumerate(trained)}
+        self._moments: dict[str, ZeroCheckpoint] = {}
+        self._unsharded: dict[str, PickledState] = {}
+        if has_optimizer_states(folder):
+            self._moments = {key: ZeroCheckpoint(folder, moment=key) for key in MOMENTS}
+            self.steps = self._moments[MOMENTS[0]].adam_steps
+            return
+        optimizer = read_state_file(folder / "mp_rank_00_model_states.pt").get("optimizer")
+        if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
+            raise CheckpointError(f"{folder} holds no optimizer states.", AGAIN)
+        self._unsharded = {str(number): state for number, state in optimizer["state"].items()}
+        if set(self._unsharded) != set(self._numbers.values()):
+            raise CheckpointError(
+                f"{folder} holds optimizer states of {len(self._unsharded)} parameters, {len(trained)} are trained.",
+                "Use the same stage.freeze.",
+            )
+        self.steps = int(next(iter(self._unsharded.values()))["step"])
+
+    def read(self, name: str, key: str) -> torch.Tensor:
+        """Return the master weight (key ``fp32``) or a moment (a key of MOMENTS) in the parameter's shape, fp32."""
+        if key == "fp32":
+            return self._masters.read(name)
+        if self._moments:
+            return self._moments[key].read(name)
+        moment: torch.Tensor = self._unsharded[self._numbers[name]][key]
+        return moment.detach().float()

@@ -3,24 +3,28 @@
 SAT and DeepSpeed write the same files: a folder with ``latest``, and one folder per step with
 ``mp_rank_00_model_states.pt``. The names of the tensors tell them apart (:func:`layout_of`).
 :mod:`cogflow.artifacts.identify` decides which reader a path needs.
+
+A model-parallel checkpoint of SAT has one file per part (``mp_rank_00_model_states.pt``, ``mp_rank_01_...``). Its parts
+are joined as SAT's ``sat/mpu/layers.py`` and ``sat/model/transformer.py`` (0.4.12) split them. In each layer the fused
+query_key_value is split by rows within each third, dense_h_to_4h by rows, dense and dense_4h_to_h by columns. Their
+biases are split like the rows, or are stored whole. All other tensors are equal in every part; a tensor that differs
+stops the export.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from cogflow.errors import CheckpointError, format_list
-from cogflow.weights.model_parallel import PART_FILE, check_part_count, join_parts, part_files
+from cogflow.errors import CheckpointError, ConversionError, format_list
 from cogflow.weights.tensor_source import TensorInfo, TensorSource
 from cogflow.weights.torch_file import TorchFile
-from cogflow.weights.zero import ZeroCheckpoint
-from cogflow.weights.zero_files import SHARDED_MODEL, has_optimizer_states, read_state_file
+from cogflow.weights.zero import SHARDED_MODEL, ZeroCheckpoint, has_optimizer_states, read_state_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 EMA_SUFFIX = "-ema"
@@ -73,8 +77,8 @@ def read_step_folder(folder: Path, weights: str, masters: str, notes: Iterable[s
     Raise :class:`CheckpointError` for files that are missing, broken or of unknown tensors, :class:`ConversionError`
     for model-parallel parts that cannot be joined.
     """
-    said = list(notes)
-    folder, weights = _model_or_ema(folder, weights, said)
+    messages = list(notes)
+    folder, weights = _model_or_ema(folder, weights, messages)
     if not is_step_folder(folder):
         raise no_states(folder)
     with_masters = has_optimizer_states(folder)
@@ -83,27 +87,34 @@ def read_step_folder(folder: Path, weights: str, masters: str, notes: Iterable[s
             f"{folder} keeps its average only as stored: the fp32 master weights beside it are those of the model.",
             "Use masters=auto with weights=ema, or weights=model.",
         )
-    parts = part_files(folder)
-    sharded = sorted({int(match[2]) for path in folder.iterdir() if (match := SHARDED_MODEL.fullmatch(path.name))})
-    opened = _open_parts(folder, weights, masters, parts, sharded, with_masters)
+    opened = _open_parts(folder, weights, masters, with_masters=with_masters)
     zeros = [one for one in opened if isinstance(one, ZeroCheckpoint)]
     if with_masters and not zeros:
-        said.append("The weights are taken as stored; fp32 master weights lie beside them (masters=fp32).")
+        messages.append("The weights are read as stored; fp32 master weights are beside them (masters=fp32).")
     files: list[Path] = []
     for one in opened:
         files += one.files if isinstance(one, ZeroCheckpoint) else [one.path]
-        said += one.notes if isinstance(one, ZeroCheckpoint) else []
+        messages += one.notes if isinstance(one, ZeroCheckpoint) else []
     metadata = next((dict(one.metadata) for one in opened if one.metadata), {})
     tensors = join_parts(opened)
     if len(opened) > 1:
-        said.append(f"{len(opened)} model-parallel parts are joined.")
+        messages.append(f"{len(opened)} model-parallel parts are joined.")
     if masters == "fp32" and not zeros:
         _refuse_low_precision(folder, tensors.tensors)
     layout = layout_of(tensors.tensors)
     if layout is None:
         raise unknown_names(folder, tensors.tensors)
-    step = step_in(metadata, folder.name)
-    return ForeignWeights(layout, tensors, folder, files, step, weights, _yamls(folder), metadata, said)
+    return ForeignWeights(
+        layout=layout,
+        tensors=tensors,
+        origin=folder,
+        files=files,
+        step=step_in(metadata, folder.name),
+        weights=weights,
+        yamls=_yamls(folder),
+        metadata=metadata,
+        notes=messages,
+    )
 
 
 def read_torch_file(path: Path, weights: str, masters: str, notes: Iterable[str] = ()) -> ForeignWeights:
@@ -123,7 +134,7 @@ def read_torch_file(path: Path, weights: str, masters: str, notes: Iterable[str]
     layout = layout_of(file.tensors)
     if layout is None or layout == "zero":
         raise unknown_names(path, file.tensors)
-    wrapped = [] if file.wrapper == "none" else [f"The weights lie under {file.wrapper} in {path.name}."]
+    wrapped = [] if file.wrapper == "none" else [f"The weights are under {file.wrapper} in {path.name}."]
     return ForeignWeights(
         layout=layout,
         tensors=file,
@@ -203,13 +214,12 @@ def unknown_names(place: Path, tensors: Mapping[str, TensorInfo]) -> CheckpointE
     return CheckpointError(f"{place} holds weights, but {whose}. Its tensors are named:\n{format_list(lines, 6)}", hint)
 
 
-def _open_parts(
-    folder: Path, weights: str, masters: str, parts: list[Path], sharded: list[int], with_masters: bool
-) -> list[ZeroCheckpoint | TorchFile]:
+def _open_parts(folder: Path, weights: str, masters: str, *, with_masters: bool) -> list[ZeroCheckpoint | TorchFile]:
     """Open every model-parallel part of a step folder, as master weights or as stored."""
-    deepspeed_folder = (
-        re.fullmatch(rf"\d+({EMA_SUFFIX})?|release", folder.name) is None
-    )  # SAT names a folder by a number
+    parts = part_files(folder)
+    sharded = sorted({int(match[2]) for path in folder.iterdir() if (match := SHARDED_MODEL.fullmatch(path.name))})
+    # SAT names a folder by a number.
+    deepspeed_folder = re.fullmatch(rf"\d+({EMA_SUFFIX})?|release", folder.name) is None
     prefers_masters = masters == "auto" and with_masters and weights == "model" and (deepspeed_folder or bool(sharded))
     if (masters == "fp32" or prefers_masters) and (with_masters or sharded):
         return [ZeroCheckpoint(folder, "fp32", part) for part in sharded or range(len(parts))]
@@ -228,9 +238,7 @@ def _model_or_ema(folder: Path, weights: str, notes: list[str]) -> tuple[Path, s
     other = folder.with_name(name if given == "ema" else name + EMA_SUFFIX)
     if weights in ("auto", given):
         if weights == "auto" and given == "model" and other.is_dir():
-            notes.append(
-                f"The model's weights are taken; their average lies beside them, in {other.name} (weights=ema)."
-            )
+            notes.append(f"The model's weights are read; their average is beside them, in {other.name} (weights=ema).")
         return folder, given
     if not other.is_dir():
         raise CheckpointError(
@@ -261,3 +269,182 @@ def _yamls(folder: Path) -> list[Path]:
         found += [path for path in (place / "training_config.yaml", place / SIZES) if path.is_file()]
         found += sorted(path for path in (place / "configs").glob("*.y*ml") if path.is_file())
     return found
+
+
+# Model-parallel parts
+
+PART_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+
+_LAYER = re.compile(
+    r"(?P<block>(?:.*\.)?transformer\.layers\.\d+\.(?:attention|mlp)\.)"
+    r"(?P<linear>\w+)\.(?:original\.)?(?P<kind>\w+)(?:\.\d+)?"
+)
+_MERGE_WITH_SAT = "Merge the parts with SAT itself (MP1) and export the result."
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split along ``dim``, within each of ``stride`` equal blocks."""
+
+    dim: int
+    stride: int = 1
+
+
+_SPLITS = {
+    ("query_key_value", "weight"): _Split(0, 3),
+    ("query_key_value", "bias"): _Split(0, 3),
+    ("dense_h_to_4h", "weight"): _Split(0),
+    ("dense_h_to_4h", "bias"): _Split(0),
+    ("dense", "weight"): _Split(1),
+    ("dense_4h_to_h", "weight"): _Split(1),
+}
+_NOT_SPLIT = {("dense", "bias"), ("dense_4h_to_h", "bias")}
+
+
+def part_files(folder: Path) -> list[Path]:
+    """Return the parts in an iteration's folder, ordered by number; empty if there is none.
+
+    Raises :class:`CheckpointError` if a number is missing.
+    """
+    parts = {int(match[1]): path for path in folder.iterdir() if (match := PART_FILE.fullmatch(path.name))}
+    missing = sorted(set(range(max(parts, default=-1) + 1)) - parts.keys())
+    if missing:
+        names = ", ".join(f"mp_rank_{number:02d}_model_states.pt" for number in missing[:8])
+        raise CheckpointError(
+            f"{folder} lacks {names}; it holds parts up to {max(parts)}.", "Copy every part of the checkpoint."
+        )
+    return [parts[number] for number in sorted(parts)]
+
+
+def check_part_count(file: TorchFile, parts: int) -> None:
+    """Raise :class:`CheckpointError` if a file states that it is one of more or fewer parts than ``parts``."""
+    count = file.metadata.get("mp_world_size")
+    if isinstance(count, int) and count != parts:
+        raise CheckpointError(
+            f"{file.path} was saved as one of {count} model-parallel parts; "
+            f"{parts} {'is' if parts == 1 else 'are'} here.",
+            "Give the iteration's folder, with mp_rank_00_model_states.pt and all other parts in it.",
+        )
+
+
+def join_parts(parts: Sequence[TensorSource]) -> TensorSource:
+    """Return one source made of the parts, ordered by number; a single part is returned unchanged.
+
+    Names, shapes and dtypes are compared now. Values that must be equal in every part are compared when they are read.
+    Raises :class:`ConversionError`, naming the tensors, for parts that cannot be joined with certainty.
+    """
+    if not parts:
+        raise CheckpointError("There are no model-parallel parts to join.")
+    return parts[0] if len(parts) == 1 else JoinedTensors(parts)
+
+
+class JoinedTensors:
+    """Several parts as one source. See :func:`join_parts`."""
+
+    def __init__(self, parts: Sequence[TensorSource]) -> None:
+        self.parts = list(parts)
+        self._splits: dict[str, _Split | None] = {}
+        problems: list[str] = []
+        tensors: dict[str, TensorInfo] = {}
+        names = list(dict.fromkeys(name for part in self.parts for name in part.tensors))
+        for name in names:
+            holders = [number for number, part in enumerate(self.parts) if name in part.tensors]
+            if len(holders) < len(self.parts):
+                problems.append(f"{name}: only in part {', '.join(map(str, holders))}")
+                continue
+            infos = [part.tensors[name] for part in self.parts]
+            problem = _split_problem(name, infos)
+            if problem:
+                problems.append(f"{name}: {problem}")
+                continue
+            self._splits[name] = _split_of(name)
+            tensors[name] = _joined_info(infos, self._splits[name])
+        problems += _layer_problems(tensors)
+        if problems:
+            raise ConversionError(
+                f"The {len(self.parts)} model-parallel parts cannot be joined:\n{format_list(problems)}",
+                _MERGE_WITH_SAT,
+            )
+        self.tensors: Mapping[str, TensorInfo] = tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, a copy if it is joined. Raises :class:`ConversionError` if an unsplit tensor differs."""
+        values = [part.read(name) for part in self.parts]
+        split = self._splits[name]
+        if split is None:
+            for number, value in enumerate(values[1:], 1):
+                if not _equal_bits(values[0], value):
+                    raise ConversionError(
+                        f"{name} differs between the model-parallel parts 0 and {number}, and cogflow does not know it "
+                        "to be split.",
+                        _MERGE_WITH_SAT,
+                    )
+            return values[0]
+        blocks = [value.chunk(split.stride, split.dim) for value in values]
+        return torch.cat([block[number] for number in range(split.stride) for block in blocks], split.dim)
+
+
+def _layer_key(name: str) -> tuple[str, str] | None:
+    """Return (linear layer, weight or bias) of a tensor in a transformer layer, ``None`` for other tensors."""
+    match = _LAYER.fullmatch(name)
+    return (match["linear"], match["kind"]) if match else None
+
+
+def _split_of(name: str) -> _Split | None:
+    key = _layer_key(name)
+    return _SPLITS.get(key) if key else None
+
+
+def _split_problem(name: str, infos: list[TensorInfo]) -> str:
+    """Return why it is unknown how a tensor's parts are joined; empty if it is known."""
+    shapes = [info.shape for info in infos]
+    if len(set(shapes)) > 1:
+        return f"shapes {', '.join(map(str, shapes))}"
+    if len({info.dtype for info in infos}) > 1:
+        return f"dtypes {', '.join(str(info.dtype) for info in infos)}"
+    key = _layer_key(name)
+    if key is None or key in _NOT_SPLIT:
+        return ""
+    split = _SPLITS.get(key)
+    if split is None:
+        return "it is unknown how SAT splits it"
+    if len(shapes[0]) != (2 if key[1] == "weight" else 1):
+        return f"{shapes[0]} is no shape of a linear layer"
+    if shapes[0][split.dim] % split.stride:
+        return f"{shapes[0][split.dim]} rows do not divide into queries, keys and values of equal size"
+    return ""
+
+
+def _joined_info(infos: list[TensorInfo], split: _Split | None) -> TensorInfo:
+    if split is None:
+        return infos[0]
+    shape = list(infos[0].shape)
+    shape[split.dim] *= len(infos)
+    return replace(infos[0], shape=tuple(shape))
+
+
+def _layer_problems(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the joined layers whose shapes do not fit together.
+
+    This finds tensors that every part holds whole, and layers with fewer keys than queries.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, info in tensors.items():
+        if (match := _LAYER.fullmatch(name)) and match["kind"] == "weight":
+            shapes.setdefault(match["block"], {})[match["linear"]] = info.shape
+    problems = []
+    for block, layer in shapes.items():
+        qkv, dense = layer.get("query_key_value"), layer.get("dense")
+        if qkv and dense and (dense[0] != dense[1] or qkv != (3 * dense[0], dense[0])):
+            problems.append(f"{block}*: joined to query_key_value {qkv} and dense {dense}, which do not fit")
+        up, down = layer.get("dense_h_to_4h"), layer.get("dense_4h_to_h")
+        if up and down and (up != down[::-1] or up[0] != 4 * up[1]):
+            problems.append(f"{block}*: joined to dense_h_to_4h {up} and dense_4h_to_h {down}, which do not fit")
+    return problems
+
+
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors are equal to the bit. NaN equals NaN."""
+    return bool(torch.equal(a, b)) or bool(
+        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )

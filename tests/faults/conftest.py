@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cogflow.weights.zero import MOMENTS, SavedAdamStates
+from cogflow.training.reshard import SavedAdamStates
+from cogflow.weights.zero import MOMENTS
 from tests import small
 from tests.faults.server import Done, Server
 from tests.training.resuming import parameter_names

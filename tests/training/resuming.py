@@ -107,7 +107,8 @@ def left(folder: Path) -> dict[str, Any]:
 
 def _states(last: Path) -> str:
     """Return a hash over masters and moments of all parameters, which does not depend on the number of ranks."""
-    from cogflow.weights.zero import MOMENTS, SavedAdamStates
+    from cogflow.training.reshard import SavedAdamStates
+    from cogflow.weights.zero import MOMENTS
 
     names = parameter_names(last)
     states = SavedAdamStates(last / "deepspeed" / "state", names)

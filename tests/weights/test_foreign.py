@@ -58,7 +58,7 @@ def value(found: ForeignWeights) -> float:
 @pytest.mark.parametrize(
     ("given", "weights", "expected", "chosen", "note"),
     [
-        ("", "auto", 1.0, "model", "their average lies beside them, in 500-ema"),
+        ("", "auto", 1.0, "model", "their average is beside them, in 500-ema"),
         ("", "model", 1.0, "model", ""),
         ("", "ema", 2.0, "ema", ""),
         ("500", "auto", 1.0, "model", "in 500-ema"),

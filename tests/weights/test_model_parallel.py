@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogflow.errors import CheckpointError, ConversionError
-from cogflow.weights.model_parallel import check_part_count, join_parts, part_files
+from cogflow.weights.foreign import check_part_count, join_parts, part_files
 from cogflow.weights.tensor_source import TensorInfo
 from cogflow.weights.torch_file import TorchFile
 

@@ -25,8 +25,7 @@ from cogflow.errors import CheckpointError
 from cogflow.export.origin import open_foreign
 from cogflow.weights.foreign import ForeignWeights
 from cogflow.weights.torch_file import InertObject
-from cogflow.weights.zero import ZeroCheckpoint
-from cogflow.weights.zero_files import read_state_file
+from cogflow.weights.zero import ZeroCheckpoint, read_state_file
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "zero"
 FROZEN = {"frozen.weight", "frozen.bias"}

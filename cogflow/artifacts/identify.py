@@ -30,7 +30,7 @@ from cogflow.artifacts.run_layout import (
     step_folders,
 )
 from cogflow.errors import CheckpointError, ConfigError
-from cogflow.files.manifest import MANIFEST
+from cogflow.files.publish import MANIFEST
 from cogflow.models.code_check import CONFIGS
 from cogflow.weights import foreign, torch_file
 from cogflow.weights.torch_file import TorchFile

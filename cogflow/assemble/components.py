@@ -17,7 +17,7 @@ import diffusers
 from cogflow.artifacts.run_layout import ASSEMBLY, EXPORT_REPORT
 from cogflow.config.problems import did_you_mean, format_value, nearest
 from cogflow.errors import CogflowError, ConfigError, PipelineError
-from cogflow.files.manifest import MANIFEST, check_manifest
+from cogflow.files.publish import MANIFEST, check_manifest
 from cogflow.files.record_io import read_record
 from cogflow.models.code_check import CONFIGS, code_in
 from cogflow.records.pipeline_records import AssemblyRecord, ExportedTransformer, TransformerOrigin

@@ -12,7 +12,7 @@ from typing import Any
 from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout
 from cogflow.assemble.model_card import shorten_paths
 from cogflow.errors import PipelineError
-from cogflow.files.manifest import MANIFEST, read_manifest, write_manifest
+from cogflow.files.publish import MANIFEST, read_manifest, write_manifest
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:

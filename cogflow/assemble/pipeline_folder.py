@@ -22,8 +22,7 @@ from cogflow.errors import QualityGateError
 from cogflow.files.atomic_write import require_space, write_json, write_text
 from cogflow.files.hashing import hash_file
 from cogflow.files.linking import can_link, place_file
-from cogflow.files.manifest import FileHash
-from cogflow.files.publish import publish_folder
+from cogflow.files.publish import FileHash, publish_folder
 from cogflow.files.record_io import write_record
 from cogflow.models.code_check import CONFIGS
 from cogflow.records.pipeline_records import (

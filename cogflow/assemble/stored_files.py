@@ -15,7 +15,7 @@ import diffusers
 from cogflow.assemble.components import COMPONENT_SUFFIXES, STEMS, PipelineComponent
 from cogflow.errors import CheckpointError, CogflowError, format_list
 from cogflow.files.hashing import Advance, hash_with_cache
-from cogflow.files.manifest import MANIFEST, read_manifest
+from cogflow.files.publish import MANIFEST, read_manifest
 from cogflow.models.family import ModelSpec
 from cogflow.models.loading import DTYPES
 from cogflow.records.pipeline_records import ContradictionRecord

@@ -15,7 +15,7 @@ from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
 from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import MANIFEST, check_manifest, read_manifest
+from cogflow.files.publish import MANIFEST, check_manifest, read_manifest
 from cogflow.files.record_io import ForeignObject, read_record
 from cogflow.records.export_records import FileBytes
 from cogflow.records.pipeline_records import ExportedTransformer, TransformerOrigin
@@ -181,8 +181,8 @@ def _checkpoint(
             "Take another checkpoint, or bring the files back.",
         )
     facts = read_record(folder / TRAINER, TrainingFacts)
-    has_ema = (folder / "ema").is_dir()
-    chosen = weights if weights != "auto" else "ema" if has_ema else "model"
+    preferred = "ema" if (folder / "ema").is_dir() else "model"
+    chosen = preferred if weights == "auto" else weights
     part = "ema" if chosen == "ema" else "transformer"
     if not (folder / part / "config.json").is_file():
         hint = "It was saved by another program?"

@@ -22,10 +22,10 @@ from cogflow.export.export_plan import (
     make_plan,
     prepare_export,
 )
-from cogflow.export.export_report import WrittenExport, export_record, refuse_nonfinite
 from cogflow.export.origin import ExportOrigin, open_origin
 from cogflow.export.reported_values import FactValue
 from cogflow.export.tensor_operations import Operation, inverse_table
+from cogflow.export.to_diffusers import WrittenExport, export_record, refuse_nonfinite
 from cogflow.files.atomic_write import require_space, write_json, write_text
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import publish_folder

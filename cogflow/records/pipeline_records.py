@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from cogflow.errors import PipelineError, UserError
-from cogflow.files.manifest import FileHash
+from cogflow.files.publish import FileHash
 from cogflow.files.record_io import OMIT_NONE, JsonObject, JsonValue, Measured, RawRecord, Record
 from cogflow.records.export_records import FactRow
 from cogflow.records.ladder_records import ToleranceRecord

@@ -13,7 +13,7 @@ from typing import SupportsFloat
 from cogflow.config.config import AnyConfig
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import MANIFEST
+from cogflow.files.publish import MANIFEST
 from cogflow.files.record_io import read_record, record_values, write_record
 from cogflow.records.event_records import AlertEvent, ArtifactEvent, Cell, Event, MediaEvent, TableEvent
 from cogflow.records.run_records import RunToken

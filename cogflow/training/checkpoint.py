@@ -23,8 +23,7 @@ from cogflow.artifacts.run_layout import step_name
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.atomic_write import require_space, storage_errors, sync
 from cogflow.files.hashing import hash_files
-from cogflow.files.manifest import check_manifest, files_below, shard_files
-from cogflow.files.publish import publish_folder
+from cogflow.files.publish import check_manifest, files_below, publish_folder, shard_files
 from cogflow.files.record_io import read_record, write_record
 from cogflow.records.training_records import LatestCheckpoint, TrainerRecord
 from cogflow.runtime import ranks

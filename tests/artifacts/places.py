@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cogflow.files.atomic_write import write_json
-from cogflow.files.manifest import write_manifest
-from cogflow.files.publish import publish_folder
+from cogflow.files.publish import publish_folder, write_manifest
 from cogflow.models import tiny
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

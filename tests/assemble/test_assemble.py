@@ -20,7 +20,7 @@ from cogflow.assemble.verification import sample_difference
 from cogflow.config.sampling_section import SamplingConfig
 from cogflow.errors import PipelineError, QualityGateError
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import check_manifest, write_manifest
+from cogflow.files.publish import check_manifest, write_manifest
 from cogflow.models import loading
 from cogflow.records.pipeline_records import VerifiedSample
 from cogflow.records.sample_records import SampledWeights

@@ -18,7 +18,7 @@ from cogflow.assemble.model_card import _escape_cell, shorten_command
 from cogflow.assemble.verification import sampling_settings
 from cogflow.errors import PipelineError
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import check_manifest, write_manifest
+from cogflow.files.publish import check_manifest, write_manifest
 from cogflow.ladder.ladder_record import write_rung
 from cogflow.ladder.rung import Rung
 from cogflow.models.family import MODEL_SPECS

@@ -17,8 +17,7 @@ from cogflow.assemble.expectations import ARCHITECTURE, expectations, family_of
 from cogflow.config.model_section import ModelConfig
 from cogflow.errors import PipelineError
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import write_manifest
-from cogflow.files.publish import publish_folder
+from cogflow.files.publish import publish_folder, write_manifest
 from cogflow.models.family import MODEL_SPECS
 from cogflow.records.pipeline_records import TransformerOrigin
 from cogflow.stages import assemble

@@ -16,8 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import PipelineError
 from cogflow.files.atomic_write import write_json
-from cogflow.files.manifest import check_manifest
-from cogflow.files.publish import publish_folder
+from cogflow.files.publish import check_manifest, publish_folder
 from cogflow.stages import assemble
 
 SAT = Path(__file__).resolve().parent.parent / "golden" / "sat"

@@ -22,7 +22,7 @@ from cogflow.export.origin import open_origin
 from cogflow.export.tensor_operations import Rename
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.export.to_sat import export_sat
-from cogflow.files.manifest import check_manifest
+from cogflow.files.publish import check_manifest
 from cogflow.files.record_io import record_values
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.weights.torch_file import TorchFile

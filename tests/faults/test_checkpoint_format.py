@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cogflow.files.manifest import write_manifest
+from cogflow.files.publish import write_manifest
 from cogflow.files.record_io import read_record, write_record
 from cogflow.records.training_records import TrainerRecord
 from tests.faults.conftest import World, server_says

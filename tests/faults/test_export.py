@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import check_manifest, files_below
+from cogflow.files.publish import check_manifest, files_below
 from tests.faults.conftest import World, server_says
 from tests.faults.server import Done
 

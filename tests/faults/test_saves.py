@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cogflow.artifacts.run_layout import step_folders
-from cogflow.files.manifest import check_manifest
+from cogflow.files.publish import check_manifest
 from cogflow.training import checkpoint
 from tests.faults.conftest import World, server_says
 
@@ -131,7 +131,7 @@ def test_a_changed_checkpoint_is_skipped_before_it_is_loaded(world: World, tmp_p
 def test_a_pickle_that_would_run_code_is_not_resumed(world: World, tmp_path: Path) -> None:
     import torch
 
-    from cogflow.files.manifest import write_manifest
+    from cogflow.files.publish import write_manifest
 
     class Payload:
         def __reduce__(self) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from cogflow.files.manifest import check_manifest
+from cogflow.files.publish import check_manifest
 from tests.faults.conftest import World, server_says
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.files.manifest import check_manifest, write_manifest
+from cogflow.files.publish import check_manifest, write_manifest
 
 
 @pytest.fixture

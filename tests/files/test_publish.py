@@ -14,8 +14,7 @@ import pytest
 from cogflow.errors import StorageError
 from cogflow.files import publish
 from cogflow.files.atomic_write import remove_leftovers, require_space, write_first, write_json, write_text
-from cogflow.files.manifest import check_manifest
-from cogflow.files.publish import publish_folder
+from cogflow.files.publish import check_manifest, publish_folder
 
 
 def fill(target: Path, text: str, *, replace: bool = False) -> None:

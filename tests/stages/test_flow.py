@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from cogflow.files.manifest import check_manifest
+from cogflow.files.publish import check_manifest
 from cogflow.weights.tensor_source import weights_fingerprint
 from tests.conftest import Command
 from tests.stages.conftest import lines, losses

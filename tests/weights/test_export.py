@@ -19,7 +19,7 @@ from cogflow.export.export_plan import ExportRequest, prepare_export
 from cogflow.export.origin import find_transformer, open_origin
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.hashing import hash_file
-from cogflow.files.manifest import MANIFEST, check_manifest, write_manifest
+from cogflow.files.publish import MANIFEST, check_manifest, write_manifest
 from cogflow.files.record_io import record_values
 from cogflow.weights.tensor_source import STEM, WeightsFolder
 

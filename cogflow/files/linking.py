@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cogflow.errors import StorageError
 from cogflow.files.atomic_write import sync, sync_tree
-from cogflow.files.manifest import files_below
+from cogflow.files.publish import files_below
 from cogflow.files.uncached_io import UncachedWriter
 
 MODES = ("auto", "hard", "copy")

@@ -17,8 +17,8 @@ from cogflow.artifacts.run_layout import RunLayout, parse_step, step_folders, st
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import storage_errors
 from cogflow.files.linking import link_folder
-from cogflow.files.publish import files_below
 from cogflow.files.paths import contained
+from cogflow.files.publish import files_below
 from cogflow.files.record_io import ForeignObject, JsonValue, read_record, write_record
 from cogflow.records.history_records import REPLACED, HistoryRecord, ReplacedRecord, RunLine, read_history
 from cogflow.records.ladder_records import LadderRecord, LadderRungs

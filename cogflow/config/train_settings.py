@@ -211,7 +211,9 @@ def check_training(config: AnyConfig) -> Iterator[Problem]:
             "stage.train.plan=true: a plan trains nothing that the flow could export; use stage=train stage.plan=true.",
             ("stage.train.plan",),
         )
-    if train.resume not in ("auto", "never") and not Path(train.resume).expanduser().is_dir():
+    # A checkpoint may be gone when its command is repeated, which then continues the line that it began. So only a word
+    # that is no path is a mistake here.
+    if train.resume not in ("auto", "never") and "/" not in train.resume and not Path(train.resume).is_dir():
         guess = did_you_mean(nearest(train.resume, ("auto", "never")))
         yield Problem(
             f"{path}.resume={train.resume}: no such folder; it should be auto, never, or the folder of a "

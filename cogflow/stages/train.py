@@ -30,7 +30,7 @@ from cogflow.training import loop, sequence, setup, speed
 from cogflow.training.activation_memory import format_kept, kept_activations
 from cogflow.training.failures import translate_errors
 from cogflow.training.run_identity import clips_per_step, training_layout
-from cogflow.training.starting import check_finished, find_start
+from cogflow.training.starting import check_finished, closing_settings, find_start
 from cogflow.training.step_monitor import ProgressBar
 
 MAX_TEXT_DROPOUT = 0.5
@@ -54,7 +54,7 @@ def run(config: Config[TrainStage]) -> None:
     start = find_start(config, cache, folder)
     if check_finished(config, start, folder):
         echo(f"this run is finished: {start.checkpoint} is the last step; a larger stage.steps continues it")
-        if not (folder / "train.json").is_file():
+        if ranks.is_main() and not closing_settings(folder, stage.steps):
             finish(config, cache, folder, started=started, wandb="")
         return
     with (

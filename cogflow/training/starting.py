@@ -183,16 +183,22 @@ def _differences_to_finished(config: Config[TrainStage], record: TrainerRecord, 
     """Return the settings of this command that differ from those that the run was finished with, with both values."""
     if record.step != config.stage.steps:
         return [f"stage.steps: {record.step} then, {config.stage.steps} now"]
-    path = folder / "train.json"
-    then = _flat(read_record(path, StageRecord).settings) if path.is_file() else {}
-    if then.get("stage.steps") != record.step:  # killed between the last checkpoint and the closing record
-        then = {}
-    now = _flat(line_settings(config))
+    then, now = closing_settings(folder, record.step), _flat(line_settings(config))
     return [
         f"{name}: {then[name]} then, {now[name]} now"
         for name in now
         if name in then and then[name] != now[name] and name not in NOT_COMPARED
     ]
+
+
+def closing_settings(folder: Path, step: int) -> dict[str, JsonValue]:
+    """Return the settings of the training that finished at ``step``, by dotted name, from ``train.json``.
+
+    Empty when it was killed between its last checkpoint and this record.
+    """
+    path = folder / "train.json"
+    settings = _flat(read_record(path, StageRecord).settings) if path.is_file() else {}
+    return settings if settings.get("stage.steps") == step else {}
 
 
 def _flat(values: JsonObject, prefix: str = "") -> dict[str, JsonValue]:

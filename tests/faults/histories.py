@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+T = TypeVar("T")
 Lineage = tuple[float, ...]
 RATIO = 0.5
 """Learning rate ratio of rollbacks; a power of two, so that products are exact."""
@@ -92,11 +94,11 @@ class State:
         )
 
 
-def _above(values: Mapping[int, object], step: int) -> dict[int, object]:
+def _above(values: Mapping[int, T], step: int) -> dict[int, T]:
     return {one: value for one, value in values.items() if one > step}
 
 
-def _up_to(values: Mapping[int, object], step: int) -> dict[int, object]:
+def _up_to(values: Mapping[int, T], step: int) -> dict[int, T]:
     return {one: value for one, value in values.items() if one <= step}
 
 

@@ -104,7 +104,7 @@ def _up_to(values: Mapping[int, T], step: int) -> dict[int, T]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a command starts. ``state``: after it began a line. ``saved``: the checkpoint that it loads."""
+    """The start of a command. ``state``: after it began a line. ``saved``: the checkpoint that it loads."""
 
     state: State
     saved: Saved | None

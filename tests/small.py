@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,15 @@ from cogflow.models import tiny
 
 BLOCKS = 2
 OTHER_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def transformer_config(**changes: Any) -> dict[str, Any]:
+    """Return the config of the tiny transformer with ``changes``, for ``from_config``.
+
+    Without diffusers' ``_use_default_values``: ``from_config`` ignores the fields that this list names.
+    """
+    config = tiny.new_transformer().config
+    return {name: value for name, value in config.items() if not name.startswith("_")} | changes
 
 
 def pipeline(folder: Path) -> Path:

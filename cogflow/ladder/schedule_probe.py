@@ -129,8 +129,10 @@ def alpha_tables(config: Mapping[str, Any], shifts: Iterable[float]) -> dict[flo
     """Return alpha_bar by timestep under each of ``shifts``, as diffusers' CogVideoX schedulers with ``config`` compute
     it.
     """
+    # ``from_config`` ignores fields in ``_use_default_values``: those that scheduler_config.json did not contain.
+    fields = {name: value for name, value in config.items() if name != "_use_default_values"}
     return {
-        shift: CogVideoXDDIMScheduler.from_config({**config, "snr_shift_scale": shift}).alphas_cumprod
+        shift: CogVideoXDDIMScheduler.from_config({**fields, "snr_shift_scale": shift}).alphas_cumprod
         for shift in sorted(shifts)
     }
 

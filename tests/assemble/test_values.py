@@ -6,7 +6,7 @@ import json
 
 import pytest
 from assembling import Work
-from diffusers import CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from cogflow.config.compose import compose
 from cogflow.config.export_settings import AssembleStage
@@ -87,6 +87,18 @@ def test_unknown_settings_and_values_of_another_type_are_named_at_once(work: Wor
 def test_a_value_that_contradicts_the_weights_cannot_be_forced(work: Work) -> None:
     with pytest.raises(PipelineError, match=r"missing: transformer_blocks\.1\.attn1\.norm_k\.bias"):
         assemble.run(work.config(set={"transformer": {"num_layers": 2}}, force=["transformer.num_layers"]))
+
+
+def test_a_list_is_set_where_the_default_of_the_class_is_a_tuple(work: Work) -> None:
+    work.edit("base/vae/config.json", lambda config: config.pop("block_out_channels"))
+    with pytest.raises(PipelineError, match="vae"):
+        assemble.run(work.config())
+    stage = compose(["stage=assemble", "stage.set.vae.block_out_channels=[8,8,8,8]"]).stage
+    assert isinstance(stage, AssembleStage)
+    assemble.run(work.config(set=stage.set))
+    config = json.loads((work.run / "pipeline" / "vae" / "config.json").read_text())
+    assert config["block_out_channels"] == [8, 8, 8, 8]
+    AutoencoderKLCogVideoX.from_pretrained(work.run / "pipeline" / "vae")
 
 
 def test_the_command_line_sets_any_setting_of_a_component() -> None:

@@ -22,6 +22,7 @@ from cogflow.errors import CheckpointError, ConfigError
 from cogflow.ladder.schedule_probe import ProbeClip
 from cogflow.models import loading, tiny
 from cogflow.records.pipeline_records import DiagnosisRecord
+from tests import small
 from tests.diagnosis.faults import World
 from tests.scenarios import sabotage
 
@@ -124,10 +125,11 @@ def test_the_weights_show_what_they_were_trained_with(
     assert measured(result)["scaling_factor"]["best"] == 0.7 and measured(result)["snr_shift_scale"]["best"] == 1.0
 
 
-@pytest.mark.parametrize("over_time", [{}, {"patch_size_t": 2, "patch_bias": False}])
+@pytest.mark.parametrize("over_time", [{}, {"patch_size_t": 2, "patch_bias": False}], ids=["1.0", "1.5"])
 def test_untrained_weights_give_no_evidence(world: World, probe: EvidenceProbe, over_time: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    fresh = CogVideoXTransformer3DModel.from_config({**probe.transformer.config, **over_time}).eval()
+    fresh = CogVideoXTransformer3DModel.from_config(small.transformer_config(**over_time)).eval()
+    assert fresh.config.patch_size_t == over_time.get("patch_size_t")
     side = with_fields(resolve(world.base, AUTO, "candidate"), 1.15258426, 3.0)
     result = weigh_evidence(side, dataclasses.replace(probe, transformer=fresh), factors=[], shifts=[])
     assert (

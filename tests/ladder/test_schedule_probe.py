@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cogflow.ladder.schedule_probe import (
 from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.models.transformer_inputs import pad_latent_frames
+from tests import small
 from tests.ladder.conftest import World
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -50,14 +52,9 @@ class PerfectTransformer(CogVideoXTransformer3DModel):
         return (level * noise - sigma * self.x0,)
 
 
-def tiny_config() -> dict[str, Any]:
-    """The tiny transformer's config without diffusers' list of defaults, which would undo changes of a default."""
-    return {name: value for name, value in tiny.new_transformer().config.items() if not name.startswith("_")}
-
-
 def perfect_transformer(latents: torch.Tensor, scaling_factor: float, shift: float) -> PerfectTransformer:
-    """Trained, so to speak, on ``latents`` ``[channels, frames, h, w]`` under ``shift``."""
-    config = tiny_config() | {"patch_size_t": PATCH, "patch_bias": False, "num_layers": 1}
+    """Return a transformer that predicts as if trained on ``latents`` ``[channels, frames, h, w]`` under ``shift``."""
+    config = small.transformer_config(patch_size_t=PATCH, patch_bias=False, num_layers=1)
     transformer = PerfectTransformer.from_config(config)
     transformer.x0 = pad_latent_frames(scaling_factor * latents.float().transpose(0, 1), PATCH)[None]
     transformer.table = TABLES[shift]
@@ -83,9 +80,20 @@ def test_a_wrong_shift_of_a_transformer_that_patches_over_time_is_found_at_step_
     assert fields == ([] if trained == configured else ["scheduler.snr_shift_scale"])
 
 
+def test_shifts_are_tried_when_the_scheduler_config_names_none(tmp_path: Path) -> None:
+    """diffusers then loads its default, and ignores a shift that is given beside the loaded config."""
+    config = MODEL_SPECS["cogvideox1.5-5b"].scheduler_config() | {"_class_name": "CogVideoXDDIMScheduler"}
+    del config["snr_shift_scale"]
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    scheduler = CogVideoXDDIMScheduler.from_pretrained(tmp_path)
+    tables = alpha_tables(scheduler.config, SHIFTS)
+    assert all(torch.equal(tables[shift], TABLES[shift]) for shift in SHIFTS)
+    assert not torch.equal(tables[1.0], tables[3.0])
+
+
 def test_an_image_to_video_transformer_is_skipped(world: World, tmp_path: Path) -> None:
     sampler = world.sampler()
-    config = tiny_config() | {"in_channels": 32, "num_layers": 1}
+    config = small.transformer_config(in_channels=32, num_layers=1)
     sampler.transformer = CogVideoXTransformer3DModel.from_config(config)
     record_schedule_probe(tmp_path, sampler, world.cache, 0.7)
     assert read_ladder(tmp_path).rungs.base is None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogflow.config.model_section import ModelConfig
-from cogflow.models import tiny
 from cogflow.models.family import MODEL_SPECS
 from cogflow.models.transformer_inputs import rotary_tables
 from cogflow.training import flops, transformer_size
+from tests import small
 
 PARAMETERS = {
     "cogvideox-2b": 1_693_783_872,
@@ -21,6 +24,8 @@ PARAMETERS = {
     "cogvideox1.5-5b-i2v": 5_571_594_880,
 }
 """Parameters of the published checkpoints."""
+OVER_TIME: dict[str, Any] = {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 64}
+"""What CogVideoX1.5 for image to video changes."""
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
@@ -60,10 +65,9 @@ def test_what_5b_costs() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("over_time", [False, True])
 def test_the_formula_counts_what_torch_counts(checkpointing: bool, over_time: bool) -> None:
-    config = dict(tiny.new_transformer().config) | ({"patch_size_t": 2, "ofs_embed_dim": 32} if over_time else {})
-    from diffusers import CogVideoXTransformer3DModel
-
+    config = small.transformer_config(**(OVER_TIME if over_time else {}))
     model = CogVideoXTransformer3DModel.from_config(config).train()
+    assert (model.ofs_embedding is not None) == over_time
     if checkpointing:
         model.enable_gradient_checkpointing()
     own = transformer_size.of_config(config)

@@ -39,34 +39,34 @@ class Scenario:
     title: str
     rung: int | None = None
     quiet: bool = False
-    style: str = "plain"
+    style: sabotage.Style = sabotage.plain
     clips: int | None = None
     holdout: int = 8
     words: tuple[str, ...] = ()
     longer: int = 1
-    model: str | None = None
+    model: Callable[[Path, Path], Path] | None = None
     rescaled: bool = False
 
     @property
     def data(self) -> str:
         """Name of the folder of clips; scenarios with equal clips share it."""
-        return f"{self.style}-{self.clips or 'all'}"
+        return f"{self.style.__name__}-{self.clips or 'all'}"
 
 
 SCENARIOS = {
     scenario.letter: scenario
     for scenario in (
         Scenario("a", "a healthy finetune", quiet=True),
-        Scenario("b", "half the clips are secretly blurred", rung=0, style="half_blurred"),
-        Scenario("c", "all clips were scaled up from a quarter of the size", rung=0, style="quarter_size"),
+        Scenario("b", "half the clips are secretly blurred", rung=0, style=sabotage.half_blurred),
+        Scenario("c", "all clips were scaled up from a quarter of the size", rung=0, style=sabotage.quarter_size),
         Scenario("d", "the learning rate is 30 times too high", rung=4, words=("stage.learning_rate=1.2e-2",)),
         Scenario("e", "latents prepared with 2B's scaling factor, trained as 5B's", rung=2, rescaled=True),
-        Scenario("f", "the schedule has 2B's SNR shift", rung=3, model="with_2b_schedule"),
+        Scenario("f", "the schedule has 2B's SNR shift", rung=3, model=sabotage.with_2b_schedule),
         Scenario(
             "g",
             "the VAE runs in fp16 and overflows",
             rung=2,
-            model="with_overflowing_vae",
+            model=sabotage.with_overflowing_vae,
             words=("sampling.vae_dtype=fp16",),
         ),
         Scenario(
@@ -74,7 +74,7 @@ SCENARIOS = {
         ),
         Scenario("i", "trained far too long on four clips", clips=8, holdout=4, longer=3),
         Scenario("j", "nine of ten captions dropped", words=("stage.text_dropout=0.9",)),
-        Scenario("k", "a healthy finetune on softer, legitimate clips", quiet=True, style="soft_style"),
+        Scenario("k", "a healthy finetune on softer, legitimate clips", quiet=True, style=sabotage.soft_style),
         Scenario("l", "the learning rate is 10 times too high", words=("stage.learning_rate=4e-3",)),
     )
 }
@@ -84,7 +84,7 @@ def prepare_clips(root: Path, scenario: Scenario, size: Size) -> Path:
     """Draw the clips of ``scenario`` below ``root`` unless they exist, and return their folder."""
     folder = root / "clips" / scenario.data
     if not (folder / "metadata.jsonl").is_file():
-        sabotage.draw_clips(folder, scenario.clips or size.clips, getattr(sabotage, scenario.style))
+        sabotage.draw_clips(folder, scenario.clips or size.clips, scenario.style)
     return folder
 
 
@@ -103,9 +103,9 @@ def run(
         return folder
     model = tiny.folder()
     if scenario.model is not None:
-        model = root / "models" / scenario.model
+        model = root / "models" / scenario.model.__name__
         if not model.is_dir():
-            getattr(sabotage, scenario.model)(tiny.folder(), model)
+            scenario.model(tiny.folder(), model)
     prompts = sabotage.prompts(root / "prompts.jsonl", size.prompts)
     steps = size.steps * scenario.longer
     common = [

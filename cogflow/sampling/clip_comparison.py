@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from cogflow.artifacts.identify import ArtifactKind
 from cogflow.sampling.clip_files import ReadClip, read_clips
 from cogflow.sharpness.frames import SMALLEST
 from cogflow.sharpness.metrics import Metrics, measure
@@ -75,8 +76,8 @@ class ClipComparison:
         return [finding.line for finding in self.findings if finding.defect in self.defects]
 
 
-def measure_clips(place: Path, like: MeasuredClips | None = None) -> MeasuredClips:
-    """Measure every clip at ``place``.
+def measure_clips(place: Path, like: MeasuredClips | None = None, kind: ArtifactKind | None = None) -> MeasuredClips:
+    """Measure every clip at ``place``. For ``kind`` see :func:`cogflow.sampling.clip_files.read_clips`.
 
     With ``like``, each clip is first resized to the clip of its name in ``like``, or to the common size of those
     clips. The metrics depend on the number of pixels: a clip of half the size looks sharper pixel by pixel, and a clip
@@ -84,7 +85,7 @@ def measure_clips(place: Path, like: MeasuredClips | None = None) -> MeasuredCli
     ``ValueError`` for clips that are too small.
     """
     measured = MeasuredClips()
-    for clip in read_clips(place):
+    for clip in read_clips(place, kind):
         size = (int(clip.frames.shape[1]), int(clip.frames.shape[2]))
         wanted = size if like is None else like.sizes.get(clip.name) or like.common_size or size
         if min(wanted) < SMALLEST:

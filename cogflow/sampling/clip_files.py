@@ -37,30 +37,39 @@ class ReadClip:
     raw: bool
 
 
-def clips_of(artifact: Artifact) -> Path | None:
-    """Return the path of the artifact's clips: its own, or a run's newest samples.
+@dataclass(frozen=True)
+class ClipSource:
+    """Path of existing clips. ``kind``: the kind that the user states, ``None`` to decide by the folder's content."""
+
+    path: Path
+    kind: ArtifactKind | None = None
+
+
+def clips_of(artifact: Artifact, kind: ArtifactKind | None = None) -> ClipSource | None:
+    """Return the artifact's clips: its own, or a run's newest samples. ``kind``: the kind that the user states.
 
     Return ``None`` for an artifact without clips.
     """
     if artifact.kind in MEDIA:
-        return artifact.root
-    return newest_samples(RunLayout(artifact.root).samples) if artifact.kind is ArtifactKind.RUN else None
+        return ClipSource(artifact.root, kind)
+    samples = newest_samples(RunLayout(artifact.root).samples) if artifact.kind is ArtifactKind.RUN else None
+    return None if samples is None else ClipSource(samples)
 
 
-def read_clips(place: Path) -> Iterator[ReadClip]:
+def read_clips(place: Path, kind: ArtifactKind | None = None) -> Iterator[ReadClip]:
     """Yield the clips at ``place``. A folder of pictures is one clip, its frames in order of file name.
 
-    Where cogflow kept the raw frames of its own samples, those are read and not the videos. Raise :class:`DataError`
-    for files that cannot be read.
+    Where cogflow kept the raw frames of its own samples, those are read and not the videos. ``kind``: FRAMES reads the
+    pictures of a folder that holds raw frames or videos, too. Raise :class:`DataError` for files that cannot be read.
     """
     raw = place / FRAMES_FILE
-    if raw.is_file():
+    if raw.is_file() and kind is not ArtifactKind.FRAMES:
         fps = read_sample_record(place).fps if (place / SAMPLES_RECORD).is_file() else 0.0
         for name, frames in load_file(raw).items():
             yield ReadClip(name, frames, fps, raw=True)
         return
     files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES and kind is not ArtifactKind.FRAMES]
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.name != CONTACT_SHEET]
     if not videos and not pictures:
         raise DataError(

@@ -29,7 +29,7 @@ from cogflow.sampling.clip_comparison import (
     measure_clips,
     rates_differ,
 )
-from cogflow.sampling.clip_files import MEDIA, clips_of, read_clips
+from cogflow.sampling.clip_files import MEDIA, ClipSource, clips_of, read_clips
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.sampler import Sampler, requests
@@ -55,14 +55,14 @@ SAMPLED = (
 class SampleJob:
     """One run of the stage: its settings, the run folder, what is measured, and when it started (``time.time()``).
 
-    ``clips``: path of the clips to measure. ``reference``: path of the clips to compare them with.
+    ``clips``: the clips to measure. ``reference``: the clips to compare them with.
     """
 
     config: Config[SampleStage]
     run: Path
     source: Artifact
-    clips: Path
-    reference: Path | None
+    clips: ClipSource
+    reference: ClipSource | None
     started: float
 
 
@@ -78,11 +78,12 @@ def run(config: Config[SampleStage]) -> None:
     source = resolve_source(stage, folder)
     reference = resolve_reference(stage)
     if source.kind in MEDIA:
-        job = SampleJob(config, folder, source, source.root, reference, started)
+        clips = ClipSource(source.root, kind_named(stage.source_kind, "stage.source_kind"))
+        job = SampleJob(config, folder, source, clips, reference, started)
         how = None
     else:
         output = Path(stage.output).expanduser() if stage.output else RunLayout(folder).sampled
-        job = SampleJob(config, folder, source, output, reference, started)
+        job = SampleJob(config, folder, source, ClipSource(output), reference, started)
         how = sample(job)
     if ranks.is_main():
         conclude(job, how)
@@ -106,13 +107,13 @@ def resolve_source(stage: SampleStage, folder: Path) -> Artifact:
     return artifact
 
 
-def resolve_reference(stage: SampleStage) -> Path | None:
-    """Return the path of the clips that ``stage.reference`` names. Raise :class:`DataError` when it holds none."""
+def resolve_reference(stage: SampleStage) -> ClipSource | None:
+    """Return the clips that ``stage.reference`` names. Raise :class:`DataError` when it holds none."""
     if stage.reference is None:
         return None
     kind = kind_named(stage.reference_kind, "stage.reference_kind")
     artifact = identify(Path(stage.reference), kind, key="stage.reference")
-    if (clips := clips_of(artifact)) is None:
+    if (clips := clips_of(artifact, kind)) is None:
         raise DataError(
             f"stage.reference={artifact.path} is {artifact.kind.label} ({artifact.reason}) "
             "and holds no videos or frames.",
@@ -135,7 +136,7 @@ def resolve_model(source: Artifact, model: ModelConfig) -> tuple[Path, Path]:
 
 
 def sample(job: SampleJob) -> SamplingRecord:
-    """Sample every prompt from its fixed noise into ``job.clips``; return how the samples were made."""
+    """Sample every prompt from its fixed noise into ``job.clips.path``; return how the samples were made."""
     config, data = job.config, job.config.data
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
@@ -160,7 +161,7 @@ def sample(job: SampleJob) -> SamplingRecord:
     )
     weights = SampledWeights(weights_fingerprint(transformer.state_dict().items()), source=str(job.source.path))
     wanted = requests(prompts, embeds, config.sampling.seeds)
-    return write_samples(job.clips, sampler, wanted, fps=data.fps, weights=weights, title="samples").sampling
+    return write_samples(job.clips.path, sampler, wanted, fps=data.fps, weights=weights, title="samples").sampling
 
 
 def load_transformer(folder: Path, dtype: Any, device: Any) -> Any:
@@ -194,15 +195,15 @@ def conclude(job: SampleJob, how: SamplingRecord | None) -> None:
         [[name, *(f"{metrics[key]:.3f}" for key in SHOWN)] for name, metrics in ours.metrics.items()], ["clip", *SHOWN]
     )
     summary = f"{len(ours.metrics)} clips measured"
-    results: dict[str, Any] = {"where": str(job.clips), "sharpness": ours.metrics}
+    results: dict[str, Any] = {"where": str(job.clips.path), "sharpness": ours.metrics}
     if how is not None:
         results["sampling"] = how
         summary += f", sampled by {how.scheduler}"
     if learned := clip_scores(job.config, job.clips):
         results["learned"] = learned
     comparison = compare_with_reference(job, ours, others) if others is not None else None
-    if comparison is not None:
-        results |= {"reference": str(job.reference), "comparison": asdict(comparison)}
+    if comparison is not None and job.reference is not None:
+        results |= {"reference": str(job.reference.path), "comparison": asdict(comparison)}
         worse = f"worse than the reference: {', '.join(comparison.defects)}"
         summary += f", {worse if comparison.worse else 'as good as the reference'}"
     log_result(job, ours, comparison)
@@ -210,13 +211,13 @@ def conclude(job: SampleJob, how: SamplingRecord | None) -> None:
     inputs = {"source": str(job.source.path)}
     results = {"summary": summary} | results
     record = record_stage(job.run, "sample", job.config, inputs, results, started=job.started)
-    echo(f"{summary}\nclips:  {job.clips}\nrecord: {record}")
-    if comparison is not None and comparison.worse:
+    echo(f"{summary}\nclips:  {job.clips.path}\nrecord: {record}")
+    if comparison is not None and job.reference is not None and comparison.worse:
         verdict = "blurrier" if comparison.blurrier else "worse"
         raise QualityGateError(
-            f"{job.source.path} is {verdict} than {job.reference} ({comparison.pairing}):\n  "
+            f"{job.source.path} is {verdict} than {job.reference.path} ({comparison.pairing}):\n  "
             + "\n  ".join(comparison.failing_lines),
-            f"The clips are kept in {job.clips}; the metrics are in {record}.",
+            f"The clips are kept in {job.clips.path}; the metrics are in {record}.",
         )
 
 
@@ -241,18 +242,18 @@ def log_result(job: SampleJob, ours: MeasuredClips, comparison: ClipComparison |
             tracker.table("sample/comparison", CHANGE_COLUMNS, changes_rows(comparison))
 
 
-def measure_or_refuse(place: Path, like: MeasuredClips | None = None) -> MeasuredClips:
-    """Measure the clips at ``place``, at the sizes of ``like``.
+def measure_or_refuse(clips: ClipSource, like: MeasuredClips | None = None) -> MeasuredClips:
+    """Measure the clips, at the sizes of ``like``.
 
     Raise :class:`DataError` for clips that are too small.
     """
     try:
-        return measure_clips(place, like)
+        return measure_clips(clips.path, like, clips.kind)
     except ValueError as error:
         raise DataError(str(error), "Give frames of at least 24 pixels each way.") from error
 
 
-def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str, float]]:
+def clip_scores(config: Config[SampleStage], clips: ClipSource) -> dict[str, dict[str, float]]:
     """Return learned scores by clip; an empty dictionary when ``sampling.clip_model`` names no CLIP model."""
     if config.sampling.clip_model is None:
         return {}
@@ -264,7 +265,7 @@ def clip_scores(config: Config[SampleStage], where: Path) -> dict[str, dict[str,
         raise DataError(
             f"sampling.clip_model={config.sampling.clip_model} is no CLIP model: {error}", "Give a transformers folder."
         ) from error
-    found = {clip.name: scores(clip.frames) for clip in read_clips(where)}
+    found = {clip.name: scores(clip.frames) for clip in read_clips(clips.path, clips.kind)}
     names = list(next(iter(found.values())))
     table([[name, *(f"{values[key]:.3f}" for key in names)] for name, values in found.items()], ["clip", *names])
     return found

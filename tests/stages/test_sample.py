@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 
+from cogflow.artifacts.identify import ArtifactKind
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.sampling.clip_comparison import compare_clips, measure_clips
+from cogflow.sampling.clip_files import read_clips
+from cogflow.sampling.sample_record import FRAMES_FILE
 from tests.conftest import Command
 
 
@@ -30,6 +34,10 @@ def clips(folder: Path, sigma: float = 0, *, contrast: float = 1.0, noise: float
 
 def comparison(root: Path) -> dict[str, Any]:
     return json.loads((root / "compared/sample.json").read_text())["results"]["comparison"]
+
+
+def sharpness(root: Path) -> dict[str, dict[str, float]]:
+    return json.loads((root / "compared/sample.json").read_text())["results"]["sharpness"]
 
 
 def test_blurred_videos_exit_3_and_sharp_ones_0(tmp_path: Path, cogflow: Command) -> None:
@@ -91,6 +99,27 @@ def test_raw_frames_are_measured_where_they_are_kept(flow: Path, tmp_path: Path,
         "run.name=compared",
     )
     assert "nothing wrong" in done.stdout and "codec" not in done.stdout
+
+
+def test_the_stated_kind_reads_the_pictures_of_a_folder_with_videos(tmp_path: Path, cogflow: Command) -> None:
+    folder = clips(tmp_path / "both")
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(folder / f"frame-{number}.png")
+    common = ["stage=sample", f"run.root={tmp_path}", "run.name=compared", f"stage.source={folder}"]
+    cogflow(*common)
+    assert sharpness(tmp_path).keys() == {f"clip-{number}" for number in range(4)}
+    cogflow(*common, "stage.source_kind=frames", f"stage.reference={folder}", "stage.reference_kind=frames")
+    assert sharpness(tmp_path) == measure_clips(folder, kind=ArtifactKind.FRAMES).metrics
+    assert sharpness(tmp_path).keys() == {"both"} and comparison(tmp_path)["findings"] == []
+
+
+def test_stated_frames_are_read_instead_of_raw_frames(tmp_path: Path) -> None:
+    save_file({"raw": torch.zeros(2, 32, 32, 3, dtype=torch.uint8)}, tmp_path / FRAMES_FILE)
+    Image.new("RGB", (48, 32)).save(tmp_path / "first.png")
+    assert [clip.name for clip in read_clips(tmp_path)] == ["raw"]
+    (clip,) = read_clips(tmp_path, ArtifactKind.FRAMES)
+    assert clip.name == tmp_path.name and clip.frames.shape == (1, 32, 48, 3)
 
 
 def test_a_pipeline_and_its_run_sample_the_latents_of_the_validation(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 from cogflow.data.shapes import BASE_COLOURS, BASE_SHAPES, Scene, draw, scenes
 from cogflow.models.tiny import SPEC
 from cogflow.sharpness.metrics import measure
+from cogflow.sharpness.psnr import psnr_of_error
 from tools.recognise_shapes import recognise
 
 UNSEEN = 987_654
@@ -45,7 +45,7 @@ def measure_roundtrip(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, floa
         before.append(measure(original)["wavelet_ratio"])
         after.append(measure(passed)["wavelet_ratio"])
         softened.append(measure(blur_frames(original, 1.0))["wavelet_ratio"])
-    decibels = [-10 * math.log10(error) for error in errors]
+    decibels = [psnr_of_error(error) for error in errors]
     return {
         "psnr_mean_db": float(np.mean(decibels)),
         "psnr_min_db": float(np.min(decibels)),

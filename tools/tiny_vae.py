@@ -23,6 +23,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import nn
 
 from cogflow.data.shapes import COLOURS, SHAPES, draw, scenes
+from cogflow.sharpness.psnr import psnr_of_error
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def train_vae(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0 or step + 1 == settings.steps:
-            psnr = -10 * math.log10(float((output.detach() - clips).square().mean()) / 4.0)
+            psnr = psnr_of_error(float((output.detach() - clips).square().mean()) / 4.0)
             log(
                 {
                     "part": "vae",

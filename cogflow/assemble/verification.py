@@ -5,7 +5,6 @@ samples.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -30,13 +29,11 @@ from cogflow.records.pipeline_records import PipelineSampling, VerifiedSample, V
 from cogflow.records.sample_records import SampleRecord, SamplesRecord
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples
+from cogflow.sharpness.psnr import psnr_of_error
 from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 IMAGE_TO_VIDEO = "CogVideoXImageToVideoPipeline"
-IDENTICAL_PSNR = 100.0
-"""PSNR in dB that stands for equal frames, instead of infinity."""
-
 TOLERANCES = {"fp32": ToleranceRecord(2, 50.0), "fp16": ToleranceRecord(255, 35.0), "bf16": ToleranceRecord(255, 30.0)}
 """Tolerance by the coarsest dtype that is involved.
 
@@ -234,8 +231,7 @@ def sample_difference(name: str, found: torch.Tensor | None, expected: torch.Ten
         return VerifiedSample(name, 0.0, 255)
     gap = (found.int() - expected.int()).abs()
     error = float(gap.double().square().mean())
-    psnr = IDENTICAL_PSNR if error == 0 else min(IDENTICAL_PSNR, 10 * math.log10(255**2 / error))
-    return VerifiedSample(name, round(psnr, 3), int(gap.max()))
+    return VerifiedSample(name, round(psnr_of_error(error / 255**2), 3), int(gap.max()))
 
 
 def sample_in_fresh_process(folder: Path, record: SamplesRecord, images: Path | None = None) -> dict[str, torch.Tensor]:

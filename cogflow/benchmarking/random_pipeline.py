@@ -4,19 +4,17 @@ are real."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cogflow.artifacts.run_layout import MODEL_INDEX
 from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs
-from cogflow.export.diffusers_configs import PUBLISHED_VAE
-from cogflow.export.facts import published_facts
+from cogflow.export.diffusers_configs import DiffusersConfig
+from cogflow.export.facts import published_facts, published_vae_facts
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import publish_folder
 from cogflow.models import tiny
@@ -26,7 +24,7 @@ from cogflow.runtime.progress import progress
 from cogflow.weights.strict_loading import STEMS, expected_shapes, meta_model
 from cogflow.weights.weights_writer import PlannedTensor, SafetensorsFormat, write_safetensors
 
-T5_XXL: dict[str, Any] = {
+T5_XXL: DiffusersConfig = {
     "architectures": ["T5EncoderModel"],
     "model_type": "t5",
     "d_model": 4096,
@@ -59,7 +57,7 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
         "num_layers": max(1, round(T5_XXL["num_layers"] * count / member.layers)),
         "d_model": member.text_width,
     }
-    vae = vae_config(family)
+    vae = published_vae_config(family)
     with publish_folder(folder, replace=True) as partly:
         _component(partly, "transformer", diffusers_configs.transformer_config(facts), DTYPES[member.dtype])
         _component(partly, "vae", vae, torch.float32)
@@ -71,19 +69,13 @@ def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def vae_config(family: str) -> dict[str, Any]:
+def published_vae_config(family: str) -> DiffusersConfig:
     """Return the ``config.json`` of the VAE of ``family``; the tiny model has a small one."""
-    member = MODEL_SPECS[family]
-    config = {
-        "_class_name": "AutoencoderKLCogVideoX",
-        **PUBLISHED_VAE,
-        "scaling_factor": member.scaling_factor,
-        "invert_scale_latents": member.invert_scale_latents,
-    }
+    config = diffusers_configs.vae_config(published_vae_facts(family))
     return config | (SMALL_VAE if family == "tiny" else {})
 
 
-def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+def _component(folder: Path, name: str, config: DiffusersConfig, dtype: torch.dtype) -> None:
     shapes = expected_shapes(meta_model(config, "the family's config", name))
     values = pool_values(dtype)
     outputs = [PlannedTensor(tensor, shape, dtype, partial(values, tensor, shape)) for tensor, shape in shapes.items()]
@@ -91,4 +83,4 @@ def _component(folder: Path, name: str, config: Mapping[str, Any], dtype: torch.
     with progress(sum(sizes.values()), name, unit="bytes") as bar:
         layout = SafetensorsFormat(folder / name, dtype, STEMS[name], "5GB")
         write_safetensors(outputs, layout, lambda statistics: bar.advance(sizes[statistics.name]))
-    write_json(folder / name / "config.json", dict(config))
+    write_json(folder / name / "config.json", config)

@@ -12,9 +12,8 @@ import yaml
 
 from cogflow.benchmarking.random_model import pool_values
 from cogflow.export import diffusers_configs, sat_tables, sat_yaml
-from cogflow.export.diffusers_configs import PUBLISHED_VAE
 from cogflow.export.export_plan import make_plan
-from cogflow.export.facts import published_facts
+from cogflow.export.facts import published_facts, published_vae_facts
 from cogflow.export.tensor_operations import inverse_table
 from cogflow.files.atomic_write import write_json, write_text
 from cogflow.files.publish import publish_folder
@@ -53,9 +52,8 @@ def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) ->
         for step in plan.steps
         for name, shape in step.out_shapes.items()
     ]
-    model = sat_yaml.model_yaml(
-        config, diffusers_configs.scheduler_config(facts), PUBLISHED_VAE | {"scaling_factor": facts.scaling_factor}
-    )
+    vae = diffusers_configs.vae_config(published_vae_facts(family))
+    model = sat_yaml.model_yaml(config, diffusers_configs.scheduler_config(facts), vae)
     with publish_folder(folder, replace=True) as partly:
         (partly / "1").mkdir()
         sizes = {output.name: output.bytes(dtype) for output in outputs}
@@ -63,10 +61,10 @@ def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) ->
             write_torch_file(
                 partly / "1" / "mp_rank_00_model_states.pt",
                 outputs,
-                "module",
-                {"iteration": 1},
-                lambda output: dtype,
-                lambda statistics: bar.advance(sizes[statistics.name]),
+                key="module",
+                beside={"iteration": 1},
+                dtype_of=lambda output: dtype,
+                on_tensor=lambda statistics: bar.advance(sizes[statistics.name]),
             )
         write_text(partly / "latest", "1")
         write_json(partly / "model_config.json", sat_yaml.model_config(config))

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogflow.benchmarking.random_pipeline import vae_config
+from cogflow.benchmarking.random_pipeline import published_vae_config
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import MemoryLog, make_trainer, train_config
 from cogflow.benchmarking.timed_turns import TimedTurns, step_times
@@ -71,7 +71,7 @@ def _sample_times(config: Config[BenchmarkStage], trainer: Trainer, folder: Path
     """Return the seconds of each part of ``stage.repeats`` samples; one more before them does not count."""
     data, repeats = config.data, config.stage.repeats
     transformer = trainer.engine.module
-    vae = AutoencoderKLCogVideoX.from_config(vae_config(config.model.name)).eval()
+    vae = AutoencoderKLCogVideoX.from_config(published_vae_config(config.model.name)).eval()
     empty = torch.zeros(transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
     from_image = trainer.objective.inputs.image_factor is not None
     sampler = Sampler(

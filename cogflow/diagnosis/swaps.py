@@ -9,16 +9,14 @@ else from the reference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
-import torch
-
 from cogflow.diagnosis.finding import DiagnosisFinding, Suspect, SwapsResult, SwapTrial
 from cogflow.diagnosis.rendering import Mix, Rendered, Renderer, swapped
+from cogflow.sharpness.psnr import IDENTICAL_PSNR, frames_psnr
 from cogflow.sharpness.verdict import compare
 
 SAME_PSNR = 45.0
@@ -27,9 +25,6 @@ model.
 
 Below it something else differs, too. A wrong SNR shift or spacing gives 37 to 40, a wrong scaling factor 17.
 """
-
-EQUAL_PSNR = 100.0
-"""PSNR in dB that stands for equal samples, instead of infinity."""
 
 MAX_COMBINED = 6
 """Suspects whose pairs and larger combinations are tried, those with the largest effect."""
@@ -156,8 +151,7 @@ def mean_psnr(found: Rendered | None, goal: Rendered) -> float:
         frames = found.frames.get(name)
         if frames is None or frames.shape != expected.shape:
             return 0.0
-        error = float(torch.where(frames.isfinite(), frames - expected, 1.0).double().square().mean())
-        values.append(EQUAL_PSNR if error == 0 else min(EQUAL_PSNR, -10 * math.log10(error)))
+        values.append(frames_psnr(frames, expected))
     return round(sum(values) / len(values), 2)
 
 
@@ -169,4 +163,4 @@ def defects_of(found: Rendered | None, goal: Rendered) -> list[str]:
 
 
 def format_psnr(value: float) -> str:
-    return "equal" if value >= EQUAL_PSNR else f"{value:.1f} dB"
+    return "equal" if value >= IDENTICAL_PSNR else f"{value:.1f} dB"

@@ -30,16 +30,6 @@ SCHEDULER_CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 VAE_GROUPS = 32
 """Groups of every GroupNorm in SAT's VAE: a constant of its code, which shapes do not show."""
 
-PUBLISHED_VAE = {
-    "block_out_channels": [128, 256, 256, 512],
-    "layers_per_block": 3,
-    "latent_channels": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "temporal_compression_ratio": 4,
-}
-"""Sizes of the family's published VAE, for a SAT yaml beside a transformer without its own VAE."""
-
 
 def transformer_config(facts: TransformerFacts) -> DiffusersConfig:
     """Return ``config.json`` of ``CogVideoXTransformer3DModel`` with every key, since class defaults fit only some

@@ -189,15 +189,39 @@ def published_facts(name: str) -> TransformerFacts:
 
     Raises :class:`ConfigError` for auto and for unknown names.
     """
-    member = family_member(name)
-    if member is None:
-        raise ConfigError("model=auto is no member of the family.", f"Choose one of {', '.join(MODEL_SPECS)}.")
+    member = _member(name)
     facts, _ = resolve_values(family_values(member))
     source = f"model={name}"
     facts["hidden"] = Fact(member.heads * member.head_dim, source)
     # 512 in every yaml of SAT; the tiny model's is in models/tiny.py.
     facts["time_embed_dim"] = Fact(64 if name == "tiny" else 512, source)
     return _transformer_facts(facts, name)
+
+
+def published_vae_facts(name: str) -> VaeFacts:
+    """Return the facts of the VAE that is published with a family member.
+
+    Raises :class:`ConfigError` for an unknown name.
+    """
+    member = _member(name)
+    return VaeFacts(
+        block_out_channels=(128, 256, 256, 512),
+        layers_per_block=3,
+        latent_channels=member.latent_channels,
+        vae_in_channels=3,
+        vae_out_channels=3,
+        temporal_compression=4,
+        scaling_factor=member.scaling_factor,
+        invert_scale_latents=member.invert_scale_latents,
+        dtype="fp32",
+    )
+
+
+def _member(name: str) -> ModelSpec:
+    member = family_member(name)
+    if member is None:
+        raise ConfigError("model=auto is no member of the family.", f"Choose one of {', '.join(MODEL_SPECS)}.")
+    return member
 
 
 def _transformer_facts(facts: Mapping[str, Fact], family: str | None) -> TransformerFacts:

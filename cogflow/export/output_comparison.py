@@ -27,6 +27,7 @@ from cogflow.export.diffusers_configs import DiffusersConfig
 from cogflow.export.export_plan import ExportComponent
 from cogflow.files.record_io import ForeignObject
 from cogflow.records.export_records import ProofRecord, ProofRun
+from cogflow.sharpness.psnr import psnr_of_error
 from cogflow.weights.strict_loading import check_strict_load, meta_model
 from cogflow.weights.tensor_source import TensorInfo, TensorSource, WeightsFolder, read_json
 
@@ -205,9 +206,7 @@ def check_vae_round_trip(folder: Path) -> ProofRecord:
         raise QualityGateError(f"The exported VAE in {folder} decodes a smooth clip into values that are not finite.")
     error = float((decoded.clamp(-1, 1) - clip).square().mean()) / 4.0
     std = float((latents * float(vae.config.scaling_factor)).std())
-    return ProofRecord(
-        "round trip of a smooth clip of 9x64x64", psnr_db=-10 * math.log10(max(error, 1e-12)), scaled_latents_std=std
-    )
+    return ProofRecord("round trip of a smooth clip of 9x64x64", psnr_db=psnr_of_error(error), scaled_latents_std=std)
 
 
 class _RoundedTensors:

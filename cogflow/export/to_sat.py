@@ -13,7 +13,7 @@ import yaml
 from cogflow.artifacts.identify import identify
 from cogflow.errors import ConfigError, ConversionError, QualityGateError, format_list
 from cogflow.export import sat_tables, sat_yaml
-from cogflow.export.diffusers_configs import PUBLISHED_VAE, VAE_GROUPS
+from cogflow.export.diffusers_configs import VAE_GROUPS, vae_config
 from cogflow.export.export_plan import (
     ConvertedTensors,
     ExportComponent,
@@ -22,6 +22,7 @@ from cogflow.export.export_plan import (
     make_plan,
     prepare_export,
 )
+from cogflow.export.facts import published_vae_facts
 from cogflow.export.origin import ExportOrigin, open_origin
 from cogflow.export.reported_values import FactValue
 from cogflow.export.tensor_operations import Operation, inverse_table
@@ -155,11 +156,13 @@ def _yaml_configs(
             f"{origin.place} does not state what SAT's yaml needs: {' and '.join(missing)}.",
             "Give them; 5B models have 1.0 and 0.7, 2B has 3.0 and 1.15258426.",
         )
-    defaults = MODEL_SPECS["cogvideox-5b"].scheduler_config()
+    # For a source without a pipeline beside it. The members of the family differ only in the two values given above.
+    scheduler_defaults = MODEL_SPECS["cogvideox-5b"].scheduler_config()
+    vae_defaults = vae_config(published_vae_facts("cogvideox-5b"))
     return _YamlConfigs(
         transformer=components["transformer"].config,
-        scheduler=defaults | scheduler | {"snr_shift_scale": shift},
-        vae=PUBLISHED_VAE | vae | {"scaling_factor": scale},
+        scheduler=scheduler_defaults | scheduler | {"snr_shift_scale": shift},
+        vae=vae_defaults | vae | {"scaling_factor": scale},
     )
 
 

@@ -4,7 +4,6 @@ reach.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.sampling.sampler import Sampler
 from cogflow.sharpness.metrics import Metrics, measure
+from cogflow.sharpness.psnr import frames_psnr
 
 SCALED_CLIPS = 2  # clips whose first frame is decoded at other scales, too
 TRIAL_FRAMES = (
@@ -39,7 +39,6 @@ FACTORS = (0.5, 0.607, 0.8, 1.25, 1.6465, 2.0)
 """Factors on the latents that are tried beside 1: 0.607 and 1.6465 are 0.7 / 1.15258426 and its inverse, the others
 surround them.
 """
-HIGHEST_PSNR = 100.0  # dB, instead of infinity
 CLIPS_SHEET = Path("ladder", "clips.png")
 
 
@@ -79,16 +78,6 @@ def measure_roundtrip(
     return shared
 
 
-def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the PSNR in dB of frames in 0..1, at most 100; 0 for other shapes. A value that is not finite counts as
-    the largest error.
-    """
-    if frames.shape != reference.shape:
-        return 0.0
-    error = float(torch.where(frames.isfinite(), frames - reference, 1.0).double().square().mean())
-    return HIGHEST_PSNR if error == 0 else round(min(HIGHEST_PSNR, -10 * math.log10(error)), 3)
-
-
 def clips_folder(folder: Path, config: AnyConfig) -> Path:
     """Return the folder of the clips of the run in ``folder``."""
     return Path(config.data.path).expanduser() if config.data.path is not None else folder / "data"
@@ -124,7 +113,7 @@ def _measure(
         decoded = sampler.decode(clip.scaled_latents(scaling_factor))
         clip_metrics[clip.name] = measure(clip.frames)
         decoded_metrics[clip.name] = measure(decoded)
-        psnrs[clip.name] = psnr(decoded, clip.frames)
+        psnrs[clip.name] = round(frames_psnr(decoded, clip.frames), 3)
         shown = list(clip.source_at)
         pictures[clip.name] = {
             Rung.SOURCE.title: clip.source,
@@ -214,7 +203,7 @@ def _try_scales(sampler: Sampler, clips: Sequence[RoundtripClip], scaling_factor
         first = clip.scaled_latents(scaling_factor)[:1]
         for factor in (1.0, *FACTORS):
             frames = sampler.decode(factor * first)
-            found.setdefault(f"{factor:g}", []).append(psnr(frames, clip.frames[: len(frames)]))
+            found.setdefault(f"{factor:g}", []).append(round(frames_psnr(frames, clip.frames[: len(frames)]), 3))
     return {factor: median(values) for factor, values in found.items()}
 
 
@@ -242,6 +231,8 @@ def _try_decoders(
         except RuntimeError as error:  # the device has no kernel for this precision
             trial = DecodingVariant(is_chosen, failed=str(error).splitlines()[0][:200])
         else:
-            trial = DecodingVariant(is_chosen, psnr(frames, reference), float(frames.isfinite().float().mean()))
+            trial = DecodingVariant(
+                is_chosen, round(frames_psnr(frames, reference), 3), float(frames.isfinite().float().mean())
+            )
         trials[decoder_name(dtype, tiling)] = trial
     return trials

@@ -57,7 +57,11 @@ class AlertEvent(Record):
 
 @dataclass(frozen=True)
 class ArtifactEvent(Record):
-    """A product of a stage: number and size of its files, and the artifacts that it was made from (``uses``)."""
+    """A product of a stage: number and size of its files, and the artifacts that it was made from (``uses``).
+
+    ``path``: the folder or file; ``paths``: the files of an artifact that is no whole folder. Both are relative to the
+    run folder if inside. ``stage``: empty for an input that no stage of the run made.
+    """
 
     kinds: ClassVar[tuple[str, ...]] = ("artifact",)
 
@@ -67,6 +71,7 @@ class ArtifactEvent(Record):
     bytes: int
     uses: list[str]
     path: Annotated[str | None, OMIT_NONE] = None
+    paths: Annotated[list[str] | None, OMIT_NONE] = None
     manifest_sha256: Annotated[str | None, OMIT_NONE] = None
     kind: str = "artifact"
     stage: str = ""

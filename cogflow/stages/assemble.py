@@ -95,7 +95,7 @@ def assemble(job: Job) -> None:
         with open_tracker(job.config, "assemble", job.run) as tracker:
             report_ladder(tracker, reference)
         raise
-    report_result(job, assembly, reference)
+    report_result(job, assembly, reference, components)
 
 
 def gather_components(job: Job) -> tuple[dict[str, PipelineComponent], list[str]]:
@@ -214,7 +214,9 @@ def report_ladder(tracker: Tracker, reference: Reference | None) -> None:
         ladder_report.report_ladder(tracker, reference.run, reference.record.step or 0)
 
 
-def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | None) -> None:
+def report_result(
+    job: Job, assembly: AssemblyRecord, reference: Reference | None, components: Mapping[str, PipelineComponent]
+) -> None:
     """Print the components, log to the tracker, write ``<run>/assemble.json``, and upload the folder if asked."""
     rows = [[name, one.class_name, one.link or "", one.origin] for name, one in assembly.components.items()]
     columns = ["component", "class", "weights", "from"]
@@ -234,7 +236,7 @@ def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | Non
             text = f"{one.key} is {format_value(one.value)}; {one.why} {one.needed}"
             tracker.alert("assembled in spite of a contradiction", text)
         tracker.table("assemble/components", columns, rows)
-        tracker.artifact("pipeline", "pipeline", job.output, uses=["export"])
+        tracker.artifact("pipeline", "pipeline", job.output, uses=used_artifacts(job, tracker, components))
 
     values = record_values(assembly)
     inputs = {name: {"from": one["from"], "files": one["files"]} for name, one in values["components"].items()}
@@ -244,6 +246,21 @@ def report_result(job: Job, assembly: AssemblyRecord, reference: Reference | Non
     echo(f"{summary}\npipeline: {job.output}\nreport:   {job.run / 'report.html'}")
     if job.config.stage.push_to_hub:
         upload(job, inputs, results)
+
+
+def used_artifacts(job: Job, tracker: Tracker, components: Mapping[str, PipelineComponent]) -> list[str]:
+    """Return the names of the artifacts that the components are from."""
+    names = []
+    for name, component in components.items():
+        folder, converted = component.folder, component.folder.is_relative_to(RunLayout(job.run).parts)
+        if name == "transformer":
+            source = Path(component.training.source or folder) if converted else folder
+            names.append(tracker.input(source, "transformer"))
+        elif not converted:
+            names.append(
+                tracker.input(folder.parent, "base-model" if getattr(job.config.stage, name) is None else name)
+            )
+    return list(dict.fromkeys(names))
 
 
 def upload(job: Job, inputs: JsonObject, results: JsonObject) -> None:

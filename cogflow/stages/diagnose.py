@@ -22,7 +22,7 @@ from cogflow.records.pipeline_records import DiagnosisRecord, RepairedFolder
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.tracking.html_report import record_stage
-from cogflow.tracking.tracker import open_tracker
+from cogflow.tracking.tracker import Tracker, open_tracker
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def report(config: Config[DiagnoseStage], found: Diagnosed, started: float) -> N
         tracker.log(0, {"diagnose/findings": float(len(rows)), **found.examination.metrics()})
         for name, path in page.pictures.items():
             tracker.image(0, f"diagnose/{name}", path)
+        files = [folder / DiagnosisRecord.file_name, page.path]
+        tracker.artifact("diagnosis", "report", files, uses=used_artifacts(tracker, found.examination))
     summary = "agrees" if conclusion.agrees else conclusion.verdict
     results = {"summary": summary, "where": str(page.path), "command": found.command}
     if found.repaired is not None:
@@ -123,6 +125,19 @@ def report(config: Config[DiagnoseStage], found: Diagnosed, started: float) -> N
     if not conclusion.agrees:
         hint = f"Repaired: {found.repaired.where}" if found.repaired else f"To repair it: {found.command}"
         raise QualityGateError(conclusion.verdict, hint)
+
+
+def used_artifacts(tracker: Tracker, examination: Examination) -> list[str]:
+    """Return the names of the artifacts that were compared; facts that a model declares are none."""
+    names = []
+    for given in (examination.candidate, examination.reference):
+        if given.place is not None:
+            transformer = given.parts.get("transformer")
+            inside = transformer is not None and given.place.absolute() in transformer.folder.absolute().parents
+            names.append(
+                tracker.input(transformer.folder.parent if transformer and inside else given.place, given.role)
+            )
+    return names
 
 
 def diagnosis_record(found: Diagnosed) -> DiagnosisRecord:

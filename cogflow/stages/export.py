@@ -135,8 +135,9 @@ def _report(config: Config[ExportStage], output: Path, record: ExportRecord, sta
         if record.facts:
             facts = [[row.fact, row.value, row.origin] for row in record.facts]
             tracker.table("export/facts", ["fact", "value", "from"], facts)
-        tracker.artifact("export", "model", output, uses=["transformer"])
-        tracker.artifact("export-report", "report", report_file)
+        source = tracker.input(Path(record.source), "source", "checkpoint")
+        tracker.artifact("export", "model", output, uses=[source])
+        tracker.artifact("export-report", "report", report_file, uses=["export"])
     values = record_values(record)
     inputs = {
         "source": record.source,

@@ -126,7 +126,8 @@ def _report(
     with open_tracker(config, "prepare", folder) as tracker:
         tracker.log(0, {f"prepare/{name}": float(getattr(result, name)) for name in SHOWN_METRICS})
         files = (result.folder / CacheIndex.file_name, result.folder / QUARANTINE)
-        tracker.artifact(f"{config.run.name}-clips", "dataset", [path for path in files if path.is_file()])
+        base = tracker.input(loading.model_folder(config.model), "base-model")
+        tracker.artifact("clips", "dataset", [path for path in files if path.is_file()], uses=[base])
         clip_rungs.record_clip_rungs(folder, result.folder, config.data)
         findings = ladder.report_ladder(tracker, folder)
     results = {

@@ -74,7 +74,8 @@ def run(config: Config[TrainStage]) -> None:
                 trainer.callbacks.items.append(ProgressBar(bar, trainer.monitor))
                 loop.train(trainer, checkpointer, start)
         last = RunLayout(folder).checkpoints / step_name(stage.steps)
-        tracker.artifact("checkpoint", "checkpoint", [last / TrainerRecord.file_name], uses=["clips"])
+        base = tracker.input(loading.model_folder(config.model), "base-model")
+        tracker.artifact("checkpoint", "checkpoint", [last / TrainerRecord.file_name], uses=["clips", base])
         finish(config, cache, folder, started=started, wandb=tracker.url_or_dir)
 
 

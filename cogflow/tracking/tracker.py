@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat
@@ -14,14 +15,24 @@ from cogflow.config.config import AnyConfig
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import MANIFEST
-from cogflow.files.record_io import read_record, record_values, write_record
+from cogflow.files.record_io import JsonValue, read_record, record_values, write_record
 from cogflow.records.event_records import AlertEvent, ArtifactEvent, Cell, Event, MediaEvent, TableEvent
+from cogflow.records.history_records import RunLine, read_history
 from cogflow.records.run_records import RunToken
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
-from cogflow.tracking.metrics_log import EVENTS, METRICS, MetricsLog, append_line, drop_incomplete_line, to_number
+from cogflow.tracking.lineage import OUTSIDE, artifact_at, artifact_files, newest_artifacts, recorded_files
+from cogflow.tracking.metrics_log import (
+    EVENTS,
+    METRICS,
+    MetricsLog,
+    append_line,
+    drop_incomplete_line,
+    read_events,
+    to_number,
+)
 from cogflow.tracking.secrets import scrub
-from cogflow.tracking.stage_record import command_line, package_versions, to_json
+from cogflow.tracking.stage_record import command_line, package_versions, to_json, to_json_object
 from cogflow.tracking.wandb_mode import choose_mode
 from cogflow.tracking.wandb_run import WandbRun, WandbSettings
 
@@ -30,14 +41,21 @@ MAX_NAME = 128
 ALERT_WORDS = {"INFO": "note", "WARN": "warning", "ERROR": "error"}
 
 
+NO_LINE = ("prepare", "benchmark")
+"""Stages whose results do not depend on a line of the run's history."""
+
+BEGIN_SECONDS = 5.0
+"""Time in which W&B must start the run of a new line while training waits."""
+
+
 def open_tracker(config: AnyConfig, stage: str, folder: Path) -> Tracker:
     """Return the tracker of ``stage`` for the run in ``folder``, to use as a context manager.
 
     Off rank 0 it does nothing.
 
-    W&B: project and entity from the config, group = run.name, job type = stage, one run per run folder and stage (a
-    second process continues the same id), files below ``folder/wandb``. ``WANDB_MODE`` overrides ``tracking.wandb``.
-    Errors of W&B are never raised.
+    W&B: project and entity from the config, group = run.name, job type = stage, one run for each run folder, stage and
+    line of the run's history (a second process continues the same id), files below ``folder/wandb``. It starts with the
+    first value that is logged. ``WANDB_MODE`` overrides ``tracking.wandb``. Errors of W&B are never raised.
     """
     return MainTracker(config, stage, Path(folder)) if ranks.is_main() else Tracker()
 
@@ -57,6 +75,13 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the W&B run, as failed when an exception ends the block."""
+
+    def begin_line(self, line: RunLine) -> None:
+        """Log to ``line`` of the run's history from now on, in a W&B run of its own.
+
+        The W&B run of the former line ends meanwhile; nothing of it is lost. Nothing happens when ``line`` is the
+        current one.
+        """
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Log scalars at ``step`` under flat names such as ``train/loss``; Python, numpy or torch.
@@ -82,9 +107,18 @@ class Tracker:
     def artifact(self, name: str, type: str, files: Path | Iterable[Path], uses: Sequence[str] = ()) -> None:
         """Record a product of this stage, a folder or files, as a version of ``<run.name>-<name>``.
 
-        ``uses``: names of this run's artifacts that it was made from. W&B uploads the files when they have at most
-        ``tracking.upload_mb`` together; otherwise it records their paths.
+        ``uses``: names of artifacts that it was made from, of this run or as :meth:`input` returned them; a name that
+        was never recorded is left out. W&B uploads the files when they have at most ``tracking.upload_mb`` together;
+        otherwise it records their paths.
         """
+
+    def input(self, path: Path, name: str, type: str = "model") -> str:
+        """Return the name of the artifact at ``path``, for ``uses``.
+
+        That is the one that a stage of this run made, where ``path`` is inside of it. Otherwise the folder or file is
+        recorded as ``<run.name>-<name>``, by its path alone.
+        """
+        return name
 
     def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
         """Warn the user on the console, in the report and on W&B. ``level``: INFO, WARN or ERROR.
@@ -101,31 +135,68 @@ class MainTracker(Tracker):
         folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.folder = stage, folder
         self._config = config
+        self._line = read_history(folder).current
         self._metrics = MetricsLog(folder / METRICS)
         drop_incomplete_line(folder / EVENTS)
-        settings = to_json(config)
-        assert isinstance(settings, dict)
-        self._run = WandbRun(
-            WandbSettings(
-                mode=choose_mode(config.tracking.wandb),
-                folder=folder,
-                run_id=f"{_run_token(folder)}-{stage}",
-                project=config.tracking.project,
-                entity=config.tracking.entity,
-                group=config.run.name,
-                job_type=stage,
-                config=scrub(settings | {"command": command_line(), "versions": package_versions()}),
-            )
-        )
+        self._started: WandbRun | None = None
+        self._former: list[WandbRun] = []
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._run.finish(int(kind is not None))
+        for former in self._former:
+            former.finish(0)
+        if kind is not None or self._started is not None:  # W&B shows also a stage that failed before its first value
+            self._run.finish(int(kind is not None))
+
+    @property
+    def _run(self) -> WandbRun:
+        """The W&B run of this stage and line, which starts with its first use."""
+        if self._started is None:
+            self._started = WandbRun(self._wandb_settings())
+        return self._started
+
+    def _wandb_settings(self, start_seconds: float | None = None) -> WandbSettings:
+        config, line, token = self._config, self._line, _run_token(self.folder)
+        settings = to_json_object(asdict(config))
+        facts: dict[str, JsonValue] = {"command": command_line(), "versions": package_versions()}
+        name = f"{config.run.name} {self.stage}"
+        if line.number > 1 and self.stage not in NO_LINE:
+            name += f" line {line.number}, from step {line.from_step}"
+            former = run_id(token, self.stage, line.number - 1)
+            facts["line"] = {
+                "number": line.number,
+                "from_step": line.from_step,
+                "reason": line.reason,
+                "replaces": former,
+            }
+        return WandbSettings(
+            mode=choose_mode(config.tracking.wandb),
+            folder=self.folder,
+            run_id=run_id(token, self.stage, line.number),
+            name=name,
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=config.run.name,
+            job_type=self.stage,
+            config=scrub(settings | facts),
+            start_seconds=start_seconds,
+        )
 
     @property
     def url_or_dir(self) -> str:
         return self._run.url_or_dir
+
+    def begin_line(self, line: RunLine) -> None:
+        if line.number == self._line.number:
+            return
+        self._line = line
+        former = self._started
+        if former is None or former.run is None or self.stage in NO_LINE:
+            return  # W&B has not started, or is disabled, or has failed
+        former.end(0)
+        self._former.append(former)
+        self._started = WandbRun(self._wandb_settings(BEGIN_SECONDS))
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         self._metrics.log(step, values)
@@ -134,6 +205,7 @@ class MainTracker(Tracker):
 
     def rewind(self, step: int) -> None:
         self._metrics.rewind(step)
+        _ = self._run  # W&B starts before the first step, so that no step waits for it
 
     def video(self, step: int, key: str, path: Path, caption: str = "") -> None:
         self._write_event(MediaEvent("video", step, key, self._relative(path), caption, self.stage, _now()))
@@ -151,21 +223,36 @@ class MainTracker(Tracker):
             self._run.log(self._run.last_step, {key: media})
 
     def artifact(self, name: str, type: str, files: Path | Iterable[Path], uses: Sequence[str] = ()) -> None:
-        members = _artifact_files(files)
-        total = sum(path.stat().st_size for path in members.values())
+        members = artifact_files(files)
+        known = newest_artifacts(read_events(self.folder / EVENTS))
+        used = [known[full] for full in map(self._artifact_name, uses) if full in known]
         event = ArtifactEvent(
             name=self._artifact_name(name),
             type=type,
             files=len(members),
-            bytes=total,
-            uses=[self._artifact_name(used) for used in uses],
+            bytes=_total_bytes(members),
+            uses=[one.name for one in used],
             path=self._relative(files) if isinstance(files, Path) else None,
+            paths=None if isinstance(files, Path) else [self._relative(path) for path in members.values()],
             manifest_sha256=hash_file(members[MANIFEST]) if MANIFEST in members else None,
             stage=self.stage,
             time=_now(),
         )
         self._write_event(event)
-        self._run.artifact(event, members, upload=total <= self._config.tracking.upload_mb * 1e6)
+        for one in used:
+            files_used = recorded_files(self.folder, one)
+            self._run.artifact(one, files_used, upload=self._uploads(one, files_used), used=True)
+        self._run.artifact(event, members, upload=self._uploads(event, members))
+
+    def input(self, path: Path, name: str, type: str = "model") -> str:
+        own = artifact_at(self.folder, newest_artifacts(read_events(self.folder / EVENTS)), path)
+        if own is not None:
+            return own.name
+        members = artifact_files(path)
+        full = self._artifact_name(name)
+        size, where = _total_bytes(members), self._relative(path)
+        self._write_event(ArtifactEvent(full, type, len(members), size, [], path=where, stage=OUTSIDE, time=_now()))
+        return full
 
     def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:
         echo(f"{ALERT_WORDS.get(level, 'error')}: {title}: {text}")
@@ -174,6 +261,10 @@ class MainTracker(Tracker):
         if picture is not None:
             self._log_media(self._run.last_step, "alerts/frames", "image", picture, f"{title}: {text}")
         self._run.alert(title, text, level)
+
+    def _uploads(self, event: ArtifactEvent, files: Mapping[str, Path]) -> bool:
+        """Return whether W&B gets the files, not their paths alone."""
+        return event.stage != OUTSIDE and _total_bytes(files) <= self._config.tracking.upload_mb * 1e6
 
     def _write_event(self, event: Event) -> None:
         append_line(self.folder / EVENTS, scrub(record_values(event)))
@@ -204,6 +295,11 @@ def _now() -> float:
     return round(time.time(), 3)
 
 
+def run_id(token: str, stage: str, line: int) -> str:
+    """Return the id of the W&B run of a stage and a line of a run folder, whose random name is ``token``."""
+    return f"{token}-{stage}" if line == 1 or stage in NO_LINE else f"{token}-{stage}-line{line}"
+
+
 def _run_token(folder: Path) -> str:
     """Return a random name of this run folder. Another folder of the same name is another run to W&B."""
     path = folder / "wandb" / RunToken.file_name
@@ -215,14 +311,8 @@ def _run_token(folder: Path) -> str:
         return token
 
 
-def _artifact_files(files: Path | Iterable[Path]) -> dict[str, Path]:
-    """Return the files by their name inside the artifact. Hidden files are partial writes and are left out."""
-    if not isinstance(files, Path):
-        return {path.name: path for path in map(Path, files)}
-    if files.is_file():
-        return {files.name: files}
-    inside = {path.relative_to(files).as_posix(): path for path in sorted(files.rglob("*")) if path.is_file()}
-    return {name: path for name, path in inside.items() if not any(part.startswith(".") for part in name.split("/"))}
+def _total_bytes(files: Mapping[str, Path]) -> int:
+    return sum(path.stat().st_size for path in files.values())
 
 
 def _scalar(value: SupportsFloat) -> float | None:

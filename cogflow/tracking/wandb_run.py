@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cogflow.files.publish import MANIFEST
 from cogflow.files.record_io import JsonObject
 from cogflow.records.event_records import ArtifactEvent
 from cogflow.runtime.console import echo
@@ -22,7 +24,7 @@ FINISH_SECONDS = 300.0
 """Time for the last uploads. What is not sent by then stays on disk for ``wandb sync``."""
 
 USE_SECONDS = 30.0
-"""Time in which W&B must find an input artifact on its server."""
+"""Time in which W&B's server must take an input artifact."""
 
 CALL_SECONDS = 30.0
 """Time in which W&B's service must take a row, a picture or an alert. It takes them whatever the network does."""
@@ -36,11 +38,12 @@ MAX_FAILURES = 3
 SETTINGS: dict[str, str | bool | float] = {
     "silent": True,
     "console": "off",
-    # Code, git remotes and the raw command are not sent: cogflow's own records hold what is needed, without secrets.
+    # Code, git remotes, the raw command and the names of the machine and its user are not sent: cogflow's own records
+    # hold what is needed, without secrets. x_disable_machine_info would also stop the metrics of CPU, memory and GPU.
     "disable_code": True,
     "disable_git": True,
     "x_disable_meta": True,
-    "x_disable_machine_info": True,
+    "host": "",
     "init_timeout": INIT_SECONDS,
     "login_timeout": 5.0,
     "finish_timeout": FINISH_SECONDS,
@@ -54,16 +57,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """One W&B run. ``mode``: online, offline or disabled. ``folder``: where its files go, below ``wandb/``."""
+    """One W&B run. ``mode``: online, offline or disabled. ``folder``: where its files go, below ``wandb/``.
+
+    ``start_seconds``: time in which W&B must start the run; None for its first start in the process, which also starts
+    W&B's service.
+    """
 
     mode: str
     folder: Path
     run_id: str
+    name: str
     project: str
     entity: str | None
     group: str
     job_type: str
     config: JsonObject
+    start_seconds: float | None = None
 
 
 class WandbRun:
@@ -75,23 +84,25 @@ class WandbRun:
     def __init__(self, settings: WandbSettings) -> None:
         self.run: Any = None
         self.online = False
-        self.last_step = 0
+        self._rows = RowCount()
         self._failures = 0
         self._axes: set[str] = set()
+        self._end: Future[Any] | None = None
+        self._ended = 0.0
         if settings.mode == "disabled":
             return
         self._caller = WandbCaller()
         if settings.mode == "online":
-            start = partial(_start, settings, online=True, run_id=settings.run_id)
+            start = partial(_start_in_time, settings, online=True, run_id=settings.run_id)
             self.run = self._try("could not be reached; going on offline", start)
             self.online = self.run is not None
         if self.run is None:
             run_id = self._offline_id(settings.run_id) if settings.mode == "online" else settings.run_id
-            start = partial(_start, settings, online=False, run_id=run_id)
+            start = partial(_start_in_time, settings, online=False, run_id=run_id)
             self.run = self._try("could not start; going on without it", start)
         if self.run is not None:
             WandbRun.active += 1
-            self.last_step = self._try("did not give its step", lambda: int(self.run.step)) or 0
+            self._rows = RowCount(self._try("did not give its step", lambda: int(self.run.step)) or 0)
             self.define_axes("train", "heldout", "sharpness", "samples")
 
     @property
@@ -123,12 +134,9 @@ class WandbRun:
         if self.run is None:
             return
         self.define_axes(*{name.partition("/")[0] for name in values if "/" in name})
-        # W&B drops rows whose count goes back. After a rewind cogflow's steps do, so W&B's count continues by one and
-        # "step" holds the real step.
-        self.last_step = step if step >= self.last_step else self.last_step + 1
+        count = self._rows.at(step)
         self._report_queued_failures()
         if (run := self.run) is not None:
-            count = self.last_step
             self._caller.queue("did not take a row", lambda: run.log({"step": step} | dict(values), step=count))
 
     def media(self, kind: str, path: Path, caption: str = "") -> Any:
@@ -160,10 +168,12 @@ class WandbRun:
 
         return self.call("did not take a table", build)
 
-    def artifact(self, event: ArtifactEvent, files: Mapping[str, Path], *, upload: bool) -> None:
+    def artifact(self, event: ArtifactEvent, files: Mapping[str, Path], *, upload: bool, used: bool = False) -> None:
         """Record ``files`` (path by name inside the artifact) as a version of ``event.name``.
 
-        Without ``upload`` W&B records their paths alone.
+        Without ``upload`` W&B gets their paths and the manifest, whose hash tells versions at one path apart. ``used``:
+        the artifact is an input of this run. The version that another run of the project logged has the same content,
+        so W&B joins both; this works also where that run is not uploaded yet.
         """
 
         def build() -> None:
@@ -171,15 +181,16 @@ class WandbRun:
 
             artifact = wandb.Artifact(event.name, event.type, metadata=_artifact_metadata(event))
             for inside, path in files.items():
-                if upload:
+                if upload or inside == MANIFEST:
                     artifact.add_file(str(path), name=inside, policy="immutable", skip_cache=True)
                 else:
                     artifact.add_reference(path.resolve().as_uri(), name=inside, checksum=False)
-            if self.online:  # offline, W&B refuses inputs; the metadata names them
-                for used in event.uses:
-                    use = partial(self.run.use_artifact, f"{used}:latest")
-                    self._try(f"did not find the input {used}", partial(call_within, USE_SECONDS, use))
-            self.run.log_artifact(artifact)
+            if not used:
+                self.run.log_artifact(artifact)
+            elif self.online:
+                call_within(USE_SECONDS, partial(self.run.use_artifact, artifact))
+            else:  # the public method refuses to work offline; the record that it writes is the same
+                self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
         self.call(f"did not take the artifact {event.name}", build, ARTIFACT_SECONDS)
 
@@ -187,16 +198,28 @@ class WandbRun:
         """Send an alert. ``level``: INFO, WARN or ERROR."""
         self.call("did not take an alert", lambda: self.run.alert(title=title, text=text, level=level))
 
+    @property
+    def last_step(self) -> int:
+        """The step of the newest row."""
+        return self._rows.step
+
+    def end(self, exit_code: int) -> None:
+        """Begin to end the run, without waiting; 0 marks it as finished, anything else as failed."""
+        if (run := self.run) is not None and self._end is None:
+            self._end, self._ended = self._caller.submit(lambda: run.finish(exit_code=exit_code)), time.monotonic()
+
     def finish(self, exit_code: int) -> None:
-        """End the run; 0 marks it as finished, anything else as failed."""
-        run, place = self.run, self.url_or_dir
-        if run is None:
+        """End the run and wait until everything is written or sent, at most ``FINISH_SECONDS`` after :meth:`end`."""
+        place = self.url_or_dir
+        self.end(exit_code)
+        if self.run is None or self._end is None:
             return
+        run, end, seconds = self.run, self._end, time.monotonic() - self._ended
         folder = self._try("did not give its place", lambda: str(run.settings.sync_dir)) or ""
-        began = time.monotonic()
-        self.call("did not finish", lambda: run.finish(exit_code=exit_code), FINISH_SECONDS + CALL_SECONDS)
+        # The actions of a run follow one another, so this one waits for the end.
+        self.call("did not finish", end.result, max(CALL_SECONDS, FINISH_SECONDS + CALL_SECONDS - seconds))
         self._drop_run()
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - self._ended
         if self.online and seconds >= float(SETTINGS["finish_timeout"]):
             echo(f"warning: W&B did not take everything in {seconds:.0f} s; to upload the rest: wandb sync {folder}")
         if not self.online and place:
@@ -269,6 +292,31 @@ class WandbRun:
         echo(f"warning: W&B {failure} ({type(error).__name__}: {first})")
 
 
+class RowCount:
+    """Count W&B's rows. W&B drops rows whose count goes back, and steps do after a resume from an earlier checkpoint.
+
+    The count then continues, and a row's ``step`` holds the real step. Rows of one step have one count.
+    """
+
+    def __init__(self, least: int = 0) -> None:
+        self.step = 0
+        self._least = least
+        self._offset = 0
+
+    def at(self, step: int) -> int:
+        """Return the count of a row at ``step``."""
+        least = self._least if step >= self.step else self._least + 1
+        self._offset = max(self._offset, least - step)
+        self.step, self._least = step, step + self._offset
+        return self._least
+
+
+def _start_in_time(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
+    """Return the started run of W&B. Raises :class:`NoAnswerError` after ``settings.start_seconds``."""
+    start = partial(_start, settings, online=online, run_id=run_id)
+    return start() if settings.start_seconds is None else call_within(settings.start_seconds, start)
+
+
 def _start(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
     """Return the started run of W&B."""
     import wandb
@@ -286,7 +334,7 @@ def _start(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
         entity=settings.entity,
         group=settings.group,
         job_type=settings.job_type,
-        name=f"{settings.group} {settings.job_type}",
+        name=settings.name,
         config=dict(settings.config),
         settings=wandb.Settings(**known),
     )

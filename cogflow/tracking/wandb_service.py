@@ -38,7 +38,7 @@ class WandbCaller:
         """Return ``action()``. Raises :class:`NoAnswerError` after ``seconds``; the thread is then left to itself."""
         if threading.current_thread() is self._thread:  # called inside another call, which waits for this one
             return action()
-        future = self._submit(action)
+        future = self.submit(action)
         wait([future], seconds)
         if not future.done():
             raise NoAnswerError(f"no answer in {seconds:.0f} s")
@@ -46,7 +46,7 @@ class WandbCaller:
 
     def queue(self, name: str, action: Callable[[], Any]) -> None:
         """Queue ``action`` without waiting. :meth:`failures` returns what it raises under ``name``."""
-        self._queued.append((time.monotonic(), name, self._submit(action)))
+        self._queued.append((time.monotonic(), name, self.submit(action)))
 
     def failures(self, seconds: float) -> list[tuple[str, Exception]]:
         """Return what queued actions have raised since the last call; :class:`NoAnswerError` for one not done in
@@ -65,7 +65,8 @@ class WandbCaller:
         """Let the thread end after the actions that are queued."""
         self._actions.put(None)
 
-    def _submit(self, action: Callable[[], T]) -> Future[T]:
+    def submit(self, action: Callable[[], T]) -> Future[T]:
+        """Queue ``action`` without waiting, and return what it will return or raise."""
         future: Future[T] = Future()
         self._actions.put((future, action))
         return future

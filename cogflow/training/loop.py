@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -35,7 +34,7 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
     context = trainer.context
     while True:
         checkpointer.resume(context, start)
-        context.line = start_line(context.folder, start)
+        context.line = ranks.run_on_main(lambda: start_line(context, start))
         context.tracker.rewind(context.step)
         if context.step:
             echo(f"resuming {context.folder} after step {context.step}")
@@ -46,10 +45,13 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
             start = rollback.start
 
 
-def start_line(folder: Path, start: StartPoint) -> int:
-    """Begin the line of ``start``, where it has one; return the number of the line that is trained. Collective."""
-    line = start.line
-    return ranks.run_on_main(lambda: current_line(folder) if line is None else begin(folder, line).number)
+def start_line(context: TrainingContext, start: StartPoint) -> int:
+    """Begin the line of ``start``, where it has one; return the number of the line that is trained. Rank 0 only."""
+    if start.line is None:
+        return current_line(context.folder)
+    line = begin(context.folder, start.line)
+    context.tracker.begin_line(line)
+    return line.number
 
 
 class Trainer:

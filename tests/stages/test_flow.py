@@ -14,6 +14,7 @@ from cogflow.files.publish import check_manifest
 from cogflow.weights.tensor_source import weights_fingerprint
 from tests.conftest import Command
 from tests.stages.conftest import lines, losses
+from tests.tracking.conftest import Recorded
 
 PLAIN = """
 import sys, torch
@@ -62,6 +63,38 @@ def test_samples_prove_which_weights_made_them(flow: Path) -> None:
     assert not (flow / "samples/step-000000/frames.safetensors").exists()
     frames = load_file(flow / "samples/step-000004/frames.safetensors")
     assert {tuple(clip.shape) for clip in frames.values()} == {(9, 64, 96, 3)}
+
+
+def test_every_artifact_is_made_from_artifacts_that_a_stage_logged(flow: Path) -> None:
+    events = [json.loads(line) for line in (flow / "events.jsonl").read_text().splitlines()]
+    uses = {event["name"].removeprefix("flow-"): event["uses"] for event in events if event["kind"] == "artifact"}
+    assert {name: [used.removeprefix("flow-") for used in names] for name, names in uses.items()} == {
+        "base-model": [],
+        "clips": ["base-model"],
+        "checkpoint": ["clips", "base-model"],
+        "export": ["checkpoint"],
+        "export-report": ["export"],
+        "pipeline": ["export", "base-model"],
+        "diagnosis": ["pipeline"],
+    }
+    sessions = {path.parent.name.rpartition("-")[2]: Recorded(path) for path in flow.glob("wandb/*/run-*.wandb")}
+    logged = {(one.name, one.digest): stage for stage, session in sessions.items() for one in session.logged}
+    used = {
+        stage: {(one.name.removeprefix("flow-"), logged.get((one.name, one.digest))) for one in session.used}
+        for stage, session in sessions.items()
+    }
+    assert used["prepare"] == {("base-model", None)}
+    assert used["train"] == {("clips", "prepare"), ("base-model", None)}
+    assert used["export"] == {("checkpoint", "train"), ("export", "export")}
+    assert used["assemble"] == {("export", "export"), ("base-model", None)}
+    assert used["diagnose"] == {("pipeline", "assemble")}
+
+
+def test_wandb_has_the_systems_metrics_and_not_the_names_of_machine_and_user(flow: Path) -> None:
+    paths = list(flow.glob("wandb/*/run-*.wandb"))
+    training = next(Recorded(path) for path in paths if path.parent.name.endswith("-train"))
+    assert {"memory_percent", "proc.memory.rssMB", "proc.cpu.threads"} <= training.stats
+    assert [Recorded(path).host for path in paths] == [""] * len(paths)
 
 
 def test_training_changes_the_samples_and_the_noise_stays(flow: Path) -> None:

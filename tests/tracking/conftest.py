@@ -48,42 +48,57 @@ def payloads(path: Path) -> Iterator[bytes]:
 
 
 class Recorded:
-    """Content of one .wandb file."""
+    """Content of one .wandb file.
+
+    ``logged`` and ``used``: the artifacts that the run made and those that it names as inputs. ``stats``: names of the
+    system's metrics.
+    """
 
     def __init__(self, path: Path) -> None:
         from wandb.proto import wandb_internal_pb2 as pb
 
-        self.group = self.job_type = self.run_id = ""
+        self.group = self.job_type = self.run_id = self.name = self.host = ""
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self.artifacts: list[Any] = []
+        self.logged: list[Any] = []
+        self.used: list[Any] = []
         self.files: list[str] = []
         self.alerts: list[str] = []
         self.axes: dict[str, str] = {}
+        self.stats: set[str] = set()
         self.exit_code: int | None = None
+        readers = {
+            "run": self._run,
+            "history": self._history,
+            "artifact": self._artifact,
+            "files": lambda files: self.files.extend(item.path for item in files.files),
+            "alert": lambda alert: self.alerts.append(alert.title),
+            "metric": lambda metric: self.axes.update({metric.glob_name or metric.name: metric.step_metric}),
+            "stats": lambda stats: self.stats.update(item.key for item in stats.item),
+            "exit": self._exit,
+        }
         for payload in payloads(path):
             record = pb.Record()
             record.ParseFromString(payload)
             kind = record.WhichOneof("record_type")
-            if kind == "run":
-                self.group, self.job_type, self.run_id = record.run.run_group, record.run.job_type, record.run.run_id
-                self.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            elif kind == "history":
-                self.history.append(
-                    {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-                )
-            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
-                self.artifacts.append(record.request.log_artifact.artifact)
-            elif kind == "artifact":
-                self.artifacts.append(record.artifact)
-            elif kind == "files":
-                self.files += [item.path for item in record.files.files]
-            elif kind == "alert":
-                self.alerts.append(record.alert.title)
-            elif kind == "metric":
-                self.axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
-            elif kind == "exit":
-                self.exit_code = record.exit.exit_code
+            if kind in readers:
+                readers[kind](getattr(record, kind))
+
+    def _run(self, run: Any) -> None:
+        self.group, self.job_type, self.run_id = run.run_group, run.job_type, run.run_id
+        self.name, self.host = run.display_name, run.host
+        self.config |= {item.key: json.loads(item.value_json) for item in run.config.update}
+
+    def _history(self, history: Any) -> None:
+        self.history.append(
+            {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+        )
+
+    def _artifact(self, artifact: Any) -> None:
+        (self.used if artifact.use_after_commit else self.logged).append(artifact)
+
+    def _exit(self, record: Any) -> None:
+        self.exit_code = record.exit_code
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_events_are_read_by_kind_and_damaged_ones_are_left_out(tmp_path: Path) -
         MediaEvent("image", 3, "sheet", "sheet.png", None, "train", 1.5),
         TableEvent("t", ["a", "b"], [["x", 1], [None, 0.5]], stage="train", time=2.0),
         AlertEvent("title", "text", "ERROR", "a.png", stage="train", time=3.0),
-        ArtifactEvent("demo-clips", "dataset", 1, 2, ["demo-data"], "cache", "ab", stage="prepare", time=4.0),
+        ArtifactEvent("demo-clips", "dataset", 1, 2, ["demo-data"], path="cache", stage="prepare", time=4.0),
     ]
     for event in events:
         append_event(path, event)

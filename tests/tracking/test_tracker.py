@@ -17,6 +17,8 @@ from PIL import Image
 from cogflow.config.config import Config
 from cogflow.config.run_section import TrackingConfig
 from cogflow.data.video import write_video
+from cogflow.files.record_io import write_record
+from cogflow.records.history_records import HistoryRecord, RunLine
 from cogflow.tracking import wandb_run
 from cogflow.tracking.metrics_log import read_lines, read_metrics
 from cogflow.tracking.tracker import Tracker, open_tracker
@@ -61,7 +63,8 @@ def test_an_offline_run_holds_everything(
         tracker.log(2, {"train/loss": math.nan})
         tracker.video(2, "samples/a", video, "a star")
         tracker.table("closing", ["stage", "video"], [["train", video], ["none", None]])
-        tracker.artifact("pipe line", "model", product, uses=["latents", "demo-clips"])
+        tracker.artifact("latents", "dataset", video)
+        tracker.artifact("pipe line", "model", product, uses=["latents", "never logged"])
         tracker.alert("blur", "samples are soft")
     (session,) = recorded(folder, "train")
     assert (session.group, session.job_type, session.exit_code) == ("demo", "train", 0)
@@ -72,8 +75,10 @@ def test_an_offline_run_holds_everything(
     assert any(path.endswith(".mp4") for path in session.files)
     assert {session.axes[name] for name in ("train/*", "heldout/*", "sharpness/*", "samples/*", "other/*")} == {"step"}
     assert session.alerts == ["blur"]
-    (artifact,) = [one for one in session.artifacts if one.type == "model"]
-    assert artifact.name == "demo-pipe-line" and json.loads(artifact.metadata)["uses"] == ["demo-latents", "demo-clips"]
+    (artifact,) = [one for one in session.logged if one.type == "model"]
+    assert artifact.name == "demo-pipe-line" and json.loads(artifact.metadata)["uses"] == ["demo-latents"]
+    (latents,) = [one for one in session.logged if one.name == "demo-latents"]
+    assert [(one.name, one.digest) for one in session.used] == [("demo-latents", latents.digest)]
     assert [entry.path for entry in artifact.manifest.contents] == ["weights.bin"]
     assert {"video", "table", "artifact", "alert"} == {event["kind"] for event in read_lines(folder / "events.jsonl")}
     for path in folder.rglob("*"):
@@ -107,15 +112,103 @@ def test_a_rewind_within_a_process_loses_no_row(tmp_path: Path, config: Config, 
     assert [row["step"] for row in session.history] == [1, 2, 3, 2, 3]
 
 
+SECOND = RunLine(2, "2026-01-01T00:00:00Z", "rollback after step 3: lost fine detail", "", {}, from_step=1)
+
+
+def test_a_new_line_is_another_wandb_run_and_loses_no_row(tmp_path: Path, config: Config, recorded) -> None:
+    with open_tracker(config, "train", tmp_path) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"train/loss": float(step)})
+        began = time.monotonic()
+        tracker.begin_line(SECOND)
+        assert time.monotonic() - began < 5
+        tracker.begin_line(SECOND)
+        for step in (2, 3, 4):
+            tracker.log(step, {"train/loss": 10.0 * step})
+    (first,), (second,) = recorded(tmp_path, "train"), recorded(tmp_path, "train-line2")
+    assert [row["train/loss"] for row in first.history] == [1.0, 2.0, 3.0]
+    assert [row["train/loss"] for row in second.history] == [20.0, 30.0, 40.0]
+    assert [row["_step"] for row in second.history] == [2, 3, 4]
+    assert (first.exit_code, second.exit_code, first.group) == (0, 0, second.group)
+    assert (first.name, second.name) == ("demo train", "demo train line 2, from step 1")
+    assert second.config["line"] == {
+        "number": 2, "from_step": 1, "reason": SECOND.reason, "replaces": first.run_id
+    }  # fmt: skip
+
+
+def test_a_line_that_begins_before_the_first_value_leaves_no_empty_run(
+    tmp_path: Path, config: Config, recorded
+) -> None:
+    with open_tracker(config, "train", tmp_path) as tracker:
+        tracker.begin_line(SECOND)
+        tracker.rewind(1)
+        tracker.log(2, {"train/loss": 1.0})
+    assert recorded(tmp_path, "train") == [] and len(recorded(tmp_path, "train-line2")) == 1
+    write_record(tmp_path / HistoryRecord.file_name, HistoryRecord([SECOND]))
+    with open_tracker(config, "train", tmp_path) as tracker:  # a resume continues the id
+        tracker.log(3, {"train/loss": 1.0})
+    first, second = recorded(tmp_path, "train-line2")
+    assert first.run_id == second.run_id
+
+
+def test_a_new_line_begins_when_wandb_is_broken(tmp_path: Path, config: Config, monkeypatch, capsys) -> None:
+    with open_tracker(config, "train", tmp_path) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+
+        def broken(**_: object) -> None:
+            raise RuntimeError("no service")
+
+        monkeypatch.setattr(wandb, "init", broken)
+        tracker.begin_line(SECOND)
+        tracker.log(2, {"train/loss": 1.0})
+        tracker.begin_line(dataclasses.replace(SECOND, number=3))
+        tracker.log(3, {"train/loss": 1.0})
+    assert steps(tmp_path) == [1, 2, 3]
+    assert "could not start; going on without it" in capsys.readouterr().out
+
+
 def test_a_large_artifact_is_recorded_by_its_paths(tmp_path: Path, config: Config, recorded) -> None:
     product = tmp_path / "weights.bin"
     product.write_bytes(b"w" * 2000)
     small = dataclasses.replace(config, tracking=TrackingConfig(upload_mb=0.001))
     with open_tracker(small, "train", tmp_path / "demo") as tracker:
         tracker.artifact("weights", "model", product)
-    (artifact,) = recorded(tmp_path / "demo", "train")[0].artifacts
+    (artifact,) = recorded(tmp_path / "demo", "train")[0].logged
     (entry,) = artifact.manifest.contents
     assert entry.ref == product.as_uri() and not entry.local_path
+
+
+def test_an_input_is_an_artifact_of_this_run_or_a_reference(tmp_path: Path, config: Config, recorded) -> None:
+    folder, base = tmp_path / "demo", tmp_path / "base"
+    for path in (folder / "checkpoints/step-000004/trainer.json", folder / "diagnosis.json", base / "model.bin"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    with open_tracker(config, "train", folder) as tracker:
+        tracker.artifact("diagnosis", "report", [folder / "diagnosis.json"])
+        tracker.artifact("checkpoint", "checkpoint", [folder / "checkpoints/step-000004/trainer.json"])
+    with open_tracker(config, "export", folder) as tracker:
+        source = tracker.input(folder / "checkpoints/step-000004/transformer", "source")
+        model = tracker.input(base, "base-model")
+        assert (source, model) == ("demo-checkpoint", "demo-base-model")
+        tracker.artifact("export", "model", base, uses=[source, model])
+    (training,), (export,) = recorded(folder, "train"), recorded(folder, "export")
+    found, outside = export.used
+    assert found.digest == next(one for one in training.logged if one.name == source).digest
+    assert [entry.ref for entry in outside.manifest.contents] == [(base / "model.bin").as_uri()]
+    assert [event["uses"] for event in read_lines(folder / "events.jsonl")][-1] == [source, model]
+
+
+def test_versions_of_a_large_artifact_differ_by_its_manifest(tmp_path: Path, config: Config, recorded) -> None:
+    small = dataclasses.replace(config, tracking=TrackingConfig(upload_mb=0.0))
+    product = tmp_path / "product"
+    product.mkdir()
+    (product / "weights.bin").write_bytes(b"w")
+    with open_tracker(small, "train", tmp_path / "demo") as tracker:
+        for version in "ab":
+            (product / "manifest.json").write_text(version)
+            tracker.artifact("weights", "model", product)
+    first, second = recorded(tmp_path / "demo", "train")[0].logged
+    assert first.digest != second.digest
 
 
 def test_a_failing_stage_marks_its_run_as_failed_and_raises(tmp_path: Path, config: Config, recorded) -> None:

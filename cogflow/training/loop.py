@@ -34,7 +34,7 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
     context = trainer.context
     while True:
         checkpointer.resume(context, start)
-        context.line = ranks.run_on_main(lambda: start_line(context, start))
+        context.line = start_line(context, start)
         context.tracker.rewind(context.step)
         if context.step:
             echo(f"resuming {context.folder} after step {context.step}")
@@ -46,12 +46,16 @@ def train(trainer: Trainer, checkpointer: Checkpointer, start: StartPoint) -> No
 
 
 def start_line(context: TrainingContext, start: StartPoint) -> int:
-    """Begin the line of ``start``, where it has one; return the number of the line that is trained. Rank 0 only."""
-    if start.line is None:
-        return current_line(context.folder)
-    line = begin(context.folder, start.line)
-    context.tracker.begin_line(line)
-    return line.number
+    """Begin the line of ``start``, where it has one; return the number of the line that is trained. Collective."""
+
+    def begin_on_main() -> int:
+        if start.line is None:
+            return current_line(context.folder)
+        line = begin(context.folder, start.line)
+        context.tracker.begin_line(line)
+        return line.number
+
+    return ranks.run_on_main(begin_on_main)
 
 
 class Trainer:

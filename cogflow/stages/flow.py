@@ -19,7 +19,7 @@ from cogflow.sampling.sample_record import newest_samples
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.html_report import write_report
 from cogflow.tracking.stage_record import write_stage_record
-from cogflow.tracking.tracker import open_tracker
+from cogflow.tracking.tracker import one_upload_line, open_tracker
 from cogflow.training import sequence
 
 COLUMNS = ["stage", "result", "seconds", "where"]
@@ -55,11 +55,12 @@ def run(config: Config[FlowStage]) -> None:
         "assemble": lambda: assemble.run(config.with_stage(stage.assemble)),
         "diagnose": lambda: diagnose.run(config.with_stage(examined)),
     }
-    for number, name in enumerate(STAGES, start=1):
-        echo(f"\n[{number}/{len(STAGES)}] {name}")
-        actions[name]()
-    if ranks.is_main():
-        close_flow(config, folder, started)
+    with one_upload_line(folder):
+        for number, name in enumerate(STAGES, start=1):
+            echo(f"\n[{number}/{len(STAGES)}] {name}")
+            actions[name]()
+        if ranks.is_main():
+            close_flow(config, folder, started)
     ranks.barrier()
     ranks.close()
 

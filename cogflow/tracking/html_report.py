@@ -68,5 +68,6 @@ def render_report(run: RunData) -> str:
         sheets=sections.contact_sheets(run),
         tables=sections.other_tables(run),
         artifacts=[sections.artifact_row(artifact) for artifact in run.artifacts],
+        replaced=[sections.replaced_row(run, former) for former in run.replaced],
         details=[sections.stage_details(record) for record in run.records],
     )

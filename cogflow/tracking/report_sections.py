@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from cogflow.files.record_io import JsonObject
 from cogflow.records.event_records import AlertEvent, ArtifactEvent, Cell, TableEvent
+from cogflow.records.history_records import RunLine
 from cogflow.records.run_records import StageRecord
 from cogflow.runtime.progress import clock
 from cogflow.tracking.contact_sheet import pick
@@ -27,7 +28,7 @@ from cogflow.tracking.formatting import (
     relative_change,
     short,
 )
-from cogflow.tracking.run_data import RunData, ValidationFolder
+from cogflow.tracking.run_data import ReplacedLine, RunData, ValidationFolder
 from cogflow.tracking.secrets import scrub, scrub_text
 
 COLUMNS = 6
@@ -45,7 +46,7 @@ TONES = {"done": "good", "failed": "bad"}
 
 @dataclass(frozen=True)
 class Head:
-    """Title and status of the run. ``tone``: CSS class of the status."""
+    """Title and status of the run. ``tone``: CSS class of the status. ``line``: the line of its history, and whence."""
 
     name: str
     model: str
@@ -56,6 +57,21 @@ class Head:
     command: str
     started: str
     written: str
+    line: str
+    sync: str
+
+
+@dataclass(frozen=True)
+class ReplacedRow:
+    """A former line. ``after``: results of later steps were moved to ``where``; ``href``: link to it, or empty."""
+
+    number: int
+    after: str
+    reason: str
+    date: str
+    content: str
+    where: str
+    href: str
 
 
 @dataclass(frozen=True)
@@ -219,6 +235,32 @@ def head(run: RunData) -> Head:
         command=scrub_text(main.command) if main else "",
         started=_spaced(min((record.started for record in run.records), default="")),
         written=time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        line=_line_text(run.line) if run.line is not None else "",
+        sync=run.sync_command,
+    )
+
+
+def _line_text(line: RunLine) -> str:
+    """Return which line of its history the run is on, and where it began."""
+    return scrub_text(f"line {line.number}, from step {line.from_step}: {line.reason}")
+
+
+def replaced_row(run: RunData, former: ReplacedLine) -> ReplacedRow:
+    """Return the row of a line that another one replaced."""
+    following, record = former.next, former.record
+    content = ""
+    if record is not None:
+        counts = (len(record.checkpoints), "checkpoints"), (len(record.samples), "validations")
+        content = ", ".join(f"{count} {name}" for count, name in (*counts, (record.metric_rows, "rows of metrics")))
+    place = run.folder / following.replaced if following.replaced is not None else None
+    return ReplacedRow(
+        number=following.number - 1,
+        after=f"step {following.kept}" if following.kept >= 0 else "its beginning",
+        reason=scrub_text(following.reason),
+        date=_spaced(record.moved_at if record is not None else following.began),
+        content=content,
+        where=following.replaced or "",
+        href=_link(run.folder, place) if place is not None and _inside(run, str(place)) and place.is_dir() else "",
     )
 
 
@@ -402,7 +444,7 @@ def artifact_row(artifact: ArtifactEvent) -> ArtifactRow:
     return ArtifactRow(
         name=artifact.name,
         type=artifact.type,
-        stage=artifact.stage,
+        stage=artifact.stage or "outside of this run",
         uses=", ".join(artifact.uses),
         size=byte_size(artifact.bytes),
         hash=(artifact.manifest_sha256 or "")[:12],

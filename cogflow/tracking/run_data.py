@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogflow.errors import CogflowError
+from cogflow.files.paths import contained
 from cogflow.files.record_io import read_record
 from cogflow.records.event_records import AlertEvent, ArtifactEvent, TableEvent
+from cogflow.records.history_records import ReplacedRecord, RunLine, read_history
 from cogflow.records.run_records import StageRecord
 from cogflow.records.sample_records import SampleRecord, SamplesRecord
 from cogflow.tracking.metrics_log import EVENTS, METRICS, read_events, read_metrics
+from cogflow.tracking.wandb_folders import sync_command
 
 ORDER = ("pretrain", "prepare", "train", "sample", "export", "assemble", "diagnose", "benchmark", "flow")
 """Stages in the order that the report lists them."""
@@ -62,11 +65,21 @@ class ValidationFolder:
 
 
 @dataclass(frozen=True)
+class ReplacedLine:
+    """A former line of the run. ``next``: the line that replaced it. ``record``: what was moved aside, where known."""
+
+    next: RunLine
+    record: ReplacedRecord | None
+
+
+@dataclass(frozen=True)
 class RunData:
-    """Content of a run folder.
+    """Content of a run folder: that of the current line of its history.
 
     ``records``: in the order that the stages run. ``validations``: by step. ``tables``: the newest of each key.
-    ``last_step``: the last step that training logged; None before the first.
+    ``last_step``: the last step that training logged; None before the first. ``line``: the current line; None where the
+    run has no ``history.json``. ``replaced``: the former lines, oldest first. ``sync_command``: uploads what W&B wrote
+    offline; empty when there is nothing to upload.
     """
 
     folder: Path
@@ -77,6 +90,9 @@ class RunData:
     tables: dict[str, TableEvent] = field(default_factory=dict)
     alerts: list[AlertEvent] = field(default_factory=list)
     artifacts: list[ArtifactEvent] = field(default_factory=list)
+    line: RunLine | None = None
+    replaced: list[ReplacedLine] = field(default_factory=list)
+    sync_command: str = ""
 
     def record(self, stage: str) -> StageRecord | None:
         """Return the record of ``stage``; None when the stage has not run."""
@@ -101,6 +117,7 @@ def read_run(folder: Path) -> RunData:
         elif isinstance(event, ArtifactEvent):
             artifacts.pop(event.name, None)
             artifacts[event.name] = event
+    lines = _read_lines(folder)
     return RunData(
         folder=folder,
         records=_read_stage_records(folder),
@@ -110,7 +127,26 @@ def read_run(folder: Path) -> RunData:
         tables=tables,
         alerts=alerts,
         artifacts=list(artifacts.values()),
+        line=lines[-1] if lines else None,
+        replaced=[ReplacedLine(line, _read_replaced(folder, line)) for line in lines[1:]],
+        sync_command=sync_command(folder),
     )
+
+
+def _read_lines(folder: Path) -> list[RunLine]:
+    """Return the lines of the run's history; none where it has no history, or one that cannot be read."""
+    try:
+        lines = read_history(folder).lines
+    except CogflowError:
+        return []
+    return lines if len(lines) > 1 or lines[0].began else []
+
+
+def _read_replaced(folder: Path, line: RunLine) -> ReplacedRecord | None:
+    try:
+        return read_record(contained(folder, line.replaced or "") / ReplacedRecord.file_name, ReplacedRecord)
+    except CogflowError:
+        return None
 
 
 def _read_stage_records(folder: Path) -> list[StageRecord]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ from cogflow.tracking.metrics_log import (
 )
 from cogflow.tracking.secrets import scrub
 from cogflow.tracking.stage_record import command_line, package_versions, to_json, to_json_object
+from cogflow.tracking.wandb_folders import NO_LINE, WANDB, repair_ended, run_id, sync_command
 from cogflow.tracking.wandb_mode import choose_mode
 from cogflow.tracking.wandb_run import WandbRun, WandbSettings
 
@@ -40,9 +42,6 @@ MAX_NAME = 128
 """Characters of an artifact's name that W&B takes."""
 ALERT_WORDS = {"INFO": "note", "WARN": "warning", "ERROR": "error"}
 
-
-NO_LINE = ("prepare", "benchmark")
-"""Stages whose results do not depend on a line of the run's history."""
 
 BEGIN_SECONDS = 5.0
 """Time in which W&B must start the run of a new line while training waits."""
@@ -148,6 +147,8 @@ class MainTracker(Tracker):
             former.finish(0)
         if kind is not None or self._started is not None:  # W&B shows also a stage that failed before its first value
             self._run.finish(int(kind is not None))
+        if self._started is not None and self._started.was_offline:
+            _echo_upload(self.folder)
 
     @property
     def _run(self) -> WandbRun:
@@ -157,7 +158,8 @@ class MainTracker(Tracker):
         return self._started
 
     def _wandb_settings(self, start_seconds: float | None = None) -> WandbSettings:
-        config, line, token = self._config, self._line, _run_token(self.folder)
+        config, line, mode = self._config, self._line, choose_mode(self._config.tracking.wandb)
+        token = "" if mode == "disabled" else _run_token(self.folder)
         settings = to_json_object(asdict(config))
         facts: dict[str, JsonValue] = {"command": command_line(), "versions": package_versions()}
         name = f"{config.run.name} {self.stage}"
@@ -171,7 +173,7 @@ class MainTracker(Tracker):
                 "replaces": former,
             }
         return WandbSettings(
-            mode=choose_mode(config.tracking.wandb),
+            mode=mode,
             folder=self.folder,
             run_id=run_id(token, self.stage, line.number),
             name=name,
@@ -291,18 +293,44 @@ class MainTracker(Tracker):
         return re.sub(r"[^\w.\-]", "-", full, flags=re.ASCII)[:MAX_NAME]
 
 
+@contextmanager
+def one_upload_line(folder: Path) -> Iterator[None]:
+    """Print how to upload W&B's offline folders of the run in ``folder`` once at the end, not after each stage."""
+    global _holds
+    _holds = []
+    try:
+        yield
+    finally:
+        held, _holds = _holds, None
+        if held:
+            _echo_upload(folder)
+
+
+_holds: list[Path] | None = None
+
+
+def _echo_upload(folder: Path) -> None:
+    """Print the command that uploads W&B's offline folders, after making those of earlier processes readable."""
+    if _holds is not None:
+        _holds.append(folder)
+        return
+    try:
+        repair_ended(folder)
+        command = sync_command(folder)
+    except OSError as error:
+        echo(f"warning: W&B's offline folders cannot be read: {error}")
+        return
+    if command:
+        echo(f"W&B offline; to upload this run: {command}")
+
+
 def _now() -> float:
     return round(time.time(), 3)
 
 
-def run_id(token: str, stage: str, line: int) -> str:
-    """Return the id of the W&B run of a stage and a line of a run folder, whose random name is ``token``."""
-    return f"{token}-{stage}" if line == 1 or stage in NO_LINE else f"{token}-{stage}-line{line}"
-
-
 def _run_token(folder: Path) -> str:
     """Return a random name of this run folder. Another folder of the same name is another run to W&B."""
-    path = folder / "wandb" / RunToken.file_name
+    path = folder / WANDB / RunToken.file_name
     try:
         return read_record(path, RunToken).id
     except CogflowError:

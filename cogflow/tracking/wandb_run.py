@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +52,16 @@ SETTINGS: dict[str, str | bool | float] = {
 }
 """Settings of W&B. Those that the installed version does not know are left out."""
 
+FOREIGN_IDS = (
+    "WANDB_RUN_ID",
+    "WANDB_RESUME",
+    "WANDB_RESUME_FROM",
+    "WANDB_FORK_FROM",
+    "WANDB_SWEEP_ID",
+    "WANDB_SWEEP_PARAM_PATH",
+)
+"""Environment variables that are ignored: they name one run, and cogflow has one for each stage and line."""
+
 MEDIA_KINDS = {".mp4": "video", ".webm": "video", ".png": "image", ".jpg": "image"}
 
 T = TypeVar("T")
@@ -87,6 +99,7 @@ class WandbRun:
         self._rows = RowCount()
         self._failures = 0
         self._axes: set[str] = set()
+        self.was_offline = False
         self._end: Future[Any] | None = None
         self._ended = 0.0
         if settings.mode == "disabled":
@@ -102,6 +115,7 @@ class WandbRun:
             self.run = self._try("could not start; going on without it", start)
         if self.run is not None:
             WandbRun.active += 1
+            self.was_offline = not self.online
             self._rows = RowCount(self._try("did not give its step", lambda: int(self.run.step)) or 0)
             self.define_axes("train", "heldout", "sharpness", "samples")
 
@@ -210,7 +224,6 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         """End the run and wait until everything is written or sent, at most ``FINISH_SECONDS`` after :meth:`end`."""
-        place = self.url_or_dir
         self.end(exit_code)
         if self.run is None or self._end is None:
             return
@@ -221,9 +234,8 @@ class WandbRun:
         self._drop_run()
         seconds = time.monotonic() - self._ended
         if self.online and seconds >= float(SETTINGS["finish_timeout"]):
-            echo(f"warning: W&B did not take everything in {seconds:.0f} s; to upload the rest: wandb sync {folder}")
-        if not self.online and place:
-            echo(f"W&B offline: {place} (to upload it: wandb sync {place})")
+            command = shlex.join(["wandb", "sync", "--include-online", folder])
+            echo(f"warning: W&B did not take everything in {seconds:.0f} s; to upload the rest: {command}")
 
     def call(self, failure: str, action: Callable[[], T], seconds: float | None = None) -> T | None:
         """Return ``action()``, or None after a warning.
@@ -324,20 +336,34 @@ def _start(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
     # W&B keeps the address from its first use in the process, so the present one is passed.
     address = {"base_url": os.environ["WANDB_BASE_URL"]} if os.environ.get("WANDB_BASE_URL") else {}
     known = {name: value for name, value in (SETTINGS | address).items() if name in wandb.Settings.model_fields}
-    return wandb.init(
-        mode="online" if online else "offline",
-        dir=str(settings.folder),
-        id=run_id,
-        resume="allow",
-        reinit="create_new",  # flow's stages share a process: each needs its own run
-        project=settings.project,
-        entity=settings.entity,
-        group=settings.group,
-        job_type=settings.job_type,
-        name=settings.name,
-        config=dict(settings.config),
-        settings=wandb.Settings(**known),
-    )
+    with _without_foreign_ids():
+        return wandb.init(
+            mode="online" if online else "offline",
+            dir=str(settings.folder),
+            id=run_id,
+            resume="allow",
+            reinit="create_new",  # flow's stages share a process: each needs its own run
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            job_type=settings.job_type,
+            name=settings.name,
+            config=dict(settings.config),
+            settings=wandb.Settings(**known),
+        )
+
+
+@contextmanager
+def _without_foreign_ids() -> Iterator[None]:
+    """Hide the environment variables that name one run, which would join stages and lines, or keep W&B from starting.
+
+    W&B takes the ids of a sweep's runs from the sweep, and refuses a fork together with an id.
+    """
+    hidden = {name: os.environ.pop(name) for name in FOREIGN_IDS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _artifact_metadata(event: ArtifactEvent) -> dict[str, str | int | list[str]]:

@@ -17,7 +17,8 @@ import pytest
 from cogflow.config.config import Config
 from cogflow.data.video import write_video
 from cogflow.files.record_io import write_record
-from cogflow.records.run_records import MachineRecord, StageRecord
+from cogflow.records.history_records import HistoryRecord, ReplacedRecord, RunLine
+from cogflow.records.run_records import MachineRecord, RunToken, StageRecord
 from cogflow.records.sample_records import SampleRecord, SamplesRecord, SamplingRecord
 from cogflow.tracking.contact_sheet import contact_sheet
 from cogflow.tracking.curves import Chart, ChartSpec, Line, draw_chart, running_mean
@@ -273,3 +274,33 @@ def test_an_alert_links_its_picture(tmp_path: Path) -> None:
     event = {"kind": "alert", "title": "step 4: soft", "text": "x", "picture": "watch/a.png"}
     (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
     assert '<a href="watch/a.png">frames</a>' in write_report(tmp_path).read_text()
+
+
+def test_the_page_names_its_line_and_lists_those_that_it_replaced(run: Path) -> None:
+    assert "Replaced lines" not in write_report(run).read_text()
+    lines = [
+        RunLine(1, "2026-01-01T00:00:00Z", "new run", "", {}),
+        RunLine(2, "2026-01-02T00:00:00Z", "rollback after step 8: <soft>", "", {}, 4, kept=4, replaced="replaced/01"),
+        RunLine(3, "2026-01-03T00:00:00Z", "stage.resume=never", "", {}, replaced="replaced/02"),
+    ]
+    write_record(run / HistoryRecord.file_name, HistoryRecord(lines))
+    moved = ReplacedRecord(1, 4, "2026-01-02T03:04:05Z", lines[1].reason, "", 2, [6, 8], [8], 4)
+    write_record(run / "replaced" / "01" / ReplacedRecord.file_name, moved)
+    text = write_report(run).read_text()
+    assert "<span>line 3, from step 0: stage.resume=never</span>" in text
+    rows = re.findall(r"<tr>(.*?)</tr>", text.partition("<h2>Replaced lines</h2>")[2].partition("</table>")[0], re.S)
+    cells = [[unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+    kept = "2 checkpoints, 1 validations, 4 rows of metrics"
+    assert cells[1:] == [
+        ["1", "step 4", "rollback after step 8: <soft>", "2026-01-02 03:04:05", kept, "replaced/01"],
+        ["2", "its beginning", "stage.resume=never", "2026-01-03 00:00:00", "", "replaced/02"],
+    ]
+    assert {"href": "replaced/01"} in Page(text).all("a") and {"href": "replaced/02"} not in Page(text).all("a")
+
+
+def test_the_page_names_the_command_that_uploads_the_run(run: Path) -> None:
+    write_record(run / "wandb" / RunToken.file_name, RunToken("ab"))
+    folder = run / "wandb" / "offline-run-20260101_000000-ab-train"
+    folder.mkdir()
+    (folder / "run-ab-train.wandb").touch()
+    assert f"wandb sync '{folder.resolve()}'" in unescape(write_report(run).read_text())

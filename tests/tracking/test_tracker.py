@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import socket
 import time
 from pathlib import Path
@@ -284,13 +285,27 @@ def test_the_environment_variable_overrides_the_setting(monkeypatch, capsys) -> 
     assert choose_mode("online") == "offline" and "sometimes" in capsys.readouterr().out
 
 
+def test_ids_in_the_environment_join_no_stages(tmp_path: Path, config: Config, monkeypatch, recorded) -> None:
+    foreign = {"RUN_ID": "abc", "RESUME": "must", "RESUME_FROM": "abc?_step=1", "SWEEP_ID": "abc"}
+    for name, value in foreign.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    ids = []
+    for stage in ("prepare", "train", "train"):
+        with open_tracker(config, stage, tmp_path) as tracker:
+            tracker.log(1, {"train/loss": 1.0})
+        ids.append(recorded(tmp_path, stage)[-1].run_id)
+        time.sleep(1.1)
+    assert ids[0] != ids[1] == ids[2] and "abc" not in ids
+    assert os.environ["WANDB_RUN_ID"] == "abc"
+
+
 def test_disabled_wandb_still_writes_the_run_files(tmp_path: Path, config: Config, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with open_tracker(config, "train", tmp_path) as tracker:
         tracker.log(1, {"train/loss": 1.0})
         tracker.table("t", ["a"], [[math.nan]])
     assert steps(tmp_path) == [1] and read_lines(tmp_path / "events.jsonl")[0]["rows"] == [[None]]
-    assert not list(tmp_path.glob("wandb/offline-run-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "metrics.jsonl"]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, config: Config, monkeypatch) -> None:

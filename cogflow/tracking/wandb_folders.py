@@ -1,0 +1,151 @@
+"""Find the folders of a run that W&B wrote offline, and the command that uploads them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import struct
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogflow.errors import CogflowError
+from cogflow.files.record_io import read_record
+from cogflow.records.history_records import current_line
+from cogflow.records.run_records import RunToken
+
+WANDB = "wandb"
+"""Folder of a run with W&B's files."""
+
+NO_LINE = ("prepare", "benchmark")
+"""Stages whose results do not depend on a line of the run's history."""
+
+QUIET_SECONDS = 60.0
+"""A file that was not written for so long belongs to a process that has ended: W&B writes the system's metrics every
+15 s.
+"""
+
+_OFFLINE = re.compile(r"offline-run-\d{8}_\d{6}-(?P<id>.+)")
+_LINE = re.compile(r"(?P<stage>[a-z]+)(-line(?P<line>\d+))?(-offline)?")
+
+# A .wandb file has a header and then LevelDB's log format: blocks of 32 KiB with chunks of crc32, length, kind, bytes.
+_HEADER = 7
+_BLOCK = 32768
+_FULL, _LAST = 1, 4
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Number of complete records at the beginning of a file, and where the last of them ends.
+
+    ``damaged``: what follows is not a record that was being written.
+    """
+
+    count: int
+    end: int
+    damaged: bool = False
+
+
+def run_id(token: str, stage: str, line: int) -> str:
+    """Return the id of the W&B run of a stage and a line of a run folder, whose random name is ``token``."""
+    return f"{token}-{stage}" if line == 1 or stage in NO_LINE else f"{token}-{stage}-line{line}"
+
+
+def sync_command(folder: Path) -> str:
+    """Return the command that uploads every offline folder of the run's current line that is not uploaded yet.
+
+    Empty when there is none. Raises no error: a folder that cannot be read is left out.
+    """
+    found = unsynced_folders(folder)
+    return shlex.join([*_sync_words(), *map(str, found)]) if found else ""
+
+
+def unsynced_folders(folder: Path) -> list[Path]:
+    """Return the offline folders of the current line of the run in ``folder`` that are not uploaded, oldest first.
+
+    ``wandb sync`` marks what it has uploaded. It stops at a folder that holds no run yet, so such folders are left out.
+    """
+    try:
+        token, line = read_record(folder / WANDB / RunToken.file_name, RunToken).id, current_line(folder)
+    except CogflowError:
+        return []
+    found = []
+    for path in sorted((folder / WANDB).glob("offline-run-*")):
+        name = _OFFLINE.fullmatch(path.name)
+        if name is None or not _belongs(name["id"], token, line):
+            continue
+        file = path / f"run-{name['id']}.wandb"
+        if not Path(f"{file}.synced").exists() and not _holds_no_run(file):
+            found.append(path.resolve())
+    return found
+
+
+def repair_ended(folder: Path) -> None:
+    """Remove cut off records from the offline folders that :func:`sync_command` names and that no process writes."""
+    for path in unsynced_folders(folder):
+        for file in path.glob("*.wandb"):
+            if _is_quiet(file):
+                drop_incomplete_record(file)
+
+
+def drop_incomplete_record(file: Path) -> int:
+    """Remove a record that a kill has cut off from the end of a ``.wandb`` file; return the number of bytes removed.
+
+    ``wandb sync`` stops at such a record and then uploads no later folder of the run. Nothing may write to the file.
+    """
+    records, size = _read_records(file), file.stat().st_size
+    if records.damaged or not records.count or records.end == size:
+        return 0
+    with file.open("r+b") as opened:
+        opened.truncate(records.end)
+    return size - records.end
+
+
+def _holds_no_run(file: Path) -> bool:
+    """Return whether a session ended before it wrote its run. The one that ended just now is still being written."""
+    return not file.is_file() or (_is_quiet(file) and _read_records(file).count < 2)
+
+
+def _is_quiet(file: Path) -> bool:
+    return time.time() - file.stat().st_mtime > QUIET_SECONDS
+
+
+def _belongs(identity: str, token: str, line: int) -> bool:
+    """Return whether a W&B run is one of the run ``token`` and of ``line``, or of a stage without lines."""
+    if not identity.startswith(f"{token}-"):
+        return False
+    name = _LINE.fullmatch(identity.removeprefix(f"{token}-"))
+    return name is not None and (name["stage"] in NO_LINE or int(name["line"] or 1) == line)
+
+
+def _sync_words() -> list[str]:
+    """Return the words before the folders. W&B sorts the folders of one run by their start.
+
+    Versions before 0.29 continue a run only with ``--append``; later ones see in the files that the run was resumed.
+    """
+    try:
+        from wandb.proto.wandb_internal_pb2 import RunRecord
+
+        return ["wandb", "sync"] if "resume" in RunRecord.DESCRIPTOR.fields_by_name else ["wandb", "sync", "--append"]
+    except ImportError:
+        return ["wandb", "sync"]
+
+
+def _read_records(file: Path) -> _Records:
+    """Count the complete records of a ``.wandb`` file, up to the first that is cut off or damaged."""
+    data = file.read_bytes() if file.is_file() else b""
+    at, count, end = _HEADER, 0, 0
+    while at + _HEADER <= len(data):
+        if _BLOCK - at % _BLOCK < _HEADER:  # the rest of a block is too short for a chunk
+            at += _BLOCK - at % _BLOCK
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        start, at = at, at + _HEADER + length
+        if at > len(data):
+            break
+        if zlib.crc32(data[start + _HEADER - 1 : at]) != checksum:
+            return _Records(count, end, damaged=len(data) - start > _BLOCK)
+        if kind in (_FULL, _LAST):
+            count, end = count + 1, at
+    return _Records(count, end)

@@ -7,9 +7,6 @@ from pathlib import Path
 
 from cogflow.records.event_records import ArtifactEvent, Event
 
-MAX_INPUT_FILES = 1000
-"""Most files of an input that are named one by one; of a larger folder the path alone is recorded."""
-
 OUTSIDE = ""
 """Stage of an artifact that no stage of the run made, such as the base model."""
 

@@ -139,6 +139,7 @@ class MainTracker(Tracker):
         drop_incomplete_line(folder / EVENTS)
         self._started: WandbRun | None = None
         self._former: list[WandbRun] = []
+        self._inputs: set[tuple[str, str]] = set()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -250,10 +251,12 @@ class MainTracker(Tracker):
         own = artifact_at(self.folder, newest_artifacts(read_events(self.folder / EVENTS)), path)
         if own is not None:
             return own.name
-        members = artifact_files(path)
-        full = self._artifact_name(name)
-        size, where = _total_bytes(members), self._relative(path)
-        self._write_event(ArtifactEvent(full, type, len(members), size, [], path=where, stage=OUTSIDE, time=_now()))
+        full, where = self._artifact_name(name), self._relative(path)
+        if (full, where) not in self._inputs:
+            self._inputs.add((full, where))
+            members = artifact_files(path)
+            size = _total_bytes(members)
+            self._write_event(ArtifactEvent(full, type, len(members), size, [], path=where, stage=OUTSIDE, time=_now()))
         return full
 
     def alert(self, title: str, text: str, level: str = "WARN", picture: Path | None = None) -> None:

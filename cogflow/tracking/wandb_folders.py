@@ -26,7 +26,6 @@ QUIET_SECONDS = 60.0
 15 s.
 """
 
-_OFFLINE = re.compile(r"offline-run-\d{8}_\d{6}-(?P<id>.+)")
 _LINE = re.compile(r"(?P<stage>[a-z]+)(-line(?P<line>\d+))?(-offline)?")
 
 # A .wandb file has a header and then LevelDB's log format: blocks of 32 KiB with chunks of crc32, length, kind, bytes.
@@ -71,13 +70,10 @@ def unsynced_folders(folder: Path) -> list[Path]:
     except CogflowError:
         return []
     found = []
-    for path in sorted((folder / WANDB).glob("offline-run-*")):
-        name = _OFFLINE.fullmatch(path.name)
-        if name is None or not _belongs(name["id"], token, line):
-            continue
-        file = path / f"run-{name['id']}.wandb"
-        if not Path(f"{file}.synced").exists() and not _holds_no_run(file):
-            found.append(path.resolve())
+    for file in sorted((folder / WANDB).glob("offline-run-*/run-*.wandb")):
+        belongs = _belongs(file.stem.removeprefix("run-"), token, line)
+        if belongs and not Path(f"{file}.synced").exists() and not _holds_no_run(file):
+            found.append(file.parent.resolve())
     return found
 
 
@@ -104,7 +100,7 @@ def drop_incomplete_record(file: Path) -> int:
 
 def _holds_no_run(file: Path) -> bool:
     """Return whether a session ended before it wrote its run. The one that ended just now is still being written."""
-    return not file.is_file() or (_is_quiet(file) and _read_records(file).count < 2)
+    return _is_quiet(file) and _read_records(file).count < 2
 
 
 def _is_quiet(file: Path) -> bool:

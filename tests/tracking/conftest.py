@@ -109,7 +109,7 @@ def recorded() -> Callable[[Path, str], list[Recorded]]:
         deadline = time.monotonic() + 20
         while True:
             paths = sorted(
-                folder.glob(f"wandb/offline-run-*-{stage}/run-*.wandb"), key=lambda path: path.stat().st_mtime
+                folder.glob(f"wandb/offline-run-*/run-*-{stage}.wandb"), key=lambda path: path.stat().st_mtime
             )
             sessions = [Recorded(path) for path in paths]
             # W&B's service writes the end of a run a moment after finish() has returned.

@@ -147,6 +147,8 @@ class Histories(RuleBasedStateMachine):
         self.state = State()
         self.others: list[tuple[Path, State]] = []
         self.last: Command | None = None
+        self.transferred = False
+        self.exported = False
         self.counts["sequences"] = self.counts.get("sequences", 0) + 1
 
     @property
@@ -180,27 +182,30 @@ class Histories(RuleBasedStateMachine):
         command = replace(command, resume=path, steps=max(command.steps, len(saved.lineage)))
         self.run(command, start(self.state, command, saved, place), fault)
 
-    @precondition(lambda self: self.state.lines)
+    @precondition(lambda self: self.state.lines and not self.transferred)
     @rule()
     def move(self) -> None:
         self.count("move")
+        self.transferred = True
         target = f"moved-{next(self.numbers)}"
         self.folder.rename(self.world.root / target)
         self.name = target
 
-    @precondition(lambda self: self.state.lines)
+    @precondition(lambda self: self.state.lines and not self.transferred and len(self.others) < 2)
     @rule()
     def copy(self) -> None:
         self.count("copy")
+        self.transferred = True
         target = f"copied-{next(self.numbers)}"
         shutil.copytree(self.folder, self.world.root / target)
         self.others.append((self.folder, self.state))
         self.name = target
 
-    @precondition(lambda self: self.state.checkpoints)
+    @precondition(lambda self: self.state.checkpoints and not self.exported)
     @rule()
     def export(self) -> None:
         self.count("export")
+        self.exported = True
         output = self.folder / "export"
         shutil.rmtree(output, ignore_errors=True)
         done = self.world.server.run(
@@ -232,6 +237,7 @@ class Histories(RuleBasedStateMachine):
     def run(self, command: Command, expected: Start | str, fault: str = "") -> None:
         """Run ``command``, and compare exit code and folder with what is expected."""
         self.last = command
+        self.transferred = self.exported = False
         self.count(fault.partition("@")[0] or "train")
         done = self.world.train(self.name, *words(command), fault=fault)
         self.output = f"{command}\n{fault}\n{done.codes} {done.fired}\n{done.text[-3000:]}"

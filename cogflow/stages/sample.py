@@ -257,7 +257,7 @@ def clip_scores(config: Config[SampleStage], clips: ClipSource) -> dict[str, dic
     """Return learned scores by clip; an empty dictionary when ``sampling.clip_model`` names no CLIP model."""
     if config.sampling.clip_model is None:
         return {}
-    from cogflow.sharpness.learned import ClipScores
+    from cogflow.sharpness.clip_iqa import ClipScores
 
     try:
         scores = ClipScores(Path(config.sampling.clip_model).expanduser(), ranks.device())

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from cogflow.files.manifest import check_manifest, read_manifest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from cogflow.artifacts.run_history import finish_line
 from cogflow.artifacts.run_layout import step_folders, step_of
+from cogflow.files.publish import check_manifest, read_manifest
 from cogflow.records.history_records import read_history
 from tests.faults.conftest import World
 from tests.faults.histories import RATIO, Aside, Command, Line, Lineage, Saved, Start, State, start, states

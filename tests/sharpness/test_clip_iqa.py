@@ -1,4 +1,4 @@
-"""The learned extra: a genuine CLIP, small and random, since only the way to it is ours."""
+"""Test scores by a CLIP model, with a small random one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cogflow.data.shapes import draw, scenes
+from cogflow.data.video import write_video
 from cogflow.sharpness.clip_iqa import PAIRS, ClipScores
 
 
@@ -54,6 +55,16 @@ def test_scores_equal_the_models_softmax(folder: Path) -> None:
 def test_scores_do_not_depend_on_dtype(folder: Path) -> None:
     scores, clip = ClipScores(folder), draw(scenes(1, 1)[0], 5, 64, 96)
     assert scores(torch.from_numpy(clip).float() / 255) == pytest.approx(scores(clip), abs=1e-6)
+
+
+def test_stage_sample_scores_each_clip(folder: Path, tmp_path: Path) -> None:
+    from cogflow.config.compose import compose
+    from cogflow.stages.sample import clip_scores
+
+    write_video(tmp_path / "clip.mp4", draw(scenes(1, 0)[0], 5, 64, 96), 8)
+    found = clip_scores(compose(["stage=sample", f"sampling.clip_model={folder}"]), tmp_path)
+    assert set(found["clip"]) == set(PAIRS)
+    assert clip_scores(compose(["stage=sample"]), tmp_path) == {}
 
 
 def test_a_folder_without_a_model_raises_and_nothing_is_downloaded(tmp_path: Path) -> None:

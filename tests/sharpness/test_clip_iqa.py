@@ -12,6 +12,7 @@ import torch
 
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
+from cogflow.sampling.clip_files import ClipSource
 from cogflow.sharpness.clip_iqa import PAIRS, ClipScores
 
 
@@ -62,9 +63,10 @@ def test_stage_sample_scores_each_clip(folder: Path, tmp_path: Path) -> None:
     from cogflow.stages.sample import clip_scores
 
     write_video(tmp_path / "clip.mp4", draw(scenes(1, 0)[0], 5, 64, 96), 8)
-    found = clip_scores(compose(["stage=sample", f"sampling.clip_model={folder}"]), tmp_path)
+    clips = ClipSource(tmp_path)
+    found = clip_scores(compose(["stage=sample", f"sampling.clip_model={folder}"]), clips)
     assert set(found["clip"]) == set(PAIRS)
-    assert clip_scores(compose(["stage=sample"]), tmp_path) == {}
+    assert clip_scores(compose(["stage=sample"]), clips) == {}
 
 
 def test_a_folder_without_a_model_raises_and_nothing_is_downloaded(tmp_path: Path) -> None:

@@ -42,11 +42,18 @@ def find_start(config: Config[TrainStage], cache: LatentCache, folder: Path) -> 
 def check_finished(config: Config[TrainStage], start: StartPoint, folder: Path) -> bool:
     """Return whether the run has no step left to train.
 
-    Raises :class:`ConfigError` when this command has other settings than those that the run was finished with, or
-    fewer steps than it has.
+    Raises :class:`ConfigError` when this command has other settings than those that the run was finished with, or no
+    more steps than the checkpoint of another run that it starts from.
     """
     record, stage = start.record, config.stage
-    if record is None or start.line is not None or record.step < stage.steps:
+    if record is None or start.checkpoint is None or record.step < stage.steps:
+        return False
+    if start.line is not None:  # an older line may be brought back without training it further
+        if record.step > stage.steps or not start.checkpoint.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{start.checkpoint} is at step {record.step}, and stage.steps={stage.steps}: nothing is left to train.",
+                f"Give more steps, such as stage.steps={2 * record.step}.",
+            )
         return False
     different = ranks.run_on_main(lambda: _differences_to_finished(config, record, folder))
     if different:

@@ -131,6 +131,8 @@ def start(state: State, command: Command, named: Saved | None = None, place: int
     assert named is not None
     step = len(named.lineage)
     if place is None:
+        if step >= command.steps:
+            return "refused"
         line = Line(command, start=named)
         return Start(state.begun(line, -1, {}, {}), named, ())
     assert current is not None

@@ -51,7 +51,7 @@ def check_finished(config: Config[TrainStage], start: StartPoint, folder: Path) 
     if start.line is not None:  # an older line may be brought back without training it further
         if record.step > stage.steps or not start.checkpoint.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"{start.checkpoint} is at step {record.step}, and stage.steps={stage.steps}: nothing is left to train.",
+                f"{start.checkpoint} is at step {record.step} of stage.steps={stage.steps}: nothing is left to train.",
                 f"Give more steps, such as stage.steps={2 * record.step}.",
             )
         return False

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-import av
 import numpy as np
 import torch
 
@@ -23,6 +22,8 @@ from cogflow.data import clips, softness, video_decoding
 from cogflow.data.clip_index import EXTENSIONS
 from cogflow.data.encode import clip_threads, clips_at_once, vae_input
 from cogflow.data.latent_cache import ShardWriter
+from cogflow.data.media import file_size, open_media
+from cogflow.data.media_bytes import ClipError
 from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import PlaneConverter, write_video
 from cogflow.errors import DataError
@@ -113,7 +114,7 @@ def draw_clips(folder: Path, count: int, height: int, data: DataConfig) -> list[
 
 def describe_clips(paths: Sequence[Path]) -> str:
     """Return number, size, codec and frame rate in words, by the first clip."""
-    with av.open(str(paths[0])) as container:
+    with open_media(paths[0]) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
         return f"{len(paths)} of {stream.width}x{stream.height} ({stream.codec_context.name}, {rate:.3g} a second)"
@@ -129,7 +130,7 @@ def seconds_per_pass(paths: Sequence[Path], data: DataConfig) -> float:
         began = time.perf_counter()
         try:
             shapes = list(pool.map(read, paths))
-        except video_decoding.ClipError as error:
+        except ClipError as error:
             raise DataError(
                 f"a clip cannot be read: {error.reason}", "Give clips that stage=prepare takes, all of them."
             ) from None
@@ -157,9 +158,7 @@ def _parts_of_clip(path: Path, data: DataConfig, place: Path) -> dict[str, float
 
     content = timed("hashing the file", lambda: hash_file(path))
     with ExitStack() as stack:
-        file = timed(
-            "opening, reading packets", lambda: video_decoding.open_video(path, video_decoding.file_size(path), stack)
-        )
+        file = timed("opening, reading packets", lambda: video_decoding.open_video(path, file_size(path), stack))
         wanted = clips.window_start(file.scan, data, content) + np.arange(data.frames) / data.fps
         frames = timed("decoding", lambda: [frame for frame, _ in video_decoding.decode_needed(file, wanted)])
     to_planes = PlaneConverter()

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cogflow.config.data_section import DataConfig
-from cogflow.data.video_decoding import ClipError, ClipProperties, inspect_clip
+from cogflow.data.media_bytes import ClipError
+from cogflow.data.video_decoding import ClipProperties, inspect_clip
 
 Size = tuple[int, int, int]
 """Frames, height, width."""

@@ -21,16 +21,15 @@ import torch
 from torch.nn import functional
 
 from cogflow.config.data_section import DataConfig
+from cogflow.data.media import as_clip_errors, file_size
+from cogflow.data.media_bytes import ClipError
 from cogflow.data.video import PlaneConverter
 from cogflow.data.video_decoding import (
     TOLERANCE,
-    ClipError,
     IncompleteError,
     PacketScan,
-    as_clip_errors,
     decode_all,
     decode_needed,
-    file_size,
     open_video,
 )
 from cogflow.files.hashing import hash_file
@@ -41,6 +40,7 @@ VERSION = 1
 CLIP_SETTINGS = ("frames", "height", "width", "fps", "resize", "crop", "window", "seed")
 """The fields of :class:`DataConfig` on which the result of :func:`read_clip` depends."""
 
+_MOST_SCALED = 32  # pixels of a scaled frame for each pixel of the crop; a panorama of 8:1 in portrait needs 14
 _SOURCE_FRAMES = 4  # frames that are kept at their own size, evenly spread
 
 Size = tuple[int, int]
@@ -181,7 +181,7 @@ def fit_frame(planes: Sequence[np.ndarray], data: DataConfig, content: str, out:
 def scaled_size(size: Size, data: DataConfig) -> Size:
     """Return height and width after resizing and before cropping.
 
-    Raises :class:`ClipError` with ``data.resize=none``.
+    Raises :class:`ClipError` for a frame that is smaller with ``data.resize=none``, or far too narrow.
     """
     height, width = size
     if data.resize == "stretch":
@@ -191,6 +191,8 @@ def scaled_size(size: Size, data: DataConfig) -> Size:
             raise ClipError(f"too small: {width}x{height}, and data.resize=none needs {data.width}x{data.height}")
         return size
     scale = max(data.height / height, data.width / width)
+    if height * width * scale**2 > max(height * width, _MOST_SCALED * data.height * data.width):
+        raise ClipError(f"too narrow: {width}x{height} for {data.width}x{data.height}")
     return max(data.height, round(height * scale)), max(data.width, round(width * scale))
 
 

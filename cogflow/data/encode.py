@@ -29,7 +29,8 @@ from cogflow.data.buckets import assign_bucket, at_bucket_size
 from cogflow.data.clip_index import ClipEntry
 from cogflow.data.clips import Clip, read_clip
 from cogflow.data.latent_cache import CLIPS, FIRST_FRAME, TEXTS, ShardWriter, first_frame_names
-from cogflow.data.video_decoding import ClipError
+from cogflow.data.media import file_size
+from cogflow.data.media_bytes import ClipError
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.atomic_write import write_text
 from cogflow.files.hashing import hash_file
@@ -73,6 +74,7 @@ class SourceClip:
 def read_source_clip(entry: ClipEntry, data: DataConfig) -> SourceClip:
     """Hash the file of ``entry`` and choose its bucket."""
     try:
+        file_size(entry.path)  # refuses pipes and devices, which hashing would read forever
         stamp = _stamp(entry.path)
         bucket = assign_bucket(entry.path, data) if data.buckets else None
         return SourceClip(entry, hash_file(entry.path), stamp, None, bucket)

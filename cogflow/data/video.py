@@ -11,9 +11,15 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
+from cogflow.data.media import as_clip_errors, open_media
+from cogflow.data.media_bytes import ClipError
+
 # SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT of libswscale; older PyAV has no names for the last two. The
 # default rounds down, which darkens each clip by one to two levels of 255.
 EXACT = 0x4 | 0x40000 | 0x2000
+
+MOST_BYTES = 2 * 10**9
+"""Bytes of one clip's frames that :func:`read_video` reads; the frames after them are left out."""
 
 _BT709 = 1  # the same number names the matrix, the primaries and the transfer curve
 _LIMITED_RANGE = 1
@@ -90,23 +96,24 @@ def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
     return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
 
 
-def read_video(path: Path, most_bytes: int | None = None) -> tuple[torch.Tensor, float]:
+def read_video(path: Path, most_bytes: int = MOST_BYTES) -> tuple[torch.Tensor, float]:
     """Return all frames of a video, uint8 ``[T, H, W, 3]``, and its mean frame rate per second.
 
-    ``most_bytes``: reading ends before the frame that would exceed it. Raises ``ValueError`` for a file without a
-    frame.
+    ``most_bytes``: reading ends before the frame that would exceed it. Raises :class:`ClipError`.
     """
     frames: list[np.ndarray] = []
-    with av.open(str(path)) as container:
+    with as_clip_errors(), open_media(path) as container:
         if not container.streams.video:
-            raise ValueError("it holds no video stream")
+            raise ClipError("holds no video stream")
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
         for frame in container.decode(stream):
             image = to_rgb(frame)
-            if most_bytes is not None and (len(frames) + 1) * image.nbytes > most_bytes:
+            if (len(frames) + 1) * image.nbytes > most_bytes:
                 break
             frames.append(image)
     if not frames:
-        raise ValueError("it holds no frame")
+        raise ClipError("holds no frame")
+    if any(image.shape != frames[0].shape for image in frames):
+        raise ClipError("frames change their size")
     return torch.from_numpy(np.stack(frames)), rate

@@ -7,30 +7,29 @@ decodes one file, because decoding several files at a time is more efficient tha
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 
+from cogflow.data.media import as_clip_errors, file_size, open_media
+from cogflow.data.media_bytes import MAX_FRAMES, ClipError
 from cogflow.data.video import to_rgb
 
 TOLERANCE = 1e-3
 """Seconds by which time stamps may differ: webm and mkv round times to milliseconds."""
 
-_MAX_PIXELS = 8192 * 8192
 _SEEK_SECONDS = 4.0  # below, decoding from the start is as fast as seeking
 _HELD_BYTES = 64 * 2**20  # larger files are read twice instead of being held in memory
-
-
-class ClipError(Exception):
-    """Error for an unusable clip, with a short ``reason``. The caller decides whether it ends the run."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+_HELD_PACKETS = 2**16  # each takes some hundred bytes besides its data
+_SLACK_BYTES = 2**20
+_DECODED_PIXELS = 5 * 10**9
+_DECODED_PIXELS_PER_BYTE = 20_000
+_THREADED_PIXELS = 4096 * 2304  # libav's threads hold a frame each
 
 
 class IncompleteError(Exception):
@@ -74,6 +73,30 @@ class ClipProperties:
 
 
 @dataclass
+class DecodingBudget:
+    """Pixels that may still be decoded for one clip: :func:`pixel_budget` of its file at the start."""
+
+    left: int
+
+    def spend(self, stream: av.VideoStream) -> None:
+        """Count one frame of ``stream``. Raises :class:`ClipError` when the budget is exhausted."""
+        codec = stream.codec_context
+        self.left -= codec.width * codec.height
+        if self.left < 0:
+            raise ClipError(
+                "the wanted frames need too many others: far more pixels are decoded than its size makes plausible"
+            )
+
+
+def pixel_budget(size: int) -> int:
+    """Return how many pixels may be decoded of a file of ``size`` bytes.
+
+    Static recordings of screens, the most compressed real videos, have up to 10,000 pixels per byte.
+    """
+    return _DECODED_PIXELS + _DECODED_PIXELS_PER_BYTE * size
+
+
+@dataclass
 class OpenVideo:
     """An open file whose packets were read; ``packets`` are kept in memory when the file is small."""
 
@@ -81,16 +104,17 @@ class OpenVideo:
     scan: PacketScan
     stream: av.VideoStream
     packets: list[av.Packet[av.VideoStream]] | None
+    budget: DecodingBudget
 
 
 def inspect_clip(path: Path) -> ClipProperties:
     """Return size and time stamps of a clip: read its packets and decode its first frame. Raises :class:`ClipError`."""
     with as_clip_errors():
         size = file_size(path)
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             scan = scan_packets(container, size)
-        with av.open(str(path)) as container:
-            first = next(container.decode(container.streams.video[0]), None)
+        with open_media(path) as container:
+            first = next(decode_frames(container, DecodingBudget(pixel_budget(size))), None)
         if first is None:
             raise ClipError("holds no frame")
         height, width, _ = to_rgb(first).shape
@@ -99,40 +123,25 @@ def inspect_clip(path: Path) -> ClipProperties:
 
 def open_video(path: Path, size: int, stack: ExitStack) -> OpenVideo:
     """Open the file of ``size`` bytes until ``stack`` closes, and read its packets. Raises :class:`ClipError`."""
-    container = stack.enter_context(av.open(str(path)))
+    container = stack.enter_context(open_media(path))
     packets: list[av.Packet[av.VideoStream]] | None = [] if size <= _HELD_BYTES else None
     scan = scan_packets(container, size, packets)
-    return OpenVideo(path, scan, container.streams.video[0], packets)
+    held = packets if packets is not None and len(packets) <= _HELD_PACKETS else None
+    return OpenVideo(path, scan, container.streams.video[0], held, DecodingBudget(pixel_budget(size)))
 
 
-def file_size(path: Path) -> int:
-    """Return the size of a file in bytes. Raises :class:`ClipError` for a missing or empty file."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ClipError("the file is missing") from None
-    except OSError as error:
-        raise ClipError(f"cannot be opened: {error.strerror}") from None
-    if size == 0:
-        raise ClipError("0 bytes")
-    return size
-
-
-@contextmanager
-def as_clip_errors() -> Iterator[None]:
-    """Turn errors of PyAV and of the file system into :class:`ClipError`."""
-    try:
-        yield
-    except av.error.FFmpegError as error:
-        raise ClipError(f"not a readable video (truncated, damaged or of another kind): {error.strerror}") from None
-    except OSError as error:
-        raise ClipError(f"cannot be read: {error.strerror or error}") from None
+def decode_frames(container: av.container.InputContainer, budget: DecodingBudget) -> Iterator[av.VideoFrame]:
+    """Yield the frames of the first video stream from where ``container`` stands, within ``budget``."""
+    stream = container.streams.video[0]
+    for packet in container.demux(stream):
+        budget.spend(stream)
+        yield from packet.decode()
 
 
 def scan_packets(
     container: av.container.InputContainer, size: int, held: list[av.Packet[av.VideoStream]] | None = None
 ) -> PacketScan:
-    """Read all packets of a file of ``size`` bytes without decoding them, and append them to ``held``.
+    """Read all packets of a file of ``size`` bytes without decoding them, and append up to 65,537 of them to ``held``.
 
     Raises :class:`ClipError` for a file that is truncated or damaged, or whose header claims what the packets do not
     hold.
@@ -140,9 +149,16 @@ def scan_packets(
     stream = _checked_stream(container, size)
     claimed = _claimed_seconds(stream)
     base = float(stream.time_base or 0)
-    times, ends = [], []
+    times, ends = array("d"), array("d")
+    bytes_left, packets = 2 * size + _SLACK_BYTES, 0
     for packet in container.demux(stream):
-        if held is not None:
+        packets += 1
+        bytes_left -= packet.size
+        if packets > MAX_FRAMES:
+            raise ClipError(f"holds more than {MAX_FRAMES:,} frames")
+        if bytes_left < 0:
+            raise ClipError(f"its tables name the same bytes many times: more frames than {size:,} bytes can hold")
+        if held is not None and len(held) <= _HELD_PACKETS:
             held.append(packet)
         if packet.is_corrupt:
             raise ClipError("truncated or damaged: a frame is incomplete")
@@ -170,8 +186,6 @@ def _checked_stream(container: av.container.InputContainer, size: int) -> av.Vid
     codec = stream.codec_context
     if codec is None:
         raise ClipError("truncated, or of a codec that is not known here")
-    if codec.width * codec.height > _MAX_PIXELS:
-        raise ClipError(f"the header claims frames of {codec.width}x{codec.height}")
     # Older PyAV has no index; there, incomplete packets show most truncations.
     index = getattr(stream, "index_entries", ())
     if container.format.name.startswith("mov") and any(index[i].pos + index[i].size > size for i in range(len(index))):
@@ -212,6 +226,7 @@ def decode_needed(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.Vide
         for packet in packets:
             # The decoder returns a frame some packets later, so wanted frames are recognised by their time.
             codec.skip_frame = "NONREF" if packet.pts is not None and packet.pts * base not in left else "DEFAULT"
+            file.budget.spend(stream)
             for frame in packet.decode():
                 if frame.pts is None:
                     raise ClipError("frames carry no time stamps")
@@ -239,7 +254,7 @@ def _packets_from(
             if packet.is_keyframe and packet.pts is not None and packet.pts * base <= start
         ]
         return stream, iter(packets[keys[-1] if far and keys else 0 :])
-    container = stack.enter_context(av.open(str(file.path)))
+    container = stack.enter_context(open_media(file.path))
     stream = container.streams.video[0]
     if far:
         container.seek(int(start / base), stream=stream)
@@ -252,14 +267,14 @@ def decode_all(file: OpenVideo, wanted: np.ndarray) -> Iterator[tuple[av.VideoFr
     The packets are used only to seek.
     """
     scan = file.scan
-    with av.open(str(file.path)) as container:
+    with open_media(file.path) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        small = stream.codec_context.width * stream.codec_context.height <= _THREADED_PIXELS
+        stream.thread_type = "AUTO" if small else "NONE"
         base = float(stream.time_base or 0)
-        frames = container.decode(stream)
         if wanted[0] - scan.times[0] > _SEEK_SECONDS:
             container.seek(int(wanted[0] / base), stream=stream)
-            frames = container.decode(stream)
+        frames = decode_frames(container, file.budget)
         shown: av.VideoFrame | None = None
         done = 0
         for frame in frames:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cogflow.artifacts.run_layout import RunLayout, step_name
+from cogflow.data.media_bytes import ClipError
 from cogflow.data.video import read_video
 from cogflow.ladder.causes import describe_finding
 from cogflow.ladder.crop_sheet import write_crop_sheet
@@ -104,7 +105,10 @@ def _base_frames(folder: Path, name: str) -> dict[str, torch.Tensor]:
     path = RunLayout(folder).samples / step_name(0) / f"{name}.mp4"
     if not path.is_file() or (path.parent / FRAMES_FILE).is_file():
         return {}
-    return {Rung.BASE.title: read_video(path)[0]}
+    try:
+        return {Rung.BASE.title: read_video(path)[0]}
+    except ClipError:  # the sheet then shows the other two pictures
+        return {}
 
 
 def _is_equal(one: Any, other: Any) -> bool:

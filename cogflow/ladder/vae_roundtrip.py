@@ -17,7 +17,8 @@ from cogflow.data.clip_index import read_index
 from cogflow.data.clips import read_clip
 from cogflow.data.encode import clip_key
 from cogflow.data.latent_cache import LatentCache
-from cogflow.data.video_decoding import ClipError
+from cogflow.data.media import file_size
+from cogflow.data.media_bytes import ClipError
 from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.ladder.crop_sheet import FramesByTitle, write_crop_sheet
@@ -186,6 +187,7 @@ def _read_clip(config: AnyConfig, cache: LatentCache, index: int, paths: Mapping
     """
     entry = cache.entry(index)
     path = paths[entry.name]
+    file_size(path)  # refuses pipes and devices, which hashing would read forever
     content = hash_file(path)
     data = at_bucket_size(config.data, cache.bucket(index))
     if clip_key(content, data, cache.model_hashes["vae"], cache.image_variants) != cache.clip_of(index):

@@ -8,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from cogflow.artifacts.identify import CONTACT_SHEET, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Artifact, ArtifactKind
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout
-from cogflow.data.video import read_video
+from cogflow.data.media import open_picture
+from cogflow.data.media_bytes import ClipError
+from cogflow.data.video import MOST_BYTES, read_video
 from cogflow.errors import DataError
 from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples, read_sample_record
 
 MEDIA = (ArtifactKind.VIDEOS, ArtifactKind.FRAMES)
 """Kinds of artifact that are clips themselves."""
-MOST_BYTES = 2 * 10**9
-"""Bytes of one clip's frames that are read; the frames after them are left out."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,25 @@ def read_clips(place: Path, kind: ArtifactKind | None = None) -> Iterator[ReadCl
         )
     for path in videos:
         try:
-            frames, fps = read_video(path, most_bytes=MOST_BYTES)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}", "Give videos that a player can play.") from error
+            frames, fps = read_video(path)
+        except ClipError as error:
+            raise DataError(f"{path} cannot be read: {error.reason}", "Give videos that a player can play.") from error
         yield ReadClip(path.stem, frames, fps, raw=False)
     if not videos:
         yield _read_pictures(place, pictures)
 
 
 def _read_pictures(place: Path, pictures: list[Path]) -> ReadClip:
+    images: list[np.ndarray] = []
     try:
-        images = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
+        for path in pictures:
+            with open_picture(path) as picture:
+                images.append(np.asarray(picture.convert("RGB")))
+            if len(images) * images[0].nbytes > MOST_BYTES:
+                images.pop()
+                break
         frames = torch.from_numpy(np.stack(images))
-    except (OSError, ValueError) as error:
+    except (ClipError, OSError, ValueError) as error:
         raise DataError(
             f"The pictures in {place} are not one clip: {error}", "They must be readable and of one size."
         ) from error

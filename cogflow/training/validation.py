@@ -18,6 +18,8 @@ from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_folders
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.latent_cache import LatentCache
+from cogflow.data.media import open_picture
+from cogflow.data.media_bytes import ClipError
 from cogflow.ladder import ladder_report, sample_rungs, vae_roundtrip
 from cogflow.ladder.causes import describe_finding
 from cogflow.ladder.reconstruction_bound import read_reconstruction_bound
@@ -188,11 +190,10 @@ class Validation(Callback):
 
     def _comparison_picture(self, context: TrainingContext, step: int, samples: Path) -> Path | None:
         """Write ``watch/step-....png``, the contact sheet of step 0 above that of ``step``; return its path."""
-        sheets = [
-            Image.open(path).convert("RGB")
-            for folder in (samples.parent / step_name(0), samples)
-            if (path := folder / "contact.png").is_file()
-        ]
+        sheets = []
+        for folder in (samples.parent / step_name(0), samples):
+            with contextlib.suppress(ClipError), open_picture(folder / "contact.png") as picture:
+                sheets.append(picture.convert("RGB"))
         if not sheets:
             return None
         both = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)))

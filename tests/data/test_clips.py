@@ -13,9 +13,9 @@ import torch
 
 from cogflow.config.data_section import DataConfig
 from cogflow.data.clips import read_clip
+from cogflow.data.media_bytes import ClipError
 from cogflow.data.shapes import Scene, draw
 from cogflow.data.video import read_video, write_video
-from cogflow.data.media_bytes import ClipError
 
 DATA = DataConfig(frames=9, height=64, width=96, fps=8)
 

@@ -119,9 +119,7 @@ def count_traffic(cases: Sequence[TrafficCase], world: int) -> list[dict[str, An
     """Return what :mod:`benchmarks.traffic_rank` counts for each case on ``world`` processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         asked, results = Path(folder) / "cases.json", Path(folder) / "results.json"
-        asked.write_text(
-            json.dumps([{"words": case.all_words, "reuse": case.reuse} for case in cases]), encoding="utf-8"
-        )
+        write_cases(asked, cases)
         torchrun = [
             "torch.distributed.run",
             "--standalone",
@@ -139,6 +137,11 @@ def count_traffic(cases: Sequence[TrafficCase], world: int) -> list[dict[str, An
             raise CogflowError(f"The trainings on {world} ranks ended with {done.returncode}:\n{own[-2000:]}")
         found: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
         return found
+
+
+def write_cases(file: Path, cases: Sequence[TrafficCase]) -> None:
+    """Write the cases for :mod:`benchmarks.traffic_rank`."""
+    file.write_text(json.dumps([{"words": case.all_words, "reuse": case.reuse} for case in cases]), encoding="utf-8")
 
 
 def traffic_row(case: TrafficCase, world: int, found: Mapping[str, Any]) -> dict[str, Any]:

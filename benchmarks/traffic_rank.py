@@ -168,9 +168,10 @@ def count_step(config: Config[TrainStage], reuse: int | None = None) -> dict[str
     }
 
 
-def main(cases: Path, results: Path) -> None:
-    """Count each case of the file ``cases``, a list of "words" and "reuse"; rank 0 writes its counts, with the bytes of
-    each rank ("wires"), to the file ``results``."""
+def main(words: Sequence[str]) -> None:
+    """Count the traffic of trainings. ``words``: the file of cases, a list of "words" and "reuse", and the file to
+    which rank 0 writes its counts, with the bytes of each rank ("wires")."""
+    cases, results = map(Path, words)
     ranks.setup()
     found = []
     for case in json.loads(cases.read_text(encoding="utf-8")):
@@ -182,4 +183,4 @@ def main(cases: Path, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1:])

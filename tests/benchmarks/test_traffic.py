@@ -15,13 +15,21 @@ import torch.distributed as dist
 from benchmarks import traffic
 from benchmarks.traffic_rank import Collectives, sent_over_tcp
 from cogflow.errors import CogflowError
+from tests.faults.server import Server
 
 CHECKED = [case for case in traffic.CASES if "ZeRO-2, bf16" not in case.name and "holds" not in case.name]
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict[str, Any]]:
-    return {row["case"]: row for row in traffic.compare_with_plan(CHECKED, [2])}
+def rows(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return the rows of two ranks, which the tests' server forks: test_the_benchmark_writes_its_rows uses torchrun."""
+    folder = tmp_path_factory.mktemp("traffic")
+    cases, results = folder / "cases.json", folder / "results.json"
+    traffic.write_cases(cases, CHECKED)
+    done = server.run(str(cases), str(results), ranks=2, seconds=300, program="benchmarks.traffic_rank")
+    assert done.codes == [0, 0], done.text[-3000:]
+    counted = json.loads(results.read_text(encoding="utf-8"))
+    return {case.name: traffic.traffic_row(case, 2, found) for case, found in zip(CHECKED, counted, strict=True)}
 
 
 @pytest.mark.slow

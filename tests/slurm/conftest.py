@@ -35,17 +35,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(cluster: Cluster, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an uninterrupted run on two ranks, on the clips of the run ``clips`` beside it."""
     root = tmp_path_factory.mktemp("runs")
-    with Server(root) as server:
-        words = ["debug=quick", "tracking=off", f"run.root={root}"]
-        done = server.run("stage=prepare", *words, "run.name=clips", env={"WANDB_MODE": "disabled"})
-        assert done.code == 0, done.text[-5000:]
-        shutil.copytree(root / "clips/cache", root / "undisturbed/cache")
-        more = [*SETTINGS[2:], f"data.path={root / 'clips/data'}", "run.name=undisturbed"]
-        done = server.run("stage=train", *words, *more, ranks=2, env={"WANDB_MODE": "disabled"})
-        assert done.codes == [0, 0], done.text[-5000:]
+    words = ["debug=quick", "tracking=off", f"run.root={root}"]
+    done = server.run("stage=prepare", *words, "run.name=clips")
+    assert done.code == 0, done.text[-5000:]
+    shutil.copytree(root / "clips/cache", root / "undisturbed/cache")
+    more = [*SETTINGS[2:], f"data.path={root / 'clips/data'}", "run.name=undisturbed"]
+    done = server.run("stage=train", *words, *more, ranks=2)
+    assert done.codes == [0, 0], done.text[-5000:]
     return root / "undisturbed"
 
 

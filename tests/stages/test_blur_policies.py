@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cogflow.sharpness.quality_watch import LEVELS
+from tests import small
 from tests.conftest import Command
 from tests.scenarios import sabotage
 from tests.stages.conftest import lines, losses
@@ -148,14 +149,15 @@ def test_a_resumed_watch_and_trend_equal_the_uninterrupted_ones(flow: Path, shar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["zero3"])  # zero2 is in test_resume
-def test_two_ranks_roll_back_together(flow: Path, sharp: Path, cogflow: Command, zero: str) -> None:
-    folder = flow.parent / f"two-ranks-{zero}"
+def test_two_ranks_roll_back_together(flow: Path, cogflow: Command, tmp_path: Path) -> None:
+    """In ZeRO-3, whose gathers the ranks must call alike. A model of two blocks has less than half of its gathers."""
+    folder = flow.parent / "two-ranks"
     folder.mkdir()
     shutil.copytree(flow / "cache", folder / "cache")
     two = [
         *words(flow, folder.name),
-        f"deepspeed={zero}",
+        "deepspeed=zero3",
+        f"model.path={small.pipeline(tmp_path / 'model')}",
         "stage.batch_size=1",
         "stage.ema_decay=0.5",
         "stage.ema_warmup=false",

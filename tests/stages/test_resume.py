@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import small
 from tests.conftest import Command
 from tests.stages.conftest import losses
 
@@ -85,11 +86,18 @@ def test_another_batch_size_is_refused_with_both_values(flow: Path, cogflow: Com
     assert "stage.batch_size: 2 then, 4 now" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.pipeline(tmp_path_factory.mktemp("model") / "small")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_two_ranks_train_what_one_rank_trains(flow: Path, cogflow: Command, started: Command, zero: str) -> None:
+def test_two_ranks_train_what_one_rank_trains(
+    flow: Path, two_blocks: Path, cogflow: Command, started: Command, zero: str
+) -> None:
     one, two = f"one-{zero}", f"two-{zero}"
-    common = ["stage.steps=3", "stage.save_every=0", f"deepspeed={zero}"]
+    common = ["stage.steps=3", "stage.save_every=0", f"deepspeed={zero}", f"model.path={two_blocks}"]
     cogflow(*beside(flow, one), *common, "stage.gradient_accumulation=2")
     extra = ["stage.sample_every=3", "stage.ema_decay=0.9", "sampling.seeds=[0]", f"sampling.prompts={prompts(flow)}"]
     words = [word for word in beside(flow, two) if word != "stage.sample_every=0"]

@@ -36,13 +36,32 @@ def root(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Ran = Callable[..., dict[str, Any]]
 
 
+FEWER_HEADERS = """\
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+namespace torch { using at::Tensor; constexpr auto kFloat32 = at::kFloat; }
+"""
+"""All that DeepSpeed's Adam needs of ``torch/extension.h``, whose other headers take 25 seconds in each of two files."""
+
+
+def fast_compiler(folder: Path) -> Path:
+    """Return a C++ compiler that compiles DeepSpeed's Adam in a third of the time: with few headers and optimisations.
+
+    The Adam is as exact. With another version of DeepSpeed, which needs more, it takes all headers.
+    """
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "extension.h").write_text(FEWER_HEADERS)
+    compiler = folder / "c++"
+    compiler.write_text(f'#!/bin/sh\nc++ -I{folder} "$@" -O1 -g0 2>/dev/null || exec c++ "$@" -O1 -g0\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
 @pytest.fixture(scope="module")
 def ran(root: Path, server: Server) -> Ran:
     """Return a function that runs cases on a number of ranks and returns their results by name."""
-    # With little optimisation DeepSpeed's Adam is as exact, and compiles in half the time.
-    compiler = root / "c++"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O1 -g0\n')
-    compiler.chmod(0o755)
+    compiler = fast_compiler(root / "compiler")
 
     def run(ranks: int, *cases: str) -> dict[str, Any]:
         done = server.run(
@@ -69,12 +88,9 @@ def close(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_stopped_and_resumed_run_is_equal_to_the_bit(ran: Ran, ranks: int) -> None:
-    cases = [
-        f"stopped:zero2:{EVERY_STEP if ranks == 1 else SOME}",
-        f"stopped:zero3:{SOME}",
-        "stopped:zero0:2",
-        "stopped:zero1:2",
-    ]
+    """Every place to stop in one stage for each number of ranks, and one place in the other stages."""
+    places = {"zero2": EVERY_STEP} if ranks == 1 else {"zero3": SOME}
+    cases = [f"stopped:{zero}:{places.get(zero, '2')}" for zero in ("zero0", "zero1", "zero2", "zero3")]
     for case, found in ran(ranks, *cases).items():
         signals = len(case.split("+"))
         assert found["codes"] == [75] * signals + [0] and found["fired"] == signals, case

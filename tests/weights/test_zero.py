@@ -26,6 +26,7 @@ from cogflow.export.origin import open_foreign
 from cogflow.weights.foreign import ForeignWeights
 from cogflow.weights.torch_file import InertObject
 from cogflow.weights.zero import ZeroCheckpoint, read_state_file
+from tests.faults.server import Server
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "zero"
 FROZEN = {"frozen.weight", "frozen.bias"}
@@ -281,13 +282,11 @@ def test_foreign_checkpoints_are_opened_as_masters_or_as_stored(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("ranks", "kinds"), [(1, ["2-bf16", "3-bf16"]), (2, ["1-bf16", "2-bf16", "3-bf16"]), (3, ["2-fp32", "3-bf16"])]
 )
-def test_checkpoints_written_by_deepspeed_are_read(tmp_path: Path, ranks: int, kinds: list[str]) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    script = Path(__file__).with_name("zero_writer.py")
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    subprocess.run(
-        [*start, str(script), str(tmp_path), *kinds], check=True, env=environment, capture_output=True, timeout=500
-    )
+def test_checkpoints_written_by_deepspeed_are_read(
+    server: Server, tmp_path: Path, ranks: int, kinds: list[str]
+) -> None:
+    done = server.run(str(tmp_path), *kinds, ranks=ranks, seconds=500, program="tests.weights.zero_writer")
+    assert done.codes == [0] * ranks, done.text[-3000:]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

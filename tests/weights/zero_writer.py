@@ -1,13 +1,15 @@
-"""Write ZeRO checkpoints of a small model with DeepSpeed. Run by torchrun: ``zero_writer.py <folder> <stage>...``."""
+"""Program of the tests' server: write ZeRO checkpoints of a small model with DeepSpeed."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+from cogflow.runtime import ranks
+from cogflow.training.deepspeed_start import start_deepspeed
 
 
 class UnevenModel(torch.nn.Module):
@@ -48,7 +50,7 @@ def write(folder: Path, stage: int, dtype: str = "bf16") -> None:
     }
     if dtype != "fp32":
         settings[dtype] = {"enabled": True}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3), config=settings)
+    engine, *_ = start_deepspeed().initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3), config=settings)
     for _ in range(2):
         x = torch.randn(2, 7, dtype=next(engine.module.parameters()).dtype)
         engine.backward(engine(x))
@@ -56,10 +58,12 @@ def write(folder: Path, stage: int, dtype: str = "bf16") -> None:
     engine.save_checkpoint(str(folder / f"stage{stage}-{dtype}"), client_state={"iteration": 2})
 
 
-if __name__ == "__main__":
-    # Without this a shared-memory extension is compiled, whose processes busy-wait for each other.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
-    for word in sys.argv[2:]:
-        number, kind = word.split("-")
-        write(Path(sys.argv[1]), int(number), kind)
+def main(words: Sequence[str]) -> None:
+    """Write a checkpoint of each kind, such as ``2-bf16``, into a folder. ``words``: the folder and the kinds."""
+    folder, *kinds = words
+    ranks.setup()
+    start_deepspeed()
+    for kind in kinds:
+        stage, dtype = kind.split("-")
+        write(Path(folder), int(stage), dtype)
+    ranks.close()

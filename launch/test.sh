@@ -7,7 +7,7 @@ source launch/install.sh
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m mypy
-# Two tests run at a time on two cores, each with one thread, so that they do not wait for each other.
+# One test more than there are cores runs at a time (tests/conftest.py), each with one thread.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # tests/conftest.py puts the slow files first, so that none runs alone at the end.
 exec "$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 20 "$@"

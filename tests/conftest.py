@@ -105,15 +105,27 @@ def repository() -> Path:
 
 SLOWEST = (
     "stages",
-    "training/test_resuming.py",
-    "faults/test_soak.py",
-    "scenarios",
     "slurm",
+    "scenarios",
+    "training/test_resuming.py",
+    "launch/test_launchers.py",
     "faults",
     "training",
-    "planning",
+    "benchmarks",
+    "tools",
+    "examples",
 )
 """Files and folders of tests that take a minute or more, the longest first. They start first."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of workers of ``-n auto``: one more than there are cores.
+
+    Tests also wait: for SLURM's time limits, for W&B's time limits and for disks.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Commands on places that earlier versions took for something else."""
+"""Test commands on paths that earlier versions identified wrongly."""
 
 from __future__ import annotations
 

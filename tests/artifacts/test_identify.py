@@ -1,4 +1,4 @@
-"""Every kind of place, crossed with every stage that takes a path: what it is taken for, or why it is refused."""
+"""Test every kind of path with every stage that takes one: what it is identified as, or why it is refused."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def check(decide: Callable[[], str], expected: str) -> None:
     assert caught.value.hint
 
 
-def test_each_place_is_of_its_kind(example: tuple[str, Path]) -> None:
+def test_each_example_is_identified(example: tuple[str, Path]) -> None:
     name, place = example
     check(lambda: identify(place).kind.value, KINDS[name])
 

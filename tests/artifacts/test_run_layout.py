@@ -1,4 +1,4 @@
-"""Step names are written and parsed in one place."""
+"""Test that step names are written and parsed alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_step_name_is_parsed_to_its_step(step: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["step-100", "finetune-step-000500", "step-000100-ema", ".step-000100.partial-7", ""])
-def test_other_names_are_no_step(name: str) -> None:
+def test_other_names_are_not_steps(name: str) -> None:
     assert parse_step(name) is None
     with pytest.raises(ValueError, match="not the name"):
         step_of(Path(name))

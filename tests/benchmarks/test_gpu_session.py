@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import gpu_session
 from benchmarks.gpu_session import Measurement, list_measurements, metrics_goals, run_session
+from cogflow.config.compose import compose
 
 
 def command(folder: Path, name: str, body: str, **options: Any) -> Measurement:
@@ -70,6 +71,14 @@ def test_every_pending_measurement_is_in_the_session(tmp_path: Path) -> None:
     assert "deepspeed=zero3" in zero3.command and "deepspeed=zero2" not in zero3.command
 
 
+@pytest.mark.parametrize("cpu", [False, True])
+def test_the_settings_of_every_stage_in_the_session_are_valid(tmp_path: Path, cpu: bool) -> None:
+    start = [sys.executable, "-m", "cogflow"]
+    commands = [one.command for one in list_measurements(tmp_path, cpu=cpu, cogvideo=None, python="python")]
+    stages = [compose(command[3:]).stage.name for command in commands if command[:3] == start]
+    assert stages == ["benchmark"] * 4 + ["flow"]
+
+
 def test_goals_of_the_metrics_need_a_gpu() -> None:
     rows = [{"part": "all metrics", "seconds": 1.0}, {"part": "all metrics, batch of 4, per clip", "seconds": 0.01}]
     assert metrics_goals({"rows": rows, "disagreement": {}}) == {}
@@ -79,8 +88,9 @@ def test_goals_of_the_metrics_need_a_gpu() -> None:
 
 @pytest.mark.slow
 def test_a_session_on_a_cpu(tmp_path: Path) -> None:
+    """One measurement by a stage and one by a benchmark; tests/stages run the command of "tiny_flow"."""
     output = tmp_path / "session.json"
-    names = ["cogvideo_step", "step_zero3", "metrics", "step_keep_all", "tiny_flow"]
+    names = ["cogvideo_step", "step_zero3", "metrics"]
     gpu_session.main(["--cpu", "--folder", str(tmp_path / "runs"), "--output", str(output), "--only", *names])
     outcomes = {one["name"]: one for one in json.loads(output.read_text())["measurements"]}
     assert outcomes.pop("cogvideo_step")["status"] == "skipped"

@@ -46,26 +46,26 @@ def test_a_mistake_exits_2_with_one_message_and_no_traceback(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_rank_0_speaks(tmp_path: Path) -> None:
+def test_only_rank_0_prints_an_error(tmp_path: Path) -> None:
     assert cogflow("stage=trian", cwd=tmp_path, RANK="0").stderr.count("trian") == 1
     result = cogflow("stage=trian", cwd=tmp_path, RANK="1")
     assert result.returncode == 2 and result.stderr == ""
 
 
-def test_alone_it_lists_the_stages(tmp_path: Path) -> None:
+def test_the_command_without_words_lists_the_stages(tmp_path: Path) -> None:
     result = cogflow(cwd=tmp_path)
     assert result.returncode == 0
     assert [name for name in SUMMARIES if f"stage={name} " not in result.stdout] == []
     assert "--help" in result.stdout
 
 
-def test_without_a_stage_it_lists_them_and_exits_2(tmp_path: Path) -> None:
+def test_a_command_without_a_stage_lists_the_stages_and_exits_with_2(tmp_path: Path) -> None:
     result = cogflow("run.name=x", cwd=tmp_path)
     assert result.returncode == 2 and "stage=flow " in result.stderr and "stage=NAME is missing" in result.stderr
 
 
-def test_help_is_quick(tmp_path: Path) -> None:
-    """In processor time, which other work on the machine does not stretch; hydra alone would take half of it."""
+def test_help_takes_little_processor_time(tmp_path: Path) -> None:
+    """Measure processor time, which other work on the machine does not stretch. Hydra alone takes half."""
     took = []
     for _ in range(3):
         start = os.times()
@@ -99,7 +99,7 @@ def test_cfg_prints_what_would_run(tmp_path: Path) -> None:
     assert config.stage.name == "train" and "steps: 7" in result.stdout
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __import__("cogflow").__version__
 
@@ -124,7 +124,7 @@ class Stage:
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_exit_codes(
+def test_each_error_has_its_exit_code(
     error: BaseException | None,
     code: int,
     tmp_path: Path,
@@ -162,7 +162,7 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_fault(
 
 
 def test_the_installed_package_finds_its_configs(tmp_path: Path, repository: Path) -> None:
-    """As a wheel lays it out: configs inside the package, nothing beside it."""
+    """Copy the package as a wheel lays it out: configs inside the package, nothing beside it."""
     shutil.copytree(
         repository / "cogflow", tmp_path / "site" / "cogflow", ignore=shutil.ignore_patterns("assets", "__pycache__")
     )

@@ -101,7 +101,7 @@ def test_each_mistake_is_named_with_its_remedy(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", sorted(set(ONE) - {"train"}))
-def test_one_mistake_is_one_problem(line: str) -> None:
+def test_one_mistake_is_reported_once(line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(line.split())
     assert "problems" not in caught.value.message, caught.value.message
@@ -135,7 +135,7 @@ def test_values_keep_or_gain_their_kind(tmp_path: Path) -> None:
     assert config.sampling.seeds == [1, 2] and config.data.path == "a,b" and stage.seed == 3
 
 
-def test_build_takes_plain_dicts() -> None:
+def test_build_accepts_plain_dicts() -> None:
     assert build({"stage": {"name": "sample"}, "data": {"frames": 17}}) == Config(
         stage=SampleStage(), data=DataConfig(frames=17)
     )
@@ -145,7 +145,7 @@ def test_build_takes_plain_dicts() -> None:
         build({"stage": {"name": "sample"}, "model": 3, "daat": {}, "data": {"frames": "x"}})
 
 
-def test_check_reports_what_code_may_pass_by() -> None:
+def test_check_reports_mistakes_that_build_does_not() -> None:
     with pytest.raises(ConfigError, match="2 problems") as caught:
         check(Config(stage=TrainStage(steps=0), data=DataConfig(width=17)))
     assert caught.value.exit_code == 2

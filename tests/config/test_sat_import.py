@@ -1,4 +1,4 @@
-"""SAT's recipes as settings: each value, who wins over whom, and what is refused."""
+"""Test SAT's recipes as settings: each value, the order of precedence, and what is refused."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_tables_name_keys_that_exist() -> None:
     assert not tables[0] & tables[1] and not tables[0] & tables[2] and not tables[1] & tables[2]
 
 
-def test_the_models_are_the_family() -> None:
+def test_the_models_of_the_import_are_those_of_the_family() -> None:
     assert set(sat_keys.MODELS) == set(MODEL_SPECS) - {"tiny"}
     for name, facts in sat_keys.MODELS.items():
         one = MODEL_SPECS[name]
@@ -173,7 +173,7 @@ def test_a_chosen_experiment_wins_and_a_chosen_model_does_not() -> None:
     assert recipe("experiment=cogvideox_5b_sft").run.name == "cogvideox-5b-sft"
 
 
-def test_prepare_and_flow_take_what_is_theirs() -> None:
+def test_prepare_and_flow_import_only_their_settings() -> None:
     words = [f"import=[{SFT},{MODEL}]", "model.path=/model"]
     assert compose(["stage=prepare", *words]).data.path == "disney"
     flow = compose(["stage=flow", *words, "stage.train.betas=[0.8,0.9]", "debug=quick"]).stage
@@ -200,7 +200,7 @@ def test_each_line_is_reported(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_unknown_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe(files=edited(tmp_path, "  force_train: true", "  force_train: true\n  frobnicate: 3"))
     assert "args.frobnicate: unknown, ignored" in capsys.readouterr().err
 
@@ -219,7 +219,7 @@ def test_what_is_unknown_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("args:", "args: [", "cannot be read as yaml"),
     ],
 )
-def test_what_cannot_be_taken_over_is_refused(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+def test_settings_that_cannot_be_imported_are_refused(tmp_path: Path, old: str, new: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         recipe(files=edited(tmp_path, old, new))
     assert complaint in str(caught.value)
@@ -276,14 +276,16 @@ def test_files_that_are_not_there_are_named_together() -> None:
         ("\n  lr_decay_style: constant", "constant", None, 100),
     ],
 )
-def test_the_schedule(tmp_path: Path, extra: str, schedule: str, least: float | None, warmup: int) -> None:
+def test_the_imported_schedule_and_warmup_are_those_of_sat(
+    tmp_path: Path, extra: str, schedule: str, least: float | None, warmup: int
+) -> None:
     stage = recipe(files=edited(tmp_path, "  train_iters: 1000", f"  train_iters: 1000{extra}")).stage
     assert isinstance(stage, TrainStage) and (stage.schedule, stage.warmup_steps) == (schedule, warmup)
     assert least is None or stage.min_lr_ratio == least
 
 
 def sat_rate(step: int, lr: float = 1e-5, steps: int = 1000, warmup: float = 0.01) -> float:
-    """SAT's AnnealingLR in a finetuning from nothing: held back for 100 steps, then its line, at its own count of
+    """Return the rate of SAT's AnnealingLR from step 0: held back for 100 steps, then its line, at its own count of
     steps."""
     rising = warmup * steps
     if step <= 100:

@@ -38,7 +38,7 @@ def words(case: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_each_choice_works(case: str) -> None:
+def test_each_choice_of_a_group_composes(case: str) -> None:
     config = compose(words(case))
     section, choice = case.split("/")
     if section in ("stage", "model", "data"):
@@ -68,7 +68,7 @@ def test_each_experiment_works_with_each_stage(stage: str, experiment: str) -> N
     assert compose([f"experiment={experiment}", f"stage={stage}", *PLACES]).stage.name == stage
 
 
-def test_the_lists_agree() -> None:
+def test_every_published_model_has_its_number_of_parameters() -> None:
     """The names that the check knows equal the tables that it must not import, and the yaml files."""
     assert set(model_section.MODELS) == {*MODEL_SPECS, "auto"} == set(groups()["model"])
     assert set(data_section.COLOURS) == set(shapes.COLOURS)
@@ -107,7 +107,7 @@ def test_help_texts_are_sentences() -> None:
     assert [name for name, text in texts.items() if not text.endswith(".")] == []
 
 
-def test_the_defaults_are_sound() -> None:
+def test_the_defaults_of_every_stage_pass_all_checks() -> None:
     for kind in STAGES.values():
         check(Config(stage=kind()))
 

@@ -1,6 +1,7 @@
 """Prepare with a tiny random autoencoder and text encoder of the genuine classes, and count the work.
 
-As a program, ``python preparing.py CLIPS CACHE SHARD_CLIPS SECONDS_PER_CLIP`` prepares in a process of its own.
+As a program, with the words CLIPS CACHE SHARD_CLIPS SECONDS_PER_CLIP, it prepares in one process or several and prints
+its counts and its result as JSON.
 """
 
 from __future__ import annotations
@@ -109,12 +110,16 @@ def run(
     )
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str]) -> None:
+    clips, folder, shard_clips, seconds_per_clip = words
     torch.set_num_threads(1)
     ranks.setup()
-    work = Work(seconds_per_clip=float(sys.argv[4]))
-    result = run(Path(sys.argv[1]), Path(sys.argv[2]), work, shard_clips=int(sys.argv[3]))
-    print(
-        json.dumps({"clips": work.clips, "captions": work.captions, "result": asdict(result)}, default=str), flush=True
-    )
+    work = Work(seconds_per_clip=float(seconds_per_clip))
+    result = run(Path(clips), Path(folder), work, shard_clips=int(shard_clips))
+    counts = {"clips": work.clips, "captions": work.captions, "result": asdict(result)}
+    print(json.dumps(counts, default=str), flush=True)
     ranks.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

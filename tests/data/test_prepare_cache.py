@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from cogflow.data.latent_cache import LatentCache, cache_fingerprint, split_hold
 from cogflow.data.shapes import draw, scenes
 from cogflow.errors import DataError, QualityGateError, StorageError
 from cogflow.models.loading import encode_prompts
+from tests.faults.server import Server
 
 COUNT = 7
 PROGRAM = Path(__file__).with_name("preparing.py")
@@ -158,9 +158,9 @@ def test_an_interrupt_keeps_finished_clips(tmp_path: Path, clips: Path) -> None:
     assert rest.clips == COUNT - 3 and not rest.captions
 
 
-def start(clips: Path, folder: Path, shard: int, seconds: float, **environment: str) -> subprocess.Popen:
+def start(clips: Path, folder: Path, shard: int, seconds: float) -> subprocess.Popen:
     source = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"} | environment
+    env = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), str(clips), str(folder), str(shard), str(seconds)],
         env=env,
@@ -193,17 +193,13 @@ def test_a_killed_process_continues_where_it_stopped(tmp_path: Path, clips: Path
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_work(tmp_path: Path, clips: Path) -> None:
+def test_two_ranks_share_the_work(server: Server, tmp_path: Path, clips: Path) -> None:
     (clips / "bad.mp4").touch()
     write_metadata(clips, {"bad.mp4": "bad"} | read_texts(clips))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        start(clips, tmp_path / "cache", 64, 0, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)
-    ]
-    outputs = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in processes]
+    done = server.run(str(clips), str(tmp_path / "cache"), "64", "0", ranks=2, program="tests.data.preparing")
+    assert done.codes == [0, 0], done.text[-3000:]
+    outputs = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    assert len(outputs) == 2
     assert sorted(output["clips"] for output in outputs) == [3, 4]
     captions = outputs[0]["captions"] + outputs[1]["captions"]
     assert len(captions) == len(set(captions)) == 8 and outputs[0]["captions"] and outputs[1]["captions"]

@@ -69,7 +69,7 @@ WANTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("which", ["model", "merged", "all"])
 @pytest.mark.parametrize("name", EVERY)
-def test_facts_of_every_kind_of_model(name: str, which: str) -> None:
+def test_the_facts_of_every_model_are_read(name: str, which: str) -> None:
     found = resolve_facts(infos(name), yamls(name, which))
     assert found.values() == COMMON | WANTED[name]
     assert found.family is None  # no published model is this small

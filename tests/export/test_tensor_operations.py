@@ -114,5 +114,5 @@ def test_fill_names_replaces_fields_in_all_names() -> None:
     ("operation", "kind"),
     [(split_rows("a", "x", "y"), "split"), (ADALN, "regroup"), (split_rows("a", "x", "y").inverse(), "merge")],
 )
-def test_kind_of_a_chunk_map(operation: ChunkMap, kind: str) -> None:
+def test_a_chunk_map_names_its_operation(operation: ChunkMap, kind: str) -> None:
     assert operation.kind == kind

@@ -137,7 +137,7 @@ def test_bad_clips_are_left_out_alike_by_two_ranks(place: Place, whole: str, cli
 
 
 def test_too_many_bad_clips_on_one_rank_end_both_ranks(place: Place, clips: Path) -> None:
-    """All bad clips are on rank 1, and only it counts them."""
+    """All bad clips are on rank 1, which alone counts them."""
     names = [name for number, bad in enumerate(BAD) for name in (f"good-{number}.mp4", bad)]
     done = prepare(place, "too-bad", listed(clips, names), "data.max_bad_share=0.2", ranks=2, seconds=60)
     assert done.codes[1] == 2 and done.codes[0] != 0 and not done.timed_out, done.text[-3000:]

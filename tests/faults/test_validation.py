@@ -41,7 +41,7 @@ def test_validations_change_neither_losses_nor_weights(world: World, undisturbed
 @pytest.mark.parametrize(
     ("fault", "code", "resumed"),
     [
-        ("term@denoising#3", 75, "after step 2"),  # in the validation after step 2: it is given up and made again
+        ("term@denoising#3", 75, "after step 2"),  # in the validation after step 2, which is repeated
         ("usr1@evaluation#2", 75, "after step 2"),
         ("int@validated#2", 75, "after step 3"),
         ("kill@validated#2", -9, ""),

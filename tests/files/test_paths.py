@@ -22,7 +22,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "sub/a.mp4", "inside/a.mp4", "..a.mp4", "a..b/c", "./a.mp4"])
-def test_names_inside_pass(root: Path, name: str) -> None:
+def test_names_inside_the_root_are_accepted(root: Path, name: str) -> None:
     assert contained(root, name) == root / name
 
 
@@ -54,7 +54,7 @@ def test_a_linked_root_is_followed(root: Path, tmp_path: Path) -> None:
     assert contained(tmp_path / "alias", "sub/a") == tmp_path / "alias" / "sub" / "a"
 
 
-def test_the_folder_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_folder_is_root_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert run_folder(RunConfig()) == Path("runs/tiny-shapes")
     assert run_folder(RunConfig(root="~/runs", name="a")) == Path("/home/someone/runs/a")

@@ -129,7 +129,7 @@ def test_every_changed_file_is_named(tmp_path: Path) -> None:
             reading.finish(lambda size, name: None)
 
 
-def test_a_missing_file_raises_its_own_error(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with ReadBack() as reading:
         reading.add(tmp_path / "none", "")
         with pytest.raises(FileNotFoundError):

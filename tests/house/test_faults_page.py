@@ -1,4 +1,4 @@
-"""The page of faults names tests that exist, and every fault test stands on it."""
+"""Test that docs/faults.md names tests that exist and lists every file of fault tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that keep the house small and honest."""
+"""Test rules of the repository: no code in configs, no unpickling, complete lists of stages, scripts and pins."""
 
 from __future__ import annotations
 

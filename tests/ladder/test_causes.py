@@ -1,4 +1,4 @@
-"""Likely causes by defect and rung, and findings in words."""
+"""Test the likely causes by defect and rung, and the texts of findings."""
 
 from __future__ import annotations
 

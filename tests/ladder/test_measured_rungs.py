@@ -128,7 +128,7 @@ def loader_changes(path: Path, data: DataConfig) -> ClipMetrics:
 
 
 def test_a_loader_that_softens_is_a_clip_finding(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips drawn at twice the size, loaded correctly and by way of a small picture."""
+    """Return clips drawn at twice the size, loaded correctly and through a small picture."""
     data = replace(world.config.data, height=32, width=48)
     path = next((world.folder / "data" / "videos").glob("*.mp4"))
     healthy = loader_changes(path, data)

@@ -48,7 +48,7 @@ Named = tuple[int, str, str, str]
 
 
 def clip(spread: float = 0.0, **changed: float) -> dict[str, float]:
-    """Metrics of a clip, moved a little by ``spread``."""
+    """Return metrics of a clip, changed at random by ``spread``."""
     moved = {"wavelet_ratio": PLAIN["wavelet_ratio"] + spread, "contrast": PLAIN["contrast"] * (1 + spread)}
     return PLAIN | moved | changed
 

@@ -1,4 +1,4 @@
-"""Sizes from the meta device, and operations by formula beside those that torch counts."""
+"""Test sizes from the meta device, and compare operations by formula with those that torch counts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_meta_device_counts_every_parameter(name: str) -> None:
     assert found.parameters == found.trained == PARAMETERS[name] and f"model={name}" in source
 
 
-def test_the_lists_agree() -> None:
+def test_every_published_model_has_its_number_of_parameters() -> None:
     assert set(PARAMETERS) == set(MODEL_SPECS) - {"tiny"}
 
 
@@ -47,12 +47,14 @@ def test_the_lists_agree() -> None:
         ("tiny", (9, 64, 96), 72, 104),
     ],
 )
-def test_tokens(name: str, size: tuple[int, int, int], video: int, total: int) -> None:
+def test_the_number_of_tokens_is_that_of_each_published_model(
+    name: str, size: tuple[int, int, int], video: int, total: int
+) -> None:
     found = transformer_size.tokens(transformer_size.of_model(ModelConfig(name=name))[0], *size)
     assert (found.video, found.total) == (video, total)
 
 
-def test_what_5b_costs() -> None:
+def test_a_step_of_5b_takes_the_published_number_of_operations() -> None:
     """The figures by which a day of training is budgeted."""
     own, _ = transformer_size.of_model(ModelConfig(name="cogvideox-5b"))
     tokens = transformer_size.tokens(own, 49, 480, 720)

@@ -73,7 +73,7 @@ def test_a_run_that_does_not_get_on_has_no_end() -> None:
     assert replace(RUN, sampled=0).validation_share == 0
 
 
-def test_what_one_save_takes() -> None:
+def test_the_time_of_a_save_depends_on_machines_and_disk() -> None:
     """States are written by all machines, weights and averages by one; all are read twice by all."""
     one, eight = made("stage.plan_gpus=8"), made()
     states = 12 * one.shape.parameters
@@ -95,7 +95,7 @@ def test_interruptions_come_with_the_gpus() -> None:
     assert made("stage.plan_restart_minutes=0").goodput.lost == pytest.approx(made().goodput.lost - 600)
 
 
-def test_a_plan_tells_all_of_it() -> None:
+def test_a_plan_prints_saves_failures_and_goodput() -> None:
     text = "\n".join(plan_report.lines(made("stage.save_every=500", "stage.sample_every=500")))
     for part in (
         "one save: 26.5 s at 2 GB/s",
@@ -125,6 +125,6 @@ def test_the_pace_is_operations_at_a_speed_and_what_is_not_hidden() -> None:
     assert made("stage.plan_gpus=1").pace.waiting == 0
 
 
-def test_nothing_is_written_for_nothing() -> None:
+def test_an_empty_checkpoint_takes_no_time() -> None:
     one = made()
     assert goodput.save_seconds(one.shape, replace(one.layout, zero_stage=0), 0.0, 1e9) == 0

@@ -1,4 +1,4 @@
-"""Memory and files by formula beside what a real model, a real update and a real checkpoint hold."""
+"""Compare memory and files by formula with a real model, a real update and a real checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cogflow.training import gpu_memory, recomputation, sequence
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the results that are alive inside the block, at the height."""
+    """Measures the largest number of bytes of results that are alive at once inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_a_block_that_shares_its_sequence_keeps_no_more_of_its_tokens(monkeypatc
 
 @pytest.mark.parametrize(("tiled", "rel"), [(False, 0.02), (True, 0.1)])
 def test_decoding_takes_what_the_formula_says(tiled: bool, rel: float) -> None:
-    """On the meta device: the published autoencoder, as its config is."""
+    """Return the published autoencoder on the meta device."""
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX(
             block_out_channels=(128, 256, 256, 512),
@@ -171,7 +171,7 @@ def test_activation_checkpointing_keeps_one_input_a_block() -> None:
     assert whole == pytest.approx(gpu_memory.SAVED * kept)
 
 
-def test_checkpoints_on_the_disk() -> None:
+def test_the_most_checkpoints_at_once_are_counted() -> None:
     every = TrainStage(steps=1000, save_every=100, keep_last=2, keep_best=1, sample_every=100)
     assert run_size.at_once(every) == 5
     assert run_size.at_once(replace(every, sample_every=0, keep_best=0)) == 3

@@ -65,7 +65,7 @@ def test_one_gpu_of_141_gb_takes_5b_and_one_of_80_gb_does_not() -> None:
     assert not made(*words, *best.words, "stage.plan_memory_gb=80", "stage.plan_host_gb=256").misfits()
 
 
-def test_what_is_advised_fits() -> None:
+def test_each_advised_option_fits() -> None:
     """Each option's words, given as they stand, make a plan that fits."""
     words = ["model=cogvideox1.5-5b", "stage.plan_memory_gb=80", "stage.plan_host_gb=1000"]
     found = advice.options(made(*words, "stage.plan_gpus=1"))
@@ -76,7 +76,7 @@ def test_what_is_advised_fits() -> None:
         assert not again.misfits() and again.gpu.peak == option.gpu.peak and again.host.peak == option.host.peak
 
 
-def test_where_nothing_fits_it_says_what_else_helps() -> None:
+def test_when_nothing_fits_other_changes_are_advised() -> None:
     words = ["model=cogvideox-5b", "stage.batch_size=4", "stage.plan_memory_gb=12", "stage.plan_gpus=1"]
     with pytest.raises(ConfigError) as caught:
         plan_report.show(config(*words))
@@ -174,7 +174,7 @@ def test_a_validation_is_counted() -> None:
     assert made("model=cogvideox-5b", "stage.sample_every=0").sampling is None
 
 
-def test_a_dear_validation_says_what_would_be_cheaper() -> None:
+def test_an_expensive_validation_names_cheaper_settings() -> None:
     words = ["model=cogvideox-5b", "stage.plan_gpus=8", "sampling.seeds=[0,1]", "stage.steps=1000"]
     said = "\n".join(plan_report.lines(made(*words, "stage.sample_every=100")))
     dear = re.search(r"dear: stage.sample_every=(\d+), sampling.steps=(\d+) or fewer prompts would make it 10%", said)

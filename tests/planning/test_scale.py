@@ -55,7 +55,7 @@ def setting(stage: int, *, overlap: bool) -> GpuLayout:
     )
 
 
-def test_what_computation_hides() -> None:
+def test_traffic_that_overlaps_computation_costs_no_time() -> None:
     sent = step_time.Traffic(gradients=40e9, weights=40e9, averages=0, host=0, seconds=2)
     assert step_time.exposed(sent, setting(2, overlap=False), backward=5, compute=8) == pytest.approx(2)
     assert step_time.exposed(sent, setting(2, overlap=True), backward=5, compute=8) == pytest.approx(1)

@@ -83,7 +83,7 @@ def test_a_rank_is_gone_by_its_process_on_this_host_and_by_silence_on_another(tm
     assert states == [(0, False), (1, True), (2, False), (3, True)]
 
 
-def test_a_zombie_process_is_gone(tmp_path: Path) -> None:
+def test_a_zombie_process_counts_as_ended(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     write_heartbeat(tmp_path, 0, pid=child.pid)

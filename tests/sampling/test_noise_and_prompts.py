@@ -1,4 +1,4 @@
-"""Fixed noise, and the prompts to sample."""
+"""Test the fixed noise and the prompts to sample."""
 
 from __future__ import annotations
 

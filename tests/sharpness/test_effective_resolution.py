@@ -1,4 +1,4 @@
-"""Is the data soft? On drawn clips, and on the photographs that scikit-image brings along."""
+"""Test the effective resolution on drawn clips and on the photographs of scikit-image."""
 
 from __future__ import annotations
 

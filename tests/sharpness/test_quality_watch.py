@@ -68,7 +68,7 @@ def test_stored_samples_have_all_metrics() -> None:
 
 @pytest.mark.parametrize("prompts", [4, 8])
 def test_a_hundred_validations_of_other_seeds_raise_no_alarm(prompts: int) -> None:
-    """Other seeds of the same model: a wider null than a finetune's, which keeps its seeds."""
+    """Samples of other seeds of one model vary more than those of a finetune, which keeps its seeds."""
     random, validations = np.random.default_rng(0), 0
     for _ in range(10):
         baseline, take = drawn(random, prompts)
@@ -128,7 +128,7 @@ def test_verdict_does_not_depend_on_the_order_of_prompts() -> None:
         ("artefacts", {"artefacts": -0.4}),
     ],
 )
-def test_watch_names_the_defect(defect: str, change: dict[str, float]) -> None:
+def test_the_watch_names_the_defect(defect: str, change: dict[str, float]) -> None:
     verdict = QualityWatch(base()).update(100, altered(base(), **change))
     assert verdict.level == "alarm"
     assert defects(verdict) == {defect}

@@ -1,4 +1,4 @@
-"""Robust location, moderated t, normal scores, bootstrap intervals."""
+"""Test the robust location, moderated t, normal scores and bootstrap intervals."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_runs_without_damage_have_no_finding() -> None:
     assert found == []
 
 
-def test_learning_is_not_damage() -> None:
+def test_a_prediction_that_improves_raises_no_alarm() -> None:
     """The recovered share rises; a prediction that had too much or too little energy comes to what is recovered."""
     for start in (3.0, -3.0):
 

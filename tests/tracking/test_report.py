@@ -124,7 +124,7 @@ def run(tmp_path: Path, config: Config, clip: np.ndarray, monkeypatch: pytest.Mo
     return folder
 
 
-def test_the_page_shows_the_run(run: Path) -> None:
+def test_the_report_shows_identity_progress_and_tables_of_the_run(run: Path) -> None:
     text = write_report(run).read_text()
     page = Page(text)
     assert (

@@ -42,7 +42,7 @@ FEWER_HEADERS = """\
 #include <torch/csrc/utils/pybind.h>
 namespace torch { using at::Tensor; constexpr auto kFloat32 = at::kFloat; }
 """
-"""All that DeepSpeed's Adam needs of ``torch/extension.h``, whose other headers take 25 seconds in each of two files."""
+"""All that DeepSpeed's Adam needs of ``torch/extension.h``. The other headers take 25 seconds in each of two files."""
 
 
 def fast_compiler(folder: Path) -> Path:

@@ -153,9 +153,7 @@ def test_problems_of_heads_and_ranks_are_reported_together(monkeypatch: pytest.M
 
 
 def test_bad_sequence_settings_end_with_exit_code_2_and_one_message(cogflow: Command, tmp_path: Path) -> None:
-    """One process, for which alone nobody knows that it will stay alone; heads and ranks are told before a model is
-    made.
-    """
+    """One process without a rank. The heads and the ranks are checked before the model is built."""
     done = cogflow(*words("parallel.sequence=4", f"run.root={tmp_path}", "tracking.wandb=disabled"), code=None)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("ConfigError") == 1 and "parallel.sequence=4" in done.stderr

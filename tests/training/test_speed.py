@@ -77,9 +77,9 @@ def test_compiled_blocks_compute_the_same_with_few_programs() -> None:
     speed.compile_blocks(transformer, "blocks")
     same(expected, computed(transformer))
     assert list(transformer.state_dict()) == names
-    # The first block, whose inputs lie otherwise in memory, has one of its own.
+    # The inputs of the first block have other strides, so it has a program of its own.
     assert counters["stats"]["unique_graphs"] <= 2 < len(transformer.transformer_blocks), counters["stats"]
-    # Recomputed blocks run the same program, those that keep something one of their own.
+    # Blocks that recompute everything run the same program. Blocks that keep something have another.
     for keep in ("nothing", "attention", "products", "all"):
         recompute(transformer.train(), DeepSpeedConfig(activation_checkpointing=True, checkpoint_keep=keep))
         same(expected, computed(transformer))

@@ -80,7 +80,7 @@ def test_an_invalid_shard_size_is_refused(tmp_path: Path) -> None:
         write({"x": torch.zeros(2)}, tmp_path, shard="lots")
 
 
-def test_statistics_of_a_cast(tmp_path: Path) -> None:
+def test_the_statistics_of_a_cast_equal_those_computed_by_hand(tmp_path: Path) -> None:
     torch.manual_seed(1)
     x = torch.randn(70_001) * 3 + 1  # more than one chunk, and not a multiple of the chunk size
     x[:4] = torch.tensor([1e-42, 1e-7, 7e4, 0.0])

@@ -50,7 +50,9 @@ def write(folder: Path, stage: int, dtype: str = "bf16") -> None:
     }
     if dtype != "fp32":
         settings[dtype] = {"enabled": True}
-    engine, *_ = start_deepspeed().initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3), config=settings)
+    engine, *_ = start_deepspeed().initialize(
+        model=model, optimizer=torch.optim.AdamW(trained, lr=1e-3), config=settings
+    )
     for _ in range(2):
         x = torch.randn(2, 7, dtype=next(engine.module.parameters()).dtype)
         engine.backward(engine(x))

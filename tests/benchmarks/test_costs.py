@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from benchmarks import export, indicator_cost, step
 from benchmarks.metrics_cost import ALL_METRICS, measure_metrics_cost, metrics_result
 from benchmarks.peers import cogvideo_step
 from cogflow.errors import ConfigError
+from tests.faults.server import Server
 
 
 def test_the_indicator_costs_less_than_a_step(tmp_path: Path) -> None:
@@ -32,14 +32,13 @@ def test_the_metrics_are_measured_part_by_part() -> None:
 
 
 @pytest.mark.slow
-def test_a_step_is_compared_with_a_bare_loop(tmp_path: Path, repository: Path) -> None:
+def test_a_step_is_compared_with_a_bare_loop(tmp_path: Path, server: Server) -> None:
     output = tmp_path / "overhead.json"
-    settings = [f"run.root={tmp_path}", "tracking=off", "stage.steps=1"]
-    command = [sys.executable, "-m", "benchmarks.overhead", "--configured", "--output", str(output), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repository)
-    assert done.returncode == 0, done.stderr
+    words = ["--configured", "--output", str(output), f"run.root={tmp_path}", "tracking=off", "stage.steps=1"]
+    done = server.run(*words, program="benchmarks.overhead", seconds=300)
+    assert done.codes == [0], done.text[-3000:]
     found = json.loads(output.read_text())["step"]
-    assert found["other"]["median"] > 0 and "beside a bare loop" in done.stdout
+    assert found["other"]["median"] > 0 and "beside a bare loop" in done.out
     assert found["ratio_to_other"] == pytest.approx(found["times"]["median"] / found["other"]["median"])
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests import small
 from tests.conftest import Command
+from tests.faults.server import Server
 from tests.stages.conftest import losses
 
 
@@ -36,25 +32,12 @@ def weights(folder: Path) -> bytes:
     return (folder / "checkpoints/step-000004/transformer/diffusion_pytorch_model.safetensors").read_bytes()
 
 
-def test_a_signal_saves_and_the_same_command_resumes(flow: Path, cogflow: Command) -> None:
-    # Held-out losses after every step, so that on a busy machine the run does not end before the signal.
-    words = [*beside(flow, "signalled"), "stage.save_every=0", "stage.evaluate_every=1"]
+def test_a_signal_saves_and_the_same_command_resumes(flow: Path, cogflow: Command, server: Server) -> None:
+    words = [*beside(flow, "signalled"), "stage.save_every=0", "tracking.wandb=disabled"]
     folder = flow.parent / "signalled"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cogflow", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 300
-    while (
-        time.monotonic() < deadline
-        and process.poll() is None
-        and not ((folder / "metrics.jsonl").exists() and losses(folder))
-    ):
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGUSR1)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 75, out + err
-    stopped = len(losses(folder))
-    assert 1 <= stopped < 4 and (folder / f"checkpoints/step-00000{stopped}").is_dir()
+    done = server.run(*words, fault="usr1@update#2")
+    assert done.codes == [75] and done.fired == ["usr1@update#2"], done.text[-3000:]
+    assert len(losses(folder)) == 2 and (folder / "checkpoints/step-000002").is_dir()
     cogflow(*words)
     # Validation in the one, none in the other; stopped in one, not in the other.
     assert losses(folder) == losses(flow) and weights(folder) == weights(flow)
@@ -93,16 +76,14 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-def test_two_ranks_train_what_one_rank_trains(
-    flow: Path, two_blocks: Path, cogflow: Command, started: Command, zero: str
-) -> None:
+def test_two_ranks_train_what_one_rank_trains(flow: Path, two_blocks: Path, cogflow: Command, zero: str) -> None:
+    """tests/launch and tests/slurm start ranks as users do."""
     one, two = f"one-{zero}", f"two-{zero}"
     common = ["stage.steps=3", "stage.save_every=0", f"deepspeed={zero}", f"model.path={two_blocks}"]
     cogflow(*beside(flow, one), *common, "stage.gradient_accumulation=2")
     extra = ["stage.sample_every=3", "stage.ema_decay=0.9", "sampling.seeds=[0]", f"sampling.prompts={prompts(flow)}"]
     words = [word for word in beside(flow, two) if word != "stage.sample_every=0"]
-    # As users start it, once.
-    (started if zero == "zero2" else cogflow)(*words, *common, *extra, ranks=2)
+    cogflow(*words, *common, *extra, ranks=2)
     for (_, loss, norm), (_, other, other_norm) in zip(
         losses(flow.parent / one), losses(flow.parent / two), strict=True
     ):

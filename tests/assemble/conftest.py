@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-from transformers import T5Config, T5EncoderModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from cogflow.config.sampling_section import SamplingConfig
 from cogflow.files.atomic_write import write_json
@@ -21,6 +20,7 @@ from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sample_folder import write_samples
 from cogflow.sampling.sampler import Sampler, requests
 from cogflow.weights.tensor_source import weights_fingerprint
+from tests.random_parts import new_text_encoder, new_transformer, new_vae
 from tools.tiny_text import make_tokenizer
 
 # Tests are imported by path; this makes the helper module assembling.py importable.
@@ -36,38 +36,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = root / "base"
     torch.manual_seed(0)
     tokenizer = make_tokenizer(base / "tokenizer")
-    T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=8,
-            d_kv=4,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(base / "text_encoder")
-    AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16, scaling_factor=0.7
-    ).save_pretrained(base / "vae")
+    new_text_encoder(len(tokenizer)).save_pretrained(base / "text_encoder")
+    new_vae(scaling_factor=0.7).save_pretrained(base / "vae")
     CogVideoXDDIMScheduler(**MODEL_SPECS["tiny"].scheduler_config()).save_pretrained(base / "scheduler")
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=16,
-        out_channels=16,
-        time_embed_dim=8,
-        text_embed_dim=8,
-        num_layers=1,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=5,
-        max_text_seq_length=TOKENS,
-        use_rotary_positional_embeddings=True,
-    )
+    transformer = new_transformer(max_text_seq_length=TOKENS)
     transformer.save_pretrained(base / "transformer")
     shutil.rmtree(base / "tokenizer" / ".cache", ignore_errors=True)
     _run(root / "run", base, transformer)

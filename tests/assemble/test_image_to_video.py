@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from assembling import TOKENS, Work
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,6 +19,7 @@ from cogflow.models import loading
 from cogflow.sampling.noise import noise_for, step_generator
 from cogflow.stages import assemble
 from cogflow.weights.tensor_source import weights_fingerprint
+from tests.random_parts import new_transformer
 
 TEXT = "a red circle moves left over a light background"
 
@@ -27,21 +28,7 @@ TEXT = "a red circle moves left over a light background"
 def from_image(work: Work) -> Work:
     """Replace the run's export and samples by those of an image-to-video transformer, sampled by diffusers."""
     torch.manual_seed(1)
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=32,
-        out_channels=16,
-        time_embed_dim=8,
-        text_embed_dim=8,
-        num_layers=1,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=5,
-        max_text_seq_length=TOKENS,
-        use_rotary_positional_embeddings=True,
-        use_learned_positional_embeddings=True,
-    )
+    transformer = new_transformer(in_channels=32, max_text_seq_length=TOKENS, use_learned_positional_embeddings=True)
     weights = weights_fingerprint(transformer.state_dict().items())
     report = json.loads((work.run / "export" / "export.json").read_text())
     report |= {

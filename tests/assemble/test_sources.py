@@ -12,12 +12,12 @@ import torch
 from assembling import Work
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
-from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import PipelineError
 from cogflow.files.atomic_write import write_json
 from cogflow.files.publish import check_manifest, publish_folder
 from cogflow.stages import assemble
+from tests.random_parts import new_text_encoder
 
 SAT = Path(__file__).resolve().parent.parent / "golden" / "sat"
 
@@ -26,20 +26,7 @@ SAT = Path(__file__).resolve().parent.parent / "golden" / "sat"
 def wide(work: Work) -> Work:
     """A base whose text encoder has the width of the SAT checkpoints."""
     shutil.rmtree(work.base / "text_encoder")
-    T5EncoderModel(
-        T5Config(
-            vocab_size=200,
-            d_model=32,
-            d_kv=4,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(work.base / "text_encoder")
+    new_text_encoder(200, d_model=32).save_pretrained(work.base / "text_encoder")
     return work
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+from transformers import ByT5Tokenizer, T5EncoderModel
 
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
@@ -26,6 +26,7 @@ from cogflow.config.train_settings import PrepareStage
 from cogflow.data.preparation import EncoderInputs, PrepareResult, prepare
 from cogflow.models.loading import encode_prompts
 from cogflow.runtime import ranks
+from tests.random_parts import new_text_encoder, new_vae
 
 DATA = DataConfig(name="folder", frames=5, height=32, width=32, fps=8, holdout=2, max_bad_share=0.5, max_bad_in_a_row=4)
 HASHES = {"vae": "vae-1", "text_encoder": "text-1", "tokenizer": "tokens-1"}
@@ -35,19 +36,14 @@ MAX_LENGTH = 40
 @cache
 def small_vae() -> AutoencoderKLCogVideoX:
     torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16
-    )
+    vae = new_vae()
     return vae.eval().requires_grad_(False)
 
 
 @cache
 def small_text() -> tuple[Any, T5EncoderModel]:
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    return ByT5Tokenizer(), T5EncoderModel(
-        T5Config(vocab_size=400, feed_forward_proj="gated-gelu", dropout_rate=0.0, **sizes)
-    ).eval()
+    return ByT5Tokenizer(), new_text_encoder(400, d_model=16).eval()
 
 
 class Bar:

@@ -20,6 +20,7 @@ from cogflow.sampling.prompts import Prompt
 from cogflow.sampling.sample_record import read_sample_record
 from cogflow.sampling.sampler import Request, Sampler, decoder
 from cogflow.sampling.sat_schedule import make_schedule
+from tests.random_parts import new_transformer, new_vae
 
 SCHEDULER_NAMES = {
     "default": "CogVideoXDDIMScheduler",
@@ -33,21 +34,7 @@ REQUEST = Request(Prompt("a", "a red circle"), 3, torch.randn(4, 8, generator=to
 
 def transformer(patch_size_t: int | None = None, channels: int = 16) -> CogVideoXTransformer3DModel:
     torch.manual_seed(0)
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=channels,
-        out_channels=16,
-        time_embed_dim=8,
-        text_embed_dim=8,
-        num_layers=1,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=9,
-        max_text_seq_length=4,
-        use_rotary_positional_embeddings=True,
-        patch_size_t=patch_size_t,
-    )
+    model = new_transformer(in_channels=channels, sample_frames=9, max_text_seq_length=4, patch_size_t=patch_size_t)
     torch.nn.init.normal_(model.proj_out.weight, std=0.2)
     return model
 
@@ -55,9 +42,7 @@ def transformer(patch_size_t: int | None = None, channels: int = 16) -> CogVideo
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLCogVideoX:
     torch.manual_seed(0)
-    return AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7
-    ).eval()
+    return new_vae(scaling_factor=0.7).eval()
 
 
 def sampler(
@@ -262,7 +247,7 @@ def test_tiles_add_up_to_the_size_of_the_frame() -> None:
     latents = torch.zeros(1, 16, 1, 8, 12)
     with torch.no_grad():
         assert tiled.decode(latents).sample.shape == (1, 3, 1, 64, 96)
-    large = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+    large = new_vae()
     made = decoder(large, "fp32", tiling=True)
     assert abs(made.tile_overlap_factor_height - large.tile_overlap_factor_height) < 1e-6
     assert abs(made.tile_overlap_factor_width - large.tile_overlap_factor_width) < 1e-6

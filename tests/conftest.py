@@ -131,10 +131,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files: those of ``SLOWEST`` first, then those with the most tests that are slow or start processes.
 
-    Two workers that take whole files then end at about the same time.
+    Workers that take whole files then end at about the same time.
     """
     slow = Counter(
-        item.path for item in items if item.get_closest_marker("slow") or "cogflow" in getattr(item, "fixturenames", ())
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or {"cogflow", "server", "started"} & set(getattr(item, "fixturenames", ()))
     )
 
     def order(item: pytest.Item) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cogflow.config.model_section import TRAINING_STAGES, is_planned
 from cogflow.config.problems import Problem, format_value
-from cogflow.config.setting import ValueRule, above, at_least, each, multiple_of, one_of, setting, within
+from cogflow.config.setting import ValueRule, above, at_least, each, multiple_of, one_of, optional, setting, within
 
 if TYPE_CHECKING:
     from cogflow.config.config import AnyConfig
@@ -84,7 +84,12 @@ class DataConfig:
         help="Image to video: first frames with different noise encoded per clip; each step draws one of them.",
         rule=at_least(1),
     )
-    holdout: int = setting(8, help="Clips excluded from training, for the held-out loss.", rule=at_least(0))
+    holdout: int | None = setting(
+        None,
+        help="Clips excluded from training, for the held-out loss. Default: a tenth of the clips, at least 1 and at "
+        "most 8.",
+        rule=optional(at_least(0)),
+    )
     max_bad_share: float = setting(
         0.1, help="Largest share of unreadable clips; a larger share stops the run.", rule=within(0, 1)
     )
@@ -107,7 +112,7 @@ def check_data(config: AnyConfig) -> Iterator[Problem]:
     data, model = config.data, config.model.name
     if config.stage.name in TRAINING_STAGES and not is_planned(config) and data.name == "folder" and data.path is None:
         yield Problem("data.path is missing: data=folder needs the folder of your clips.", ("data.name", "data.path"))
-    if data.name == "shapes" and data.holdout >= data.clips:
+    if data.name == "shapes" and data.holdout is not None and data.holdout >= data.clips:
         yield Problem(
             f"data.holdout={data.holdout}: no clip is left to train on; it should be less than "
             f"data.clips={data.clips}.",

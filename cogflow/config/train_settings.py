@@ -125,6 +125,12 @@ class TrainStage:
         help="Best checkpoints to keep, too, ranked by the quality watch, then by held-out loss.",
         rule=at_least(0),
     )
+    changed_data: str = setting(
+        "stop",
+        help="Reaction to clips or captions that are not those prepared for this run. stop: exit code 2 with their "
+        "names. use_prepared: train on the clips that were prepared for it.",
+        rule=one_of("stop", "use_prepared"),
+    )
     on_blur: str = setting(
         "warn",
         help="Reaction to an alarm of the quality watch. stop: exit code 3. rollback: return to the last sharp "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from cogflow.errors import DataError
 from cogflow.files.paths import contained
 
 EXTENSIONS = (".mp4", ".mov", ".webm", ".mkv")
+VIDEO_EXTENSIONS = (*EXTENSIONS, ".avi", ".flv", ".gif", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
+"""Extensions of files that look like clips, also of those that are not read."""
 
 LAYOUTS = """a folder of clips has one of:
     metadata.jsonl    one object a line: {"file_name": "clip.mp4", "text": "what it shows"}
@@ -39,6 +42,22 @@ def read_index(folder: Path) -> list[ClipEntry]:
     of the index itself: no layout or several, a bad line, no caption, another kind of file, a path that leaves the
     folder, a clip named twice with the same caption.
     """
+    layout = find_layout(folder)
+    return _collect(folder, layout, _READERS[layout][1](folder))
+
+
+def iterate_index(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and caption of each clip of ``folder`` in the order of its index, one at a time.
+
+    Unlike :func:`read_index` it checks no single row and keeps none in memory. Raises :class:`DataError` where the
+    index cannot be read.
+    """
+    for _, name, text in _READERS[find_layout(folder)][1](folder):
+        yield Path(name.strip()).as_posix(), text.strip()
+
+
+def find_layout(folder: Path) -> str:
+    """Return the layout of the index of ``folder``. Raises :class:`DataError` for none and for several."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"the folder of clips {what}: {folder}", "set data.path to a folder of clips; " + LAYOUTS)
@@ -50,7 +69,18 @@ def read_index(folder: Path) -> list[ClipEntry]:
             f"{folder} holds more than one list of clips: {'; '.join(found)}",
             "keep the one that is right and move the others away",
         )
-    return _collect(folder, found[0], _READERS[found[0]][1](folder))
+    return found[0]
+
+
+def unlisted_videos(folder: Path, listed: Set[str]) -> Iterator[str]:
+    """Yield the names of video files below ``folder`` that are not in ``listed``; hidden files and folders are left
+    out.
+    """
+    for path in _files_below(folder):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix.lower() in VIDEO_EXTENSIONS and not hidden and relative.as_posix() not in listed:
+            yield relative.as_posix()
 
 
 def _collect(folder: Path, layout: str, rows: Iterator[tuple[str, str, str]]) -> list[ClipEntry]:
@@ -86,15 +116,55 @@ def _collect(folder: Path, layout: str, rows: Iterator[tuple[str, str, str]]) ->
     return entries
 
 
-def _read_text(path: Path) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with their ends, one at a time. Raises :class:`DataError`."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        # Lines end at line feeds alone: JSON allows other separators of Unicode inside a string.
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+        raise DataError(f"{path} is not UTF-8 text (byte {_first_bad_byte(path)})", "save it as UTF-8") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}", "it should be a text file that you may read"
         ) from error
+
+
+def _first_bad_byte(path: Path) -> int:
+    try:
+        path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
+
+
+def _lines_without_trailing_blanks(path: Path) -> Iterator[str]:
+    blanks: list[str] = []
+    for line in _lines(path):
+        if not line.strip():
+            blanks.append(line)
+            continue
+        yield from blanks
+        blanks.clear()
+        yield line
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below ``folder`` in the order of their paths, without hidden files.
+
+    Links to folders are not followed. Raises :class:`DataError` for a folder that cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        hint = "it should be a folder that you may read"
+        raise DataError(f"{folder} cannot be read: {error.strerror}", hint) from error
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(Path(entry.path))
+        elif not entry.name.startswith("."):
+            yield Path(entry.path)
 
 
 def _columns(path: Path, where: str, row: dict[str, Any], number: int) -> tuple[str, str, str]:
@@ -115,8 +185,7 @@ def _columns(path: Path, where: str, row: dict[str, Any], number: int) -> tuple[
 
 def _jsonl(folder: Path) -> Iterator[tuple[str, str, str]]:
     path = folder / "metadata.jsonl"
-    # splitlines() also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -135,7 +204,7 @@ def _jsonl(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 def _csv(folder: Path) -> Iterator[tuple[str, str, str]]:
     path = folder / "metadata.csv"
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), restval="", strict=True)
+    reader = csv.DictReader(_lines(path), restval="", strict=True)
     try:
         for number, row in enumerate(reader, start=1):
             if None in row:
@@ -150,27 +219,29 @@ def _csv(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _line_files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    prompts = _read_text(folder / "prompts.txt").rstrip().split("\n")
-    videos = _read_text(folder / "videos.txt").rstrip().split("\n")
-    if len(prompts) != len(videos):
+    prompts, videos = folder / "prompts.txt", folder / "videos.txt"
+    counts = [sum(1 for _ in _lines_without_trailing_blanks(path)) for path in (prompts, videos)]
+    if counts[0] != counts[1]:
         raise DataError(
-            f"prompts.txt has {len(prompts)} lines and videos.txt {len(videos)} in {folder}",
+            f"prompts.txt has {counts[0]} lines and videos.txt {counts[1]} in {folder}",
             "line n of prompts.txt is the caption of the clip on line n of videos.txt; a caption holds no line break",
         )
-    for number, (video, prompt) in enumerate(zip(videos, prompts, strict=True), start=1):
+    pairs = zip(_lines_without_trailing_blanks(videos), _lines_without_trailing_blanks(prompts), strict=True)
+    for number, (video, prompt) in enumerate(pairs, start=1):
         yield f"line {number}", video, prompt
 
 
 def _labels(folder: Path) -> Iterator[tuple[str, str, str]]:
-    for path in sorted((folder / "videos").rglob("*")):
-        if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
+    for path in _files_below(folder / "videos"):
+        if path.suffix.lower() not in EXTENSIONS:
             continue
         label = (folder / "labels" / path.relative_to(folder / "videos")).with_suffix(".txt")
         name = path.relative_to(folder).as_posix()
         if label.is_file():
             contained(folder, label.relative_to(folder).as_posix())
         # A caption over several lines is one caption.
-        yield str(label.relative_to(folder)), name, " ".join(_read_text(label).split()) if label.is_file() else ""
+        caption = " ".join(" ".join(_lines(label)).split()) if label.is_file() else ""
+        yield str(label.relative_to(folder)), name, caption
 
 
 def _guess(folder: Path) -> str:

@@ -31,15 +31,13 @@ from cogflow.data.clips import Clip, read_clip
 from cogflow.data.latent_cache import CLIPS, FIRST_FRAME, TEXTS, ShardWriter, first_frame_names
 from cogflow.data.media import file_size
 from cogflow.data.media_bytes import ClipError
+from cogflow.data.quarantine import FileStamp, Quarantine, file_stamp, stamp_or_none
 from cogflow.errors import DataError, QualityGateError
-from cogflow.files.atomic_write import write_text
 from cogflow.files.hashing import hash_file
 from cogflow.models.transformer_inputs import SIGMA_MEAN, SIGMA_STD
 from cogflow.records.cache_records import ClipMeasurement, StoredClip
 from cogflow.runtime.progress import Advancing
 from cogflow.sharpness.metrics import measure
-
-QUARANTINE = "quarantine.jsonl"
 
 TEXT_VERSION = 1
 """Version of the embeddings: increased when the same caption gives others. Part of each caption's key."""
@@ -47,7 +45,6 @@ FIRST_FRAME_VERSION = 1
 """Version of the first frame's tensors: increased when they change. Part of each clip's key for image to video."""
 
 _MOST_AT_ONCE = 8  # clips that are decoded at a time, each some 100 MB at 49x480x720
-_EXAMPLES = 5
 
 
 OpenProgress = Callable[[int, str], AbstractContextManager[Advancing]]
@@ -66,7 +63,7 @@ class SourceClip:
 
     entry: ClipEntry
     content: str | None
-    stamp: tuple[int, int] | None
+    stamp: FileStamp | None
     reason: str | None
     bucket: str | None = None
 
@@ -75,7 +72,7 @@ def read_source_clip(entry: ClipEntry, data: DataConfig) -> SourceClip:
     """Hash the file of ``entry`` and choose its bucket."""
     try:
         file_size(entry.path)  # refuses pipes and devices, which hashing would read forever
-        stamp = _stamp(entry.path)
+        stamp = file_stamp(entry.path)
         bucket = assign_bucket(entry.path, data) if data.buckets else None
         return SourceClip(entry, hash_file(entry.path), stamp, None, bucket)
     except ClipError as error:
@@ -84,11 +81,6 @@ def read_source_clip(entry: ClipEntry, data: DataConfig) -> SourceClip:
         return SourceClip(entry, None, None, "the file is missing")
     except OSError as error:
         return SourceClip(entry, None, None, f"cannot be read: {error.strerror}")
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def digest(*parts: Any) -> str:
@@ -116,39 +108,6 @@ def clip_key(content: str, data: DataConfig, vae_hash: str, images: int = 0) -> 
 def text_key(text: str, text_hashes: Mapping[str, str], max_length: int) -> str:
     """Return the key of a caption's embedding."""
     return digest("text", TEXT_VERSION, text, dict(text_hashes), max_length)
-
-
-class Quarantine:
-    """Unreadable clips by name, with the reason, and the limit on their number."""
-
-    def __init__(self, data: DataConfig, total: int, file: Path) -> None:
-        self.rows: dict[str, str] = {}
-        self.data = data
-        self._total, self._file = total, file
-        self._allowed = int(data.max_bad_share * total + 1e-9)
-
-    def add(self, name: str, reason: str) -> None:
-        """Add a clip. Raises :class:`DataError` when there are more than ``data.max_bad_share`` allows."""
-        self.rows[name] = reason
-        if len(self.rows) > self._allowed:
-            limit = f"data.max_bad_share={self.data.max_bad_share:g} allows {self._allowed}"
-            raise self.stop(f"{len(self.rows)} of {self._total} clips are unreadable so far; {limit}")
-
-    def stop(self, message: str) -> DataError:
-        """Write the full list and return the error that ends the run, with examples."""
-        self.write()
-        examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_EXAMPLES])
-        return DataError(
-            message + examples, f"repair or remove them (all are in {self._file}), or raise data.max_bad_share"
-        )
-
-    def write(self) -> None:
-        """Write one JSON object per line, with name and reason; remove the file when there is nothing to list."""
-        if self.rows:
-            lines = [json.dumps({"name": name, "reason": reason}) for name, reason in sorted(self.rows.items())]
-            write_text(self._file, "".join(f"{line}\n" for line in lines))
-        else:
-            self._file.unlink(missing_ok=True)
 
 
 def require_readable_clip(items: Sequence[SourceClip], quarantine: Quarantine) -> None:
@@ -230,7 +189,7 @@ def encode_clips(
     compared = set(sorted(work.clips)[: softness.RESAMPLED])
     with output.report(len(work.clips), "clips") as bar, ShardWriter(folder, CLIPS, output.shard_items) as writer:
         for key, item, clip, measurement in _decoded(work.clips, data, compared):
-            if item.stamp != _stamp_or_none(item.entry.path):
+            if item.stamp != stamp_or_none(item.entry.path):
                 raise DataError(
                     f"{item.entry.path} changed while it was prepared",
                     "run the command again when no other process changes the clips",
@@ -356,13 +315,6 @@ def clip_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         # ``set_num_threads`` applies to the calling thread and to threads that start later.
         torch.set_num_threads(threads)
-
-
-def _stamp_or_none(path: Path) -> tuple[int, int] | None:
-    try:
-        return _stamp(path)
-    except OSError:
-        return None
 
 
 def _check_finite(values: torch.Tensor, model: str, what: str) -> None:

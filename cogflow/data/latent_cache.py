@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 from cogflow.config.data_section import DataConfig
 from cogflow.data.buckets import longest_first
 from cogflow.data.clips import CLIP_SETTINGS
+from cogflow.data.former_index import index_shards, read_former
 from cogflow.errors import DataError
 from cogflow.files.atomic_write import require_space, storage_errors, sync
 from cogflow.files.record_io import parse_record, read_record, record_values
 from cogflow.records.cache_records import CacheIndex, CacheSettings, StoredClip
+from cogflow.runtime.console import echo
 
 CLIPS, TEXTS = "clips", "texts"
 """Kinds of shards.
@@ -79,24 +81,41 @@ class LatentCache:
     def __init__(self, folder: Path) -> None:
         if not (folder / CacheIndex.file_name).exists():
             raise DataError(f"no prepared clips in {folder}", "run stage=prepare first, with the same settings")
-        self._index = read_record(folder / CacheIndex.file_name, CacheIndex)
-        self._entries = self._index.entries
-        self.train = self._index.train
-        self.holdout = self._index.holdout
-        self.fingerprint = self._index.fingerprint
-        shards = {name for entry in self._entries for name in (entry.clip_shard, entry.text_shard)}
-        missing = sorted(name for name in shards if not (folder / name).is_file())
+        self.folder = folder
+        self._reader = ShardReader(folder)
+        self._use(read_record(folder / CacheIndex.file_name, CacheIndex))
+
+    def _use(self, index: CacheIndex) -> None:
+        missing = sorted(name for name in index_shards(index) if not (self.folder / name).is_file())
         if missing:
             raise DataError(
-                f"{len(missing)} files of {folder} are missing, the first is {missing[0]}",
+                f"{len(missing)} files of {self.folder} are missing, the first is {missing[0]}",
                 "run stage=prepare again, it writes the missing files",
             )
-        self.folder = folder
+        self._index = index
+        self._entries = index.entries
+        self.train = index.train
+        self.holdout = index.holdout
+        self.fingerprint = index.fingerprint
         self._groups: list[list[int]] | None = None
-        self._reader = ShardReader(folder)
+
+    def use_former(self, fingerprint: str) -> bool:
+        """Switch to the clips with ``fingerprint``, which ``stage=prepare`` has replaced; return whether they are kept.
+
+        Raises :class:`DataError` when one of their files is missing.
+        """
+        former = read_former(self.folder, fingerprint)
+        if former is not None:
+            self._use(former)
+        return former is not None
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def index(self) -> CacheIndex:
+        """The index of the clips in use."""
+        return self._index
 
     @property
     def settings(self) -> CacheSettings:
@@ -185,23 +204,6 @@ class LatentCache:
             return [list(items)]
         held = longest_first([str(self.bucket(item[0])) for item in items])
         return [[item for item in items if self.bucket(item[0]) == bucket] for bucket in held]
-
-
-def split_holdout(sources: Sequence[str], holdout: int) -> tuple[list[int], list[int]]:
-    """Return the positions to train on and to hold out, given each clip's content hash.
-
-    The clips with the smallest hashes are held out, so that the choice does not depend on names, order or other clips.
-    Equal content stays together, and at least half of the clips remain for training.
-    """
-    limit = min(holdout, len(sources) // 2)
-    groups: dict[str, list[int]] = {}
-    for position, source in enumerate(sources):
-        groups.setdefault(source, []).append(position)
-    held: list[int] = []
-    for source in sorted(groups):
-        if len(held) + len(groups[source]) <= limit:
-            held += groups[source]
-    return sorted(set(range(len(sources))) - set(held)), sorted(held)
 
 
 def clips_per_bucket(index: CacheIndex) -> dict[str, int]:
@@ -316,6 +318,7 @@ def scan_shards(folder: Path, kind: str) -> dict[str, StoredTensors]:
                 held = {name.rsplit(".", 1)[0] for name in shard.keys()}  # noqa: SIM118
                 clips = {key: _stored_clip(values, path) for key, values in facts.items() if key in held}
         except (SafetensorError, OSError, ValueError, KeyError, DataError):
+            echo(f"note: {path} is damaged and is removed; what it holds is encoded again")
             path.unlink(missing_ok=True)
             continue
         found.update({key: StoredTensors(path.name, clip) for key, clip in clips.items()})

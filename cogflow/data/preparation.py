@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from cogflow.config.train_settings import PrepareStage
 from cogflow.data import latent_cache
 from cogflow.data.buckets import at_bucket_size
 from cogflow.data.clip_index import read_index
+from cogflow.data.clip_usage import count_usage, usage_notes, usage_warnings
 from cogflow.data.clips import CLIP_SETTINGS
+from cogflow.data.data_changes import ClipState, compare_index
 from cogflow.data.encode import (
-    QUARANTINE,
     ClipWork,
     Embed,
     OpenProgress,
-    Quarantine,
     ShardOutput,
     SourceClip,
     clip_key,
@@ -38,12 +39,14 @@ from cogflow.data.encode import (
     require_readable_clip,
     text_key,
 )
+from cogflow.data.former_index import former_shards, index_shards, keep_index, trained_step
+from cogflow.data.holdout import MOST_HELD_OUT, resolve_holdout, split_holdout
 from cogflow.data.latent_cache import CLIPS, TEXTS, LatentCache, clips_per_bucket, scan_shards
+from cogflow.data.quarantine import QUARANTINE, Quarantine, read_quarantine
 from cogflow.data.softness import summarise_softness
-from cogflow.errors import DataError
+from cogflow.errors import DataError, format_list
 from cogflow.files.record_io import read_record, write_record
 from cogflow.records.cache_records import (
-    CacheCounts,
     CacheEntry,
     CacheIndex,
     CacheSettings,
@@ -52,10 +55,11 @@ from cogflow.records.cache_records import (
     StoredClip,
 )
 from cogflow.runtime import ranks
+from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import enter_phase
 
-_ENOUGH_FPS = 0.99
-"""Share of ``data.fps`` below which a clip counts as slower."""
+MOST_LEFT_OUT = 100
+"""Unreadable clips that the result names; ``quarantine.jsonl`` names all."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,10 @@ class PrepareResult:
     """Content of the cache in ``folder``, and the work and seconds of this preparation.
 
     ``upscaled`` and ``slower``: number of usable clips that are smaller than the wanted size, or have fewer frames per
-    second than wanted; ``warnings`` has a sentence on each. ``buckets``: number of training clips by bucket, empty
-    without buckets.
+    second than wanted; ``warnings`` has a sentence on each. ``notes``: on what of the data is not trained on.
+    ``left_out``: reasons by name of the first unreadable clips. ``buckets``: number of training clips by bucket, empty
+    without buckets. ``changes``: lines on the differences from the clips that were prepared before; empty without any.
+    ``trained_step``: the last step of this run on the clips that were replaced; None where it was not trained on them.
     """
 
     folder: Path
@@ -81,6 +87,10 @@ class PrepareResult:
     warnings: list[str] = field(default_factory=list)
     softness: SoftnessRecord = field(default_factory=SoftnessRecord)
     buckets: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+    trained_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +112,18 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Keys that this preparation needs. ``identity``: equal for equal data, settings and encoders."""
+    """Keys that this preparation needs. ``settings``: of the index.
+
+    ``identities``: the first is equal for equal data, settings and encoders; the others are of former versions for the
+    same settings.
+    """
 
     items: list[SourceClip]
     clip_keys: list[str | None]
     text_keys: list[str]
     empty_key: str
-    identity: str
+    identities: tuple[str, ...]
+    settings: CacheSettings
 
     @property
     def texts(self) -> dict[str, str]:
@@ -129,11 +144,16 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Existing:
-    """Keys that are already in the folder, and its index when nothing has changed."""
+    """Keys that are already in the folder, and its index when nothing has changed; else the changes.
+
+    ``trained_step``: the last step that the run was trained on the replaced clips.
+    """
 
     clips: set[str]
     texts: set[str]
-    index: CacheIndex | None
+    index: CacheIndex | None = None
+    changes: list[str] = field(default_factory=list)
+    trained_step: int | None = None
 
 
 def prepare(
@@ -155,10 +175,11 @@ def prepare(
     started = time.monotonic()
     data, stage = config.data, config.stage
     plan = _make_plan(data, clips_folder, inputs)
-    existing = ranks.run_on_main(lambda: _survey(folder, plan))
+    existing = ranks.run_on_main(lambda: _survey(folder, plan, inputs))
     if existing.index is not None:
-        return _result(folder, existing.index, 0, 0, started)
+        return _result(folder, clips_folder, existing.index, _Work(started))
 
+    _echo_changes(folder, existing)
     work = plan.by_clip_key()
     quarantine = Quarantine(data, len(plan.items), folder / QUARANTINE)
     _add_unreadable(quarantine, plan, require_one=not existing.clips & work.clips.keys())
@@ -180,11 +201,13 @@ def prepare(
             quarantine.add(name, reason)
     index = ranks.run_on_main(lambda: _finish(folder, plan, data, inputs, quarantine))
     unreadable_keys = {key for key in new_clips if work.names[key][0] in quarantine.rows}
-    return _result(folder, index, len(new_clips) - len(unreadable_keys), len(new_texts), started)
+    done = _Work(started, len(new_clips) - len(unreadable_keys), len(new_texts))
+    return _result(folder, clips_folder, index, done, existing)
 
 
 def _make_plan(data: DataConfig, clips_folder: Path, inputs: EncoderInputs) -> _Plan:
     entries = read_index(clips_folder)
+    holdout = resolve_holdout(data.holdout, len(entries), f"clips are listed in {clips_folder}")
     mine = [read_source_clip(entry, data) for entry in entries[ranks.rank() :: ranks.world_size()]]
     by_rank = [iter(items) for items in ranks.gather(mine)]
     items = [next(by_rank[position % len(by_rank)]) for position in range(len(entries))]
@@ -195,30 +218,96 @@ def _make_plan(data: DataConfig, clips_folder: Path, inputs: EncoderInputs) -> _
     ]
     text_keys = [text_key(item.entry.text, inputs.text_hashes, inputs.max_length) for item in items]
     named = [[item.entry.name, clip, text] for item, clip, text in zip(items, clip_keys, text_keys, strict=True)]
-    settings = {name: getattr(data, name) for name in (*CLIP_SETTINGS, "holdout", "max_bad_share")}
+    settings = {name: getattr(data, name) for name in (*CLIP_SETTINGS, "max_bad_share")}
     # Without buckets and images a cache has the identity that it had before these settings existed.
     settings |= {"buckets": list(data.buckets)} if data.buckets else {}
     settings |= {"image_variants": inputs.images} if inputs.images else {}
+    # Before there was a default in proportion to the clips, it was the largest one.
+    holdouts = dict.fromkeys([holdout, *([MOST_HELD_OUT] if data.holdout is None else [])])
     # Another version of PyAV may read what this one could not.
-    identity = digest(CacheIndex.version, named, settings, dict(inputs.hashes), av.__version__)
-    return _Plan(items, clip_keys, text_keys, text_key("", inputs.text_hashes, inputs.max_length), identity)
+    identities = [
+        digest(CacheIndex.version, named, settings | {"holdout": number}, dict(inputs.hashes), av.__version__)
+        for number in holdouts
+    ]
+    return _Plan(
+        items=items,
+        clip_keys=clip_keys,
+        text_keys=text_keys,
+        empty_key=text_key("", inputs.text_hashes, inputs.max_length),
+        identities=tuple(identities),
+        settings=CacheSettings(
+            **{name: getattr(data, name) for name in CLIP_SETTINGS},
+            max_length=inputs.max_length,
+            buckets=list(data.buckets),
+            image_variants=inputs.images,
+            holdout=holdout,
+        ),
+    )
 
 
-def _survey(folder: Path, plan: _Plan) -> _Existing:
-    """Return the keys that are already in ``folder``; remove its index when anything has changed."""
+def _survey(folder: Path, plan: _Plan, inputs: EncoderInputs) -> _Existing:
+    """Return the keys that are already in ``folder``; take its index away when anything has changed.
+
+    An index that a checkpoint of the run was trained on is kept as a former one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     latent_cache.remove_partial_shards(folder)
     clips, texts = set(scan_shards(folder, CLIPS)), set(scan_shards(folder, TEXTS))
     index_file = folder / CacheIndex.file_name
+    if not index_file.is_file():
+        return _Existing(clips, texts)
     try:
         index = read_record(index_file, CacheIndex)
-        if index.plan == plan.identity:
+    except DataError as error:
+        index_file.unlink()
+        return _Existing(clips, texts, changes=[f"the former list of clips cannot be read: {error.message}"])
+    if index.plan in plan.identities:
+        try:
             LatentCache(folder)
-            return _Existing(clips, texts, index)
-    except DataError:
-        pass
-    index_file.unlink(missing_ok=True)
-    return _Existing(clips, texts, None)
+            return _Existing(clips, texts, _with_present_files(folder, index, plan))
+        except DataError as error:
+            changes = [error.message]
+    else:
+        pairs = zip(plan.items, plan.clip_keys, strict=True)
+        present = ((item.entry.name, ClipState(item.entry.text, key)) for item, key in pairs if key is not None)
+        changes = compare_index(index, present, plan.settings, dict(inputs.hashes)).lines()
+        changes = changes or ["the order of the clips, the held-out clips or the version of PyAV"]
+    trained = trained_step(folder.parent, index.fingerprint)
+    if trained is None:
+        index_file.unlink()
+    else:
+        keep_index(folder, index)
+    return _Existing(clips, texts, None, changes, trained)
+
+
+def _with_present_files(folder: Path, index: CacheIndex, plan: _Plan) -> CacheIndex:
+    """Return ``index`` with the present sizes and times of the files; write it where they differ.
+
+    A copied folder has new times. With them in the index, training need not hash the files to see that they are equal.
+    """
+    stamps = {item.entry.name: item.stamp for item in plan.items if item.stamp is not None}
+    entries = [
+        replace(entry, size=stamps[entry.name][0], modified_ns=stamps[entry.name][1]) if entry.name in stamps else entry
+        for entry in index.entries
+    ]
+    holdout = index.settings.holdout
+    if holdout is None and index.plan == plan.identities[0]:
+        holdout = plan.settings.holdout
+    present = replace(index, entries=entries, settings=replace(index.settings, holdout=holdout))
+    if present != index:
+        write_record(folder / CacheIndex.file_name, present)
+    return present
+
+
+def _echo_changes(folder: Path, existing: _Existing) -> None:
+    if existing.changes:
+        echo(f"updating the prepared clips in {folder}:\n{format_list(existing.changes)}")
+    if existing.trained_step is not None:
+        echo(
+            f"warning: this run was trained up to step {existing.trained_step} on the clips before this update. They "
+            "are kept: stage=train goes on with them with stage.changed_data=use_prepared. Else it stops, and names "
+            "the command that starts a new run on the new clips from these weights"
+        )
 
 
 def _add_unreadable(quarantine: Quarantine, plan: _Plan, *, require_one: bool) -> None:
@@ -254,28 +343,23 @@ def _finish(folder: Path, plan: _Plan, data: DataConfig, inputs: EncoderInputs, 
                 caption=text,
                 text_shard=stored_texts[text].shard,
                 bucket=item.bucket,
+                size=item.stamp[0] if item.stamp is not None else None,
+                modified_ns=item.stamp[1] if item.stamp is not None else None,
             )
         )
-    quarantine.write()
+    quarantine.write({item.entry.name: item.stamp[0] for item in plan.items if item.stamp is not None})
     if not entries:
         raise quarantine.stop("no clip can be read")
-    train, holdout = latent_cache.split_holdout(sources, data.holdout)
+    if data.holdout is not None:
+        resolve_holdout(data.holdout, len(entries), "clips can be read")
+    train, holdout = split_holdout(sources, plan.settings.holdout or 0)
     keys = [entry.key for entry in entries]
     index = CacheIndex(
-        plan=plan.identity,
+        plan=plan.identities[0],
         fingerprint=latent_cache.cache_fingerprint(keys, [keys[position] for position in holdout]),
-        settings=CacheSettings(
-            **{name: getattr(data, name) for name in CLIP_SETTINGS},
-            max_length=inputs.max_length,
-            buckets=list(data.buckets),
-            image_variants=inputs.images,
-        ),
+        settings=plan.settings,
         models=dict(inputs.hashes),
-        counts=CacheCounts(
-            unreadable=len(quarantine.rows),
-            upscaled=sum(clips[entry.name].upscaled for entry in entries),
-            slower=sum(clips[entry.name].fps < _ENOUGH_FPS * data.fps for entry in entries),
-        ),
+        counts=count_usage(entries, clips, data, unreadable=len(quarantine.rows)),
         empty=CaptionEntry(plan.empty_key, stored_texts[plan.empty_key].shard),
         train=train,
         holdout=holdout,
@@ -283,50 +367,42 @@ def _finish(folder: Path, plan: _Plan, data: DataConfig, inputs: EncoderInputs, 
         softness=summarise_softness(clips, {entry.name: entry.bucket for entry in entries if entry.bucket}, data),
     )
     write_record(folder / CacheIndex.file_name, index)
-    used = {shard for entry in entries for shard in (entry.clip_shard, entry.text_shard)} | {index.empty.text_shard}
-    latent_cache.remove_unused_shards(folder, used)
+    try:
+        latent_cache.remove_unused_shards(folder, index_shards(index) | former_shards(folder))
+    except DataError as error:
+        echo(f"note: unused files of {folder} are not removed: {error.message}")
     return index
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Work of this preparation. ``started``: by the monotonic clock."""
+
+    started: float
+    encoded_clips: int = 0
+    encoded_captions: int = 0
+
+
 def _result(
-    folder: Path, index: CacheIndex, encoded_clips: int, encoded_captions: int, started: float
+    folder: Path, clips_folder: Path, index: CacheIndex, work: _Work, existing: _Existing | None = None
 ) -> PrepareResult:
     return PrepareResult(
         folder=folder,
         clips=len(index.entries),
         train=len(index.train),
         holdout=len(index.holdout),
-        encoded_clips=encoded_clips,
-        encoded_captions=encoded_captions,
+        encoded_clips=work.encoded_clips,
+        encoded_captions=work.encoded_captions,
         unreadable=index.counts.unreadable,
         upscaled=index.counts.upscaled,
         slower=index.counts.slower,
         fingerprint=index.fingerprint,
-        seconds=time.monotonic() - started,
-        warnings=_warnings(folder, index),
+        seconds=time.monotonic() - work.started,
+        warnings=usage_warnings(folder, index),
         softness=index.softness,
         buckets=clips_per_bucket(index),
+        notes=ranks.run_on_main(lambda: usage_notes(index, clips_folder, folder)),
+        left_out={one.name: one.reason for one in islice(read_quarantine(folder), MOST_LEFT_OUT)},
+        changes=existing.changes if existing is not None else [],
+        trained_step=existing.trained_step if existing is not None else None,
     )
-
-
-def _warnings(folder: Path, index: CacheIndex) -> list[str]:
-    counts, settings, total = index.counts, index.settings, len(index.entries)
-    warnings = []
-    if counts.unreadable:
-        warnings.append(
-            f"{counts.unreadable} clips are unreadable and left out; the reasons are in {folder / QUARANTINE}"
-        )
-    if counts.upscaled:
-        size = "their bucket" if settings.buckets else f"{settings.width}x{settings.height}"
-        sizes = ", ".join(f"{count} of {own}" for own, count in list(index.softness.upscaled.items())[:4])
-        own = f" ({sizes})" if sizes else ""
-        warnings.append(
-            f"{counts.upscaled} of {total} clips are smaller than {size} and were upscaled{own}: they are soft, "
-            "and a model learns that. Leave them out or lower data.height and data.width"
-        )
-    if counts.slower:
-        warnings.append(
-            f"{counts.slower} of {total} clips have fewer than data.fps={settings.fps:g} frames a second: "
-            "frames are repeated"
-        )
-    return warnings

@@ -86,6 +86,8 @@ NEW_SHAPES = ("star", "square")
 """Concepts that the shipped model has not seen, which a finetune on the drawn clips has to learn."""
 
 _SETTINGS_FILE = "shapes.json"
+DRAWING_SETTINGS = ("clips", "seed", "frames", "height", "width", "fps", "colours", "shapes", "motions")
+"""The fields of :class:`DataConfig` on which drawn clips depend."""
 
 BASE_COLOURS = ("red", "green", "blue", "yellow")
 BASE_SHAPES = ("circle", "cross", "triangle")
@@ -221,6 +223,19 @@ def fill_concepts(data: DataConfig) -> DataConfig:
     return filled
 
 
+def drawing_differences(folder: Path, data: DataConfig) -> list[str]:
+    """Return one line for each setting of ``data`` that the clips in ``folder`` were not drawn with; empty where there
+    are no drawn clips.
+    """
+    try:
+        drawn = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    wanted = fill_concepts(data)
+    pairs = [(key, getattr(wanted, key), drawn.get(key)) for key in DRAWING_SETTINGS]
+    return [f"data.{key}={now}, drawn with {then}" for key, now, then in pairs if now != then]
+
+
 def draw_folder(folder: Path, data: DataConfig) -> None:
     """Draw ``data.clips`` clips into ``folder``, as mp4 files with a metadata.jsonl, unless they are there already.
 
@@ -228,13 +243,7 @@ def draw_folder(folder: Path, data: DataConfig) -> None:
     them. The folder appears complete or not at all. Raises :class:`DataError` when ``folder`` holds anything else.
     """
     data = fill_concepts(data)
-    settings = {
-        "version": 1,
-        **{
-            key: getattr(data, key)
-            for key in ("clips", "seed", "frames", "height", "width", "fps", "colours", "shapes", "motions")
-        },
-    }
+    settings = {"version": 1, **{key: getattr(data, key) for key in DRAWING_SETTINGS}}
     settings_file = folder / _SETTINGS_FILE
     if folder.exists():
         if not settings_file.is_file() and (not folder.is_dir() or any(folder.iterdir())):

@@ -17,6 +17,7 @@ from cogflow.ladder.crop_sheet import write_crop_sheet
 from cogflow.ladder.ladder_record import read_ladder, write_rung
 from cogflow.ladder.rung import Rung
 from cogflow.models.family import MODEL_SPECS
+from cogflow.records.history_records import current_line
 from cogflow.records.ladder_records import BaseRung, ExportedRung, FamilyContradiction, TunedRung, WatchFinding
 from cogflow.records.sample_records import SamplesRecord
 from cogflow.sampling.sample_record import FRAMES_FILE
@@ -57,7 +58,7 @@ def record_tuned_rung(folder: Path, record: SamplesRecord, findings: Sequence[Fi
     Rank 0 only. ``findings``: of the quality watch; ``None`` where it could not judge.
     """
     watch = None if findings is None else [_watch_finding(finding) for finding in findings]
-    tuned = TunedRung(record.metrics(), record.step, record.weights, watch)
+    tuned = TunedRung(record.metrics(), record.step, record.weights, watch, current_line(folder))
     write_rung(folder, Rung.TUNED, tuned)
 
 

@@ -183,6 +183,7 @@ def _data(plan: Plan) -> list[str]:
     return [
         text,
         *(["  they were prepared with other settings of data: run stage=prepare again"] if clips.size_differs else []),
+        *([f"  {clips.left_out}"] if clips.left_out else []),
     ]
 
 

@@ -11,7 +11,9 @@ from cogflow.artifacts.run_layout import RunLayout
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.clip_index import read_index
-from cogflow.data.latent_cache import LatentCache, split_holdout
+from cogflow.data.clip_usage import left_out_line
+from cogflow.data.holdout import resolve_holdout, split_holdout
+from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import DataError
 from cogflow.sampling.prompts import FROM_DATA, SHAPES_PROMPTS, read_prompts
 from cogflow.training.gpu_layout import GpuLayout
@@ -20,12 +22,16 @@ from cogflow.training.transformer_size import TransformerSize
 
 @dataclass(frozen=True)
 class Clips:
-    """``training``: clips without the held-out ones, ``None`` where that is not known yet; ``source`` says why."""
+    """``training``: clips without the held-out ones, ``None`` where that is not known yet; ``source`` says why.
+
+    ``left_out``: a line on the clips that could not be prepared; empty when there are none.
+    """
 
     training: int | None
     holdout: int
     source: str
     size_differs: bool = False
+    left_out: str = ""
 
 
 def clips(config: Config[TrainStage], run: Path) -> Clips:
@@ -36,22 +42,27 @@ def clips(config: Config[TrainStage], run: Path) -> Clips:
         try:
             cache = LatentCache(RunLayout(run).cache)
             return Clips(
-                len(cache.train), len(cache.holdout), f"prepared in {cache.folder}", bool(cache.mismatches(data))
+                len(cache.train),
+                len(cache.holdout),
+                f"prepared in {cache.folder}",
+                bool(cache.mismatches(data)),
+                left_out_line(cache.folder),
             )
         except DataError as error:
-            return Clips(None, data.holdout, error.message)
+            return Clips(None, data.holdout or 0, error.message)
     if data.name == "shapes" and not (data.path and Path(data.path).expanduser().is_dir()):
         return _divided(data.clips, data.holdout, f"data.clips={data.clips}, to be drawn")
     if data.path is None:
-        return Clips(None, data.holdout, "data.path is not given")
+        return Clips(None, data.holdout or 0, "data.path is not given")
     try:
         return _divided(len(read_index(Path(data.path).expanduser())), data.holdout, f"listed in {data.path}")
     except DataError as error:
-        return Clips(None, data.holdout, error.message)
+        return Clips(None, data.holdout or 0, error.message)
 
 
-def _divided(count: int, holdout: int, source: str) -> Clips:
-    train, held = split_holdout([str(position) for position in range(count)], holdout)
+def _divided(count: int, holdout: int | None, source: str) -> Clips:
+    wanted = resolve_holdout(holdout, count, f"clips are {source}")
+    train, held = split_holdout([str(position) for position in range(count)], wanted)
     return Clips(len(train), len(held), source)
 
 

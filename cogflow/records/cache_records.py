@@ -52,7 +52,10 @@ class SoftnessRecord:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Settings that shaped the prepared clips. ``image_variants``: noised first frames stored of each clip."""
+    """Settings that shaped the prepared clips. ``image_variants``: noised first frames stored of each clip.
+
+    ``holdout``: number of clips that were asked to be held out; None in an index of a version that did not store it.
+    """
 
     frames: int
     height: int
@@ -65,16 +68,26 @@ class CacheSettings:
     max_length: int
     buckets: Annotated[list[str], OMIT_EMPTY] = field(default_factory=list)
     image_variants: Annotated[int, OMIT_EMPTY] = 0
+    holdout: Annotated[int | None, OMIT_NONE] = None
 
 
 @dataclass(frozen=True)
 class CacheCounts:
     """Numbers of clips: unreadable ones that were left out, ones smaller than wanted, ones with fewer frames per
-    second."""
+    second.
+
+    ``longer``: much longer than what is taken of a clip; ``seconds`` and ``taken_seconds`` are sums over all clips.
+    ``cropped``: a large share of the picture is cut off. ``duplicates``: of the same content as an earlier clip.
+    """
 
     unreadable: int
     upscaled: int
     slower: int
+    longer: Annotated[int, OMIT_EMPTY] = 0
+    cropped: Annotated[int, OMIT_EMPTY] = 0
+    duplicates: Annotated[int, OMIT_EMPTY] = 0
+    seconds: Annotated[float, OMIT_EMPTY] = 0.0
+    taken_seconds: Annotated[float, OMIT_EMPTY] = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,11 @@ class CaptionEntry:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One clip: ``clip`` and ``caption`` are the keys of its tensors in the files ``clip_shard`` and ``text_shard``."""
+    """One clip: ``clip`` and ``caption`` are the keys of its tensors in the files ``clip_shard`` and ``text_shard``.
+
+    ``size`` and ``modified_ns``: bytes and time of modification of its file when it was prepared; None in an index of a
+    version that did not store them.
+    """
 
     key: str
     name: str
@@ -97,6 +114,8 @@ class CacheEntry:
     caption: str
     text_shard: str
     bucket: Annotated[str | None, OMIT_NONE] = None
+    size: Annotated[int | None, OMIT_NONE] = None
+    modified_ns: Annotated[int | None, OMIT_NONE] = None
 
 
 @dataclass(frozen=True)

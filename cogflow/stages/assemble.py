@@ -28,6 +28,7 @@ from cogflow.files.paths import run_folder
 from cogflow.files.record_io import JsonObject, record_values
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import MODEL_SPECS
+from cogflow.records.history_records import current_line
 from cogflow.records.ladder_records import ExportedRung
 from cogflow.records.pipeline_records import AssemblyRecord, VerifyRecord
 from cogflow.runtime import ranks
@@ -202,6 +203,7 @@ def store_last_rung(reference: Reference, comparison: Comparison) -> None:
         failed=comparison.failed,
         dtype=comparison.dtype,
         step=reference.record.step,
+        line=current_line(reference.run),
     )
     record_exported_rung(reference.run, exported, comparison.found, comparison.expected)
 

@@ -16,8 +16,9 @@ from cogflow.config.config import Config
 from cogflow.config.train_settings import PrepareStage
 from cogflow.data.buckets import bucket_sizes
 from cogflow.data.clip_index import LAYOUTS
-from cogflow.data.encode import QUARANTINE, Embed
+from cogflow.data.encode import Embed
 from cogflow.data.preparation import EncoderInputs, PrepareResult, prepare
+from cogflow.data.quarantine import QUARANTINE
 from cogflow.data.shapes import draw_folder
 from cogflow.errors import ConfigError, DataError
 from cogflow.files.hashing import hash_file
@@ -123,6 +124,8 @@ def _report(
     summary = _summary(result)
     for warning in result.warnings:
         echo(f"warning: {warning}")
+    for note in result.notes:
+        echo(f"note: {note}")
     with open_tracker(config, "prepare", folder) as tracker:
         tracker.log(0, {f"prepare/{name}": float(getattr(result, name)) for name in SHOWN_METRICS})
         files = (result.folder / CacheIndex.file_name, result.folder / QUARANTINE)

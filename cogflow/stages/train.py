@@ -28,6 +28,7 @@ from cogflow.tracking.stage_record import write_stage_record
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training import loop, sequence, setup, speed
 from cogflow.training.activation_memory import format_kept, kept_activations
+from cogflow.training.changed_data import check_data
 from cogflow.training.failures import translate_errors
 from cogflow.training.run_identity import clips_per_step, training_layout
 from cogflow.training.starting import check_finished, closing_settings, find_start
@@ -57,6 +58,7 @@ def run(config: Config[TrainStage]) -> None:
         if ranks.is_main() and not closing_settings(folder, stage.steps):
             finish(config, cache, folder, started=started, wandb="")
         return
+    check_data(config, cache)
     with (
         open_tracker(config, "train", folder) as tracker,
         Watchdog(folder, 60 * stage.stall_minutes) as watchdog,

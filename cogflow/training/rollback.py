@@ -62,7 +62,9 @@ def refusal(settings: RollbackConfig, rollbacks: Sequence[RollbackEntry]) -> str
 
 def line_settings(config: Config[TrainStage]) -> JsonObject:
     """Return the settings that decide what a training does, by section."""
-    settings = scrub(to_json_object(asdict(config)))
+    values = asdict(config)
+    values["stage"].pop("changed_data")  # it lets a training go on, and does not change it
+    settings = scrub(to_json_object(values))
     return {name: value for name, value in settings.items() if name not in PLACE_SECTIONS}
 
 

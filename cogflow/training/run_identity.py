@@ -17,6 +17,7 @@ from cogflow.models import loading
 from cogflow.records.training_records import RankLayout, TrainedWith, TrainerRecord, TunableSettings
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
+from cogflow.training.changed_data import changed_data_error, trained_data_changes
 
 LAYOUT_SETTINGS = {
     "batch_size": "stage.batch_size",
@@ -35,7 +36,8 @@ BATCH_FIELDS = ("batch_size", "gradient_accumulation", "world_size", "sequence_p
 def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentCache) -> None:
     """Raise :class:`CheckpointError` listing what differs between a checkpoint and the config that resumes it.
 
-    Report what may differ.
+    Report what may differ. ``stage.changed_data=use_prepared`` switches ``cache`` to the clips that the checkpoint was
+    trained on: see :func:`trained_data_changes`.
     """
     stage = config.stage
     for key in changed_settings(record, stage):
@@ -46,19 +48,23 @@ def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentC
         *(
             f"{key}: {record.identity.get(key)} then, {now} now"
             for key, now in run_identity(config, cache).items()
-            if record.identity.get(key) != now
+            if key != "data" and record.identity.get(key) != now
         ),
         *_batch_differences(record.layout, layout),
     ]
     former_decay = record.settings.ema_decay
     if bool(former_decay) != bool(stage.ema_decay):
         different.append(f"stage.ema_decay: {former_decay} then, {stage.ema_decay} now; an EMA starts with the run")
+    data_changes = trained_data_changes(record, config, cache)
     if different:
+        different += [f"the prepared clips: {line}" for line in data_changes]
         raise CheckpointError(
             "The checkpoint was trained with other settings:\n  " + "\n  ".join(different),
             f"Give the same settings again, train in a new run such as run.name={config.run.name}-2, or begin this run "
             "again with stage.resume=never, which keeps its results.",
         )
+    if data_changes:
+        raise changed_data_error(record, config, cache, data_changes)
     if record.layout != layout:
         changes = ", ".join(
             f"{LAYOUT_SETTINGS[key]} {then} -> {now}"

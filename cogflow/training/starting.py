@@ -21,7 +21,7 @@ from cogflow.training.policy import RATIO_HINT, newest_sharp, request_rollback, 
 from cogflow.training.rollback import RollbackRequested, StartPoint, line_settings, new_line, set_last_ratio
 from cogflow.training.run_identity import changed_settings, check_same
 
-NOT_COMPARED = ("stage.resume", "stage.plan", "stage.stall_minutes")
+NOT_COMPARED = ("stage.resume", "stage.plan", "stage.stall_minutes", "stage.changed_data", "data.holdout")
 """Settings of a finished run that another command may change without asking for another training."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,22 @@ import av
 import numpy as np
 import pytest
 
+from cogflow.data.shapes import draw, scenes
+
 # Tests are imported by path; this makes their helper (preparing.py) importable, too.
 sys.path.insert(0, str(Path(__file__).parent))
 
 WriteClip = Callable[..., Path]
+
+
+def drawn_clips(folder: Path, count: int, write_clip: WriteClip) -> Path:
+    """Write ``count`` drawn clips of 9 frames and their captions into ``folder``."""
+    drawn = scenes(count, 0)
+    for number, scene in enumerate(drawn):
+        write_clip(folder / f"{number}.mp4", draw(scene, 9, 48, 64), fps=16)
+    rows = [{"file_name": f"{number}.mp4", "text": scene.caption} for number, scene in enumerate(drawn)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @dataclass(frozen=True)

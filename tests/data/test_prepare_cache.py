@@ -17,7 +17,8 @@ from preparing import DATA, HASHES, MAX_LENGTH, Work, run, small_text, small_vae
 
 from cogflow.data import preparation as prepare_module
 from cogflow.data.clips import read_clip
-from cogflow.data.latent_cache import LatentCache, cache_fingerprint, split_holdout
+from cogflow.data.latent_cache import LatentCache
+from cogflow.data.quarantine import read_quarantine
 from cogflow.data.shapes import draw, scenes
 from cogflow.errors import DataError, QualityGateError, StorageError
 from cogflow.models.loading import encode_prompts
@@ -53,7 +54,9 @@ def clips(tmp_path: Path, write_clip) -> Path:
 def test_the_cache_holds_the_unscaled_moments_and_the_embeddings(tmp_path: Path, clips: Path) -> None:
     work = Work()
     result = run(clips, tmp_path / "cache", work)
-    assert (result.clips, result.encoded_clips, result.encoded_captions) == (COUNT, COUNT, 7) and not result.warnings
+    assert (result.clips, result.encoded_clips, result.encoded_captions) == (COUNT, COUNT, 7)
+    assert [warning.split(" (")[0] for warning in result.warnings] == ["2 of 7 clips are held out"]
+    assert result.notes == result.changes == [] and result.left_out == {}
     assert work.clips == COUNT and len(work.captions) == len(set(work.captions)) == 7 and "" in work.captions
     cache = LatentCache(tmp_path / "cache")
     texts = list(read_texts(clips).values())
@@ -221,7 +224,7 @@ def test_unreadable_clips_are_left_out_and_listed(tmp_path: Path, clips: Path) -
     folder = tmp_path / "cache"
     result = run(clips, folder, Work())
     assert (result.clips, result.unreadable, result.encoded_clips) == (4, 3, 4)
-    assert "3 clips are unreadable" in result.warnings[0]
+    assert "3 clips are unreadable and left out: 1.mp4, 3.mp4, 5.mp4; the reasons are in" in result.warnings[0]
     rows = {
         row["name"]: row["reason"] for row in map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
     }
@@ -230,6 +233,7 @@ def test_unreadable_clips_are_left_out_and_listed(tmp_path: Path, clips: Path) -
         and "not a readable video" in rows["3.mp4"]
         and rows["5.mp4"] == "the file is missing"
     )
+    assert result.left_out == rows and list(read_quarantine(folder))[1].size == 4
     assert [LatentCache(folder).entry(i).name for i in range(4)] == ["0.mp4", "2.mp4", "4.mp4", "6.mp4"]
     again = Work()
     assert run(clips, folder, again).unreadable == 3 and again.vae_loads == 0
@@ -338,25 +342,6 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, clips: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert list(folder.iterdir()) == []
     assert run(clips, folder, Work()).clips == COUNT
-
-
-def test_the_holdout_is_stable_and_limited() -> None:
-    sources = [f"{(37 * i) % 101:03d}" for i in range(20)]
-    train, held = split_holdout(sources, 4)
-    assert sorted(train + held) == list(range(20)) and len(held) == 4
-    assert {sources[i] for i in held} == set(sorted(sources)[:4])
-    assert {sources[::-1][i] for i in split_holdout(sources[::-1], 4)[1]} == {sources[i] for i in held}
-    assert split_holdout(sources, 0) == (list(range(20)), [])
-    for count in range(1, 6):
-        train, held = split_holdout(sources[:count], 8)
-        assert len(train) >= len(held) == count // 2
-    train, held = split_holdout(["a", "a", "a", "b", "c", "d"], 2)
-    assert held == [3, 4]
-    assert (
-        cache_fingerprint(["a", "b"], ["a"])
-        != cache_fingerprint(["a", "b"], ["b"])
-        != cache_fingerprint(["b", "a"], ["b"])
-    )
 
 
 def test_an_index_from_another_version_is_refused(tmp_path: Path, clips: Path) -> None:

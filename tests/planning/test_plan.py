@@ -161,8 +161,8 @@ def test_epochs_are_counted_in_the_folder(tmp_path: Path) -> None:
     (clips / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     words = ["model=cogvideox-5b", "data=folder", f"data.path={clips}", "stage.plan_gpus=2", f"run.root={tmp_path}"]
     one = made(*words)
-    assert (one.clips.training, one.clips.holdout) == (16, 8)
-    assert "an epoch is 8 steps" in "\n".join(plan_report.lines(one))
+    assert (one.clips.training, one.clips.holdout) == (22, 2)
+    assert "an epoch is 11 steps" in "\n".join(plan_report.lines(one))
     assert run_size.clips(config("data=folder", "data.path=/nowhere"), tmp_path).training is None
     assert not (tmp_path / "cogvideox-5b").exists()
 

@@ -16,7 +16,7 @@ from cogflow.data.buckets import at_bucket_size
 from cogflow.data.clip_index import find_layout, iterate_index
 from cogflow.data.data_changes import DataChanges, pair_by_name
 from cogflow.data.encode import clip_key
-from cogflow.data.quarantine import FileStamp, read_quarantine, stamp_or_none
+from cogflow.data.quarantine import FileStamp, file_stamp, read_quarantine
 from cogflow.errors import DataError
 from cogflow.files.hashing import hash_file
 from cogflow.records.cache_records import CacheEntry, CacheIndex
@@ -129,9 +129,9 @@ class _Listing:
                     return
                 self._clock.bar.advance(1)
                 yield row
-        except DataError as error:
+        except (DataError, OSError) as error:
             self.is_complete = False
-            self.problem = error.message.splitlines()[0]
+            self.problem = str(error).splitlines()[0]
 
 
 def _is_left_out(folder: Path, name: str, left_out: dict[str, int | None]) -> bool:
@@ -228,8 +228,11 @@ class _Files:
 
     def _stamp(self, entry: CacheEntry) -> FileStamp | None:
         path = self.folder / entry.name
-        # Pipes and devices, which hashing would read forever, are not clips.
-        return stamp_or_none(path) if path.is_file() else None
+        try:
+            # Pipes and devices, which hashing would read forever, are not clips.
+            return file_stamp(path) if path.is_file() else None
+        except OSError:
+            return None
 
     def _is_prepared(self, entry: CacheEntry) -> bool:
         """Return whether the bytes of an entry's file are those that were prepared."""

@@ -29,7 +29,7 @@ from cogflow.artifacts.run_layout import SAMPLES_RECORD, TRAINER, RunLayout, ste
 from cogflow.config.command import RUN_FROM_PATH
 from cogflow.config.compose import ComposedCommand
 from cogflow.config.config import STAGES, AnyConfig
-from cogflow.config.run_section import FOLDER_NAME, RunConfig
+from cogflow.config.run_section import FOLDER_NAME, RunConfig, run_at
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import write_first
 from cogflow.files.paths import run_folder
@@ -181,8 +181,7 @@ def _refusal(run: Path, root: Path | None) -> str:
 def _run_at(folder: Path, config: AnyConfig) -> RunConfig:
     if _same(folder, run_folder(config.run)):
         return config.run
-    named = folder if folder.name else folder.absolute()
-    return RunConfig(root=str(named.parent), name=named.name)
+    return run_at(folder)
 
 
 def _own_run(config: AnyConfig, stage: str, source: Path) -> RunConfig:

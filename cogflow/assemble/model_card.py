@@ -27,6 +27,7 @@ from cogflow.records.pipeline_records import (
 from cogflow.records.run_records import StageRecord
 from cogflow.records.sample_records import SamplesRecord
 from cogflow.runtime.progress import clock
+from cogflow.tracking.weights_origin import describe_origin
 
 CONTACT_SHEET = "contact.png"
 SAMPLES_FOLDER = "samples"
@@ -187,7 +188,7 @@ A {made.family or "CogVideoX"} transformer finetuned with cogflow{_steps(made)},
 | --- | --- | --- | --- |
 {_origins(assembly.components)}
 
-{verified}
+{_trained_in(made)}{verified}
 {_command(sections.command)}"""
 
 
@@ -265,6 +266,12 @@ def _origins(components: Mapping[str, AssembledComponent]) -> str:
         largest = max(component.files.values(), key=lambda file: file.bytes)
         rows.append(f"| {name} | {component.class_name} | {origin} | `{largest.sha256}` |")
     return "\n".join(rows)
+
+
+def _trained_in(made: TransformerOrigin) -> str:
+    """Return a sentence with the step, the line and the name of the run; its path would show the user's disk."""
+    origin = describe_origin(made.run and Path(made.run).name, made.line, made.step)
+    return f"The transformer is {origin}.\n\n" if origin and made.run else ""
 
 
 def _verified(verify: VerifyRecord | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 
 from cogflow.artifacts.run_layout import ASSEMBLY, MODEL_INDEX
+from cogflow.artifacts.working_run import enclosing_run
 from cogflow.assemble.components import WEIGHTS_SUFFIX, PipelineComponent
 from cogflow.assemble.consistency import ConsistencyResult
 from cogflow.assemble.model_card import CardContext, card_text, collect_sections
@@ -160,7 +161,15 @@ def _place_component(
         files=files,
         link=", ".join(sorted(links)) or None,
         changed=changed or None,
+        run=component.training.run or _run_of(component.folder),
+        line=component.training.line,
+        step=component.training.step,
     )
+
+
+def _run_of(folder: Path) -> str | None:
+    run = enclosing_run(folder)
+    return None if run is None else str(run.absolute())
 
 
 def _bytes_to_copy(components: Mapping[str, PipelineComponent], output: Path, link: str) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 
 from cogflow.assemble.components import COMPONENT_SUFFIXES, STEMS, PipelineComponent
+from cogflow.config.command import options
 from cogflow.errors import CheckpointError, CogflowError, format_list
 from cogflow.files.hashing import Advance, hash_with_cache
 from cogflow.files.publish import MANIFEST, read_manifest
@@ -210,7 +211,7 @@ def dtype_contradictions(
             continue
         override = f"stage.{name}=FOLDER of weights in {needed} or fp32"
         if name == "transformer" and transformer.training.source:
-            override = f"stage.transformer={transformer.training.source} stage.dtype={needed}"
+            override = options({"stage.transformer": transformer.training.source, "stage.dtype": needed})
         yield ContradictionRecord(
             key=f"{name}.dtype",
             value=other,

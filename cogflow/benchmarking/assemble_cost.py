@@ -14,6 +14,7 @@ from cogflow.benchmarking.command_cost import run_command
 from cogflow.benchmarking.random_pipeline import make_pipeline
 from cogflow.benchmarking.results import BenchmarkResult, format_cell, median_or_none
 from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.command import override
 from cogflow.config.config import Config
 from cogflow.runtime.console import echo
 
@@ -135,6 +136,11 @@ def _drop_from_page_cache(folder: Path) -> None:
 
 
 def _cogflow(source: Path, target: Path, link: str) -> list[str]:
-    settings = [f"stage.transformer={source}", f"stage.base={source}", f"stage.link={link}"]
-    run = [f"stage.output={target / 'pipeline'}", f"run.root={target}", "run.name=run", "tracking.wandb=disabled"]
+    settings = [override("stage.transformer", source), override("stage.base", source), f"stage.link={link}"]
+    run = [
+        override("stage.output", target / "pipeline"),
+        override("run.root", target),
+        "run.name=run",
+        "tracking.wandb=disabled",
+    ]
     return [sys.executable, "-m", "cogflow", "stage=assemble", *settings, *run]

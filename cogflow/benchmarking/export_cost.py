@@ -13,6 +13,7 @@ from cogflow.benchmarking.command_cost import CommandCost, run_command
 from cogflow.benchmarking.random_sat_checkpoint import make_sat_checkpoint
 from cogflow.benchmarking.results import BenchmarkResult, format_cell, median_or_none
 from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.command import override
 from cogflow.config.config import Config
 from cogflow.runtime.console import echo
 
@@ -133,8 +134,8 @@ def _describe(run: ExportRun) -> str:
 
 
 def _cogflow(source: Path, output: Path, verify: str) -> list[str]:
-    settings = [f"stage.source={source}", f"stage.output={output / 'export'}", f"stage.verify={verify}"]
-    run = [f"run.root={output}", "run.name=run", "tracking.wandb=disabled"]
+    settings = [override("stage.source", source), override("stage.output", output / "export"), f"stage.verify={verify}"]
+    run = [override("run.root", output), "run.name=run", "tracking.wandb=disabled"]
     return [sys.executable, "-m", "cogflow", "stage=export", *settings, *run]
 
 

@@ -18,6 +18,7 @@ import torch
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import StepCost, measure_step
 from cogflow.config.benchmark_settings import BenchmarkStage
+from cogflow.config.command import override
 from cogflow.config.config import Config
 from cogflow.errors import DataError
 from cogflow.runtime import ranks
@@ -135,7 +136,7 @@ def run_setting(
     """
     changed = {word.split("=")[0] for word in setting.split()}
     kept = [word for word in words if not word.startswith(OUTER_KEYS) and word.split("=")[0] not in changed]
-    where = [f"run.root={folder.resolve()}", "run.name=step", "tracking.wandb=disabled"]
+    where = [override("run.root", folder.resolve()), "run.name=step", "tracking.wandb=disabled"]
     command = [sys.executable, "-m", "cogflow", *kept, *setting.split(), "stage=benchmark", "stage.what=step", *where]
     done = subprocess.run(list(dict.fromkeys(command)), capture_output=True, text=True, check=False, cwd=cwd)
     record = folder / "step" / RECORD

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ RUN_FROM_PATH = {
 
 SettingValue: TypeAlias = str | Path | bool | int | float | Sequence[str]
 
-_UNQUOTED = re.compile(r"(?:[A-Za-z_/]|\.\.?/)[A-Za-z0-9_/.-]*", re.ASCII)
+_UNQUOTED = re.compile(r"\.\.?|(?:[A-Za-z_/]|\.\.?/)[A-Za-z0-9_/.-]*", re.ASCII)
 _SPECIAL = ("true", "false", "null", "nan", "inf", "infinity")
 
 
@@ -67,40 +67,70 @@ def command(stage: str, settings: Mapping[str, SettingValue | None], run: RunCon
     named where it differs from the defaults, and where a path among ``settings`` could choose another run.
     """
     run = run or _running_command().run
-    words = [f"stage={stage}", *(override(key, value) for key, value in settings.items() if value is not None)]
-    chosen_by_path = any(settings.get(key) is not None for key in RUN_FROM_PATH.get(stage, ()))
-    default = RunConfig()
-    if run.root != default.root:
-        words.append(override("run.root", run.root))
-    if run.name != default.name or chosen_by_path:
-        words.append(override("run.name", run.name))
+    given = {key: value for key, value in settings.items() if value is not None}
+    words = [f"stage={stage}", *(override(key, value) for key, value in given.items())]
+    words += _run_words(run, named=bool(given.keys() & set(RUN_FROM_PATH.get(stage, ()))))
     return shlex.join([*PROGRAM, *words])
 
 
-def repeated(settings: Mapping[str, SettingValue]) -> str:
-    """Return the running command with other ``settings`` of training, such as ``stage.on_blur``.
+def command_again(recorded: str, run: RunConfig, without: Collection[str] = ()) -> str:
+    """Return the ``recorded`` command of a stage, to run again in ``run`` and without the settings ``without``.
 
-    ``stage.`` becomes ``stage.train.`` for stage=flow. Without a command line, return a ``stage=train`` of the run.
+    Return an empty string for a command of another program.
+    """
+    try:
+        words = shlex.split(recorded)
+    except ValueError:
+        return ""
+    if tuple(words[: len(PROGRAM)]) != PROGRAM:
+        return ""
+    removed = {"run.root", "run.name", *without}
+    kept = [word for word in words[len(PROGRAM) :] if _key(word) not in removed]
+    return shlex.join([*PROGRAM, *kept, *_run_words(run, named=True)])
+
+
+def repeated(settings: Mapping[str, SettingValue]) -> str:
+    """Return the running command with other ``settings`` of training, such as ``stage.on_blur``, to resume the run.
+
+    A ``stage.resume`` of the running command is left out: it would begin again. ``stage.`` becomes ``stage.train.``
+    for stage=flow. Without a command line, return a ``stage=train`` of the run.
     """
     now = _running_command()
     if not now.words:
         return command("train", settings)
     if "stage=flow" in now.words:
         settings = {re.sub(r"^stage\.", "stage.train.", key): value for key, value in settings.items()}
-    kept = [word for word in now.words if word.partition("=")[0].lstrip("+") not in settings]
+    removed = {*settings, "stage.resume", "stage.train.resume"}
+    kept = [word for word in now.words if _key(word) not in removed]
     return shlex.join([*_launcher(), *kept, *(override(key, value) for key, value in settings.items())])
 
 
-def command_line(argv: Sequence[str]) -> str:
+def typed_command(argv: Sequence[str]) -> str:
     """Return ``argv``, the arguments of this process, as a user would type them."""
     if argv and Path(argv[0]).parts[-2:] == ("cogflow", "__main__.py"):
         return shlex.join([*PROGRAM, *argv[1:]])
     return shlex.join(argv)
 
 
+def options(settings: Mapping[str, SettingValue]) -> str:
+    """Return ``settings`` (dotted keys) as words to add to a command, quoted for a POSIX shell."""
+    return shlex.join(override(key, value) for key, value in settings.items())
+
+
 def override(key: str, value: SettingValue) -> str:
     """Return ``key=value`` as one word of the command line, quoted for Hydra and not yet for the shell."""
     return f"{key}={_hydra(value)}"
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _run_words(run: RunConfig, *, named: bool) -> list[str]:
+    """Return the words that name ``run``; its name also where it is the default one if ``named``."""
+    default = RunConfig()
+    words = [override("run.root", run.root)] if run.root != default.root else []
+    return words + ([override("run.name", run.name)] if named or run.name != default.name else [])
 
 
 def _hydra(value: SettingValue) -> str:
@@ -116,6 +146,8 @@ def _hydra(value: SettingValue) -> str:
 def _hydra_text(text: str) -> str:
     if _UNQUOTED.fullmatch(text) and text.lower() not in _SPECIAL:
         return text
+    if not re.search(r"[\"\\]|\$\{", text):
+        return f'"{text}"'  # the shell's own quotes can stay around it, which is easier to read
     # OmegaConf: a backslash before ${ keeps it from being an interpolation; backslashes before that one are doubled.
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     # Hydra: a quote inside quotes is written \', and backslashes before any quote are doubled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cogflow.config.setting import NOT_EMPTY, at_least, matching, one_of, setting
 
@@ -20,6 +21,12 @@ class RunConfig:
         "export, sample, diagnose and assemble work in the run that their path is in, else in a run named after it.",
         rule=FOLDER_NAME,
     )
+
+
+def run_at(folder: Path) -> RunConfig:
+    """Return the settings that name the run in ``folder``."""
+    named = folder if folder.name else folder.absolute()
+    return RunConfig(root=str(named.parent), name=named.name)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,10 @@ from pathlib import Path
 from cogflow.assemble.components import STEMS, override_settings
 from cogflow.assemble.consistency import check_components
 from cogflow.assemble.pipeline_folder import PipelinePlan, write_pipeline
+from cogflow.config.command import SettingValue, options
+from cogflow.config.command import command as build_command
+from cogflow.config.config import Config
+from cogflow.config.diagnose_settings import DiagnoseStage
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import (
     FAULTY,
@@ -116,7 +119,7 @@ def fix_of(finding: DiagnosisFinding, reference: DiagnosisInput, command: str) -
     if finding.kind == "config" and finding.fix:
         return finding.fix
     part = reference.parts.get(finding.component)
-    return f"stage.{finding.component}={part.folder}" if part is not None and part.class_name else command
+    return options({f"stage.{finding.component}": part.folder}) if part is not None and part.class_name else command
 
 
 def sound_components(
@@ -144,11 +147,20 @@ def verdict_line(candidate: DiagnosisInput, faults: Sequence[DiagnosisFinding], 
     return line + (f" Ruled out: {', '.join(ruled_out)}." if ruled_out else "")
 
 
-def repair_command(candidate: Path, reference: Path | None, model: str, output: Path) -> str:
-    """Return the command that writes the repaired folder."""
-    options = ["stage=diagnose", f"stage.candidate={candidate}"]
-    options.append(f"stage.reference={reference}" if reference is not None else f"model={model}")
-    return shlex.join(["python", "-m", "cogflow", *options, "stage.fix=true", f"stage.output={output}"])
+def repair_command(config: Config[DiagnoseStage], candidate: Path, output: Path) -> str:
+    """Return the command that diagnoses ``candidate`` again with the same reference, and writes a repaired folder."""
+    stage, model = config.stage, config.model
+    kinds = {"stage.candidate_kind": stage.candidate_kind, "stage.reference_kind": stage.reference_kind}
+    settings: dict[str, SettingValue | None] = {
+        "stage.candidate": candidate,
+        "stage.reference": stage.reference,
+        **{key: kind for key, kind in kinds.items() if kind != "auto"},
+        "model": model.name if stage.reference is None else None,
+        "model.path": model.path,
+        "stage.fix": True,
+        "stage.output": output,
+    }
+    return build_command("diagnose", settings, config.run)
 
 
 def repair(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from cogflow.assemble.components import STEMS, PipelineComponent
 from cogflow.assemble.expectations import ARCHITECTURE, TRAINED, same_value
+from cogflow.config.command import options
 from cogflow.config.problems import format_value
 from cogflow.diagnosis.diagnosis_input import DiagnosisInput
 from cogflow.diagnosis.finding import DiagnosisFinding, StepResult
@@ -212,7 +213,8 @@ def _finding(
 
 def _set_option(component: str, key: str, value: JsonValue) -> str:
     """Return the option of stage=assemble that sets a field."""
-    return f"stage.set.{component}.{key}={format_value(value)}"
+    option = f"stage.set.{component}.{key}"
+    return options({option: value}) if isinstance(value, str) else f"{option}={format_value(value)}"
 
 
 def _different_fields(candidate: DiagnosisInput, reference: DiagnosisInput) -> Iterator[DiagnosisFinding]:

@@ -12,6 +12,7 @@ from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
 from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD, RunLayout, run_of_checkpoint
 from cogflow.assemble.components import PipelineComponent, read_component
 from cogflow.assemble.expectations import Expectation, expectations, family_of
+from cogflow.config.command import command
 from cogflow.config.model_section import ModelConfig
 from cogflow.diagnosis.finding import DiagnosisFinding
 from cogflow.errors import ConfigError, PipelineError
@@ -104,16 +105,19 @@ def _of_artifact(artifact: Artifact, model: ModelConfig, role: str) -> Diagnosis
 
 
 def _not_diagnosed(artifact: Artifact, role: str) -> PipelineError:
+    assembling = command("assemble", {f"stage.{name}": artifact.path for name in artifact.components})
+    sampling = command("sample", {"stage.source": artifact.path, "stage.reference": "PATH"})
+    exporting = command("export", {"stage.source": artifact.path})
     hints = {
-        ArtifactKind.COMPONENT: "Assemble a pipeline with it first: python -m cogflow stage=assemble",
-        ArtifactKind.COMPONENTS: "Assemble a pipeline of them first: python -m cogflow stage=assemble",
-        ArtifactKind.VIDEOS: f"Compare videos with stage=sample stage.source={artifact.path} stage.reference=PATH.",
-        ArtifactKind.FRAMES: f"Compare frames with stage=sample stage.source={artifact.path} stage.reference=PATH.",
+        ArtifactKind.COMPONENT: f"Assemble a pipeline with it first: {assembling}",
+        ArtifactKind.COMPONENTS: f"Assemble a pipeline of them first: {assembling}",
+        ArtifactKind.VIDEOS: f"Compare videos: {sampling}",
+        ArtifactKind.FRAMES: f"Compare frames: {sampling}",
     }
     return PipelineError(
         f"stage.{role}={artifact.path} is {artifact.kind.label} ({artifact.reason}); "
         "stage=diagnose takes a pipeline, a run, an export or a checkpoint.",
-        hints.get(artifact.kind, f"Export it first: python -m cogflow stage=export stage.source={artifact.path}"),
+        hints.get(artifact.kind, f"Export it first: {exporting}"),
     )
 
 

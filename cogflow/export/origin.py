@@ -12,6 +12,9 @@ from pathlib import Path
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind
 from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
+from cogflow.artifacts.working_run import enclosing_run
+from cogflow.config.command import command
+from cogflow.config.run_section import run_at
 from cogflow.errors import CheckpointError, ConfigError, format_list
 from cogflow.export.facts_from_yaml import read_yamls
 from cogflow.files.hashing import hash_file
@@ -149,7 +152,7 @@ def find_transformer(artifact: Artifact, weights: str = "auto") -> TransformerSo
 
 def _no_transformer_hint(artifact: Artifact) -> str:
     if artifact.kind in FOREIGN:
-        return f"Export it first: python -m cogflow stage=export stage.source={artifact.path}"
+        return f"Export it first: {command('export', {'stage.source': artifact.path})}"
     return "Give a run, a checkpoint, a pipeline, an export or a transformer folder."
 
 
@@ -157,7 +160,7 @@ def _newest(artifact: Artifact, weights: str) -> TransformerSource:
     if not artifact.checkpoints:
         raise CheckpointError(
             f"{artifact.path} is a run that holds no checkpoint ({artifact.reason}).",
-            "Train first: python -m cogflow stage=train",
+            f"Train first: {command('train', {}, run_at(artifact.path))}",
         )
     broken: list[str] = []
     for folder in artifact.checkpoints:
@@ -191,8 +194,11 @@ def _checkpoint(
         raise CheckpointError(f"{folder} holds no {part}/config.json.", hint)
     manifest = read_manifest(folder).files
     files = {name: entry.sha256 for name, entry in manifest.items() if name.startswith(f"{part}/") or name == TRAINER}
+    run = enclosing_run(folder)
     training = TransformerOrigin(
         source=str(folder),
+        run=None if run is None else str(run.absolute()),
+        line=facts.line,
         step=facts.step,
         weights=chosen,
         family=facts.family,

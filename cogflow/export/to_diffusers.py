@@ -168,6 +168,8 @@ def export_record(prepared: PreparedExport, origin: ExportOrigin, written: Writt
         source=str(origin.place),
         kind=origin.kind,
         weights=origin.weights,
+        run=origin.training.run,
+        line=origin.training.line,
         step=origin.step,
         family=facts.family if facts else origin.training.family,
         model=origin.training.model,

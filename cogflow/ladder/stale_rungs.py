@@ -6,11 +6,12 @@ is compared with the rung of its own step, and a row of another step than the ne
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_name
+from cogflow.config.command import command, command_again
+from cogflow.config.run_section import run_at
 from cogflow.errors import UserError
 from cogflow.files.record_io import read_record
 from cogflow.ladder.ladder_record import rung_record
@@ -78,24 +79,17 @@ def renewal_command(rung: Rung, run: Path | None) -> str:
     """
     if rung is not Rung.EXPORTED or run is None:
         return ""
-    default = [f"run.root={run.parent}", f"run.name={run.name}"]
-    commands = [_recorded_command(run, stage) or _command([f"stage={stage}", *default]) for stage in STAGES]
+    commands = [_recorded_command(run, stage) or command(stage, {}, run_at(run)) for stage in STAGES]
     return " && ".join(dict.fromkeys(commands))
 
 
 def _recorded_command(run: Path, stage: str) -> str:
     """Return the command that ran ``stage`` in ``run``, without a fixed source; empty where it is not known."""
     try:
-        words = shlex.split(read_record(run / f"{stage}.json", StageRecord).command)
-    except (UserError, ValueError):
+        recorded = read_record(run / f"{stage}.json", StageRecord).command
+    except UserError:
         return ""
-    if words[:3] != ["python", "-m", "cogflow"]:
-        return ""
-    return shlex.join([word for word in words if not word.startswith("stage.source=")])
-
-
-def _command(words: list[str]) -> str:
-    return shlex.join(["python", "-m", "cogflow", *words])
+    return command_again(recorded, run_at(run), without=["stage.source"])
 
 
 def _tuned_partner(ladder: LadderRecord, exported: ExportedRung, run: Path | None) -> Partner:

@@ -124,7 +124,9 @@ class ExportRecord(Record):
     The keys of the transformer (or of the only component) are at the top; others below ``components``.
 
     ``kind``: layout of the source. ``weights``: model or ema. ``source_files``: sha256, or the size where there is no
-    hash. ``weights_sha256`` and ``source_weights_sha256``: over names and values, after and before the cast.
+    hash. ``run``: absolute path of the run that the source is a checkpoint of; ``line`` and ``step``: of that run's
+    history. None: unknown. ``weights_sha256`` and ``source_weights_sha256``: over names and values, after and before
+    the cast.
     """
 
     file_name: ClassVar[str] = "export.json"
@@ -155,3 +157,5 @@ class ExportRecord(Record):
     torch: str
     tensors: list[TensorStatistics]
     components: dict[str, ComponentWeights] = field(default_factory=dict)
+    run: Annotated[str | None, OMIT_NONE] = None
+    line: Annotated[int | None, OMIT_NONE] = None

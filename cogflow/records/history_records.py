@@ -77,6 +77,30 @@ class HistoryRecord(Record):
         """Return the line of this number, ``None`` where there is none."""
         return next((line for line in self.lines if line.number == number), None)
 
+    def replaced_in(self, number: int, step: int) -> str | None:
+        """Return the folder that the result of ``step`` on line ``number`` was moved to, relative to the run.
+
+        ``None`` where the run still has that result.
+        """
+        if self._trained_on(step) == number:
+            return None
+        later = (line for line in self.lines if line.number > number)
+        return next((line.replaced for line in later if line.kept < step and line.replaced), None)
+
+    def _trained_on(self, step: int) -> int | None:
+        """Return the line that trained the result of ``step`` in the folders of the run; ``None``: another run did."""
+        line: RunLine | None = self.current
+        while line is not None and step <= line.from_step:
+            aside = [other.number - 1 for other in self.lines if _is_in(line.checkpoint, other.replaced)]
+            if not aside and step > line.kept:
+                return None
+            line = self.line(aside[0] if aside else line.number - 1)
+        return line.number if line is not None else 1
+
+
+def _is_in(checkpoint: str | None, folder: str | None) -> bool:
+    return checkpoint is not None and folder is not None and checkpoint.startswith(f"{folder}/")
+
 
 @dataclass(frozen=True)
 class ReplacedRecord(Record):

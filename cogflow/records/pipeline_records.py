@@ -27,7 +27,8 @@ class ChangedValue:
 class AssembledComponent:
     """One component: class, origin folder and files.
 
-    ``link``: how its weights got there. ``changed``: values that were set.
+    ``link``: how its weights got there. ``changed``: values that were set. ``run``: absolute path of the run that
+    trained it, or that its folder is in; ``line`` and ``step`` of that training.
     """
 
     class_name: Annotated[str, Field(alias="class")]
@@ -35,16 +36,21 @@ class AssembledComponent:
     files: dict[str, FileHash]
     link: Annotated[str | None, OMIT_NONE] = None
     changed: Annotated[dict[str, ChangedValue] | None, Field(alias="set"), OMIT_NONE] = None
+    run: Annotated[str | None, OMIT_NONE] = None
+    line: Annotated[int | None, OMIT_NONE] = None
+    step: Annotated[int | None, OMIT_NONE] = None
 
 
 @dataclass(frozen=True)
 class TransformerOrigin:
     """Facts of the training of a transformer: the keys of its ``export.json`` that a pipeline keeps.
 
-    None: unknown.
+    ``run``: absolute path of the run that trained it. ``line`` and ``step``: of that run's history. None: unknown.
     """
 
     source: Annotated[str | None, OMIT_NONE] = None
+    run: Annotated[str | None, OMIT_NONE] = None
+    line: Annotated[int | None, OMIT_NONE] = None
     step: Annotated[int | None, OMIT_NONE] = None
     weights: Annotated[str | None, OMIT_NONE] = None
     family: Annotated[str | None, OMIT_NONE] = None

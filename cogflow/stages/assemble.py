@@ -20,12 +20,13 @@ from cogflow.assemble.model_card import CardContext
 from cogflow.assemble.pipeline_folder import PipelinePlan, write_pipeline
 from cogflow.assemble.stored_files import changed_files, hash_components, total_bytes
 from cogflow.assemble.verification import Comparison, Reference, find_reference, sampling_settings, verify
+from cogflow.config.command import command
 from cogflow.config.config import Config
 from cogflow.config.export_settings import AssembleStage
 from cogflow.config.problems import format_value
 from cogflow.errors import CheckpointError, PipelineError, QualityGateError
 from cogflow.files.paths import run_folder
-from cogflow.files.record_io import JsonObject, record_values
+from cogflow.files.record_io import JsonObject, JsonValue, record_values
 from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import MODEL_SPECS
 from cogflow.records.history_records import current_line
@@ -88,13 +89,17 @@ def assemble(job: Job) -> None:
         if reference is None:
             return VerifyRecord("skipped", reason=reason)
         echo(f"sampling the unpublished pipeline in a fresh process, as {reference.folder} was sampled")
-        return verify(partial, reference, transformer.training.dtype, lambda found: store_last_rung(reference, found))
+
+        def store(found: Comparison) -> None:
+            store_last_rung(job, reference, found, transformer.training.line)
+
+        return verify(partial, reference, transformer.training.dtype, store)
 
     try:
         assembly = write_pipeline(job.output, plan, check)
     except QualityGateError:
         with open_tracker(job.config, "assemble", job.run) as tracker:
-            report_ladder(tracker, reference)
+            report_ladder(job, tracker, reference)
         raise
     report_result(job, assembly, reference, components)
 
@@ -128,7 +133,7 @@ def gather_components(job: Job) -> tuple[dict[str, PipelineComponent], list[str]
     chosen = {name: getattr(stage, name) for name in CONFIGS}
     named = {name: (f"stage.{name}", Path(place)) for name, place in chosen.items() if place is not None}
     if "transformer" not in named:
-        named["transformer"] = ("the run's export", own_export(job.run))
+        named["transformer"] = ("the run's export", own_export(job))
     read({name: named[name] for name in CONFIGS if name in named})
     missing = [name for name in CONFIGS if name not in components]
     if missing:
@@ -154,11 +159,12 @@ def recognise(stage: AssembleStage, option: str, place: Path) -> Artifact:
     return artifact
 
 
-def own_export(run: Path) -> Path:
+def own_export(job: Job) -> Path:
     """Return the run's export. Raises :class:`PipelineError` when it does not exist."""
-    export = RunLayout(run).export
+    export = RunLayout(job.run).export
     if not export.is_dir():
-        raise PipelineError(f"{export} does not exist.", "Run stage=export first, or give stage.transformer=FOLDER.")
+        exporting = command("export", {}, job.config.run)
+        raise PipelineError(f"{export} does not exist.", f"Give stage.transformer=FOLDER, or export first: {exporting}")
     return export
 
 
@@ -190,8 +196,13 @@ def training_run(transformer: PipelineComponent) -> Path | None:
     return run_of_checkpoint(Path(transformer.training.source or ""))
 
 
-def store_last_rung(reference: Reference, comparison: Comparison) -> None:
-    """Store the last rung of the sharpness ladder of the reference's run: the folder's samples beside the run's own."""
+def store_last_rung(job: Job, reference: Reference, comparison: Comparison, line: int | None) -> None:
+    """Store the last rung of the sharpness ladder of the job's run: the folder's samples beside the run's own.
+
+    ``line``: the line of the run's history that the transformer is from. The ladder of another run is not changed.
+    """
+    if not is_own(job, reference):
+        return
     # Imported here: an assembly without samples does not need the memory of the statistics.
     from cogflow.ladder.sample_rungs import record_exported_rung
     from cogflow.sharpness.metrics import measure
@@ -203,16 +214,21 @@ def store_last_rung(reference: Reference, comparison: Comparison) -> None:
         failed=comparison.failed,
         dtype=comparison.dtype,
         step=reference.record.step,
-        line=current_line(reference.run),
+        line=current_line(reference.run) if line is None else line,
     )
     record_exported_rung(reference.run, exported, comparison.found, comparison.expected)
 
 
-def report_ladder(tracker: Tracker, reference: Reference | None) -> None:
-    """Report the sharpness ladder of the reference's run."""
+def is_own(job: Job, reference: Reference | None) -> bool:
+    """Return whether the samples that the pipeline is compared with are those of the job's run."""
+    return reference is not None and reference.run.resolve() == job.run.resolve()
+
+
+def report_ladder(job: Job, tracker: Tracker, reference: Reference | None) -> None:
+    """Report the sharpness ladder of the job's run, when the pipeline is on it."""
     from cogflow.ladder import ladder_report
 
-    if reference is not None:
+    if reference is not None and is_own(job, reference):
         ladder_report.report_ladder(tracker, reference.run, reference.record.step or 0)
 
 
@@ -233,7 +249,7 @@ def report_result(
     with open_tracker(job.config, "assemble", job.run) as tracker:
         if lowest is not None and reference is not None:
             tracker.log(reference.record.step or 0, {"assemble/psnr": lowest})
-            report_ladder(tracker, reference)
+            report_ladder(job, tracker, reference)
         for one in assembly.forced or []:
             text = f"{one.key} is {format_value(one.value)}; {one.why} {one.needed}"
             tracker.alert("assembled in spite of a contradiction", text)
@@ -242,7 +258,12 @@ def report_result(
 
     values = record_values(assembly)
     inputs = {name: {"from": one["from"], "files": one["files"]} for name, one in values["components"].items()}
-    results = {"summary": summary, "where": str(job.output)}
+    made = assembly.made
+    results: dict[str, JsonValue] = {
+        "summary": summary,
+        "where": str(job.output),
+        "weights_from": {"run": made.run, "line": made.line, "step": made.step},
+    }
     results |= {key: values[key] for key in ("verify", "checked_against", "forced") if key in values}
     record_stage(job.run, "assemble", job.config, inputs, results, started=job.started)
     echo(f"{summary}\npipeline: {job.output}\nreport:   {job.run / 'report.html'}")

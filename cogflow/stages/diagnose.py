@@ -66,7 +66,7 @@ def diagnose(config: Config[DiagnoseStage]) -> Diagnosed:
     examination = Examination(candidate, reference, config)
     not_checked = run_steps(examination)
     output = Path(stage.output).expanduser() if stage.output else folder / "repaired"
-    command = repair_command(place, reference.place, config.model.name, output)
+    command = repair_command(config, place, output)
     conclusion = conclude(candidate, reference, examination.steps, command)
     echo(f"[{len(STEPS) + 1}/{len(STEPS) + 1}] verdict\n  {conclusion.verdict}")
     repaired = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cogflow.artifacts.identify import identify, kind_named
 from cogflow.artifacts.run_layout import RunLayout
+from cogflow.config.command import command
 from cogflow.config.config import Config
 from cogflow.config.export_settings import ExportStage
 from cogflow.export.export_plan import ExportRequest, PreparedExport, check_computed_tables, prepare_export
@@ -73,7 +74,8 @@ def _open_source(stage: ExportStage, folder: Path) -> ExportOrigin:
 
 def _print_plan(origin: ExportOrigin, prepared: PreparedExport, stage: ExportStage) -> None:
     """Print what was found, which model it is, and what will be written."""
-    step = "" if origin.step is None else f" of step {origin.step}"
+    line = f" of line {origin.training.line}" if (origin.training.line or 1) > 1 else ""
+    step = "" if origin.step is None else f" of step {origin.step}{line}"
     echo(f"exporting {origin.place} ({origin.kind}, {origin.weights} weights{step})")
     if prepared.facts is not None:
         table(prepared.facts.rows(), ["fact", "value", "from"])
@@ -148,10 +150,14 @@ def _report(config: Config[ExportStage], output: Path, record: ExportRecord, sta
     results = {
         "summary": line,
         "where": str(output),
+        "weights_from": {"run": record.run, "line": record.line, "step": record.step},
         **{key: values[key] for key in ("dtype", "files", "weights_sha256", "trained_with", "family", "proof")},
     }
     record_stage(folder, "export", config, inputs, results, started=started)
     echo(f"{line}\nexported: {output}\nreport:   {report_file}")
+    if config.stage.to == "diffusers" and record.model is not None:
+        # The transformer states the model that the other components come from.
+        echo(f"next:     {command('assemble', {'stage.transformer': output}, config.run)}")
 
 
 def _proof_line(proof: ProofRecord) -> str:

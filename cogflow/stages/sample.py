@@ -9,6 +9,8 @@ from typing import Any
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind, identify, kind_named
 from cogflow.artifacts.run_layout import RunLayout
+from cogflow.artifacts.working_run import enclosing_run
+from cogflow.config.command import command
 from cogflow.config.config import Config
 from cogflow.config.model_section import ModelConfig
 from cogflow.config.sample_settings import SampleStage
@@ -101,7 +103,7 @@ def resolve_source(stage: SampleStage, folder: Path) -> Artifact:
         raise CheckpointError(
             f"stage.source={artifact.path} is {artifact.kind.label} ({artifact.reason}), "
             "which stage=sample does not sample.",
-            f"Export it first: python -m cogflow stage=export stage.source={artifact.path}",
+            f"Export it first: {command('export', {'stage.source': artifact.path})}",
         )
     echo(artifact.line("stage.source"))
     return artifact
@@ -180,7 +182,10 @@ def captions(config: Config[SampleStage]) -> list[str]:
         return []
     from cogflow.data.latent_cache import LatentCache
 
-    cache = LatentCache(RunLayout(run_folder(config.run)).cache)
+    # A command that may not write into the run of its source works in another run, without prepared clips.
+    own = RunLayout(run_folder(config.run)).cache
+    run = enclosing_run(Path(config.stage.source)) if config.stage.source and not own.is_dir() else None
+    cache = LatentCache(own if run is None else RunLayout(run).cache)
     return [cache.texts[index] for index in cache.holdout or cache.train]
 
 

@@ -30,6 +30,7 @@ from cogflow.tracking.formatting import (
 )
 from cogflow.tracking.run_data import ReplacedLine, RunData, ValidationFolder
 from cogflow.tracking.secrets import scrub, scrub_text
+from cogflow.tracking.weights_origin import describe_origin, replaced_note
 
 COLUMNS = 6
 """Largest number of validations side by side. When there are more, the first, the last and some between are shown."""
@@ -318,11 +319,26 @@ def stage_row(run: RunData, record: StageRecord) -> StageRow:
         name=record.stage,
         status=record.status,
         tone=TONES.get(record.status, "warn"),
-        summary=record.summary or ", ".join(simple[:4]) or "-",
+        summary="; ".join([record.summary or ", ".join(simple[:4]) or "-", *_origin_of_weights(run, record)]),
         time=clock(record.seconds) if record.seconds else "",
         where=(place.relative_to(run.folder.resolve()).as_posix() or ".") if place else where,
         href=_link(run.folder, place) if place and place.exists() else "",
     )
+
+
+def _origin_of_weights(run: RunData, record: StageRecord) -> list[str]:
+    """Return the step and the run that exported weights are from, and a note where that part was replaced since."""
+    origin = record.results.get("weights_from")
+    if not isinstance(origin, Mapping):
+        return []
+    trained_in, line, step = origin.get("run"), origin.get("line"), origin.get("step")
+    if not isinstance(trained_in, str) or not isinstance(line, int) or not isinstance(step, int):
+        return []
+    place = Path(trained_in)
+    # The run may have been moved since.
+    own = place.resolve() == run.folder.resolve() or not place.is_dir() and place.name == run.folder.resolve().name
+    notes = [describe_origin(place.name if own else trained_in, line, step)]
+    return [note for note in (*notes, replaced_note(run.folder if own else place, line, step)) if note]
 
 
 def figure(chart: Chart) -> Figure:

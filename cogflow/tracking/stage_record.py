@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import cogflow
+from cogflow.config.command import typed_command
 from cogflow.config.config import AnyConfig
 from cogflow.files.record_io import JsonValue, write_record
 from cogflow.records.run_records import MachineRecord, StageRecord
@@ -76,10 +76,7 @@ def write_stage_record(
 
 def command_line() -> str:
     """Return the command that started this process, as a user would type it."""
-    argv = list(sys.argv)
-    if argv and Path(argv[0]).parts[-2:] == ("cogflow", "__main__.py"):
-        return shlex.join(["python", "-m", "cogflow", *argv[1:]])
-    return shlex.join(argv)
+    return typed_command(sys.argv)
 
 
 def package_versions() -> dict[str, str]:

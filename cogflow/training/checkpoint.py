@@ -20,6 +20,7 @@ from pathlib import Path
 from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
 from cogflow.artifacts.run_history import point_at
 from cogflow.artifacts.run_layout import step_name
+from cogflow.config.command import options
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.atomic_write import require_space, storage_errors, sync
 from cogflow.files.hashing import hash_files
@@ -148,7 +149,7 @@ def open_named(resume: str) -> Path:
     if not (path / "deepspeed").is_dir():
         raise CheckpointError(
             f"stage.resume={resume} holds weights without optimizer states.",
-            f"Start a new run from it with stage.start={resume}, or resume a folder checkpoints/step-...",
+            f"Start a new run from it with {options({'stage.start': resume})}, or resume a folder checkpoints/step-...",
         )
     return path
 

@@ -22,6 +22,7 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel
 
 from cogflow.artifacts.identify import identify, kind_named
+from cogflow.config.command import command
 from cogflow.config.config import Config
 from cogflow.config.deepspeed_section import DeepSpeedConfig
 from cogflow.config.problems import did_you_mean, nearest
@@ -108,7 +109,8 @@ def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
     prepared = prepare_export(origin, ExportRequest(["transformer"], family))
     if prepared.lora_file is not None:
         raise ConfigError(
-            f"stage.start={start} is a LoRA.", "Merge it first: python -m cogflow stage=export stage.lora=merge"
+            f"stage.start={start} is a LoRA.",
+            f"Merge it first: {command('export', {'stage.source': start, 'stage.lora': 'merge'})}",
         )
     trained_with = prepared.facts.trained_with() if prepared.facts else origin.training.trained_with
     step = "" if origin.step is None else f" of step {origin.step}"

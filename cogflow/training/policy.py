@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name, step_of
+from cogflow.config.command import repeated
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.errors import QualityGateError
@@ -47,7 +48,7 @@ class QualityPolicy(Callback):
             raise QualityGateError(
                 f"Step {outcome.step}: {outcome.message}. A checkpoint is saved "
                 f"({checkpoints / step_name(outcome.step)}).",
-                f"{resume_hint(sharp)} Or resume from here with stage.on_blur=warn.",
+                resume_hint(sharp),
             )
         request_rollback(context.config, context.folder, outcome.step, sharp, outcome.message)
 
@@ -109,12 +110,13 @@ def request_rollback(config: Config[TrainStage], folder: Path, start: int, check
 
 def resume_hint(sharp: Path | None) -> str:
     """Return the advice for a run that an alarm stopped. ``sharp``: its last sharp checkpoint."""
+    onwards = f"To resume from the newest checkpoint all the same: {repeated({'stage.on_blur': 'warn'})}"
     if sharp is None:
         return (
-            "No checkpoint is known to be sharp: start again with stage.resume=never and a lower stage.learning_rate."
+            "No checkpoint is known to be sharp: start again with stage.resume=never and a lower stage.learning_rate.\n"
+            f"{onwards}"
         )
     return (
-        f"The last sharp checkpoint is {sharp}: resume from it with stage.on_blur=rollback and a lower learning rate, "
-        "such as "
-        "stage.rollback.learning_rate_ratio=0.3."
+        f"The last sharp checkpoint is {sharp}. To resume from it with a lower learning rate: "
+        f"{repeated({'stage.on_blur': 'rollback', 'stage.rollback.learning_rate_ratio': 0.3})}\n{onwards}"
     )

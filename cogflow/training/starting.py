@@ -164,7 +164,7 @@ def _check_alarm(config: Config[TrainStage], found: Path, record: TrainerRecord,
         request_rollback(config, folder, record.step, sharp, verdict.message)
     raise QualityGateError(
         f"An alarm stopped the run at its newest checkpoint {found}: {verdict.message}.",
-        f"{resume_hint(sharp)} Or resume from there with stage.on_blur=warn.",
+        resume_hint(sharp),
     )
 
 

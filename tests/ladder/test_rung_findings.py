@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from cogflow.config.command import PROGRAM, command, override
+from cogflow.config.run_section import run_at
 from cogflow.files.record_io import write_record
 from cogflow.ladder.ladder_report import logged_values, table_cells
 from cogflow.ladder.rung import Rung
@@ -214,8 +216,7 @@ def test_an_export_of_an_earlier_step_is_stale_and_never_ok(tmp_path: Path) -> N
     assert row.verdict == "of step 6, before the present step 8; rung 4 of step 6 is no longer there"
     assert (row.against, row.pairs, row.changes) == (None, 0, {})
     for stage in ("export", "assemble"):
-        words = ["python", "-m", "cogflow", f"stage={stage}", f"run.root={tmp_path}", "run.name=my run"]
-        assert shlex.join(words) in row.renewal
+        assert command(stage, {}, run_at(tmp_path / "my run")) in row.renewal
     assert table_cells(row)[1] == "6" and table_cells(row)[-1] == row.verdict
     assert table_cells(row, with_command=True)[-1] == f"{row.verdict}: export again: {row.renewal}"
     assert not any(name.startswith("ladder/rung5") for name in logged_values(rows))
@@ -255,11 +256,14 @@ def test_a_failed_export_of_an_earlier_step_stays_a_finding() -> None:
 
 
 def test_a_renewal_repeats_the_recorded_commands_without_a_fixed_source(tmp_path: Path) -> None:
-    command = f"python -m cogflow stage=export model=tiny 'run.root={tmp_path}/a b' run.name=run"
-    write_stage_command(tmp_path, "export", f"{command} stage.source=checkpoints/step-000006")
+    run = [override("run.root", tmp_path.parent), f"run.name={tmp_path.name}"]
+    recorded = (
+        "python -m cogflow stage=export model=tiny 'run.root=a b' run.name=run stage.source=checkpoints/step-000006"
+    )
+    write_stage_command(tmp_path, "export", recorded)
     write_stage_command(tmp_path, "assemble", "pytest tests")
     rows, _ = evaluate_ladder(ladder(exported=replace(EXPORTED, step=6)), tmp_path)
-    assert shlex.split(rows[5].renewal.split(" && ")[0]) == shlex.split(command)
+    assert shlex.split(rows[5].renewal.split(" && ")[0]) == [*PROGRAM, "stage=export", "model=tiny", *run]
     assert rows[5].renewal.split(" && ")[1].startswith("python -m cogflow stage=assemble run.root=")
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from cogflow.config.compose import compose
 from cogflow.sharpness.quality_watch import LEVELS
 from tests import small
 from tests.conftest import Command
 from tests.scenarios import sabotage
+from tests.shell_words import printed_commands, words_of
 from tests.stages.conftest import lines, losses
 
 SPOILT = ["stage.steps=6", "stage.learning_rate=0.1"]
@@ -85,6 +87,9 @@ def test_the_same_command_does_not_continue_after_an_alarm(flow: Path, stopped: 
     before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     done = cogflow(*words(flow, "stopped"), *SPOILT, "stage.on_blur=stop", code=3)
     assert "An alarm stopped the run at its newest checkpoint" in done.stderr
+    configs = [compose(words_of(line)) for line in printed_commands(done.stderr)]
+    assert [config.stage.on_blur for config in configs] == ["rollback", "warn"]
+    assert all((config.run.name, config.data.path) == ("stopped", str(flow / "data")) for config in configs)
     assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
 
 

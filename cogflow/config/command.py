@@ -70,6 +70,11 @@ def command(stage: str, settings: Mapping[str, SettingValue | None], run: RunCon
     given = {key: value for key, value in settings.items() if value is not None}
     words = [f"stage={stage}", *(override(key, value) for key, value in given.items())]
     words += _run_words(run, named=bool(given.keys() & set(RUN_FROM_PATH.get(stage, ()))))
+    return command_of(words)
+
+
+def command_of(words: Sequence[str]) -> str:
+    """Return the command with ``words``, as they are on a command line, quoted for a POSIX shell."""
     return shlex.join([*PROGRAM, *words])
 
 
@@ -86,7 +91,7 @@ def command_again(recorded: str, run: RunConfig, without: Collection[str] = ()) 
         return ""
     removed = {"run.root", "run.name", *without}
     kept = [word for word in words[len(PROGRAM) :] if _key(word) not in removed]
-    return shlex.join([*PROGRAM, *kept, *_run_words(run, named=True)])
+    return command_of([*kept, *_run_words(run, named=True)])
 
 
 def repeated(settings: Mapping[str, SettingValue]) -> str:
@@ -108,7 +113,7 @@ def repeated(settings: Mapping[str, SettingValue]) -> str:
 def typed_command(argv: Sequence[str]) -> str:
     """Return ``argv``, the arguments of this process, as a user would type them."""
     if argv and Path(argv[0]).parts[-2:] == ("cogflow", "__main__.py"):
-        return shlex.join([*PROGRAM, *argv[1:]])
+        return command_of(argv[1:])
     return shlex.join(argv)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import RunLayout, step_folders
+from cogflow.config.command import command_of, override
 from cogflow.config.config import AnyConfig, Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.data_changes import compare_indexes
@@ -135,7 +136,7 @@ def choices(config: Config[TrainStage], *, can_go_on: bool = True) -> str:
     lines = []
     if can_go_on:
         as_it_is = _with(words, {f"{prefix}changed_data": USE_PREPARED})
-        lines += ["To go on with the clips that were prepared for this training:", f"  {_command(as_it_is)}"]
+        lines += ["To go on with the clips that were prepared for this training:", f"  {command_of(as_it_is)}"]
     checkpoint = _resumed_checkpoint(config)
     if checkpoint is None:
         lines.append("To train on the clips as they are now:")
@@ -146,8 +147,8 @@ def choices(config: Config[TrainStage], *, can_go_on: bool = True) -> str:
         dropped = [f"{prefix}{key}" for key in ("resume", "start", "start_kind", "changed_data")]
         fresh = _with(_without(words, *dropped), {"run.name": name, f"{prefix}start": str(checkpoint)})
     if not flow:  # it prepares the clips itself
-        lines.append(f"  {_command(_prepare_words(config, words, name))}")
-    return "\n  ".join([*lines, f"  {_command(fresh)}"])
+        lines.append(f"  {command_of(_prepare_words(config, words, name))}")
+    return "\n  ".join([*lines, f"  {command_of(fresh)}"])
 
 
 def _resumed_checkpoint(config: Config[TrainStage]) -> Path | None:
@@ -162,7 +163,7 @@ def own_words(config: AnyConfig) -> list[str]:
     words = sys.argv[1:]
     if any(word.startswith("stage=") for word in words):
         return words
-    return [f"stage={config.stage.name}", f"run.root={config.run.root}", f"run.name={config.run.name}"]
+    return [f"stage={config.stage.name}", override("run.root", config.run.root), override("run.name", config.run.name)]
 
 
 def _prepare_words(config: AnyConfig, words: Sequence[str], name: str) -> list[str]:
@@ -184,17 +185,13 @@ def _prepare_words(config: AnyConfig, words: Sequence[str], name: str) -> list[s
 
 def _with(words: Sequence[str], values: dict[str, str]) -> list[str]:
     """Return ``words`` with the settings ``values``, each at the place of its former value or at the end."""
-    kept = [f"{key}={values[key]}" if (key := word.split("=", 1)[0]) in values else word for word in words]
+    kept = [override(key, values[key]) if (key := word.split("=", 1)[0]) in values else word for word in words]
     given = {word.split("=", 1)[0] for word in kept}
-    return list(dict.fromkeys([*kept, *(f"{key}={value}" for key, value in values.items() if key not in given)]))
+    return list(dict.fromkeys([*kept, *(override(key, value) for key, value in values.items() if key not in given)]))
 
 
 def _without(words: Sequence[str], *keys: str) -> list[str]:
     return [word for word in words if word.split("=", 1)[0] not in keys]
-
-
-def _command(words: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", "cogflow", *words])
 
 
 def _free_name(config: AnyConfig) -> str:

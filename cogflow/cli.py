@@ -22,6 +22,7 @@ from cogflow.config.help_text import USAGE, help_text, overview
 from cogflow.config.problems import Problem, fail
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import append_text, write_first
+from cogflow.files.printable import paragraph, printable
 from cogflow.stages import SUMMARIES, load
 
 FLAGS = ("--help", "-h", "--cfg", "--version")
@@ -50,12 +51,13 @@ def main(words: Sequence[str]) -> int:
             _run_stage(words, command, chosen, rank)
     except CogflowError as error:
         if rank == "0" or error.rank is not None:
-            print(f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}", file=sys.stderr)
+            line = f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}"
+            print(paragraph(line), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception:
-        fault = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}\n{traceback.format_exc()}"
+        fault = printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}\n{traceback.format_exc()}")
         print(fault, file=sys.stderr)
         if chosen is not None:
             append_text(chosen.folder / FAULTS, fault)
@@ -68,7 +70,7 @@ def _run_stage(words: Sequence[str], command: ComposedCommand, chosen: WorkingRu
     config = command.config
     with working_in(chosen) as place, running(words, place.run):
         if place.line and rank == "0":
-            print(place.line, flush=True)
+            print(paragraph(place.line), flush=True)
         load(config.stage.name).run(replace(config, run=place.run))
 
 

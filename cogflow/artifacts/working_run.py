@@ -33,6 +33,7 @@ from cogflow.config.run_section import FOLDER_NAME, RunConfig, run_at
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import write_first
 from cogflow.files.paths import run_folder
+from cogflow.files.printable import one_line
 from cogflow.files.record_io import read_record, record_values
 from cogflow.records.cache_records import CacheIndex
 from cogflow.records.run_records import RunSource, StageRecord
@@ -199,7 +200,7 @@ def _telling_name(source: Path) -> str:
     if NOT_TELLING.fullmatch(own):
         around = [parent.name for parent in source.parents if not NOT_TELLING.fullmatch(parent.name)]
         own = f"{around[0]}-{own}" if around and around[0] else own
-    text = re.sub(r"[\x00-\x1f\x7f/]", "-", own).strip(" .")
+    text = "".join("-" if letter == "/" or one_line(letter) != letter else letter for letter in own).strip(" .")
     short = text.encode("utf-8", "replace")[:MOST_BYTES].decode("utf-8", "ignore").strip(" .")
     if not short or FOLDER_NAME.problem(short):
         return "source"

@@ -41,13 +41,14 @@ def main(request_path: str) -> None:
         generator = torch.Generator().manual_seed(sample["seed"])
         call = dict(request["call"])
         if sample.get("image"):
-            with Image.open(sample["image"]) as picture:
+            with Image.open(sample["image"], formats=("PNG", "JPEG")) as picture:
                 call["image"] = picture.convert("RGB")
         with torch.no_grad():
             output = pipe(prompt=sample["text"], latents=latents, generator=generator, output_type="pt", **call)
         video = output.frames[0]
         frames[sample["name"]] = (video.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-        print(f"fresh process: {number}/{len(request['samples'])} {sample['name']}", flush=True)
+        name = sample["name"].encode("unicode_escape").decode("ascii")
+        print(f"fresh process: {number}/{len(request['samples'])} {name}", flush=True)
     if any(name.split(".")[0] == "cogflow" for name in sys.modules):
         raise SystemExit("cogflow was imported, so this check does not show what diffusers does alone")
     save_file(frames, request["frames"])

@@ -4,6 +4,7 @@ components.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -11,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD
 from cogflow.assemble.components import PipelineComponent
 from cogflow.errors import CogflowError
+from cogflow.files.printable import one_line, printable
 from cogflow.files.record_io import JsonObject, read_record
 from cogflow.records.pipeline_records import (
     AssembledComponent,
@@ -162,6 +165,7 @@ def card_text(
     """Return the text of README.md."""
     made = assembly.made
     from_image = components["transformer"].from_image
+    family = _escape_cell(made.family or "CogVideoX")
     verified = f"{_verified(assembly.verify)} Every file's hash is in `assembly.json`."
     return f"""---
 library_name: diffusers
@@ -169,9 +173,9 @@ pipeline_tag: {"image-to-video" if from_image else "text-to-video"}
 tags: [cogvideox, video, finetuned]
 ---
 
-# {title}
+# {_escape_cell(title)}
 
-A {made.family or "CogVideoX"} transformer finetuned with cogflow{_steps(made)}, assembled with the components below.
+A {family} transformer finetuned with cogflow{_steps(made)}, assembled with the components below.
 
 ## Use
 
@@ -196,28 +200,27 @@ def _usage(title: str, sampling: PipelineSampling, length: int | None, from_imag
     pipeline = "CogVideoXImageToVideoPipeline" if from_image else "CogVideoXPipeline"
     utilities = "export_to_video, load_image" if from_image else "export_to_video"
     image = '\n    image=load_image("first-frame.png"),' if from_image else ""
-    prompt = str(sampling.text or "a prompt").replace("\\", "\\\\").replace('"', '\\"')
-    return f"""```python
-import torch
+    dtype = TORCH_DTYPES.get(sampling.dtype, "torch.float32")
+    code = f"""import torch
 from diffusers import {pipeline}
 from diffusers.utils import {utilities}
 
-pipe = {pipeline}.from_pretrained("{title}", torch_dtype={TORCH_DTYPES.get(sampling.dtype, "torch.float32")})
+pipe = {pipeline}.from_pretrained({_python_string(title)}, torch_dtype={dtype})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 frames = pipe({image}
-    prompt="{prompt}",
+    prompt={_python_string(str(sampling.text or "a prompt"))},
     height={sampling.height},
     width={sampling.width},
     num_frames={sampling.frames},
     num_inference_steps={sampling.steps},
     guidance_scale={sampling.guidance_scale},
     use_dynamic_cfg={sampling.use_dynamic_cfg},
-    max_sequence_length={length},
+    max_sequence_length={length if isinstance(length, int) else None},
     generator=torch.Generator().manual_seed(0),
 ).frames[0]
 export_to_video(frames, "video.mp4", fps={round(sampling.fps)})
-```
-
+"""
+    return f"""{_fenced("python", code)}
 `max_sequence_length` is the length that captions were padded to in training; diffusers' own default is 226.
 """
 
@@ -233,13 +236,15 @@ def _facts(components: Mapping[str, PipelineComponent], made: TransformerOrigin)
     if made.trained_with is not None and made.trained_with.dtype:
         rows.append(("dtype of training", made.trained_with.dtype))
     overridden = {f"{name}.{key}" for name, component in components.items() for key in component.overrides}
-    return "\n".join(f"| {name} | {value}{', set by hand' if name in overridden else ''} |" for name, value in rows)
+    return "\n".join(
+        f"| {name} | {_escape_cell(value)}{', set by hand' if name in overridden else ''} |" for name, value in rows
+    )
 
 
 def _forced(forced: Sequence[ContradictionRecord]) -> str:
     if not forced:
         return ""
-    lines = [f"- **{one.key} is {one.value}**; {one.why} {one.needed}." for one in forced]
+    lines = [_escape_cell(f"- **{one.key} is {one.value}**; {one.why} {one.needed}.") for one in forced]
     return "\nAssembled with `stage.force` in spite of these contradictions:\n\n" + "\n".join(lines) + "\n"
 
 
@@ -250,7 +255,7 @@ def _optional_sections(sections: CardSections) -> str:
     if sections.videos:
         sheet = f"![one frame of each sample]({sections.sheet})\n\n" if sections.sheet else ""
         text += "\n## Samples\n\nSamples of the training run with these weights:\n\n" + sheet
-        text += "".join(f"- [{_escape_cell(prompt)}]({path})\n" for path, prompt in sections.videos)
+        text += "".join(f"- [{_escape_cell(prompt)}]({quote(path)})\n" for path, prompt in sections.videos)
     if sections.ladder:
         text += "\n## The sharpness ladder\n\n"
         text += "Changes are medians over pairs of clips with their 95 % interval; negative values are softer.\n\n"
@@ -264,7 +269,7 @@ def _origins(components: Mapping[str, AssembledComponent]) -> str:
         # Only the last names of the path: they identify the folder and hide the layout of the user's disk.
         origin = "/".join(Path(component.origin).parts[-3:])
         largest = max(component.files.values(), key=lambda file: file.bytes)
-        rows.append(f"| {name} | {component.class_name} | {origin} | `{largest.sha256}` |")
+        rows.append(f"| {name} | {_escape_cell(component.class_name)} | {_escape_cell(origin)} | `{largest.sha256}` |")
     return "\n".join(rows)
 
 
@@ -277,7 +282,7 @@ def _trained_in(made: TransformerOrigin) -> str:
 def _verified(verify: VerifyRecord | None) -> str:
     if verify is None or verify.status != "passed" or not verify.samples:
         reason = verify and (verify.reason or verify.line or verify.status)
-        return f"It was not compared with samples of the training run: {reason}."
+        return f"It was not compared with samples of the training run: {_escape_cell(reason)}."
     return (
         f"A fresh process with diffusers alone sampled the training run's {len(verify.samples)} samples again: "
         f"lowest PSNR {min(sample.psnr for sample in verify.samples):.1f} dB, "
@@ -286,7 +291,19 @@ def _verified(verify: VerifyRecord | None) -> str:
 
 
 def _command(command: str) -> str:
-    return f"\nAssembled by\n\n```bash\n{command}\n```\n" if command else ""
+    return f"\nAssembled by\n\n{_fenced('bash', command)}" if command else ""
+
+
+def _fenced(language: str, code: str) -> str:
+    """Return a code block whose fence is longer than any run of backticks in ``code``, so that nothing ends it."""
+    longest = max((len(run) for run in re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{printable(code).rstrip()}\n{fence}\n"
+
+
+def _python_string(text: str) -> str:
+    """Return a Python literal in double quotes on one line, without control and format characters."""
+    return one_line(json.dumps(text, ensure_ascii=False))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
@@ -295,8 +312,9 @@ def _table(columns: Sequence[str], rows: Iterable[Row]) -> str:
 
 
 def _escape_cell(cell: Any) -> str:
-    """Return ``cell`` as text that breaks neither a Markdown table nor a link."""
-    return str(cell).replace("|", "\\|").replace("\n", " ").replace("[", "\\[").replace("]", "\\]")
+    """Return ``cell`` as text that breaks neither a Markdown table nor a link and contains no HTML."""
+    text = one_line(str(cell).replace("\n", " "))
+    return re.sub(r"[|\[\]<`]", r"\\\g<0>", text)
 
 
 def shorten_paths(text: str) -> str:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from cogflow.config.setting import NOT_EMPTY, at_least, matching, one_of, setting
 
-FOLDER_NAME = matching(r"[^./\s\x00][^/\x00]*", "a folder name", "a plain folder name without slashes or a leading dot")
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+FOLDER_NAME = matching(
+    rf"[^./\s{_CONTROLS}][^/{_CONTROLS}]*",
+    "a folder name",
+    "a plain folder name without slashes, control characters or a leading dot",
+)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from cogflow.config.sat_keys import (
     TAKEN,
     TRANSLATED,
 )
+from cogflow.files.printable import one_line
 
 WORD = "import"
 IMPORTING_STAGES = ("train", "prepare", "flow")
@@ -152,7 +153,7 @@ def imported_values(
         if not winner:
             yield key, setting.value
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(f"{WORD}: {line}" for line in [*lines, *recipe.untaken_lines()]), file=sys.stderr)
+        print("\n".join(f"{WORD}: {one_line(line)}" for line in [*lines, *recipe.untaken_lines()]), file=sys.stderr)
 
 
 def _key_in_stage(key: str, stage_name: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cogflow.errors import DataError
 from cogflow.files.paths import contained
+from cogflow.files.printable import one_line
 
 EXTENSIONS = (".mp4", ".mov", ".webm", ".mkv")
 VIDEO_EXTENSIONS = (*EXTENSIONS, ".avi", ".flv", ".gif", ".m4v", ".mpeg", ".mpg", ".ogv", ".ts", ".wmv")
@@ -107,7 +108,7 @@ def _collect(folder: Path, layout: str, rows: Iterator[tuple[str, str, str]]) ->
         more = f"\n    and {len(problems) - _EXAMPLES} more" if len(problems) > _EXAMPLES else ""
         raise DataError(
             f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'} in {layout} of {folder}:\n    "
-            + "\n    ".join(problems[:_EXAMPLES])
+            + "\n    ".join(map(one_line, problems[:_EXAMPLES]))
             + more,
             f"each clip needs a caption and a path below {folder}; {' '.join(EXTENSIONS)} are read",
         )

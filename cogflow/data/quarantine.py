@@ -10,6 +10,7 @@ from pathlib import Path
 from cogflow.config.data_section import DataConfig
 from cogflow.errors import DataError
 from cogflow.files.atomic_write import write_text
+from cogflow.files.printable import one_line
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -47,7 +48,8 @@ class Quarantine:
     def stop(self, message: str) -> DataError:
         """Write the full list and return the error that ends the run, with examples."""
         self.write()
-        examples = "".join(f"\n    {name}: {reason}" for name, reason in list(self.rows.items())[:_EXAMPLES])
+        first = list(self.rows.items())[:_EXAMPLES]
+        examples = "".join(f"\n    {one_line(name)}: {one_line(reason)}" for name, reason in first)
         return DataError(
             message + examples, f"repair or remove them (all are in {self._file}), or raise data.max_bad_share"
         )

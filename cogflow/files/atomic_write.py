@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.errors import CogflowError, StorageError
+from cogflow.files.printable import one_line
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
@@ -61,7 +62,7 @@ def write_first(path: Path, text: str) -> None:
         with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        print(f"{path} cannot be written: {error}", file=sys.stderr)
+        print(one_line(f"{path} cannot be written: {error}"), file=sys.stderr)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -71,7 +72,7 @@ def append_text(path: Path, text: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        print(f"{path} cannot be written: {error}", file=sys.stderr)
+        print(one_line(f"{path} cannot be written: {error}"), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ blur and no noise."""
 def show(config: Config[TrainStage]) -> None:
     """Print the plan of ``config``. Raise :class:`ConfigError` with settings that fit if the plan does not fit."""
     made = plan(config)
-    echo("\n".join(lines(made)))
+    echo(*lines(made))
     if misfits := made.misfits():
         raise ConfigError("This training does not fit:\n" + "\n".join(f"  - {line}" for line in misfits), hint(made))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.errors import CogflowError
+from cogflow.files.printable import one_line
 from cogflow.files.record_io import read_record, record_values
 from cogflow.records.run_records import HeartbeatRecord
 from cogflow.runtime import ranks
@@ -128,7 +129,7 @@ class Watchdog:
     def _report_stall(self, seconds: float) -> None:
         message = f"rank {ranks.rank()}: no progress for {seconds:.0f} s in phase: {_phase.name}"
         for state in blocking_ranks(self.others(), _phase.name):
-            message += f"\n  {state.line()}"
+            message += f"\n  {one_line(state.line())}"
         stacks = self.folder / f"rank-{ranks.rank():05d}.stack"
         with contextlib.suppress(OSError), stacks.open("w", encoding="utf-8") as file:
             file.write(message + "\n")

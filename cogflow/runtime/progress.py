@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cogflow.files.printable import one_line
 from cogflow.runtime import ranks
 from cogflow.runtime.heartbeat import report_progress
 
@@ -41,12 +42,12 @@ class _SilentBar:
 class _TerminalBar:
     def __init__(self, bar: Progress, total: int, description: str) -> None:
         self._bar = bar
-        self._task = bar.add_task(description, total=total, note="")
+        self._task = bar.add_task(one_line(description), total=total, note="")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         report_progress()
         if note:
-            self._bar.update(self._task, advance=n, note=note)
+            self._bar.update(self._task, advance=n, note=one_line(note))
         else:
             self._bar.update(self._task, advance=n)
 
@@ -55,7 +56,7 @@ class _LogLines:
     def __init__(self, stream: TextIO, total: int, description: str, unit: str) -> None:
         self._stream = stream
         self._total = total
-        self._description = description
+        self._description = one_line(description)
         self._unit = unit
         self._done = 0
         self._note = ""
@@ -65,7 +66,7 @@ class _LogLines:
     def advance(self, n: int = 1, note: str = "") -> None:
         report_progress()
         self._done += n
-        self._note = note or self._note
+        self._note = one_line(note) or self._note
         now = time.monotonic()
         if now - self._last_print >= EVERY_SECONDS:
             self._print(now)

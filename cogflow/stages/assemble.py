@@ -266,7 +266,7 @@ def report_result(
     }
     results |= {key: values[key] for key in ("verify", "checked_against", "forced") if key in values}
     record_stage(job.run, "assemble", job.config, inputs, results, started=job.started)
-    echo(f"{summary}\npipeline: {job.output}\nreport:   {job.run / 'report.html'}")
+    echo(summary, f"pipeline: {job.output}", f"report:   {job.run / 'report.html'}")
     if job.config.stage.push_to_hub:
         upload(job, inputs, results)
 

@@ -65,7 +65,7 @@ def run(config: Config[BenchmarkStage]) -> None:
     if not ranks.is_main():
         return
     path = record_stage(folder, "benchmark", config, {"what": what}, record, started=started)
-    echo(f"{summary}\nrecord: {path}")
+    echo(summary, f"record: {path}")
 
 
 def _run_one(config: Config[BenchmarkStage], what: str, folder: Path) -> BenchmarkResult:

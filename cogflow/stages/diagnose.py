@@ -121,7 +121,7 @@ def report(config: Config[DiagnoseStage], found: Diagnosed, started: float) -> N
         results["repaired"] = record_values(record)["repaired"]
     inputs = {"candidate": record.candidate, "reference": record.reference}
     record_stage(folder, "diagnose", config, inputs, results, started=started)
-    echo(f"diagnosis: {folder / DiagnosisRecord.file_name}\npage:      {page.path}")
+    echo(f"diagnosis: {folder / DiagnosisRecord.file_name}", f"page:      {page.path}")
     if not conclusion.agrees:
         hint = f"Repaired: {found.repaired.where}" if found.repaired else f"To repair it: {found.command}"
         raise QualityGateError(conclusion.verdict, hint)

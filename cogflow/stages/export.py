@@ -154,7 +154,7 @@ def _report(config: Config[ExportStage], output: Path, record: ExportRecord, sta
         **{key: values[key] for key in ("dtype", "files", "weights_sha256", "trained_with", "family", "proof")},
     }
     record_stage(folder, "export", config, inputs, results, started=started)
-    echo(f"{line}\nexported: {output}\nreport:   {report_file}")
+    echo(line, f"exported: {output}", f"report:   {report_file}")
     if config.stage.to == "diffusers" and record.model is not None:
         # The transformer states the model that the other components come from.
         echo(f"next:     {command('assemble', {'stage.transformer': output}, config.run)}")

@@ -57,7 +57,7 @@ def run(config: Config[FlowStage]) -> None:
     }
     with one_upload_line(folder):
         for number, name in enumerate(STAGES, start=1):
-            echo(f"\n[{number}/{len(STAGES)}] {name}")
+            echo("", f"[{number}/{len(STAGES)}] {name}")
             actions[name]()
         if ranks.is_main():
             close_flow(config, folder, started)

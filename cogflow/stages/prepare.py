@@ -79,7 +79,7 @@ def run(config: Config[PrepareStage]) -> None:
         enter_phase("reporting what was prepared")
         if ranks.is_main():
             summary = _report(config, folder, result, {"clips": str(clips_folder), "models": inputs.hashes}, started)
-            echo(f"{summary}\nprepared clips: {result.folder}")
+            echo(summary, f"prepared clips: {result.folder}")
         ranks.barrier()
 
 

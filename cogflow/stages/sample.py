@@ -216,7 +216,7 @@ def conclude(job: SampleJob, how: SamplingRecord | None) -> None:
     inputs = {"source": str(job.source.path)}
     results = {"summary": summary} | results
     record = record_stage(job.run, "sample", job.config, inputs, results, started=job.started)
-    echo(f"{summary}\nclips:  {job.clips.path}\nrecord: {record}")
+    echo(summary, f"clips:  {job.clips.path}", f"record: {record}")
     if comparison is not None and job.reference is not None and comparison.worse:
         verdict = "blurrier" if comparison.blurrier else "worse"
         raise QualityGateError(

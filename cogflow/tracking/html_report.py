@@ -57,7 +57,7 @@ def render_report(run: RunData) -> str:
     return environment.get_template("report.html.j2").render(
         head=sections.head(run),
         numbers=sections.key_numbers(run),
-        alerts=[sections.alert_line(alert) for alert in run.alerts],
+        alerts=[sections.alert_line(run, alert) for alert in run.alerts],
         stages=[sections.stage_row(run, record) for record in run.records],
         loss=[sections.figure(chart) for chart in loss_charts(run)],
         ladder=sections.ladder_section(run),

@@ -300,10 +300,11 @@ def _loss_numbers(run: RunData) -> list[KeyNumber]:
     return numbers
 
 
-def alert_line(alert: AlertEvent) -> AlertLine:
-    """Return one alert."""
+def alert_line(run: RunData, alert: AlertEvent) -> AlertLine:
+    """Return one alert, with a link to its picture when that is inside the run folder."""
+    picture = _inside(run, alert.picture) if alert.picture else None
     tone = {"ERROR": "bad", "INFO": "plain"}.get(alert.level, "warn")
-    return AlertLine(tone, alert.title, alert.text, alert.stage, alert.picture or "")
+    return AlertLine(tone, alert.title, alert.text, alert.stage, _link(run.folder, picture) if picture else "")
 
 
 def stage_row(run: RunData, record: StageRecord) -> StageRow:
@@ -494,6 +495,8 @@ def _spaced(moment: str) -> str:
 def _inside(run: RunData, where: str) -> Path | None:
     """Return ``where`` as a path when it is inside the run folder, given absolutely, from here, or from the run."""
     folder = run.folder.resolve()
+    if "\0" in where:
+        return None
     for path in (Path(where), folder / where):
         if path.resolve().is_relative_to(folder):
             return path.resolve()
@@ -501,4 +504,6 @@ def _inside(run: RunData, where: str) -> Path | None:
 
 
 def _link(folder: Path, path: Path) -> str:
-    return quote(path.resolve().relative_to(folder.resolve()).as_posix() or ".")
+    """Return the relative link to ``path``; empty when it, or what it links to, is outside of ``folder``."""
+    inside = path.resolve().is_relative_to(folder.resolve())
+    return quote(path.resolve().relative_to(folder.resolve()).as_posix() or ".") if inside else ""

@@ -77,6 +77,16 @@ def cogflow(server: Server) -> Command:
 
 
 @pytest.fixture(scope="session")
+def prepared(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run with the prepared clips of ``debug=quick``. Tests copy it, or its ``cache``."""
+    root = tmp_path_factory.mktemp("clips")
+    words = ["stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled"]
+    done = server.run(*words)
+    assert done.codes == [0], done.text[-3000:]
+    return root / "prepared"
+
+
+@pytest.fixture(scope="session")
 def started() -> Command:
     """Return a function that runs ``python -m cogflow`` with the given words, as users do.
 

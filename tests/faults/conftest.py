@@ -1,4 +1,4 @@
-"""Fixtures of fault tests: a server that runs cogflow often, prepared clips, and helpers to compare runs."""
+"""Fixtures of fault tests: runs that a server forks, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,10 @@ from tests.training.resuming import parameter_names
 class World:
     """Runs below one folder, all on the same prepared clips."""
 
-    def __init__(self, root: Path, server: Server, prepared: Path | None = None, model: Path | None = None) -> None:
-        """``prepared``: a run whose clips are used; without it they are prepared.
-
-        ``model``: what is trained; else the small one.
-        """
+    def __init__(self, root: Path, server: Server, prepared: Path, model: Path | None = None) -> None:
+        """``prepared``: a run whose clips are used. ``model``: the trained pipeline; by default the small one."""
         self.root, self.server, self.model = root, server, model or small.pipeline(root / "model")
-        if prepared is not None:
-            shutil.copytree(prepared, root / "prepared")
-            return
-        server_says(
-            server.run(
-                "stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled"
-            ),
-            0,
-        )
+        shutil.copytree(prepared, root / "prepared")
 
     def words(self, name: str, *more: str, stage: str = "train") -> list[str]:
         """Return words that train in the run ``name``, which is created with the prepared clips if it is missing."""
@@ -82,11 +71,6 @@ class World:
             for key in ("fp32", *MOMENTS)
         }
         return found | {"steps": str(saved.steps).encode()}
-
-
-@pytest.fixture(scope="session")
-def prepared(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return World(tmp_path_factory.mktemp("clips"), server).root / "prepared"
 
 
 @pytest.fixture(scope="module")

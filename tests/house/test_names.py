@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults import test_saves, test_soak
+from tests.faults import test_histories, test_saves, test_soak
 from tests.faults.injected import ACTIONS, POINTS
 
 FOLDERS = ("benchmarks", "examples", "tests", "tools")
@@ -141,7 +141,7 @@ def test_every_fault_of_a_test_has_a_point_and_an_action(repository: Path) -> No
     assert len(faults) > 20 and len(points) > 5
     assert [fault[0] for fault in faults if fault["action"] not in ACTIONS] == []
     assert [fault[0] for fault in [*faults, *points] if fault["point"] not in POINTS] == []
-    assert {*test_saves.PHASES, *test_soak.KILLED_AT} <= POINTS.keys()
+    assert {*test_histories.KILLED_AT, *test_saves.PHASES, *test_soak.KILLED_AT} <= POINTS.keys()
 
 
 def test_every_name_given_as_a_text_exists(repository: Path) -> None:

@@ -130,11 +130,13 @@ def test_the_first_frame_is_joined_to_the_latents(i2v: Variant) -> None:
     assert list(extra) == ["ofs"] and extra["ofs"].tolist() == [OFS]
 
 
-def test_clips_prepared_for_the_other_kind_of_model_are_refused(i2v: Variant, server: Server, tmp_path: Path) -> None:
+def test_clips_prepared_for_the_other_kind_of_model_are_refused(
+    i2v: Variant, server: Server, prepared: Path, tmp_path: Path
+) -> None:
     words = [word for word in i2v.words("as-text", *SHORT) if not word.startswith("model.path=")]
     done = i2v.server.run(*words)
     assert done.code == 2 and "prepare again" in done.text, done.text[-2000:]
-    world = World(tmp_path, server)
+    world = World(tmp_path, server, prepared)
     done = world.train("as-image", *SHORT, f"model.path={i2v.model}")
     assert done.code == 2 and "without first frames" in done.text, done.text[-2000:]
 

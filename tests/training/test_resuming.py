@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests import small
-from tests.conftest import Command
 from tests.faults.server import Server
 
 pytestmark = pytest.mark.slow
@@ -26,9 +25,9 @@ SOME = "1+2+3"
 
 
 @pytest.fixture(scope="module")
-def root(cogflow: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resuming")
-    cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
+    shutil.copytree(prepared, root / "prepared")
     small.pipeline(root / "model")
     return root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,10 @@ from tests.training.trainer_records import trainer_record
 
 
 @pytest.fixture(scope="module")
-def found(cogflow: Command, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(prepared: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the results of two ranks and, under ``alone``, those of one rank's training on the same clips."""
     root = tmp_path_factory.mktemp("sequence")
-    cogflow("stage=prepare", "debug=quick", f"run.root={root}", "run.name=prepared", "tracking.wandb=disabled")
+    shutil.copytree(prepared, root / "prepared")
     small.pipeline(root / "model")
     for ranks, program, words in (
         (2, "tests.training.sequences", []),

@@ -52,6 +52,10 @@ class StorageError(UserError):
     """A path cannot be written, or holds too little free space."""
 
 
+class RunInUse(UserError):
+    """Another process writes into the run folder."""
+
+
 class MemoryExhausted(UserError):
     """The settings need more memory than the machine has."""
 

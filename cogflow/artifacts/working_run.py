@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cogflow import rank_identity
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, TRAINER, RunLayout, step_folders
 from cogflow.config.command import RUN_FROM_PATH
 from cogflow.config.compose import ComposedCommand
@@ -154,7 +155,7 @@ def working_in(chosen: WorkingRun) -> Iterator[WorkingRun]:
     It differs from ``chosen`` when another command has taken that folder for another source in between. Only the first
     rank writes.
     """
-    if chosen.source is None or os.environ.get("RANK", "0") != "0":
+    if chosen.source is None or rank_identity.rank() != 0:
         yield chosen
         return
     had_root = chosen.folder.parent.is_dir()

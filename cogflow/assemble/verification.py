@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cogflow.artifacts.run_layout import MODEL_INDEX, SAMPLES_RECORD, RunLayout
 from cogflow.assemble.components import PipelineComponent
@@ -30,6 +30,7 @@ from cogflow.records.sample_records import SampleRecord, SamplesRecord
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples
 from cogflow.sharpness.psnr import psnr_of_error
+from cogflow.weights.safetensors_file import save_tensors
 from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -183,7 +184,7 @@ def verify(
     if on_compared is not None:
         on_compared(comparison)
     if comparison.failed:
-        save_file(found, folder / f"verify-{FRAMES_FILE}")
+        save_tensors(found, folder / f"verify-{FRAMES_FILE}")
         raise _other_frames(reference, comparison)
     return VerifyRecord(
         "passed",
@@ -243,7 +244,7 @@ def sample_in_fresh_process(folder: Path, record: SamplesRecord, images: Path | 
         work = Path(temporary)
         # init_noise_sigma is 1 for CogVideoX's schedulers: the noise is the initial latents.
         shape = _latent_shape(folder, record)
-        save_file(
+        save_tensors(
             {_name(sample): noise_for(sample.seed, sample.id, shape) for sample in record.samples},
             work / "noise.safetensors",
         )

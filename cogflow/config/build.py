@@ -120,6 +120,17 @@ def is_open(key: str, stage: type | None) -> bool:
     return any(key.startswith(f"{name}.") for name in (open_keys(stage, "stage") if stage else []))
 
 
+def text_keys(kind: type, prefix: str) -> set[str]:
+    """Return the dotted keys of a settings class whose values are text, nested sections included."""
+    keys = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        if _is_section(hint):
+            keys |= text_keys(hint, f"{prefix}.{name}")
+        elif set(typing.get_args(hint) or [hint]) <= {str, type(None)}:
+            keys.add(f"{prefix}.{name}")
+    return keys
+
+
 def open_keys(kind: type, prefix: str) -> list[str]:
     """Return the dotted keys of a settings class whose values are mappings of any names."""
     keys = []

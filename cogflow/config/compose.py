@@ -6,7 +6,7 @@ together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from cogflow.config.build import (
     known_keys,
     section_names,
     stage_class,
+    text_keys,
     unknown_key,
 )
 from cogflow.config.config import STAGES, AnyConfig
@@ -81,7 +82,8 @@ def compose(overrides: Sequence[str]) -> AnyConfig:
 def compose_command(overrides: Sequence[str]) -> ComposedCommand:
     """Return the checked config of a command line, and which keys it sets. Raises as :func:`compose`."""
     problems: list[Problem] = []
-    choices, values = _split(overrides, problems)
+    words: dict[str, str] = {}
+    choices, values = _split(overrides, words, problems)
     recipe = take_import(choices, values, problems)
     raw = _compose_groups(choices, problems)
     raw = _place_stages(raw, problems)
@@ -93,7 +95,7 @@ def compose_command(overrides: Sequence[str]) -> ComposedCommand:
             imported.append(key)
     stage = stage_class(raw.get("stage"))
     known = known_keys(stage)
-    for key, value in values:
+    for key, value in _keep_text(values, words, stage):
         if key == "stage.name":
             problems.append(
                 Problem(f"stage.name={format_value(value)}: choose a stage with stage={format_value(value)}.", (key,))
@@ -114,8 +116,24 @@ def compose_command(overrides: Sequence[str]) -> ComposedCommand:
     return ComposedCommand(config, given, given | set(imported) | keys_of_named_groups(command).keys())
 
 
-def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
-    """Return the choices of groups and the values of keys. Words that are neither become problems."""
+def _keep_text(
+    values: Sequence[tuple[str, Any]], words: Mapping[str, str], stage: type | None
+) -> Iterator[tuple[str, Any]]:
+    """Yield the values of keys, with the word as it was typed where a key takes text: ``run.name=1e5`` is no number."""
+    texts = set().union(*(text_keys(kind, name) for name, kind in section_names().items()))
+    if stage is not None:
+        texts |= text_keys(stage, "stage")
+    for key, value in values:
+        yield key, words[key] if key in texts and isinstance(value, bool | int | float) else value
+
+
+def _split(
+    words: Sequence[str], typed: dict[str, str], problems: list[Problem]
+) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """Return the choices of groups and the values of keys. Words that are neither become problems.
+
+    ``typed``: filled with the text behind the equals sign by key.
+    """
     choices: dict[str, str] = {}
     values: list[tuple[str, Any]] = []
     available = groups()
@@ -133,6 +151,7 @@ def _split(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, str
             problems.append(Problem(f"{word}: no such group.{did_you_mean(near)}", (key, near)))
         else:
             values.append((key, override.value()))
+            typed[key] = word.partition("=")[2].strip()
     return choices, values
 
 

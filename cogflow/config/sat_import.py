@@ -8,13 +8,13 @@ they name under ``target`` is imported or run."""
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cogflow import rank_identity
 from cogflow.config.problems import Problem, format_value
 from cogflow.config.sat_keys import (
     DEFAULTS,
@@ -152,7 +152,7 @@ def imported_values(
         lines.append(setting.line() + (f"; overridden by {winner}" if winner else ""))
         if not winner:
             yield key, setting.value
-    if os.environ.get("RANK", "0") == "0":
+    if rank_identity.rank() == 0:
         print("\n".join(f"{WORD}: {one_line(line)}" for line in [*lines, *recipe.untaken_lines()]), file=sys.stderr)
 
 

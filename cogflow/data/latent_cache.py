@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cogflow.config.data_section import DataConfig
 from cogflow.data.buckets import longest_first
@@ -31,6 +30,7 @@ from cogflow.files.atomic_write import require_space, storage_errors, sync
 from cogflow.files.record_io import parse_record, read_record, record_values
 from cogflow.records.cache_records import CacheIndex, CacheSettings, StoredClip
 from cogflow.runtime.console import echo
+from cogflow.weights.safetensors_file import save_tensors
 
 CLIPS, TEXTS = "clips", "texts"
 """Kinds of shards.
@@ -263,7 +263,7 @@ class ShardWriter:
         try:
             require_space(target, sum(tensor.nbytes for tensor in self._tensors.values()))
             with storage_errors(target):
-                save_file(self._tensors, partial, metadata={_FACTS: json.dumps(facts)})
+                save_tensors(self._tensors, partial, metadata={_FACTS: json.dumps(facts)})
                 sync(partial)
                 partial.replace(target)
                 sync(self._folder)

@@ -1,4 +1,4 @@
-"""Files of a run folder that belong to no single package: ``<stage>.json``, heartbeats, and the id of the W&B runs."""
+"""Files of a run folder that belong to no single package: ``<stage>.json``, heartbeats, lock, id of the W&B runs."""
 
 from __future__ import annotations
 
@@ -77,6 +77,38 @@ class HeartbeatRecord(Record):
     def upgrade(cls, values: RawRecord, version: int) -> RawRecord:
         """Version 0 names the phase ``what``."""
         return {**values, "phase": values["what"]}
+
+
+@dataclass(frozen=True)
+class LockRecord(Record):
+    """``lock/000001.json``: the process that may write into the run folder, or the last one that did.
+
+    ``boot``: id of the boot of the host. ``pid_namespace``: name of the namespace that ``pid`` belongs to.
+    ``process_start``: start of the process in clock ticks since the boot. ``inode``: that of this file; a copy of the
+    run folder has another. ``job``: id of the SLURM job. ``since``: UTC, ISO 8601; for the user, it is compared with
+    nothing. ``renewals``: grows every few seconds while the process lives. ``released``: the process has ended its
+    work.
+    """
+
+    advice: ClassVar[str] = "It is replaced by the next command that writes into the run folder."
+
+    host: str
+    boot: str | None
+    pid_namespace: str | None
+    pid: int
+    process_start: int | None
+    inode: int
+    job: str | None
+    command: str
+    since: str
+    renewals: int = 0
+    released: bool = False
+
+    @property
+    def holder(self) -> str:
+        """Process that holds the lock, in words."""
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from cogflow.errors import CogflowError
 from cogflow.files.printable import one_line
 from cogflow.files.record_io import read_record, record_values
 from cogflow.records.run_records import HeartbeatRecord
-from cogflow.runtime import ranks
+from cogflow.runtime import ranks, run_lock
 
 FOLDER = "ranks"
 BEAT_SECONDS = 5.0
@@ -52,7 +52,8 @@ _phase = _Phase()
 
 
 def enter_phase(name: str) -> None:
-    """Record that this process starts the phase ``name`` now."""
+    """Record that this process starts the phase ``name`` now. End it when it lost the lock of its run folder."""
+    run_lock.end_if_lost()
     _phase.name, _phase.progress_at = name, time.monotonic()
 
 

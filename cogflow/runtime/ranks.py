@@ -1,9 +1,10 @@
-"""Ranks: which process this is, and the collectives that all packages share. Everything works without torchrun, too."""
+"""Collectives that all packages share, and the rank of this process. Everything works in one process, too."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import lru_cache
@@ -11,25 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
-from cogflow.errors import CogflowError
+from cogflow.errors import CogflowError, RankLost
+from cogflow.rank_identity import local_rank as local_rank
+from cogflow.rank_identity import rank as rank
+from cogflow.rank_identity import world_size as world_size
 
 T = TypeVar("T")
-
-
-def rank() -> int:
-    """Return the number of this process among all processes, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
@@ -44,14 +35,45 @@ def device() -> torch.device:
 
 TIMEOUT = timedelta(minutes=60)
 """Longest wait of a collective for another rank."""
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""Longest wait for all ranks to start."""
+PATIENCE = 15.0
+"""Seconds after which rank 0 prints that it waits for the other ranks."""
 
 
 def setup() -> None:
-    """Join the process group when torchrun started more than one process; otherwise do nothing."""
+    """Join the process group when there are several processes; otherwise do nothing.
+
+    Raises :class:`RankLost` when not all ranks have started within :data:`JOIN_TIMEOUT`.
+    """
     if world_size() > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_meet(), rank=rank(), world_size=world_size(), timeout=TIMEOUT)
+
+
+def _meet() -> Store:
+    """Return the store through which the ranks find each other, when all of them have started."""
+    place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    waiting = threading.Timer(PATIENCE, print, [f"waiting for {world_size()} ranks at {place}"], {"flush": True})
+    if is_main():
+        waiting.start()
+    try:
+        store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=JOIN_TIMEOUT))
+    except RuntimeError as error:
+        lost = RankLost(
+            f"The {world_size()} ranks did not meet at {place} within {JOIN_TIMEOUT.total_seconds() / 60:g} minutes: "
+            f"{str(error).splitlines()[0]}",
+            "Check that every task has started (its log), that the others reach rank 0's node at this address "
+            "(MASTER_ADDR), and that the port is free and open (MASTER_PORT).",
+        )
+        lost.rank = rank()
+        raise lost from error
+    finally:
+        waiting.cancel()
+    store.set_timeout(TIMEOUT)
+    return PrefixStore("default_pg", store)
 
 
 def any_rank(flag: bool) -> bool:

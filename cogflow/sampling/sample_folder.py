@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, step_folders
 from cogflow.data.video import write_video
@@ -22,6 +22,7 @@ from cogflow.sampling.sample_record import FRAMES_FILE
 from cogflow.sampling.sampler import Request, Sampler
 from cogflow.sharpness.metrics import measure
 from cogflow.tracking.contact_sheet import contact_sheet
+from cogflow.weights.safetensors_file import save_tensors
 
 LATENTS_FILE = "latents.safetensors"
 SHEET_COLUMNS = 5
@@ -100,8 +101,8 @@ def _sample_shard(
                 latents[request.name], frames[request.name] = denoised.contiguous(), shown
                 samples.append(_describe_sample(partial, request, measure(video)))
             bar.advance()
-    save_file(latents, partial / f"latents-{rank}.part")
-    save_file(frames, partial / f"frames-{rank}.part")
+    save_tensors(latents, partial / f"latents-{rank}.part")
+    save_tensors(frames, partial / f"frames-{rank}.part")
     ranks.barrier()
     return samples
 
@@ -122,7 +123,7 @@ def _merge(partial: Path, record: SamplesRecord) -> None:
     for kind, final in (("latents", LATENTS_FILE), ("frames", FRAMES_FILE)):
         parts = sorted(partial.glob(f"{kind}-*.part"))
         merged = {name: tensor for part in parts for name, tensor in load_file(part).items()}
-        save_file(merged, partial / final)
+        save_tensors(merged, partial / final)
         for part in parts:
             part.unlink()
         if kind == "frames":

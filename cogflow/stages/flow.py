@@ -15,10 +15,11 @@ from cogflow.files.record_io import read_record
 from cogflow.records.run_records import StageRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
+from cogflow.runtime.run_lock import hold_run
 from cogflow.sampling.sample_record import newest_samples
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.html_report import write_report
-from cogflow.tracking.stage_record import write_stage_record
+from cogflow.tracking.stage_record import shown_command, write_stage_record
 from cogflow.tracking.tracker import one_upload_line, open_tracker
 from cogflow.training import sequence
 
@@ -42,11 +43,19 @@ class ClosingRow:
 
 def run(config: Config[FlowStage]) -> None:
     """Run every stage. Each reuses its earlier results, so the same command finishes a stopped flow."""
-    stage = config.stage
     started = time.time()
     folder = run_folder(config.run)
     # Training checks this again; here it fails before hours of preparing clips.
     sequence.check(config)
+    ranks.setup()
+    with hold_run(folder, shown_command()):
+        run_stages(config, folder, started)
+    ranks.close()
+
+
+def run_stages(config: Config[FlowStage], folder: Path, started: float) -> None:
+    """Run the stages in ``folder``, whose lock this process holds."""
+    stage = config.stage
     examined = replace(stage.diagnose, candidate=stage.diagnose.candidate or str(RunLayout(folder).pipeline))
     actions: dict[str, Callable[[], None]] = {
         "prepare": lambda: prepare.run(config.with_stage(stage.prepare)),
@@ -62,7 +71,6 @@ def run(config: Config[FlowStage]) -> None:
         if ranks.is_main():
             close_flow(config, folder, started)
     ranks.barrier()
-    ranks.close()
 
 
 def close_flow(config: Config[FlowStage], folder: Path, started: float) -> None:

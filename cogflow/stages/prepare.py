@@ -31,7 +31,9 @@ from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import Watchdog, enter_phase
 from cogflow.runtime.progress import progress
+from cogflow.runtime.run_lock import hold_run
 from cogflow.tracking.html_report import record_stage
+from cogflow.tracking.stage_record import shown_command
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training.failures import translate_lost_ranks
 
@@ -41,10 +43,16 @@ SHOWN_METRICS = ("clips", "unreadable", "upscaled", "seconds")
 
 def run(config: Config[PrepareStage]) -> None:
     """Prepare ``config.data`` into ``<run>/cache`` and write ``<run>/prepare.json``. Works alone and under torchrun."""
-    data = config.data
     started = time.time()
     ranks.setup()
     folder = run_folder(config.run)
+    with hold_run(folder, shown_command()):
+        prepare_folder(config, folder, started)
+
+
+def prepare_folder(config: Config[PrepareStage], folder: Path, started: float) -> None:
+    """Prepare the clips into ``folder``, whose lock this process holds. Collective."""
+    data = config.data
     model = loading.model_folder(config.model)
     clips_folder = find_clips(config, folder)
     device = ranks.device()

@@ -21,10 +21,11 @@ from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.heartbeat import Watchdog
 from cogflow.runtime.progress import progress
+from cogflow.runtime.run_lock import hold_run
 from cogflow.runtime.stop_signals import StopRequest
 from cogflow.sampling.sample_record import newest_samples
 from cogflow.tracking.html_report import write_report
-from cogflow.tracking.stage_record import write_stage_record
+from cogflow.tracking.stage_record import shown_command, write_stage_record
 from cogflow.tracking.tracker import open_tracker
 from cogflow.training import loop, sequence, setup, speed
 from cogflow.training.activation_memory import format_kept, kept_activations
@@ -51,6 +52,13 @@ def run(config: Config[TrainStage]) -> None:
     speed.grow_segments()
     ranks.setup()
     folder = run_folder(config.run)
+    with hold_run(folder, shown_command()):
+        train(config, folder, started)
+
+
+def train(config: Config[TrainStage], folder: Path, started: float) -> None:
+    """Resume or start the training in ``folder``, whose lock this process holds. Collective."""
+    stage = config.stage
     cache = open_cache(config, folder)
     start = find_start(config, cache, folder)
     if check_finished(config, start, folder):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import cogflow
+from cogflow import rank_identity
 from cogflow.config.command import typed_command
 from cogflow.config.config import AnyConfig
 from cogflow.files.record_io import JsonValue, write_record
@@ -61,7 +62,7 @@ def write_stage_record(
         started=_utc(begun),
         finished=_utc(finished),
         seconds=round(finished - begun, 3),
-        command=scrub_text(command_line()),
+        command=shown_command(),
         folder=str(folder),
         inputs=scrub(to_json_object(inputs)),
         results=scrub(to_json_object(results)),
@@ -77,6 +78,11 @@ def write_stage_record(
 def command_line() -> str:
     """Return the command that started this process, as a user would type it."""
     return typed_command(sys.argv)
+
+
+def shown_command() -> str:
+    """Return the command that started this process, with secrets replaced by ``***``."""
+    return scrub_text(command_line())
 
 
 def package_versions() -> dict[str, str]:
@@ -100,7 +106,7 @@ def describe_machine() -> MachineRecord:
     return MachineRecord(
         system=f"{platform.system()} {platform.machine()}",
         cpus=os.cpu_count(),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=rank_identity.world_size(),
         gpus=gpus,
     )
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from cogflow.files.atomic_write import storage_errors, write_json
 from cogflow.runtime import ranks
 from cogflow.training.engine import Engine
+from cogflow.weights.safetensors_file import save_tensors
 
 STEM = "diffusion_pytorch_model"
 FILE_BYTES = 4 * 1024**3
@@ -77,7 +77,7 @@ class _Writer:
     def _write(self) -> None:
         file = self.folder / f"part-{len(self._files):05d}.safetensors"
         with storage_errors(self.folder):
-            save_file(self._tensors, file, metadata={"format": "pt"})
+            save_tensors(self._tensors, file, metadata={"format": "pt"})
         self._files.append((file, list(self._tensors)))
         self._tensors = {}
         self._size = 0

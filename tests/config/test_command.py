@@ -155,7 +155,7 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").write_text("in the way")
+    (tmp_path / "runs/tiny-shapes/cogflow.log").mkdir(parents=True)
     monkeypatch.setattr(command, "load", lambda name: Stage(ZeroDivisionError("by zero")))
     assert command.main(["stage=train"]) == 1
     assert "by zero" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from cogflow.config.build import build, check
 from cogflow.config.compose import compose
 from cogflow.config.config import Config
 from cogflow.config.data_section import DataConfig
+from cogflow.config.export_settings import ExportStage
 from cogflow.config.sample_settings import SampleStage
 from cogflow.config.train_settings import TrainStage
 from cogflow.errors import ConfigError
@@ -64,6 +65,7 @@ ONE: dict[str, list[str]] = {
     "stage=train run.name=a/b": ["run.name=a/b", "folder name"],
     "stage=train run.name=..": ["run.name=..", "folder name"],
     "stage=train run.name=null": ["run.name=null", "text"],
+    "stage=train run.name='a\x1bb'": ["run.name=", "control characters"],
     "stage=train data.frames=12": ["data.frames=12", "13"],
     "stage=train data.height=100": ["data.height=100", "96"],
     "stage=train data.fps=0": ["data.fps=0", "more than 0"],
@@ -133,6 +135,19 @@ def test_values_keep_or_gain_their_kind(tmp_path: Path) -> None:
     assert config.run.name == "2024" and stage.steps == 1000 and isinstance(stage.steps, int)
     assert config.data.fps == 24.0 and isinstance(config.data.fps, float)
     assert config.sampling.seeds == [1, 2] and config.data.path == "a,b" and stage.seed == 3
+
+
+@pytest.mark.parametrize("word", ["1e5", "007", "true", "False", "1_000", "None", "nan", "-5", "1.50", "+5", "0x10"])
+def test_text_is_what_was_typed(word: str) -> None:
+    config = compose(["stage=export", f"run.name={word}", f"stage.source={word}"])
+    assert isinstance(config.stage, ExportStage)
+    assert (config.run.name, config.stage.source) == (word, word)
+
+
+def test_quotes_are_no_part_of_a_text() -> None:
+    assert compose(["stage=export", "run.name='1e5'"]).run.name == "1e5"
+    config = compose(["stage=export", "stage.source=null"])
+    assert isinstance(config.stage, ExportStage) and config.stage.source is None
 
 
 def test_build_accepts_plain_dicts() -> None:

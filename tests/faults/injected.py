@@ -49,7 +49,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "deleting": ("cogflow.training.retention", "_delete", "before"),
     "deleted": ("cogflow.training.retention", "_delete", "after"),
     "encoding": ("cogflow.data.encode", "encode_frames", "before"),
-    "shard": ("cogflow.data.latent_cache", "save_file", "after"),
+    "shard": ("cogflow.data.latent_cache", "save_tensors", "after"),
     "index": ("cogflow.data.preparation", "write_record", "before"),
     "exporting": ("cogflow.weights.weights_writer", "stream_tensor", "before"),
     "exported": ("cogflow.weights.weights_writer", "HashingWriter.close", "after"),
@@ -61,7 +61,7 @@ def arm(faults: str, rank: int, fired: Path) -> None:
     """Arrange the ``faults`` of this rank; each appends its name to the file ``fired`` when it happens.
 
     ``fp16``: DeepSpeed trains in fp16 on a CPU, which it refuses although torch can. ``impatient``: cogflow waits a few
-    seconds for W&B where it would wait minutes.
+    seconds for W&B where it would wait minutes. ``hasty``: the lock of the run folder is renewed often and stale soon.
     """
     for fault in filter(None, faults.split(",")):
         if fault == "impatient":
@@ -72,6 +72,11 @@ def arm(faults: str, rank: int, fired: Path) -> None:
             wandb_run.CALL_SECONDS = 2.0
             wandb_run.FINISH_SECONDS = 3.0
             wandb_run.ARTIFACT_SECONDS = 5.0
+            continue
+        if fault == "hasty":
+            from cogflow.runtime import run_lock
+
+            run_lock.RENEW_SECONDS, run_lock.OBSERVED_SECONDS = 0.2, 2.0
             continue
         if fault == "fp16":
             from deepspeed.accelerator import get_accelerator

@@ -1,8 +1,8 @@
 """Run cogflow many times without starting Python each time.
 
 The server process has imported everything, and forks one process for each run and rank. Each process has its own
-signals, limits and file descriptors. ``python -m tests.faults.server`` reads one JSON object a line (see
-:class:`Order`) and answers with one; :class:`Server` is the client.
+signals, limits and file descriptors. ``python -m tests.faults.server`` reads one JSON object a line: an :class:`Order`,
+which it answers with process ids, or process ids, which it answers with their end. :class:`Server` is the client.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ class Done:
         return self.err + self.out
 
 
+@dataclass(frozen=True)
+class Running:
+    """A run that was started and not waited for. ``pids``: of its ranks."""
+
+    pids: list[int]
+    log: str
+
+
 class Server:
     """The client side; use it as a context manager. ``folder``: for logs."""
 
@@ -93,18 +101,30 @@ class Server:
 
     def run(self, *words: str, **order: Any) -> Done:
         """Run once and wait for the end."""
+        return self.wait(self.start(*words, **order), order.get("seconds", Order.seconds))
+
+    def start(self, *words: str, **order: Any) -> Running:
+        """Start a run beside others; :meth:`wait` returns its end."""
         self._count += 1
-        log = self.folder / f"run-{self._count:04d}"
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(Order(words, str(log), **order))) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
+        log = str(self.folder / f"run-{self._count:04d}")
+        return Running(self._ask(asdict(Order(words, log, **order))), log)
+
+    def wait(self, running: Running, seconds: float = 120.0) -> Done:
+        """Return the end of a run. It is killed after ``seconds``."""
+        answer = self._ask({"pids": running.pids, "seconds": seconds})
+        log = Path(running.log)
         out, err = (
             "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{log.name}.*.{kind}")))
             for kind in ("out", "err")
         )
         fired = Path(f"{log}-fired")
         return Done(out=out, err=err, fired=fired.read_text().split() if fired.is_file() else [], **answer)
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
 
 def serve() -> None:
@@ -128,15 +148,17 @@ def serve() -> None:
     # The garbage collection of a run would else scan half a million imported objects and copy their memory pages.
     gc.collect()
     gc.freeze()
+    began: dict[int, float] = {}
     for line in sys.stdin:
-        order = Order(**json.loads(line))
-        began = time.monotonic()
-        codes, timed_out = _wait(_start(order), order.seconds)
-        print(
-            json.dumps({"codes": codes, "seconds": time.monotonic() - began, "timed_out": timed_out}),
-            file=answers,
-            flush=True,
-        )
+        question = json.loads(line)
+        if "words" in question:
+            answer: Any = _start(Order(**question))
+            began[answer[0]] = time.monotonic()
+        else:
+            codes, timed_out = _wait(question["pids"], question["seconds"])
+            seconds = time.monotonic() - began.pop(question["pids"][0])
+            answer = {"codes": codes, "seconds": seconds, "timed_out": timed_out}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _start(order: Order) -> list[int]:

@@ -12,6 +12,7 @@ import pytest
 
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("rank_identity",),
     ("files", "sharpness"),
     ("records",),
     ("config", "runtime"),

@@ -127,8 +127,9 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         daemon.wait()
 
-    def run(self, *words: str, check: bool = True) -> str:
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60)
+    def run(self, *words: str, check: bool = True, seconds: float = 60) -> str:
+        """Return what a command prints."""
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=seconds)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 

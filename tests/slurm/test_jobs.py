@@ -1,9 +1,12 @@
-"""Test ``launch/slurm.sh`` and ``launch/slurm_array.sh`` on a real SLURM: time limit, failing node, array, error."""
+"""Test ``launch/slurm.sh``, ``launch/slurm_array.sh`` and a bare ``srun`` on a real SLURM: time limit, failing node,
+array, error.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cogflow.rank_identity import first_host
 from tests.slurm.cluster import Cluster, environment, processes, until
 from tests.slurm.conftest import STEPS, Words, steps, weights
 
@@ -157,3 +161,43 @@ def test_a_user_error_is_not_queued_again(
     said = log.read_text()
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0"), said
     assert said.count("ConfigError:") == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_tasks_of_a_bare_srun_train_one_run(
+    cluster: Cluster, repository: Path, words: Words, undisturbed: Path, nodes: int
+) -> None:
+    run = undisturbed.parent / f"bare-{nodes}"
+    command = [sys.executable, "-m", "cogflow", "stage=train", *words(run.name)]
+    said = cluster.run(
+        "srun", f"--nodes={nodes}", "--ntasks=2", f"--chdir={repository}", "env", "WANDB_MODE=disabled", *command,
+        seconds=300,
+    )  # fmt: skip
+    assert said.count("checkpoint: ") == 1, "one rank prints"
+    assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
+
+
+WHO = """
+import os
+from cogflow import rank_identity
+rank_identity.adopt_slurm_step()
+print(rank_identity.rank(), "of", rank_identity.world_size(), os.environ.get("LOCAL_WORLD_SIZE", ""))
+"""
+
+
+def test_one_process_of_a_job_of_two_tasks_is_one_process(cluster: Cluster, repository: Path, tmp_path: Path) -> None:
+    """SLURM sets the number of tasks of the job in the batch script, in the shell of salloc and in their steps."""
+    who = shlex.join([sys.executable, "-c", WHO])
+    script = tmp_path / "script.sh"
+    script.write_text(f"#!/bin/bash\n{who}\nsrun --ntasks=1 {who}\nsrun {who} | sort\n")
+    job = cluster.submit("--ntasks=2", f"--output={tmp_path}/log", str(script), cwd=repository)
+    assert cluster.ended(job)["ExitCode"] == "0:0"
+    assert (tmp_path / "log").read_text().splitlines() == ["0 of 1 ", "0 of 1 ", "0 of 2 2", "1 of 2 2"]
+    assert cluster.run("salloc", "--ntasks=2", "bash", "-c", f"cd {repository}; {who}").split() == ["0", "of", "1"]
+    terminal = cluster.run("script", "--quiet", "--return", "--command", f"srun --pty {who}", "/dev/null")
+    assert terminal.split() == ["0", "of", "1"]
+
+
+@pytest.mark.parametrize("hosts", ["n1", "n[1-3,5]", "rack[1-2]n[01-04]", "a1,b[2,4]", "gpu-a-[007-009],x"])
+def test_the_first_host_is_that_of_scontrol(cluster: Cluster, hosts: str) -> None:
+    assert first_host(hosts) == cluster.run("scontrol", "show", "hostnames", hosts).split()[0]

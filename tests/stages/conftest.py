@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,32 @@ import pytest
 
 from tests.conftest import Command
 
+GROUP_WRITES = 0o002
+"""The umask of the flow: its group may write what it makes."""
+
 
 @pytest.fixture(scope="session")
 def flow(started: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run folder of ``stage=flow debug=quick``; tests must not change it."""
     root = tmp_path_factory.mktemp("runs")
-    started("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
+    before = os.umask(GROUP_WRITES)
+    try:
+        started("stage=flow", "debug=quick", f"run.root={root}", "run.name=flow")
+    finally:
+        os.umask(before)
     return root / "flow"
+
+
+def wrong_permissions(folder: Path, umask: int) -> list[str]:
+    """Return the paths below ``folder`` whose permissions do not follow ``umask``. W&B's own files are left out."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_symlink() or path.is_relative_to(folder / "wandb"):
+            continue
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        if (mode := path.stat().st_mode & 0o777) != expected:
+            found.append(f"{mode:o} {path.relative_to(folder)}")
+    return found
 
 
 def lines(folder: Path, name: str = "train/loss") -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cogflow.files.publish import check_manifest
 from cogflow.weights.tensor_source import weights_fingerprint
 from tests.conftest import Command
-from tests.stages.conftest import lines, losses
+from tests.stages.conftest import GROUP_WRITES, lines, losses, wrong_permissions
 from tests.tracking.conftest import Recorded
 
 PLAIN = """
@@ -40,6 +40,12 @@ def test_every_stage_leaves_its_record_and_its_result(flow: Path) -> None:
     table = json.loads((flow / "flow.json").read_text())["results"]["table"]
     assert [row[0] for row in table] == ["prepare", "train", "export", "assemble", "diagnose"]
     assert all(check_manifest(path) == [] for path in (flow / "checkpoints").glob("step-*"))
+
+
+def test_every_file_follows_the_umask(flow: Path) -> None:
+    """A colleague can read and change what the user shares: clips, checkpoints, samples, export, pipeline."""
+    assert wrong_permissions(flow, GROUP_WRITES) == []
+    assert len(list(flow.rglob("*.safetensors"))) > 5
 
 
 def test_metrics_have_the_names_that_others_rely_on(flow: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -93,6 +94,8 @@ def _existing_part(path: Path) -> Path:
                     "Make the folder that the link names, or remove the link.",
                 ) from None
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                continue  # reported with its length
             raise StorageError(
                 f"{path} cannot be used: {error}", "Choose a folder that you may read and write (run.root, run.name)."
             ) from error

@@ -168,11 +168,9 @@ def test_the_tasks_of_a_bare_srun_train_one_run(
     cluster: Cluster, repository: Path, words: Words, undisturbed: Path, nodes: int
 ) -> None:
     run = undisturbed.parent / f"bare-{nodes}"
-    command = [sys.executable, "-m", "cogflow", "stage=train", *words(run.name)]
-    said = cluster.run(
-        "srun", f"--nodes={nodes}", "--ntasks=2", f"--chdir={repository}", "env", "WANDB_MODE=disabled", *command,
-        seconds=300,
-    )  # fmt: skip
+    task = ["env", "WANDB_MODE=disabled", sys.executable, "-m", "cogflow", "stage=train", *words(run.name)]
+    options = [f"--nodes={nodes}", "--ntasks=2", f"--chdir={repository}"]
+    said = cluster.run("srun", *options, *task, seconds=300)
     assert said.count("checkpoint: ") == 1, "one rank prints"
     assert steps(run) == steps(undisturbed) and weights(run) == weights(undisturbed)
 

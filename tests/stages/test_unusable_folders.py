@@ -185,7 +185,7 @@ def test_a_refused_file_elsewhere_is_a_fault(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_a_user_without_permission_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_permission_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     (folder / "run/cache").mkdir(parents=True)

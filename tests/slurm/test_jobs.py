@@ -193,7 +193,7 @@ def test_one_process_of_a_job_of_two_tasks_is_one_process(cluster: Cluster, repo
     assert (tmp_path / "log").read_text().splitlines() == ["0 of 1 ", "0 of 1 ", "0 of 2 2", "1 of 2 2"]
     assert cluster.run("salloc", "--ntasks=2", "bash", "-c", f"cd {repository}; {who}").split() == ["0", "of", "1"]
     terminal = cluster.run("script", "--quiet", "--return", "--command", f"srun --pty {who}", "/dev/null")
-    assert terminal.split() == ["0", "of", "1"]
+    assert "0 of 1" in terminal
 
 
 @pytest.mark.parametrize("hosts", ["n1", "n[1-3,5]", "rack[1-2]n[01-04]", "a1,b[2,4]", "gpu-a-[007-009],x"])

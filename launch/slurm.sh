@@ -32,7 +32,7 @@ settings=$("${once[@]}" "${inside[@]}" "$python" -m cogflow --cfg "stage=${STAGE
 run=$(setting "$settings" run root)/$(setting "$settings" run name)
 export COGFLOW_EXIT_FILE=$run/slurm/$SLURM_JOB_ID.code COGFLOW_REPEATED=SIGUSR1
 starts=$run/slurm/$SLURM_JOB_ID.starts
-mkdir -p "$run/slurm"
+mkdir -p "$run/slurm" || { log "the run folder $run cannot be written. Choose another with run.root or run.name."; exit 2; }
 rm -f "$COGFLOW_EXIT_FILE"
 
 newest() { # print the name of the run's newest checkpoint, or "none"

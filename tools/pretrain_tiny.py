@@ -24,6 +24,8 @@ from cogflow.models import tiny
 from cogflow.models.loading import encode_prompts, load_text_encoder, load_tokenizer, use_onednn_convolutions
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo, table
+from cogflow.runtime.run_lock import hold_run
+from cogflow.tracking.stage_record import shown_command
 from tools import tiny_quality
 from tools.tiny_text import make_tokenizer, train_text_encoder
 from tools.tiny_transformer import TransformerSettings, encode_clips, train_transformer
@@ -62,7 +64,9 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     values = {option.name: getattr(given, option.name) for option in fields(RecipeSettings)}
     base = QUICK if given.quick else RecipeSettings()
-    pretrain(replace(base, **{name: value for name, value in values.items() if value is not None}), given.folder)
+    settings = replace(base, **{name: value for name, value in values.items() if value is not None})
+    with hold_run(given.folder, shown_command()):
+        pretrain(settings, given.folder)
 
 
 def pretrain(settings: RecipeSettings, folder: Path) -> None:

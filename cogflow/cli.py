@@ -80,8 +80,8 @@ def _choose_usable_run(command: ComposedCommand) -> WorkingRun:
     Raises :class:`StorageError` when that run's folder or ``stage.output`` cannot be written. Nothing is written.
     """
     for output in _outputs(command.config):
-        require_usable(output)
-        require_usable(output.absolute().parent)
+        require_usable(output, keys="stage.output")
+        require_usable(output.absolute().parent, keys="stage.output")
     try:
         chosen = choose_run(command)
     except OSError as error:

@@ -20,21 +20,21 @@ MARGIN = 40
 """Bytes that the hidden name of a folder that is being written is longer than its final name."""
 
 
-def require_usable(folder: Path, subfolders: Iterable[str] = ()) -> None:
+def require_usable(folder: Path, subfolders: Iterable[str] = (), *, keys: str = "run.root, run.name") -> None:
     """Raise :class:`StorageError` when ``folder`` cannot be made or written. Nothing is written.
 
     ``subfolders``: names of folders that are made inside it. Where they exist, they must be folders that can be
-    written.
+    written. ``keys``: settings that choose the folder, for the message.
     """
     path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - Path.resolve() follows links
     existing = _existing_part(path)
     _require_short_names(path, existing)
-    _require_writable(path, existing)
+    _require_writable(path, existing, keys)
     if existing == path:
         for name in subfolders:
             if os.path.lexists(path / name):
-                _require_writable(path / name, _existing_part(path / name))
-    _require_free_space(path, existing)
+                _require_writable(path / name, _existing_part(path / name), keys)
+    _require_free_space(path, existing, keys)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def _existing_part(path: Path) -> Path:
             if error.errno == errno.ENAMETOOLONG:
                 continue  # reported with its length
             raise StorageError(
-                f"{path} cannot be used: {error}", "Choose a folder that you may read and write (run.root, run.name)."
+                f"{path} cannot be used: {error}", "Choose a folder that you may read and write."
             ) from error
     return Path(path.anchor)
 
@@ -120,11 +120,11 @@ def _require_short_names(path: Path, existing: Path) -> None:
         )
 
 
-def _require_writable(path: Path, existing: Path) -> None:
+def _require_writable(path: Path, existing: Path, keys: str) -> None:
     if not stat.S_ISDIR(existing.stat().st_mode):
         raise StorageError(
             f"{path} cannot be made: {existing} is a file, and a folder is needed there.",
-            "Move the file away, or choose another folder (run.root, run.name).",
+            f"Move the file away, or choose another folder ({keys}).",
         )
     if os.access(existing, os.W_OK | os.X_OK):
         return
@@ -134,22 +134,22 @@ def _require_writable(path: Path, existing: Path) -> None:
         reason = f"you ({_user()}) may not write there"
     raise StorageError(
         f"{existing} cannot be written: {reason}.",
-        "Choose a folder that you may write (run.root, run.name), or change its permissions.",
+        f"Choose a folder that you may write ({keys}), or change its permissions.",
     )
 
 
-def _require_free_space(path: Path, existing: Path) -> None:
+def _require_free_space(path: Path, existing: Path, keys: str) -> None:
     free = _free_bytes(existing)
     if free is not None and free < MIN_FREE:
         raise StorageError(
             f"{path} cannot be written: {free / 1e6:.2f} MB are free in {existing}.",
-            "Free space, or choose a folder on another disk (run.root).",
+            f"Free space, or choose a folder on another disk ({keys}).",
         )
     found = os.statvfs(existing)
     if found.f_files and not found.f_favail:
         raise StorageError(
             f"{path} cannot be written: the file system of {existing} takes no more files (no inode is free).",
-            "Remove files, or choose a folder on another disk (run.root).",
+            f"Remove files, or choose a folder on another disk ({keys}).",
         )
 
 

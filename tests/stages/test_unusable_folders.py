@@ -114,18 +114,19 @@ def test_every_stage_refuses_an_output_folder_that_it_cannot_write(
     place: Path, unloaded: None, capsys: pytest.CaptureFixture[str], situation: Callable[[Path], tuple[Path, str]]
 ) -> None:
     folder, part = situation(place)
+    key = ["stage.output"] if situation in (file_in_its_place, file_above, read_only, full, no_inode) else []
     for stage in OUTPUTS:
-        refused([f"stage={stage}", f"run.root={place}/runs", f"stage.output={folder}"], capsys, part)
+        refused([f"stage={stage}", f"run.root={place}/runs", f"stage.output={folder}"], capsys, part, *key)
     assert not (place / "runs").exists()
 
 
 @pytest.mark.parametrize("name", cli.RUN_FOLDERS)
-def test_every_stage_refuses_a_run_folder_with_a_file_in_the_place_of_a_folder(
+def test_a_run_folder_with_a_file_in_the_place_of_a_folder_is_refused(
     place: Path, unloaded: None, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (place / "run").mkdir()
     (place / "run" / name).write_text("")
-    for stage in SUMMARIES:
+    for stage in SUMMARIES if name == "ranks" else ("train",):
         refused([f"stage={stage}", f"run.root={place}", "run.name=run"], capsys, f"{place}/run/{name} is a file")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import ConfigError, DataError
 from cogflow.models import loading
 from cogflow.stages import prepare
+from tests.permissions import wrong_permissions
 
 
 @pytest.fixture
@@ -41,8 +43,11 @@ def config(tmp_path: Path) -> Config:
 def test_drawn_clips_are_prepared_and_a_second_run_loads_no_model(
     config: Config, tmp_path: Path, capsys, monkeypatch
 ) -> None:
+    before = os.umask(0o022)
     prepare.run(config)
+    os.umask(before)
     folder = tmp_path / "runs" / "try"
+    assert wrong_permissions(folder, 0o022) == []
     cache = LatentCache(folder / "cache")
     assert (len(cache), len(cache.train), len(cache.holdout)) == (5, 4, 1)
     assert cache.entry(0).mean.shape == (16, 2, 4, 4) and cache.entry(0).embeds.shape == (MAX_LENGTH, 16)

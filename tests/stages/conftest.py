@@ -27,18 +27,6 @@ def flow(started: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "flow"
 
 
-def wrong_permissions(folder: Path, umask: int) -> list[str]:
-    """Return the paths below ``folder`` whose permissions do not follow ``umask``. W&B's own files are left out."""
-    found = []
-    for path in folder.rglob("*"):
-        if path.is_symlink() or path.is_relative_to(folder / "wandb"):
-            continue
-        expected = (0o777 if path.is_dir() else 0o666) & ~umask
-        if (mode := path.stat().st_mode & 0o777) != expected:
-            found.append(f"{mode:o} {path.relative_to(folder)}")
-    return found
-
-
 def lines(folder: Path, name: str = "train/loss") -> list[dict[str, Any]]:
     """Return the lines of ``metrics.jsonl`` that contain ``name``."""
     every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from cogflow.files.publish import check_manifest
 from cogflow.weights.tensor_source import weights_fingerprint
 from tests.conftest import Command
-from tests.stages.conftest import GROUP_WRITES, lines, losses, wrong_permissions
+from tests.permissions import wrong_permissions
+from tests.stages.conftest import GROUP_WRITES, lines, losses
 from tests.tracking.conftest import Recorded
 
 PLAIN = """

@@ -10,6 +10,7 @@ import pytest
 from tests import small
 from tests.conftest import Command
 from tests.faults.server import Server
+from tests.permissions import current_umask, wrong_permissions
 from tests.stages.conftest import losses
 
 
@@ -41,6 +42,7 @@ def test_a_signal_saves_and_the_same_command_resumes(flow: Path, cogflow: Comman
     cogflow(*words)
     # Validation in the one, none in the other; stopped in one, not in the other.
     assert losses(folder) == losses(flow) and weights(folder) == weights(flow)
+    assert wrong_permissions(folder / "checkpoints", current_umask()) == []
 
 
 def test_a_broken_checkpoint_is_skipped(flow: Path, cogflow: Command) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from cogflow.runtime import ranks, run_lock
 FOLDER = "ranks"
 BEAT_SECONDS = 5.0
 SILENT_BEATS = 4
-"""Beats without a heartbeat after which a rank on another host counts as gone.
+"""Beats without a heartbeat after which a rank on another host counts as gone, on the clock of the rank that asks.
 
 On the same host its process is checked instead.
 """
@@ -64,7 +64,7 @@ def report_progress() -> None:
 
 @dataclass(frozen=True)
 class RankState:
-    """State of a rank at its last heartbeat. ``gone``: its process has ended, or has not written for long."""
+    """State of a rank at its last heartbeat. ``gone``: its process has ended, or did not write while it was watched."""
 
     rank: int
     host: str
@@ -105,10 +105,22 @@ class Watchdog:
         with contextlib.suppress(OSError):
             _file(self.folder, ranks.rank()).unlink(missing_ok=True)
 
-    def others(self, wait: float = 0.0) -> list[RankState]:
-        """Return the states of the other ranks, after ``wait`` seconds in which living ranks write once more."""
-        time.sleep(wait)
-        return read_states(self.folder, [rank for rank in range(ranks.world_size()) if rank != ranks.rank()])
+    def others(self) -> list[RankState]:
+        """Return the states of the other ranks. Of a rank on another host it is not known whether it is gone."""
+        return read_states(self.folder, self._other_ranks())
+
+    def watch_others(self) -> list[RankState]:
+        """Return the states of the other ranks after the time in which every living rank writes once more.
+
+        That is a second where all are on this host, whose processes can be looked up, and 20 seconds otherwise.
+        """
+        before = _read_heartbeats(self.folder, self._other_ranks())
+        foreign = any(record.host != socket.gethostname() for record in before.values())
+        time.sleep(SILENT_BEATS * BEAT_SECONDS if foreign else 1.0)
+        return read_states(self.folder, self._other_ranks(), before)
+
+    def _other_ranks(self) -> list[int]:
+        return [rank for rank in range(ranks.world_size()) if rank != ranks.rank()]
 
     def _watch(self) -> None:
         while not self._stop.wait(min(BEAT_SECONDS, self.limit / 4 if self.limit else BEAT_SECONDS)):
@@ -129,7 +141,7 @@ class Watchdog:
 
     def _report_stall(self, seconds: float) -> None:
         message = f"rank {ranks.rank()}: no progress for {seconds:.0f} s in phase: {_phase.name}"
-        for state in blocking_ranks(self.others(), _phase.name):
+        for state in blocking_ranks(self.watch_others() if ranks.world_size() > 1 else [], _phase.name):
             message += f"\n  {one_line(state.line())}"
         stacks = self.folder / f"rank-{ranks.rank():05d}.stack"
         with contextlib.suppress(OSError), stacks.open("w", encoding="utf-8") as file:
@@ -144,17 +156,26 @@ class Watchdog:
         self._end(STALLED)
 
 
-def read_states(folder: Path, wanted: Sequence[int]) -> list[RankState]:
+def read_states(
+    folder: Path, wanted: Sequence[int], before: Mapping[int, HeartbeatRecord] | None = None
+) -> list[RankState]:
     """Return the state that each of the ranks ``wanted`` wrote last.
 
-    A rank without a readable file has not started, or has ended.
+    A rank without a readable file has not started, or has ended. ``before``: heartbeats that were read long enough ago
+    for every living rank to write again.
     """
-    states = []
+    return [
+        RankState(rank, record.host, record.phase, _is_gone(record, (before or {}).get(rank)))
+        for rank, record in _read_heartbeats(folder, wanted).items()
+    ]
+
+
+def _read_heartbeats(folder: Path, wanted: Sequence[int]) -> dict[int, HeartbeatRecord]:
+    found = {}
     for rank in wanted:
         with contextlib.suppress(CogflowError, OSError):
-            record = read_record(_file(folder, rank), HeartbeatRecord)
-            states.append(RankState(rank, record.host, record.phase, _is_gone(record)))
-    return states
+            found[rank] = read_record(_file(folder, rank), HeartbeatRecord)
+    return found
 
 
 def blocking_ranks(others: Sequence[RankState], own_phase: str) -> list[RankState]:
@@ -165,7 +186,7 @@ def blocking_ranks(others: Sequence[RankState], own_phase: str) -> list[RankStat
     return [state for state in others if state.phase != most]
 
 
-def _is_gone(record: HeartbeatRecord) -> bool:
+def _is_gone(record: HeartbeatRecord, before: HeartbeatRecord | None) -> bool:
     if record.host == socket.gethostname():
         try:
             os.kill(record.pid, 0)
@@ -174,7 +195,7 @@ def _is_gone(record: HeartbeatRecord) -> bool:
         except PermissionError:
             return False
         return _is_zombie(record.pid)
-    return time.time() - record.time > SILENT_BEATS * BEAT_SECONDS
+    return record == before
 
 
 def _is_zombie(pid: int) -> bool:

@@ -14,7 +14,7 @@ from cogflow.config.train_settings import TrainStage
 from cogflow.errors import MemoryExhausted, RankLost
 from cogflow.models.family import MODEL_SPECS
 from cogflow.runtime import ranks
-from cogflow.runtime.heartbeat import BEAT_SECONDS, SILENT_BEATS, Watchdog, blocking_ranks
+from cogflow.runtime.heartbeat import Watchdog, blocking_ranks
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 CONNECTION = re.compile(
@@ -75,8 +75,7 @@ def rank_lost(watchdog: Watchdog, reason: str) -> RankLost:
     states = blocking_ranks(watchdog.others(), "")
     if not any(state.gone for state in states):
         # A process on another host is known to be gone by its silence only.
-        hosts = {state.host for state in watchdog.others()}
-        states = watchdog.others(wait=SILENT_BEATS * BEAT_SECONDS if len(hosts) > 1 else 1.0)
+        states = watchdog.watch_others()
     gone = "; ".join(state.line() for state in states if state.gone) or "no rank is known to be gone"
     lost = RankLost(
         f"The ranks lost each other: {gone} ({reason}).",

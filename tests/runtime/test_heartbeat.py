@@ -76,10 +76,15 @@ def test_a_rank_is_gone_by_its_process_on_this_host_and_by_silence_on_another(tm
     dead.wait()
     write_heartbeat(tmp_path, 0)
     write_heartbeat(tmp_path, 1, pid=dead.pid)
-    write_heartbeat(tmp_path, 2, host="another", time=time.time() - 1)
+    # The clock of the other host is wrong by an hour.
+    write_heartbeat(tmp_path, 2, host="another", time=time.time() + 3600)
     write_heartbeat(tmp_path, 3, host="another", time=time.time() - 3600)
     (tmp_path / "rank-00004.json").write_text("{")
     states = [(state.rank, state.gone) for state in read_states(tmp_path, range(6))]
+    assert states == [(0, False), (1, True), (2, False), (3, False)]
+    before = heartbeat._read_heartbeats(tmp_path, range(6))
+    write_heartbeat(tmp_path, 2, host="another", time=time.time() - 3595)
+    states = [(state.rank, state.gone) for state in read_states(tmp_path, range(6), before)]
     assert states == [(0, False), (1, True), (2, False), (3, True)]
 
 

@@ -14,12 +14,14 @@ def current_umask() -> int:
 
 
 def wrong_permissions(folder: Path, umask: int) -> list[str]:
-    """Return the paths below ``folder`` whose permissions do not follow ``umask``. W&B's own files are left out."""
+    """Return the paths below ``folder`` whose permissions to read and write do not follow ``umask``.
+
+    Links to files of another folder and W&B's own files are left out. DeepSpeed makes its scripts executable.
+    """
     found = []
     for path in folder.rglob("*"):
-        if path.is_symlink() or path.is_relative_to(folder / "wandb"):
-            continue
-        expected = (0o777 if path.is_dir() else 0o666) & ~umask
-        if (mode := path.stat().st_mode & 0o777) != expected:
-            found.append(f"{mode:o} {path.relative_to(folder)}")
+        known = path.lstat()
+        linked = path.is_symlink() or (path.is_file() and known.st_nlink > 1)
+        if not linked and not path.is_relative_to(folder / "wandb") and known.st_mode & 0o666 != 0o666 & ~umask:
+            found.append(f"{known.st_mode & 0o777:o} {path.relative_to(folder)}")
     return found

@@ -20,7 +20,8 @@ from cogflow.sampling.sample_record import newest_samples
 from cogflow.stages import assemble, diagnose, export, prepare, train
 from cogflow.tracking.html_report import write_report
 from cogflow.tracking.stage_record import shown_command, write_stage_record
-from cogflow.tracking.tracker import one_upload_line, open_tracker
+from cogflow.tracking.tracker import open_tracker
+from cogflow.tracking.wandb_folders import one_upload_line
 from cogflow.training import sequence
 
 COLUMNS = ["stage", "result", "seconds", "where"]

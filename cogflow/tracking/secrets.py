@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from cogflow.files.record_io import JsonObject, JsonValue
 
@@ -30,6 +32,13 @@ def scrub(values: JsonObject) -> dict[str, JsonValue]:
 def scrub_text(text: str) -> str:
     """Return ``text`` with every secret replaced, as :func:`scrub` does."""
     return _scrub_text(text, _environment_secrets())
+
+
+def shorten_home(values: JsonObject) -> dict[str, JsonValue]:
+    """Return a copy of ``values`` in which the user's home folder is ``~``: its path holds the user's name."""
+    home = json.dumps(str(Path.home()))[1:-1]
+    shortened: dict[str, JsonValue] = json.loads(re.sub(rf"{re.escape(home)}(?=/|\"| )", "~", json.dumps(values)))
+    return shortened
 
 
 def is_secret_name(name: str) -> bool:

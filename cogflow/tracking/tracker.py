@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +31,9 @@ from cogflow.tracking.metrics_log import (
     read_events,
     to_number,
 )
-from cogflow.tracking.secrets import scrub
+from cogflow.tracking.secrets import scrub, shorten_home
 from cogflow.tracking.stage_record import command_line, package_versions, to_json, to_json_object
-from cogflow.tracking.wandb_folders import NO_LINE, WANDB, repair_ended, run_id, sync_command
+from cogflow.tracking.wandb_folders import NO_LINE, WANDB, echo_upload, run_id
 from cogflow.tracking.wandb_mode import choose_mode
 from cogflow.tracking.wandb_run import WandbRun, WandbSettings
 
@@ -148,8 +147,9 @@ class MainTracker(Tracker):
             former.finish(0)
         if kind is not None or self._started is not None:  # W&B shows also a stage that failed before its first value
             self._run.finish(int(kind is not None))
-        if self._started is not None and self._started.was_offline:
-            _echo_upload(self.folder)
+        started = [*self._former, *([self._started] if self._started is not None else [])]
+        if any(run.was_offline for run in started):
+            echo_upload(self.folder)
 
     @property
     def _run(self) -> WandbRun:
@@ -182,7 +182,7 @@ class MainTracker(Tracker):
             entity=config.tracking.entity,
             group=config.run.name,
             job_type=self.stage,
-            config=scrub(settings | facts),
+            config=shorten_home(scrub(settings | facts)),
             start_seconds=start_seconds,
         )
 
@@ -294,37 +294,6 @@ class MainTracker(Tracker):
         prefix = f"{self._config.run.name}-"
         full = name if name.startswith(prefix) else prefix + name
         return re.sub(r"[^\w.\-]", "-", full, flags=re.ASCII)[:MAX_NAME]
-
-
-@contextmanager
-def one_upload_line(folder: Path) -> Iterator[None]:
-    """Print how to upload W&B's offline folders of the run in ``folder`` once at the end, not after each stage."""
-    global _holds
-    _holds = []
-    try:
-        yield
-    finally:
-        held, _holds = _holds, None
-        if held:
-            _echo_upload(folder)
-
-
-_holds: list[Path] | None = None
-
-
-def _echo_upload(folder: Path) -> None:
-    """Print the command that uploads W&B's offline folders, after making those of earlier processes readable."""
-    if _holds is not None:
-        _holds.append(folder)
-        return
-    try:
-        repair_ended(folder)
-        command = sync_command(folder)
-    except OSError as error:
-        echo(f"warning: W&B's offline folders cannot be read: {error}")
-        return
-    if command:
-        echo(f"W&B offline; to upload this run: {command}")
 
 
 def _now() -> float:

@@ -7,6 +7,8 @@ import shlex
 import struct
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cogflow.errors import CogflowError
 from cogflow.files.record_io import read_record
 from cogflow.records.history_records import current_line
 from cogflow.records.run_records import RunToken
+from cogflow.runtime.console import echo
 
 WANDB = "wandb"
 """Folder of a run with W&B's files."""
@@ -51,10 +54,41 @@ def run_id(token: str, stage: str, line: int) -> str:
     return f"{token}-{stage}" if line == 1 or stage in NO_LINE else f"{token}-{stage}-line{line}"
 
 
+@contextmanager
+def one_upload_line(folder: Path) -> Iterator[None]:
+    """Print how to upload W&B's offline folders of the run in ``folder`` once at the end, not after each stage."""
+    global _held
+    _held = []
+    try:
+        yield
+    finally:
+        held, _held = _held, None
+        if held:
+            echo_upload(folder)
+
+
+_held: list[Path] | None = None
+
+
+def echo_upload(folder: Path) -> None:
+    """Print the command that uploads W&B's offline folders, after removing what would stop it."""
+    if _held is not None:
+        _held.append(folder)
+        return
+    try:
+        repair_ended(folder)
+        command = sync_command(folder)
+    except OSError as error:
+        echo(f"warning: W&B's offline folders cannot be read: {error}")
+        return
+    if command:
+        echo(f"W&B offline; to upload this run: {command}")
+
+
 def sync_command(folder: Path) -> str:
     """Return the command that uploads every offline folder of the run's current line that is not uploaded yet.
 
-    Empty when there is none. Raises no error: a folder that cannot be read is left out.
+    Empty when there is none.
     """
     found = unsynced_folders(folder)
     return shlex.join([*_sync_words(), *map(str, found)]) if found else ""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,7 +230,8 @@ class WandbRun:
         run, end, seconds = self.run, self._end, time.monotonic() - self._ended
         folder = self._try("did not give its place", lambda: str(run.settings.sync_dir)) or ""
         # The actions of a run follow one another, so this one waits for the end.
-        self.call("did not finish", end.result, max(CALL_SECONDS, FINISH_SECONDS + CALL_SECONDS - seconds))
+        limit = FINISH_SECONDS if self.online else CALL_SECONDS
+        self.call("did not finish", end.result, max(CALL_SECONDS, limit + CALL_SECONDS - seconds))
         self._drop_run()
         seconds = time.monotonic() - self._ended
         if self.online and seconds >= float(SETTINGS["finish_timeout"]):
@@ -304,6 +305,11 @@ class WandbRun:
         echo(f"warning: W&B {failure} ({type(error).__name__}: {first})")
 
 
+@cache
+def _warn_of_foreign_ids(names: tuple[str, ...]) -> None:
+    echo(f"warning: {', '.join(names)} is ignored: cogflow has a W&B run for each stage and line of a run folder")
+
+
 class RowCount:
     """Count W&B's rows. W&B drops rows whose count goes back, and steps do after a resume from an earlier checkpoint.
 
@@ -360,6 +366,8 @@ def _without_foreign_ids() -> Iterator[None]:
     W&B takes the ids of a sweep's runs from the sweep, and refuses a fork together with an id.
     """
     hidden = {name: os.environ.pop(name) for name in FOREIGN_IDS if name in os.environ}
+    if hidden:
+        _warn_of_foreign_ids(tuple(hidden))
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from tests.conftest import Command
 from tests.scenarios import sabotage
 from tests.shell_words import printed_commands, words_of
 from tests.stages.conftest import lines, losses
+from tests.tracking.conftest import Recorded
 
 SPOILT = ["stage.steps=6", "stage.learning_rate=0.1"]
 
@@ -95,13 +96,22 @@ def test_the_same_command_does_not_continue_after_an_alarm(flow: Path, stopped: 
 
 @pytest.mark.slow
 def test_a_rollback_trains_the_same_in_one_process_and_in_two(
-    flow: Path, sharp: Path, stopped: Path, cogflow: Command
+    flow: Path, sharp: Path, stopped: Path, cogflow: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop rolls back in its process; a stopped run rolls back when it is resumed. Both are equal to the bit."""
     tamed = ["stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=1e-4"]
     one = copied(sharp, "one-process")
-    done = cogflow(*words(flow, "one-process"), *SPOILT, *tamed)
+    with monkeypatch.context() as environment:
+        environment.setenv("WANDB_MODE", "offline")
+        done = cogflow(*words(flow, "one-process"), *SPOILT, *tamed)
     assert "rolling back to" in done.stdout
+    spoilt, tame = (
+        Recorded(next(one.glob(f"wandb/offline-run-*/run-*-{name}.wandb"))) for name in ("train", "train-line2")
+    )
+    assert [[row["step"] for row in run.history if "train/loss" in row] for run in (spoilt, tame)] == [
+        [3, 4], [3, 4, 5, 6]
+    ]  # fmt: skip
+    assert tame.name == "one-process train line 2, from step 2" and "rollback" in tame.config["line"]["reason"]
     two = copied(stopped, "two-processes")
     cogflow(*words(flow, "two-processes"), *SPOILT, *tamed)
     assert weights(one) == weights(two) and losses(one) == losses(two)

@@ -17,8 +17,8 @@ from cogflow.config.config import Config
 from cogflow.files.record_io import write_record
 from cogflow.records.history_records import HistoryRecord, RunLine
 from cogflow.records.run_records import RunToken
-from cogflow.tracking.tracker import one_upload_line, open_tracker
-from cogflow.tracking.wandb_folders import drop_incomplete_record, sync_command, unsynced_folders
+from cogflow.tracking.tracker import open_tracker
+from cogflow.tracking.wandb_folders import drop_incomplete_record, one_upload_line, sync_command, unsynced_folders
 from tests.faults.loopback import Loopback
 
 SECOND = RunLine(2, "2026-01-01T00:00:00Z", "stage.resume=never", "", {})

@@ -284,7 +284,27 @@ def test_the_environment_variable_overrides_the_setting(monkeypatch, capsys) -> 
     assert choose_mode("online") == "offline" and "sometimes" in capsys.readouterr().out
 
 
-def test_ids_in_the_environment_join_no_stages(tmp_path: Path, config: Config, monkeypatch, recorded) -> None:
+def test_wandb_gets_the_systems_metrics_but_no_names_of_machine_and_user(
+    tmp_path: Path, config: Config, monkeypatch, recorded
+) -> None:
+    addresses = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    names = {"name-of-the-user", "name-of-the-host", socket.gethostname()} | addresses
+    monkeypatch.setattr(socket, "gethostname", lambda: "name-of-the-host")
+    for variable in ("LOGNAME", "USER", "WANDB_USERNAME", "WANDB_HOST"):
+        monkeypatch.setenv(variable, "name-of-the-user")
+    monkeypatch.setenv("HOME", "/home/name-of-the-user")
+    given = dataclasses.replace(config, run=dataclasses.replace(config.run, root="/home/name-of-the-user/runs"))
+    with open_tracker(given, "train", tmp_path) as tracker:
+        tracker.log(1, {"train/loss": 1.0})
+    (session,) = recorded(tmp_path, "train")
+    assert {"memory_percent", "proc.memory.rssMB", "proc.cpu.threads"} <= session.stats
+    assert session.host == "" and session.config["run"]["root"] == "~/runs"
+    data = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/**/*") if path.is_file())
+    # A short name of a machine, such as "vm", is part of other words.
+    assert [name for name in names if len(name) > 4 and name.encode() in data and not name.startswith("127.")] == []
+
+
+def test_ids_in_the_environment_join_no_stages(tmp_path: Path, config: Config, monkeypatch, recorded, capsys) -> None:
     foreign = {"RUN_ID": "abc", "RESUME": "must", "RESUME_FROM": "abc?_step=1", "SWEEP_ID": "abc"}
     for name, value in foreign.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -295,6 +315,9 @@ def test_ids_in_the_environment_join_no_stages(tmp_path: Path, config: Config, m
         ids.append(recorded(tmp_path, stage)[-1].run_id)
     assert ids[0] != ids[1] == ids[2] and "abc" not in ids
     assert os.environ["WANDB_RUN_ID"] == "abc"
+    assert (
+        capsys.readouterr().out.count("warning: WANDB_RUN_ID, WANDB_RESUME, WANDB_RESUME_FROM, WANDB_SWEEP_ID is") == 1
+    )
 
 
 def test_disabled_wandb_still_writes_the_run_files(tmp_path: Path, config: Config, monkeypatch) -> None:

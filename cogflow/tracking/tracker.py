@@ -41,7 +41,6 @@ MAX_NAME = 128
 """Characters of an artifact's name that W&B takes."""
 ALERT_WORDS = {"INFO": "note", "WARN": "warning", "ERROR": "error"}
 
-
 BEGIN_SECONDS = 5.0
 """Time in which W&B must start the run of a new line while training waits."""
 

@@ -341,7 +341,9 @@ def _start(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
 
     # W&B keeps the address from its first use in the process, so the present one is passed.
     address = {"base_url": os.environ["WANDB_BASE_URL"]} if os.environ.get("WANDB_BASE_URL") else {}
-    known = {name: value for name, value in (SETTINGS | address).items() if name in wandb.Settings.model_fields}
+    limit = {} if settings.start_seconds is None else {"init_timeout": settings.start_seconds}
+    given = SETTINGS | address | limit
+    known = {name: value for name, value in given.items() if name in wandb.Settings.model_fields}
     with _without_foreign_ids():
         return wandb.init(
             mode="online" if online else "offline",

@@ -95,28 +95,16 @@ def sync_command(folder: Path) -> str:
 
 
 def unsynced_folders(folder: Path) -> list[Path]:
-    """Return the offline folders of the current line of the run in ``folder`` that are not uploaded, oldest first.
-
-    ``wandb sync`` marks what it has uploaded. It stops at a folder that holds no run yet, so such folders are left out.
-    """
-    try:
-        token, line = read_record(folder / WANDB / RunToken.file_name, RunToken).id, current_line(folder)
-    except CogflowError:
-        return []
-    found = []
-    for file in sorted((folder / WANDB).glob("offline-run-*/run-*.wandb")):
-        belongs = _belongs(file.stem.removeprefix("run-"), token, line)
-        if belongs and not Path(f"{file}.synced").exists() and not _holds_no_run(file):
-            found.append(file.parent.resolve())
-    return found
+    """Return the offline folders of the current line of the run in ``folder`` that are not uploaded, oldest first."""
+    return [file.parent.resolve() for file in _unsynced_files(folder)]
 
 
 def repair_ended(folder: Path) -> None:
     """Remove cut off records from the offline folders that :func:`sync_command` names and that no process writes."""
-    for path in unsynced_folders(folder):
-        for file in path.glob("*.wandb"):
-            if _is_quiet(file):
-                drop_incomplete_record(file)
+    files = _unsynced_files(folder)
+    for file in files:
+        if _has_ended(file, files):
+            drop_incomplete_record(file)
 
 
 def drop_incomplete_record(file: Path) -> int:
@@ -132,13 +120,28 @@ def drop_incomplete_record(file: Path) -> int:
     return size - records.end
 
 
-def _holds_no_run(file: Path) -> bool:
-    """Return whether a session ended before it wrote its run. The one that ended just now is still being written."""
-    return _is_quiet(file) and _read_records(file).count < 2
+def _unsynced_files(folder: Path) -> list[Path]:
+    """Return the .wandb files of :func:`unsynced_folders`.
+
+    ``wandb sync`` marks what it has uploaded. It refuses a file of a session that was killed before it wrote its run,
+    together with all others, so such files are left out.
+    """
+    try:
+        token, line = read_record(folder / WANDB / RunToken.file_name, RunToken).id, current_line(folder)
+    except CogflowError:
+        return []
+    found = [
+        file
+        for file in sorted((folder / WANDB).glob("offline-run-*/run-*.wandb"))
+        if _belongs(file.stem.removeprefix("run-"), token, line) and not Path(f"{file}.synced").exists()
+    ]
+    return [file for file in found if not _has_ended(file, found) or _read_records(file).count > 1]
 
 
-def _is_quiet(file: Path) -> bool:
-    return time.time() - file.stat().st_mtime > QUIET_SECONDS
+def _has_ended(file: Path, files: list[Path]) -> bool:
+    """Return whether no process writes to ``file``: a later one continues its W&B run, or it is old."""
+    continued = file != [other for other in files if other.name == file.name][-1]
+    return continued or time.time() - file.stat().st_mtime > QUIET_SECONDS
 
 
 def _belongs(identity: str, token: str, line: int) -> bool:

@@ -46,6 +46,8 @@ SETTINGS: dict[str, str | bool | float] = {
     "disable_git": True,
     "x_disable_meta": True,
     "host": "",
+    # Seconds of rows that a kill takes from the offline file; by default 15.
+    "x_transaction_log_flush_interval": 1.0,
     "init_timeout": INIT_SECONDS,
     "login_timeout": 5.0,
     "finish_timeout": FINISH_SECONDS,
@@ -307,7 +309,7 @@ class WandbRun:
 
 @cache
 def _warn_of_foreign_ids(names: tuple[str, ...]) -> None:
-    echo(f"warning: {', '.join(names)} is ignored: cogflow has a W&B run for each stage and line of a run folder")
+    echo(f"warning: cogflow ignores {', '.join(names)}: it has a W&B run for each stage and line of a run folder")
 
 
 class RowCount:

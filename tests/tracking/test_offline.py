@@ -76,7 +76,9 @@ def test_the_printed_command_uploads_every_session_also_after_a_kill(
     folder = tmp_path / "a run"
     first = written(session(config, folder, (1, 2, 3, 4)))
     first.write_bytes(first.read_bytes()[:-10])  # as a kill leaves it
-    os.utime(first, (time.time() - 90, time.time() - 90))
+    second = folder / "wandb" / "offline-run-20260101_000000-killed" / first.name  # killed before it wrote its run
+    second.parent.mkdir()
+    second.write_bytes(first.read_bytes()[:7])
     capfd.readouterr()
     written(session(config, folder, (3, 4, 5)))
     command = capfd.readouterr().out.partition("to upload this run: ")[2].splitlines()[0]

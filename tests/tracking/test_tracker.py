@@ -315,9 +315,7 @@ def test_ids_in_the_environment_join_no_stages(tmp_path: Path, config: Config, m
         ids.append(recorded(tmp_path, stage)[-1].run_id)
     assert ids[0] != ids[1] == ids[2] and "abc" not in ids
     assert os.environ["WANDB_RUN_ID"] == "abc"
-    assert (
-        capsys.readouterr().out.count("warning: WANDB_RUN_ID, WANDB_RESUME, WANDB_RESUME_FROM, WANDB_SWEEP_ID is") == 1
-    )
+    assert capsys.readouterr().out.count("ignores WANDB_RUN_ID, WANDB_RESUME, WANDB_RESUME_FROM, WANDB_SWEEP_ID:") == 1
 
 
 def test_disabled_wandb_still_writes_the_run_files(tmp_path: Path, config: Config, monkeypatch) -> None:

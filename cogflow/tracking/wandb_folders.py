@@ -86,12 +86,16 @@ def echo_upload(folder: Path) -> None:
 
 
 def sync_command(folder: Path) -> str:
-    """Return the command that uploads every offline folder of the run's current line that is not uploaded yet.
+    """Return the command line that uploads every offline folder of the run's current line that is not uploaded yet.
 
-    Empty when there is none.
+    Empty when there is none. ``wandb sync`` uploads several W&B runs side by side, but those of one run in the order of
+    their start. A stage's inputs must be uploaded by the stage that made them first, or W&B would take the user for
+    their maker; so the stages follow one another.
     """
-    found = unsynced_folders(folder)
-    return shlex.join([*_sync_words(), *map(str, found)]) if found else ""
+    runs: dict[str, list[str]] = {}
+    for file in _unsynced_files(folder):
+        runs.setdefault(file.stem, []).append(str(file.parent.resolve()))
+    return " && ".join(shlex.join([*_sync_words(), *folders]) for folders in runs.values())
 
 
 def unsynced_folders(folder: Path) -> list[Path]:
@@ -132,10 +136,15 @@ def _unsynced_files(folder: Path) -> list[Path]:
         return []
     found = [
         file
-        for file in sorted((folder / WANDB).glob("offline-run-*/run-*.wandb"))
+        for file in sorted((folder / WANDB).glob("offline-run-*/run-*.wandb"), key=_start)
         if _belongs(file.stem.removeprefix("run-"), token, line) and not Path(f"{file}.synced").exists()
     ]
     return [file for file in found if not _has_ended(file, found) or _read_records(file).count > 1]
+
+
+def _start(file: Path) -> tuple[str, float]:
+    """Return a key that sorts sessions: the second in the folder's name, then the time of the last record."""
+    return file.parent.name[: len("offline-run-20260101_000000")], file.stat().st_mtime
 
 
 def _has_ended(file: Path, files: list[Path]) -> bool:

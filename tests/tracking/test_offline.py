@@ -100,15 +100,19 @@ def test_the_command_names_every_stage_of_the_current_line(
     tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare, train = session(config, tmp_path, (1,), "prepare"), session(config, tmp_path, (1,))
-    assert sync_command(tmp_path) == shlex.join(["wandb", "sync", str(prepare), str(train)])
+    assert sync_command(tmp_path) == f"wandb sync {prepare} && wandb sync {train}"
     write_record(tmp_path / HistoryRecord.file_name, HistoryRecord([SECOND]))
     capsys.readouterr()
     with one_upload_line(tmp_path):
         again = session(config, tmp_path, (1,))
         export = session(config, tmp_path, (1,), "export")
-    assert unsynced_folders(tmp_path) == [prepare, again, export]
+        session(config, tmp_path, (2,))
+    *folders, last = unsynced_folders(tmp_path)
+    assert folders == [prepare, again, export] and last.name.startswith("offline-run-")
+    assert sync_command(tmp_path) == (f"wandb sync {prepare} && wandb sync {again} {last} && wandb sync {export}")
     assert capsys.readouterr().out == f"W&B offline; to upload this run: {sync_command(tmp_path)}\n"
-    next(again.glob("*.wandb")).with_suffix(".wandb.synced").touch()
+    for uploaded in (again, last):
+        next(uploaded.glob("*.wandb")).with_suffix(".wandb.synced").touch()
     other = tmp_path / "wandb" / "offline-run-20260101_000000-other-train"
     other.mkdir()
     (other / "run-other-train.wandb").touch()

@@ -164,7 +164,8 @@ def _belongs(identity: str, token: str, line: int) -> bool:
 def _sync_words() -> list[str]:
     """Return the words before the folders. W&B sorts the folders of one run by their start.
 
-    Older versions, such as 0.28, continue a run only with ``--append``; later ones read from the files that it was resumed.
+    Older versions, such as 0.28, continue a run only with ``--append``; later ones read in the files that it was
+    resumed.
     """
     try:
         from wandb.proto.wandb_internal_pb2 import RunRecord

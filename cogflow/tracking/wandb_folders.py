@@ -49,6 +49,14 @@ class _Records:
     damaged: bool = False
 
 
+@dataclass(frozen=True)
+class _Session:
+    """The .wandb file of one process. ``ended``: no process writes to it."""
+
+    file: Path
+    ended: bool
+
+
 def run_id(token: str, stage: str, line: int) -> str:
     """Return the id of the W&B run of a stage and a line of a run folder, whose random name is ``token``."""
     return f"{token}-{stage}" if line == 1 or stage in NO_LINE else f"{token}-{stage}-line{line}"
@@ -93,22 +101,21 @@ def sync_command(folder: Path) -> str:
     their maker; so the stages follow one another.
     """
     runs: dict[str, list[str]] = {}
-    for file in _unsynced_files(folder):
-        runs.setdefault(file.stem, []).append(str(file.parent.resolve()))
+    for session in _unsynced(folder):
+        runs.setdefault(session.file.stem, []).append(str(session.file.parent.resolve()))
     return " && ".join(shlex.join([*_sync_words(), *folders]) for folders in runs.values())
 
 
 def unsynced_folders(folder: Path) -> list[Path]:
     """Return the offline folders of the current line of the run in ``folder`` that are not uploaded, oldest first."""
-    return [file.parent.resolve() for file in _unsynced_files(folder)]
+    return [session.file.parent.resolve() for session in _unsynced(folder)]
 
 
 def repair_ended(folder: Path) -> None:
     """Remove cut off records from the offline folders that :func:`sync_command` names and that no process writes."""
-    files = _unsynced_files(folder)
-    for file in files:
-        if _has_ended(file, files):
-            drop_incomplete_record(file)
+    for session in _unsynced(folder):
+        if session.ended:
+            drop_incomplete_record(session.file)
 
 
 def drop_incomplete_record(file: Path) -> int:
@@ -124,8 +131,8 @@ def drop_incomplete_record(file: Path) -> int:
     return size - records.end
 
 
-def _unsynced_files(folder: Path) -> list[Path]:
-    """Return the .wandb files of :func:`unsynced_folders`.
+def _unsynced(folder: Path) -> list[_Session]:
+    """Return the sessions of the current line that are not uploaded, oldest first.
 
     ``wandb sync`` marks what it has uploaded. It refuses a file of a session that was killed before it wrote its run,
     together with all others, so such files are left out.
@@ -134,23 +141,22 @@ def _unsynced_files(folder: Path) -> list[Path]:
         token, line = read_record(folder / WANDB / RunToken.file_name, RunToken).id, current_line(folder)
     except CogflowError:
         return []
-    found = [
-        file
-        for file in sorted((folder / WANDB).glob("offline-run-*/run-*.wandb"), key=_start)
-        if _belongs(file.stem.removeprefix("run-"), token, line) and not Path(f"{file}.synced").exists()
-    ]
-    return [file for file in found if not _has_ended(file, found) or _read_records(file).count > 1]
+    files = sorted((folder / WANDB).glob("offline-run-*/run-*.wandb"), key=_start)
+    files = [file for file in files if _belongs(file.stem.removeprefix("run-"), token, line)]
+    newest = {file.name: file for file in files}
+    found = []
+    for file in files:
+        # A later process continues its W&B run, or it is old.
+        ended = file != newest[file.name] or time.time() - file.stat().st_mtime > QUIET_SECONDS
+        empty = ended and _read_records(file).count < 2
+        if not empty and not Path(f"{file}.synced").exists():
+            found.append(_Session(file, ended))
+    return found
 
 
 def _start(file: Path) -> tuple[str, float]:
     """Return a key that sorts sessions: the second in the folder's name, then the time of the last record."""
     return file.parent.name[: len("offline-run-20260101_000000")], file.stat().st_mtime
-
-
-def _has_ended(file: Path, files: list[Path]) -> bool:
-    """Return whether no process writes to ``file``: a later one continues its W&B run, or it is old."""
-    continued = file != [other for other in files if other.name == file.name][-1]
-    return continued or time.time() - file.stat().st_mtime > QUIET_SECONDS
 
 
 def _belongs(identity: str, token: str, line: int) -> bool:

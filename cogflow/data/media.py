@@ -77,6 +77,7 @@ def open_media(path: Path) -> Iterator[av.container.InputContainer]:
             "r",
             format=demuxer,
             options=_OPTIONS[demuxer],
+            metadata_errors="replace",  # titles in other encodings than UTF-8
             buffer_size=_BUFFER_BYTES,
             io_open=_refuse_other_files,
         ) as container:
@@ -87,13 +88,15 @@ def open_media(path: Path) -> Iterator[av.container.InputContainer]:
 
 @contextmanager
 def as_clip_errors() -> Iterator[None]:
-    """Turn errors of PyAV and of the file system into :class:`ClipError`."""
+    """Turn errors of PyAV, its conversions of numbers and text, and of the file system into :class:`ClipError`."""
     try:
         yield
     except av.error.FFmpegError as error:
         raise ClipError(f"not a readable video (truncated, damaged or of another kind): {error.strerror}") from None
     except OSError as error:
         raise ClipError(f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, ArithmeticError) as error:  # PyAV, for numbers and formats that it cannot represent
+        raise ClipError(f"not a readable video (damaged): {error}") from error
 
 
 @contextmanager

@@ -460,6 +460,13 @@ def test_a_folder_of_videos_reports_a_hostile_one(clips: Path) -> None:
         next(read_clips(clips))
 
 
+def test_metadata_that_is_not_utf_8_does_not_end_the_run(clips: Path) -> None:
+    sound = write_sound(clips / "a.mp4").read_bytes()
+    assert b"isom" in sound[8:40]
+    (clips / "a.mp4").write_bytes(sound.replace(b"iso2", b"\xff\xfeo2", 1))
+    assert bounded_outcome(clips / "a.mp4") == "read"
+
+
 def decoded(container: av.container.InputContainer) -> list[tuple[int | None, bytes]]:
     """Return time stamp and pixels of each frame."""
     return [(frame.pts, frame.to_ndarray(format="rgb24").tobytes()) for frame in container.decode(video=0)]

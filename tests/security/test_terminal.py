@@ -17,6 +17,7 @@ from cogflow.config.data_section import DataConfig
 from cogflow.config.run_section import FOLDER_NAME
 from cogflow.data.clip_index import read_index
 from cogflow.data.quarantine import Quarantine
+from cogflow.diagnosis.html_page import write_page
 from cogflow.errors import DataError
 from cogflow.files.atomic_write import append_text
 from cogflow.files.printable import one_line, paragraph, printable
@@ -25,6 +26,8 @@ from cogflow.records.pipeline_records import (
     AssembledComponent,
     AssemblyRecord,
     ContradictionRecord,
+    DiagnosisRecord,
+    FindingRecord,
     PipelineSampling,
     TransformerOrigin,
     VerifyRecord,
@@ -161,6 +164,15 @@ def test_the_report_links_only_to_files_of_the_run(tmp_path: Path) -> None:
         assert re.fullmatch(r"[\w./%-]+", link), link
         assert (run / link).resolve().is_relative_to(run.resolve())
     assert "<script>alert(1)" not in page
+
+
+def test_the_page_of_a_diagnosis_contains_text_and_no_markup_of_others(tmp_path: Path) -> None:
+    text = "<script>alert(1)</script><a href='javascript:alert(1)'>\"x"
+    finding = FindingRecord(1, text, text, text, text, 0.5, text, text, field=text)
+    record = DiagnosisRecord(False, text, [finding], [finding], [text], {}, text, text, text)
+    page = write_page(tmp_path, record, {}).path.read_text(encoding="utf-8")
+    assert "&lt;script&gt;" in page
+    assert "<script>alert" not in page and not re.search(r"<a\b", page)
 
 
 # The model card

@@ -30,6 +30,7 @@ from typing import Any
 
 from cogflow.errors import CogflowError, RunInUse
 from cogflow.files.atomic_write import storage_errors
+from cogflow.files.printable import paragraph
 from cogflow.files.record_io import parse_record, record_values
 from cogflow.records.run_records import LockRecord
 from cogflow.runtime import ranks
@@ -174,12 +175,11 @@ class RunLock:
             if found.number > self._number:
                 holder = f"its lock was taken over by {found.record.holder if found.record else 'another process'}"
         sys.stdout.flush()
-        print(
+        message = (
             f"error: {self._run} may not be written by this process any more: {holder}. This process ends now. It did "
-            f"not renew {self.path} in time, or somebody changed {self.folder}.",
-            file=sys.stderr,
-            flush=True,
+            f"not renew {self.path} in time, or somebody changed {self.folder}."
         )
+        print(paragraph(message), file=sys.stderr, flush=True)
         self._end(RunInUse.exit_code)
 
     def _wait_until_free(self) -> int:

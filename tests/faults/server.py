@@ -135,13 +135,13 @@ def serve() -> None:
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - initialize() does, and it takes seconds
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
+    import wandb  # noqa: F401
 
     import cogflow.assemble.pipeline_folder
     import cogflow.cli
     import cogflow.stages.export
     import cogflow.stages.prepare
     import cogflow.stages.train
-    import wandb  # noqa: F401
 
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         cogflow.cli.main(["--cfg", "stage=train", "debug=quick"])  # Hydra's own imports, too

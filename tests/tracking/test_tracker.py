@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
-import wandb
 from cogflow.config.config import Config
 from cogflow.config.run_section import TrackingConfig
 from cogflow.data.video import write_video

@@ -88,7 +88,7 @@ def test_the_printed_command_uploads_every_session_also_after_a_kill(
     with server:
         env = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40}
         program = str(Path(sys.executable).parent / "wandb")
-        done = subprocess.run([program, *words[1:]], env=env, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([program, *words[1:]], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "ERROR" not in done.stdout + done.stderr, done.stdout + done.stderr
     # Rows of repeated steps follow the former ones: no row is lost, and the newest value of a step is the last.
     assert [step for _, step in server.rows] == [1, 2, 3, 4, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Find settings that fit when the given ones do not: try each way to shard the states with the formulas of a plan."""
+"""Find settings that fit when the given settings do not: compute the plan of each way to shard the states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, bool | int]] = {
     "zero2_offload": {"zero_stage": 2, "offload_optimizer": True, "offload_parameters": False},
     "zero3_offload": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
 }
-"""Files of ``configs/deepspeed`` that a large model trains with, the quicker first."""
+"""Files of ``configs/deepspeed`` that a large model trains with, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Option:
 
 
 def options(plan: Plan) -> list[Option]:
-    """Return at most six options that fit: first those on the given number of GPUs, then the quickest on each other
+    """Return at most six options that fit: up to two on the given number of GPUs, then the fastest on each other
     number."""
     found = []
     for gpus in dict.fromkeys((plan.layout.gpus, *WORLDS)):
@@ -46,8 +46,11 @@ def options(plan: Plan) -> list[Option]:
 
 
 def at(plan: Plan, gpus: int) -> list[Option]:
-    """Return the options that fit on ``gpus`` GPUs, the quickest first. Of options within 2 % of each other, the one
-    with the fewest changes comes first. More GPUs share a sequence only if nothing fits otherwise."""
+    """Return the options that fit on ``gpus`` GPUs, the fastest first.
+
+    Options within 2 % of each other are sorted by their number of changes. More GPUs share a sequence only if nothing
+    fits otherwise.
+    """
     return next((found for sequence in _sequences(plan, gpus) if (found := _sharing(plan, gpus, sequence))), [])
 
 
@@ -92,7 +95,7 @@ def _at(plan: Plan, gpus: int, sequence: int) -> Iterator[Option]:
                 words = [f"deepspeed={name}"] if _differs(plan.config.deepspeed, name) else []
                 if checkpointing != plan.layout.checkpointing:
                     words.append(f"deepspeed.activation_checkpointing={str(checkpointing).lower()}")
-                if times > 1:  # as many clips a step
+                if times > 1:  # keep the number of clips per step
                     words += [f"parallel.sequence={sequence}", f"stage.gradient_accumulation={layout.accumulation}"]
                 if sampling is not plan.sampling:
                     words.append(TILING)
@@ -145,12 +148,12 @@ def notes(plan: Plan) -> list[str]:
     if plan.gpu.peak > plan.device.memory:
         if plan.layout.batch > 1:
             words = f"stage.batch_size=1 stage.gradient_accumulation={plan.layout.batch * plan.layout.accumulation}"
-            lines.append(f"{words}: as many clips a step with less memory")
+            lines.append(f"{words}: the same number of clips per step with less memory")
         if plan.gpu.parts["EMA"]:
             freed = plan.gpu.parts["EMA"] / 1e9
-            lines.append(f"stage.ema_device=cpu takes {freed:.0f} GB off each GPU, at the price of a copy a step")
-        lines.append("data.frames, data.height and data.width smaller: activations shrink with the tokens")
+            lines.append(f"stage.ema_device=cpu saves {freed:.0f} GB on each GPU and costs one copy per step")
+        lines.append("smaller data.frames, data.height or data.width: activations shrink with the number of tokens")
     if plan.device.host is not None and plan.host.peak > plan.device.host and plan.layout.ema:
         freed = (plan.host.parts["EMA"] + plan.host.parts["weights set aside"]) / 1e9
-        lines.append(f"stage.ema_decay=0 takes {freed:.0f} GB off each machine")
+        lines.append(f"stage.ema_decay=0 saves {freed:.0f} GB on each machine")
     return lines

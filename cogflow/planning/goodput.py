@@ -1,9 +1,10 @@
-"""Forecast the share of a run that its training steps get, and the interval between saves that costs least.
+"""Forecast the goodput of a run (the share of its time spent in training steps) and the cheapest save interval.
 
-First order, as J. W. Young (A first order approximation to the optimum checkpoint interval, Comm. ACM 17, 1974) and
-J. T. Daly (A higher order estimate of the optimum checkpoint interval for restart dumps, Future Generation Computer
-Systems 22, 2006) begin: interruptions come at random at a constant rate, each throws away half of what lies between
-two saves, and none comes while the run restarts."""
+The formulas are the first-order approximation of J. W. Young (A first order approximation to the optimum checkpoint
+interval, Comm. ACM 17, 1974) and J. T. Daly (A higher order estimate of the optimum checkpoint interval for restart
+dumps, Future Generation Computer Systems 22, 2006). Interruptions occur at random at a constant rate. Each one loses
+half of the steps between two saves. No interruption occurs during a restart.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ WEEK = 7 * 86400.0
 
 @dataclass(frozen=True)
 class Goodput:
-    """Times of one run. In seconds: ``step``, ``save``, ``validation`` (one, beside decoding), ``restart``, and
-    ``mtbf``, the mean time between two interruptions of the whole run. ``every`` and ``sampled``: steps from one save
-    and one validation to the next; 0: none."""
+    """Times of one run.
+
+    In seconds: ``step``, ``save``, ``validation`` (one validation without decoding), ``restart``, and ``mtbf``, the
+    mean time between two interruptions of the run. ``every``: steps between saves; ``sampled``: steps between
+    validations; 0 turns them off.
+    """
 
     steps: int
     step: float
@@ -33,32 +37,32 @@ class Goodput:
 
     @property
     def between(self) -> int:
-        """Steps that an interruption may throw away at most."""
+        """Largest number of steps that one interruption can lose."""
         return min(self.every or self.steps, self.steps)
 
     @property
     def validating(self) -> float:
-        """Seconds of validations for each step."""
+        """Seconds of validation per step."""
         return self.validation / min(self.sampled, self.steps) if self.sampled else 0.0
 
     @property
     def undisturbed(self) -> float:
-        """Seconds for each step, with its share of saves and validations."""
+        """Seconds per step, including its share of saves and validations."""
         return self.step + self.validating + self.save / self.between
 
     @property
     def lost(self) -> float:
-        """Seconds that one interruption costs: half of what lies between two saves, and the restart."""
+        """Seconds that one interruption costs: half of the time between two saves, and the restart."""
         return self.between * self.undisturbed / 2 + self.restart
 
     @property
     def lost_share(self) -> float:
-        """Share of the run that interruptions cost; 1: the run makes no progress."""
+        """Share of the run that interruptions cost. With 1 the run makes no progress."""
         return min(1.0, self.lost / self.mtbf)
 
     @property
     def share(self) -> float:
-        """Share of the run that training steps get: its goodput."""
+        """Share of the run that is spent in training steps: its goodput."""
         return self.step / self.undisturbed * (1 - self.lost_share)
 
     @property
@@ -71,35 +75,38 @@ class Goodput:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run; infinite if interruptions cost more time than passes between them."""
+        """Seconds of the whole run; infinite if an interruption costs more time than passes between two of them."""
         return self.steps * self.undisturbed / (1 - self.lost_share) if self.lost_share < 1 else math.inf
 
     @property
     def interruptions(self) -> float:
-        """Interruptions expected in the whole run."""
+        """Expected number of interruptions in the whole run."""
         return self.seconds / self.mtbf
 
     @property
     def a_week(self) -> float:
-        """Interruptions expected in a week."""
+        """Expected number of interruptions in a week."""
         return WEEK / self.mtbf
 
     @property
     def best_seconds(self) -> float:
-        """Seconds between two saves at which saves and lost steps together cost least: sqrt(2 save mtbf). The
-        formula holds while a save takes far less than ``mtbf``."""
+        """Save interval in seconds that minimises the cost of saves and lost steps: sqrt(2 save mtbf).
+
+        The formula holds while a save takes far less than ``mtbf``.
+        """
         return math.sqrt(2 * self.save * self.mtbf)
 
     @property
     def best_every(self) -> int:
-        """Steps between two saves at which saves and lost steps together cost least."""
+        """Save interval in steps that minimises the cost of saves and lost steps."""
         return max(1, round(self.best_seconds / (self.step + self.validating)))
 
 
 def save_seconds(shape: TransformerSize, layout: GpuLayout, bytes: float, rate: float) -> float:
-    """Return the seconds that saving ``bytes`` takes if each machine writes and reads ``rate`` bytes a second.
+    """Return the seconds that saving ``bytes`` takes if each machine writes and reads ``rate`` bytes per second.
 
-    All ranks write the states that ZeRO shards, and rank 0 alone writes the rest. All ranks then hash the checkpoint,
-    publish it and read it back. Training waits meanwhile."""
+    All ranks write the states that ZeRO shards, and rank 0 alone writes the rest. Then all ranks hash the checkpoint,
+    publish it and read it back. Training waits during the save.
+    """
     together = 12.0 * shape.trained if layout.zero_stage > 0 else 0.0
     return ((together + 2 * bytes) / layout.nodes + bytes - together) / rate

@@ -1,4 +1,4 @@
-"""Compute the plan of one config. Nothing is loaded, and nothing is written."""
+"""Compute the plan of one config. This module loads and writes nothing."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from cogflow.training.gpu_memory import Memory, Sampling
 from cogflow.training.transformer_size import Tokens, TransformerSize
 
 REACHED = 0.8
-"""Share of its data sheet that a GPU reaches on large matrix products: 790 of an H200's 989 TFLOP/s."""
+"""Share of the data sheet's speed that a GPU reaches on large matrix products: 790 of 989 TFLOP/s on an H200."""
 
 USED = 0.54
-"""Share of that which training reaches, with attention, norms and the update: 428 TFLOP/s of CogVideoX-5B on an H200
-(docs/benchmarks.md); assumed of other GPUs, until ``stage.plan_tflops`` says what was measured."""
+"""Share of that speed that training reaches, including attention, norms and the update.
+
+Measured: 428 TFLOP/s with CogVideoX-5B on an H200 (docs/benchmarks.md). The plan assumes the same share for other GPUs
+unless ``stage.plan_tflops`` gives a measured speed.
+"""
 
 PEAKS = {
     "B200": 2250,
@@ -45,8 +48,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU that is planned for: bytes of its memory and of its machine's, achieved TFLOP/s, and where these
-    figures come from."""
+    """The GPU that the plan is made for: its memory and its machine's in bytes, achieved TFLOP/s, and their sources."""
 
     memory: float
     host: float | None
@@ -57,7 +59,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one training; operations are those of one optimizer step of one GPU, seconds are without
+    """Forecast of one training. ``flops``: operations of one optimizer step on one GPU; ``seconds``: their time without
     communication."""
 
     config: Config[TrainStage]
@@ -108,19 +110,19 @@ class Plan:
 
     @property
     def validation_seconds(self) -> float:
-        """Seconds of one validation. Each GPU samples its share, one clip at a time; a GPU without a share repeats
-        one."""
+        """Seconds of one validation. Each GPU samples its share, one clip at a time; a GPU without a share repeats a
+        clip."""
         turns = -(-self.samples // self.layout.gpus)
         return turns * self.config.sampling.steps * self.passes * self.forward.total / (self.device.tflops * 1e12)
 
     @property
     def pace(self) -> Pace:
-        """Seconds of one step, with the communication that computation does not hide."""
+        """Seconds of one step, including the communication that computation does not hide."""
         return step_time.pace(self.shape, self.tokens, self.layout, self.device.tflops)
 
     @property
     def goodput(self) -> Goodput:
-        """Share of the run that saves, validations and interruptions leave to training."""
+        """Share of the run that is left for training steps after saves, validations and interruptions."""
         stage, layout = self.stage, self.layout
         return Goodput(
             steps=stage.steps,
@@ -134,25 +136,23 @@ class Plan:
         )
 
     def misfits(self) -> list[str]:
-        """One line for each thing that does not fit."""
+        """One line for each kind of memory that is too small."""
         found = []
         if self.gpu.peak > self.device.memory:
             found.append(
-                f"{self.gpu.peak / 1e9:.1f} GB on each GPU ({self.gpu.worst}), {self.device.memory / 1e9:.1f} GB "
-                "are there "
-                f"({self.device.memory_source})"
+                f"each GPU needs {self.gpu.peak / 1e9:.1f} GB ({self.gpu.worst}) and has "
+                f"{self.device.memory / 1e9:.1f} GB ({self.device.memory_source})"
             )
         if self.device.host is not None and self.host.peak > self.device.host:
             found.append(
-                f"{self.host.peak / 1e9:.1f} GB of host memory on each machine ({self.host.worst}), "
-                f"{self.device.host / 1e9:.1f} GB are "
-                "there"
+                f"each machine needs {self.host.peak / 1e9:.1f} GB of host memory ({self.host.worst}) and has "
+                f"{self.device.host / 1e9:.1f} GB"
             )
         return found
 
 
 def plan(config: Config[TrainStage]) -> Plan:
-    """Return the plan of ``config`` for the GPUs that it names, else for those that are present."""
+    """Return the plan of ``config`` for the GPUs that it names, by default for the GPUs of this machine."""
     stage = config.stage
     run = run_folder(config.run)
     size = training_size(config)
@@ -183,7 +183,7 @@ def plan(config: Config[TrainStage]) -> Plan:
 
 
 def device(stage: TrainStage) -> Device:
-    """Return the GPU that the settings describe, else the present one, else one with the speed of an H200 and 80 GB."""
+    """Return the GPU that the settings describe, else this machine's, else one with the speed of an H200 and 80 GB."""
     present = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     memory, memory_source = memory_of_one_gpu(stage)
     tflops, tflops_source = stage.plan_tflops, "stage.plan_tflops"
@@ -199,7 +199,7 @@ def device(stage: TrainStage) -> Device:
 
 
 def host_bytes() -> float | None:
-    """Memory of this machine."""
+    """Return the memory of this machine in bytes, ``None`` if it is unknown."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (ValueError, OSError):

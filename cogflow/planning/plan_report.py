@@ -16,9 +16,11 @@ from cogflow.runtime.console import echo
 from cogflow.training import gpu_memory
 from cogflow.training.activation_memory import format_kept
 
-DEAR, FEWEST = 0.1, 10
-"""Share of the training before it above which a validation is dear, and the fewest denoising steps that still show
-blur and no noise."""
+EXPENSIVE = 0.1
+"""Share of the training time since the last validation above which a validation is reported as expensive."""
+
+FEWEST_STEPS = 10
+"""Smallest number of denoising steps whose samples show blur and not noise."""
 
 
 def show(config: Config[TrainStage]) -> None:
@@ -47,14 +49,13 @@ def lines(plan: Plan) -> list[str]:
 
 
 def hint(plan: Plan) -> str:
-    """Return the overrides that would fit, one line each, the best first."""
+    """Return one line for each set of overrides that would fit, the best first."""
     found = [
-        f"{' '.join(option.words) or 'as asked'}: {gb(option.gpu.peak)} a GPU, {gb(option.host.peak)} of host "
-        "memory a machine, "
-        f"{duration(option.pace.step)} a step"
+        f"{' '.join(option.words) or 'as configured'}: {gb(option.gpu.peak)} per GPU, {gb(option.host.peak)} of host "
+        f"memory per machine, {duration(option.pace.step)} per step"
         for option in advice.options(plan)
     ]
-    found = [f"would fit: {line}" for line in found] or ["No way of sharing the states fits on up to 64 such GPUs."]
+    found = [f"would fit: {line}" for line in found] or ["No way to shard the states fits on up to 64 such GPUs."]
     return "\n  ".join([*found, *advice.notes(plan)])
 
 
@@ -71,7 +72,7 @@ def _model(plan: Plan) -> list[str]:
         "activation checkpointing "
         f"{_recomputed(plan)}, {plan.layout.batch} clip{'s' if plan.layout.batch > 1 else ''} x "
         f"{plan.layout.accumulation} micro step{'s' if plan.layout.accumulation > 1 else ''} "
-        + (f"for each {plan.layout.sequence} GPUs, which share its tokens" if plan.layout.sequence > 1 else "a GPU"),
+        + (f"per {plan.layout.sequence} GPUs, which share its tokens" if plan.layout.sequence > 1 else "per GPU"),
     ]
 
 
@@ -97,18 +98,16 @@ def _offloaded(plan: Plan) -> str:
 
 
 def _gpu(plan: Plan) -> list[str]:
-    limit = f"{gb(plan.device.memory)} are there ({plan.device.memory_source})"
-    title = f"memory of each GPU: {gb(plan.gpu.peak)} at the worst; {limit}"
+    limit = f"{gb(plan.device.memory)} available ({plan.device.memory_source})"
+    title = f"memory of each GPU: {gb(plan.gpu.peak)} at the peak; {limit}"
     return [title, *_columns(plan.gpu)]
 
 
 def _host(plan: Plan) -> list[str]:
     limit = (
-        f"{gb(plan.device.host)} are there"
-        if plan.device.host is not None
-        else "stage.plan_host_gb says how much there is"
+        f"{gb(plan.device.host)} available" if plan.device.host is not None else "give stage.plan_host_gb to check it"
     )
-    return [f"host memory of each machine: {gb(plan.host.peak)} at the worst; {limit}", *_columns(plan.host)]
+    return [f"host memory of each machine: {gb(plan.host.peak)} at the peak; {limit}", *_columns(plan.host)]
 
 
 def _columns(memory: gpu_memory.Memory) -> list[str]:
@@ -125,7 +124,7 @@ def _work(plan: Plan) -> list[str]:
     sample, forward = plan.sample, plan.forward
     floor, waiting = plan.seconds, plan.pace.waiting
     waits = f" and {duration(waiting)} ({waiting / plan.pace.step:.0%}) waiting for communication" if waiting else ""
-    measured = "" if plan.stage.plan_tflops else "; a prediction until stage.plan_tflops says what a step reached"
+    measured = "" if plan.stage.plan_tflops else "; a forecast until stage.plan_tflops gives a measured speed"
     return [
         f"operations of one clip: forward {peta(forward.total)} (linear layers {peta(forward.linear)}, attention "
         f"{peta(forward.attention)}), backward {peta(sample.backward)}, recomputation "
@@ -139,13 +138,13 @@ def _work(plan: Plan) -> list[str]:
 
 def _traffic(plan: Plan) -> list[str]:
     sent = plan.traffic
-    between = "nothing is sent between GPUs"
+    between = "none between GPUs"
     if plan.layout.gpus > 1:
         between = f"{gb(sent.between_gpus)} from each GPU (gradients {gb(sent.gradients)}, weights {gb(sent.weights)}"
         between += f", averages {gb(sent.averages)}" if sent.averages else ""
         between += f", tokens {gb(sent.tokens)})" if sent.tokens else ")"
     host = f", {gb(sent.host)} between GPU and host" if sent.host else ""
-    lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} if nothing overlaps"]
+    lines = [f"communication of one step: {between}{host}; {duration(sent.seconds)} without overlap"]
     if plan.layout.gpus > 1:
         layouts = [replace(plan.layout, zero_stage=stage) for stage in range(4)]
         others = {one.zero_stage: step_time.traffic(plan.shape, plan.tokens, one).between_gpus for one in layouts}
@@ -155,15 +154,15 @@ def _traffic(plan: Plan) -> list[str]:
 
 def _disk(plan: Plan) -> list[str]:
     disk = plan.disk
-    there = f"{gb(disk.free)} are free" if disk.free is not None else "what is free is not known"
+    there = f"{gb(disk.free)} are free" if disk.free is not None else "the free space is unknown"
     averages = f", averages {gb(disk.averages)}" if disk.averages else ""
-    alone = f" and {disk.alone} folders of weights alone" if disk.alone else ""
+    alone = f" and {disk.alone} folders of weights only" if disk.alone else ""
     return [
         f"one checkpoint: {gb(disk.checkpoint)} (DeepSpeed's states {gb(disk.deepspeed)}, weights "
         f"{gb(disk.weights)}{averages}); "
         f"up to {disk.most} at once{alone}: {gb(disk.needed)}; {there}",
         *(
-            ["  warning: they do not fit there: stage.keep_last=1, stage.keep_best=0, or run.root on a larger disk"]
+            ["  warning: they do not fit; set stage.keep_last=1 or stage.keep_best=0, or put run.root on a larger disk"]
             if disk.full
             else []
         ),
@@ -173,16 +172,18 @@ def _disk(plan: Plan) -> list[str]:
 def _data(plan: Plan) -> list[str]:
     clips = plan.clips
     if clips.training is None:
-        return [f"clips: not known yet ({clips.source})"]
+        return [f"clips: unknown ({clips.source})"]
     epoch = clips.training / plan.clips_per_step
     text = f"clips: {clips.training} to train on, {clips.holdout} held out ({clips.source}); "
     text += f"an epoch is {epoch:.4g} steps, "
     text += (
-        f"{plan.stage.steps} steps are {plan.stage.steps / epoch:.3g} epochs" if epoch else "there is none to train on"
+        f"{plan.stage.steps} steps are {plan.stage.steps / epoch:.3g} epochs"
+        if epoch
+        else "there is no clip to train on"
     )
     return [
         text,
-        *(["  they were prepared with other settings of data: run stage=prepare again"] if clips.size_differs else []),
+        *(["  they were prepared with other data settings: run stage=prepare again"] if clips.size_differs else []),
         *([f"  {clips.left_out}"] if clips.left_out else []),
     ]
 
@@ -196,35 +197,39 @@ def _validation(plan: Plan) -> list[str]:
         f"one validation: {plan.samples} videos ({plan.prompts} prompts x {len(sampling.seeds)} seeds; "
         f"{plan.prompts_source}) x "
         f"{sampling.steps} steps x {plan.passes} passes: {peta(plan.validation_flops)}, "
-        f"{duration(plan.validation_seconds)} beside "
+        f"{duration(plan.validation_seconds)} without "
         f"decoding; {share:.1%} of the {between} training steps before it",
         *_cheaper(share, sampling.steps, between),
     ]
 
 
 def _cheaper(share: float, steps: int, between: int) -> list[str]:
-    """Return the changes that bring a validation down to :data:`DEAR` of the training before it."""
-    if share <= DEAR:
+    """Return the changes that reduce a validation to the share :data:`EXPENSIVE` of the training before it."""
+    if share <= EXPENSIVE:
         return []
-    every = math.ceil(between * share / DEAR / 10) * 10
-    fewer = int(steps * DEAR / share)
-    ways = [f"stage.sample_every={every}", *([f"sampling.steps={fewer}"] if fewer >= FEWEST else []), "fewer prompts"]
-    return [f"  dear: {', '.join(ways[:-1])} or {ways[-1]} would make it {DEAR:.0%}"]
+    every = math.ceil(between * share / EXPENSIVE / 10) * 10
+    fewer = int(steps * EXPENSIVE / share)
+    ways = [
+        f"stage.sample_every={every}",
+        *([f"sampling.steps={fewer}"] if fewer >= FEWEST_STEPS else []),
+        "fewer prompts",
+    ]
+    return [f"  expensive: {', '.join(ways[:-1])} or {ways[-1]} would reduce it to {EXPENSIVE:.0%}"]
 
 
 def _run(plan: Plan) -> list[str]:
     run, stage = plan.goodput, plan.stage
     every = f"saved every {stage.save_every} steps" if stage.save_every else "saved at the end only"
     return [
-        f"one save: {duration(run.save)} at {stage.plan_disk_gb:g} GB/s of each machine (stage.plan_disk_gb), in "
+        f"one save: {duration(run.save)} at {stage.plan_disk_gb:g} GB/s per machine (stage.plan_disk_gb), during "
         "which training waits; "
-        f"{every}: {run.saving_share:.2%} of the run; cheapest every {duration(run.best_seconds)}, "
+        f"{every}: {run.saving_share:.2%} of the run; cheapest interval {duration(run.best_seconds)}, "
         f"stage.save_every={run.best_every} "
         "(Young, Daly)",
-        f"interruptions: {run.a_week:.2g} a week, {run.interruptions:.2g} in this run (one in "
+        f"interruptions: {run.a_week:.2g} per week, {run.interruptions:.2g} in this run (one in "
         f"{stage.plan_mtbf_hours:g} GPU hours: "
-        f"stage.plan_mtbf_hours), each {duration(run.lost)}: half of what lies between two saves, and "
-        f"{duration(run.restart)} until it goes on (stage.plan_restart_minutes)",
+        f"stage.plan_mtbf_hours), each costs {duration(run.lost)}: half of the time between two "
+        f"saves, and {duration(run.restart)} for the restart (stage.plan_restart_minutes)",
         f"goodput: {run.share:.1%} of {duration(run.seconds)} are training steps; validations "
         f"{run.validation_share:.1%}, saves "
         f"{run.saving_share:.1%}, interruptions {run.lost_share:.1%} ({run.interruptions * run.lost / 3600:.2g} hours)",
@@ -235,7 +240,7 @@ def _verdict(plan: Plan) -> list[str]:
     if plan.misfits():
         return []
     spare = plan.device.memory - plan.gpu.peak
-    return [f"it fits: {gb(spare)} of each GPU are left"]
+    return [f"it fits: {gb(spare)} remain free on each GPU"]
 
 
 def gb(bytes: float) -> str:

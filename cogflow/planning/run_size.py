@@ -22,9 +22,9 @@ from cogflow.training.transformer_size import TransformerSize
 
 @dataclass(frozen=True)
 class Clips:
-    """``training``: clips without the held-out ones, ``None`` where that is not known yet; ``source`` says why.
+    """Numbers of clips. ``training``: without the held-out clips, ``None`` if unknown. ``source``: origin of the numbers.
 
-    ``left_out``: a line on the clips that could not be prepared; empty when there are none.
+    ``left_out``: a line on the clips that could not be prepared, empty without such clips.
     """
 
     training: int | None
@@ -35,8 +35,10 @@ class Clips:
 
 
 def clips(config: Config[TrainStage], run: Path) -> Clips:
-    """Counted in the prepared clips, else in the list of the folder, where every clip is taken for readable and
-    single."""
+    """Return the clips of the cache, before stage=prepare those of the list of the folder.
+
+    Each clip in the list is assumed to be readable and to become one clip.
+    """
     data = config.data
     if (RunLayout(run).cache / "index.json").is_file():
         try:
@@ -74,14 +76,14 @@ def prompts(config: Config[TrainStage]) -> tuple[int, str]:
         except DataError as error:
             return FROM_DATA, f"{FROM_DATA} assumed: {error.message}"
     if config.data.name == "shapes":
-        return len(SHAPES_PROMPTS), "those of drawn clips"
-    return FROM_DATA, "the first captions that are held out"
+        return len(SHAPES_PROMPTS), "the prompts of drawn clips"
+    return FROM_DATA, "the captions of the first held-out clips"
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. ``most``: checkpoints at once, the one that is being written included. ``alone``: folders of weights for
-    an export."""
+    """Disk space in bytes. ``most``: largest number of checkpoints at once, including the one being written. ``alone``:
+    number of folders that hold weights only."""
 
     deepspeed: float
     weights: float
@@ -124,13 +126,14 @@ def checkpoint(shape: TransformerSize, layout: GpuLayout) -> tuple[float, float,
     if layout.zero_stage == 0:
         states = (12 if half else 8) * shape.trained + weights
     else:
-        # ZeRO keeps a master copy of fp32 weights, too; ZeRO-3 has the weights in nothing but these.
+        # ZeRO also keeps an fp32 master copy of the weights. ZeRO-3 stores no other copy.
         states = 12 * shape.trained + (weights if layout.zero_stage < 3 else 0)
     return states, weights, 4.0 * shape.parameters if layout.ema else 0.0
 
 
 def at_once(stage: TrainStage) -> int:
-    """Return the largest number of checkpoints on the disk: a new one is complete before an old one is deleted."""
+    """Return the largest number of checkpoints on the disk. A new checkpoint is complete before an old one is
+    deleted."""
     written = max(1, -(-stage.steps // stage.save_every)) if stage.save_every else 1
     sharp = 1 if stage.sample_every else 0
     kept = stage.steps // math.lcm(stage.keep_every, stage.save_every) if stage.keep_every and stage.save_every else 0
@@ -138,7 +141,7 @@ def at_once(stage: TrainStage) -> int:
 
 
 def weights_alone(stage: TrainStage) -> int:
-    """Return the number of weight folders at the end of the run. None of them is deleted."""
+    """Return the number of weight folders at the end of the run. cogflow deletes none of them."""
     return stage.steps // stage.weights_every if stage.weights_every else 0
 
 

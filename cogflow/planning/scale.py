@@ -1,5 +1,5 @@
-"""Forecast the cost of a training on 8, 64 and 512 GPUs: the quickest layout that fits, the share of a step that
-waits for other GPUs, and the goodput of a run.
+"""Forecast the cost of a training on 8, 64 and 512 GPUs: the fastest layout that fits, the share of a step that waits
+for other GPUs, and the goodput of a run.
 
 ``docs/scaling.md`` shows both tables; ``python -m cogflow.planning.scale`` prints them.
 """
@@ -17,22 +17,22 @@ from cogflow.planning.plan import PEAKS, REACHED, USED, plan
 
 GPUS = (8, 64, 512)
 MEMORY = {80: PEAKS["H100"], 141: PEAKS["H200"]}
-"""GB of a GPU, and the TFLOP/s of its data sheet."""
+"""Memory of a GPU in GB, and the TFLOP/s of its data sheet."""
 
 HOST = 2000
-"""GB of one machine's memory."""
+"""Memory of one machine in GB."""
 
 EVERY = 500
-"""Steps from one save, and from one validation, to the next: as the recipe ``experiment=cogvideox_5b_sft`` saves."""
+"""Steps between saves and between validations: the save interval of the recipe ``experiment=cogvideox_5b_sft``."""
 
 MODELS = ("cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b")
-"""Image to video costs what text to video costs, to a thousandth."""
+"""The cost of image to video differs from that of text to video by less than a thousandth."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training with one clip on each GPU. ``waiting``: share of a step; ``hours``: GPU hours for a thousand
-    clips; ``run``: of a long run with saves and validations every ``EVERY`` steps."""
+    """One training with one clip on each GPU. ``waiting``: share of a step; ``hours``: GPU hours per thousand clips;
+    ``run``: goodput of a long run with saves and validations every ``EVERY`` steps."""
 
     model: str
     gpus: int
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def cheapest(self) -> Goodput:
-        """The run with saves as often as costs least."""
+        """The run with the cheapest save interval."""
         return replace(self.run, every=self.run.best_every)
 
 
@@ -62,7 +62,7 @@ def rows() -> Iterator[Row]:
 
 @lru_cache
 def row(model: str, gpus: int, memory: int) -> Row:
-    """Return the row of the quickest layout that fits, by the formulas of a plan."""
+    """Return the row of the fastest layout that fits."""
     speed = MEMORY[memory] * REACHED * USED
     words = [
         f"stage.plan_gpus={gpus}",

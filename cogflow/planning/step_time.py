@@ -9,20 +9,19 @@ from cogflow.training.gpu_layout import GpuLayout
 from cogflow.training.transformer_size import Tokens, TransformerSize
 
 INSIDE, BETWEEN, TO_HOST = 300e9, 40e9, 25e9
-"""Bytes per second that a GPU reaches: to others of its machine (NVLink of an H100 or H200), to other machines (a 400
-Gb/s card for each GPU) and to the host (PCIe 5, shared by two). Another machine has other figures; the volumes
-stay."""
-
+"""Bytes per second that a GPU reaches: to GPUs of its machine (NVLink of an H100 or H200), to other machines (a 400
+Gb/s card for each GPU) and to the host (PCIe 5, shared by two). Other machines have other speeds; the volumes are the
+same."""
 
 EXCHANGES = 4
-"""Hidden states that each block sends over the GPUs that share a sequence in its forward pass (queries, keys, values,
-results); backwards and in recomputation as many."""
+"""Hidden states that each block exchanges in its forward pass between the GPUs that share a sequence: queries, keys,
+values and results. The backward pass and the recomputation exchange as many each."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one GPU at one step. ``seconds`` is for ``INSIDE``, ``BETWEEN`` and ``TO_HOST``, with nothing
-    overlapped. ``tokens``: what GPUs that share a sequence exchange around attention."""
+    """Bytes that one GPU sends in one step. ``seconds``: their time at ``INSIDE``, ``BETWEEN`` and ``TO_HOST`` without
+    overlap. ``tokens``: bytes that GPUs which share a sequence exchange around attention."""
 
     gradients: float
     weights: float
@@ -37,19 +36,20 @@ class Traffic:
 
 
 def traffic(shape: TransformerSize, tokens: Tokens, layout: GpuLayout) -> Traffic:
-    """Return the bytes that one GPU sends at one step.
+    """Return the bytes that one GPU sends in one step.
 
-    Rings: reducing or gathering M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice that. An
-    all-to-all sends the same share of the GPU's own bytes."""
+    In a ring, a reduce-scatter or an all-gather of M bytes sends M (N - 1) / N from each of N GPUs, an all-reduce twice
+    that. An all-to-all sends the share (N - 1) / N of the GPU's own bytes.
+    """
     around = (layout.gpus - 1) / layout.gpus
     weights = shape.parameters * layout.bytes * around
     gradients = shape.trained * layout.reduced_bytes * around
     micro = layout.accumulation
-    # ZeRO-1 and 2 all-reduce each bucket, of which every rank keeps its part (use_multi_rank_bucket_allreduce,
-    # DeepSpeed's default).
+    # ZeRO-1 and 2 all-reduce each bucket, and each rank keeps its part (use_multi_rank_bucket_allreduce, DeepSpeed's
+    # default).
     reduced = {0: 2 * gradients, 1: 2 * gradients, 2: 2 * micro * gradients, 3: micro * gradients}[layout.zero_stage]
-    # ZeRO-3 gathers for the forward and, what it does not hold any more, for the backward pass; recomputation finds
-    # the weights that the backward pass needs.
+    # ZeRO-3 gathers the weights for the forward pass, and again for the backward pass those that it has released.
+    # Recomputation uses the weights that are gathered for the backward pass.
     fetched = micro * (2 * weights - kept(shape, layout) * layout.bytes * around)
     gathered = {0: 0.0, 1: weights, 2: weights, 3: fetched}[layout.zero_stage]
     averages = weights / layout.ema_every if layout.ema and layout.zero_stage == 3 else 0.0
@@ -66,29 +66,33 @@ def traffic(shape: TransformerSize, tokens: Tokens, layout: GpuLayout) -> Traffi
 
 
 def kept(shape: TransformerSize, layout: GpuLayout) -> float:
-    """Elements that ZeRO-3 has gathered for the forward pass and still holds for the backward pass: the last ones, as
-    many as it may hold at once, since it fetches ahead so far and drops nothing that it came upon; or those that it
-    uses again within ``layout.reuse`` elements, where these are more. A weight with d elements behind it is used
-    again after 2 d, with recomputation after 3 d."""
+    """Return the number of elements that ZeRO-3 still holds in the backward pass from the forward pass.
+
+    These are the last elements of the forward pass: as many as it may hold at once, since it prefetches that many and
+    releases none of them, or those that it uses again within ``layout.reuse`` elements, where these are more. A weight
+    with d elements behind it is used again after 2 d elements, with recomputation after 3 d.
+    """
     passes = 2 + layout.recomputed(shape.layers) / shape.layers
     return min(float(shape.parameters), max(layout.reuse / passes, gpu_memory.LIVE * layout.gather_bucket, 10**6))
 
 
 def speed(layout: GpuLayout) -> float:
-    """Return the bytes per second from each GPU to the next of its ring: those of the slowest link."""
+    """Return the bytes per second of the slowest link in the ring of GPUs."""
     return BETWEEN if layout.nodes > 1 else INSIDE
 
 
 def exchange_speed(layout: GpuLayout) -> float:
-    """Return the bytes per second between GPUs that share a sequence. They are neighbours, on one machine if whole
-    groups fit on it."""
+    """Return the bytes per second between GPUs that share a sequence. They have consecutive ranks, and are on one
+    machine if whole groups fit on it."""
     return INSIDE if layout.local % layout.sequence == 0 else BETWEEN
 
 
 def exposed(sent: Traffic, layout: GpuLayout, *, backward: float, compute: float) -> float:
-    """Return the seconds of a step that wait for communication. Gradients are reduced while the last backward pass
-    goes on (``overlap_comm``), and ZeRO-3 fetches weights ahead; what is gathered after the update, what goes to the
-    host and the exchanges of attention are not hidden."""
+    """Return the seconds of a step that wait for communication.
+
+    Gradients are reduced during the last backward pass (``overlap_comm``), and ZeRO-3 prefetches weights. Gathering
+    after the update, transfers to the host and the exchanges of attention are not hidden.
+    """
     reducing = sent.gradients / speed(layout)
     gathering = sent.weights / speed(layout)
     hidden = backward if layout.overlap else 0.0
@@ -100,7 +104,7 @@ def exposed(sent: Traffic, layout: GpuLayout, *, backward: float, compute: float
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one step. ``waiting``: of communication that computation does not hide."""
+    """Seconds of one step. ``waiting``: seconds of communication that computation does not hide."""
 
     compute: float
     waiting: float
@@ -111,10 +115,10 @@ class Pace:
 
 
 def pace(shape: TransformerSize, tokens: Tokens, layout: GpuLayout, tflops: float) -> Pace:
-    """Return the seconds of a step of ``layout`` on GPUs that reach ``tflops`` TFLOP/s."""
+    """Return the seconds of a step with ``layout`` on GPUs that reach ``tflops`` TFLOP/s."""
     one = flops.step(shape, tokens, layout.kept(shape.layers))
     clips = layout.batch * layout.accumulation / layout.sequence
-    # ZeRO-2 reduces in the backward pass of each micro step, ZeRO-0 and 1 in that of the last.
+    # ZeRO-2 reduces gradients in the backward pass of each micro step, ZeRO-0 and 1 only in the last one.
     behind = clips if layout.zero_stage >= 2 else clips / layout.accumulation
     compute = one.total * clips / (tflops * 1e12)
     backward = (one.backward + one.recomputation) * behind / (tflops * 1e12)

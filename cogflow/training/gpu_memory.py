@@ -1,8 +1,9 @@
-"""Memory of one GPU and of one machine, by part and by phase: before the first step, in the backward pass, at the
-optimizer step and at a validation. The largest phase decides.
+"""Forecast the memory of one GPU and of one machine, by part and by phase.
 
-Counted after DeepSpeed 0.19 (``stage_1_and_2.py``, ``stage3.py``) and this project's own loading, averaging and
-sampling."""
+The phases are the start, the forward and backward passes, the optimizer step and a validation. The largest phase
+decides whether a training fits. The formulas follow DeepSpeed 0.19 (``stage_1_and_2.py``, ``stage3.py``) and cogflow's
+loading, averaging and sampling.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +13,22 @@ from cogflow.training.gpu_layout import GpuLayout
 from cogflow.training.transformer_size import Tokens, TransformerSize
 
 SAVED, WORKING, INFERENCE = 22.1, 28.0, 13.0
-"""Copies of the hidden states (tokens x width, in the training dtype) of one block: kept for the backward pass, alive
-at the height of forward plus backward, and alive without gradients. Counted over every allocation of diffusers'
-block; a test counts the first again."""
+"""Memory of one block in copies of its hidden states (tokens x width, in the training dtype): kept for the backward
+pass, allocated at the peak of forward plus backward, and allocated without gradients. The numbers count every
+allocation of diffusers' block. A test counts the first again."""
 
 KEPT = {"nothing": 1.0, "attention": 2.03, "products": 7.03, "all": 11.03, "everything": SAVED}
-"""Copies of the hidden states that a block keeps, by ``deepspeed.checkpoint_keep``: its input; attention's output
-besides, with its logarithms of sums; the results of all linear layers but the widest besides; those of all; and all
-that the backward pass asks for, where nothing is computed again. A test counts them."""
+"""Copies of the hidden states that a block keeps, by ``deepspeed.checkpoint_keep``. A test counts them.
+
+* ``nothing``: the block's input
+* ``attention``: also the output of attention with its log-sum-exp values
+* ``products``: also the results of all linear layers but the widest
+* ``all``: also the results of the widest linear layer
+* ``everything``: all values that the backward pass needs; nothing is recomputed
+"""
 
 SUBGROUP = 10**9
-"""Elements that ZeRO-3 updates at once."""
+"""Number of elements that ZeRO-3 updates at once."""
 
 ENCODER = 4_762_310_656
 """Parameters of T5 v1.1 XXL's encoder, which embeds the validation's prompts before the transformer is loaded."""
@@ -31,17 +37,17 @@ VAE = 215_583_907
 """Parameters of CogVideoX's autoencoder."""
 
 DECODING, TILE = 22_900.0, (240, 360)
-"""Elements alive for each pixel when the VAE decodes two latent frames after others, and the size in pixels of one
-tile."""
+"""Elements per pixel that are allocated while the VAE decodes two latent frames after others, and the size of one
+tile in pixels."""
 
 CONTEXT, FRAGMENTS = 1.5e9, 0.05
-"""Bytes that CUDA, NCCL and cuBLAS take, and the share of the rest that lies idle between allocations."""
+"""Bytes that CUDA, NCCL and cuBLAS use, and the share of the other memory that fragmentation wastes."""
 
 PROCESS = 3e9
-"""Host memory of one process: Python, torch's libraries, what CUDA maps."""
+"""Host memory of one process in bytes: Python, torch's libraries and the mappings of CUDA."""
 
 LIVE = 4
-"""Gather buckets of parameters that ZeRO-3 may hold whole at once, as cogflow sets it."""
+"""Number of gather buckets of parameters that ZeRO-3 may hold gathered at once, as cogflow configures it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part and by phase; a phase is the parts that are there at the same time."""
+    """Bytes by part and by phase. A phase adds up the parts that are allocated at the same time."""
 
     parts: dict[str, float]
     phases: dict[str, float]
@@ -70,7 +76,7 @@ class Memory:
 
     @property
     def worst(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
@@ -98,8 +104,8 @@ def gpu(
     # A wider dtype of the reduction needs a copy of the bucket that is sent.
     carried = layout.reduced_bytes if layout.reduced_bytes > size and layout.gpus > 1 else 0
     parts["buckets"] = layout.reduce_bucket * (size * doubled + carried) if layout.zero_stage > 0 else 0.0
-    # The copies for the exchanges of a shared sequence are alive in attention, where less memory is in use than in the
-    # feed-forward layer.
+    # The copies for the exchanges of a shared sequence are allocated in attention, where less memory is in use than in
+    # the feed-forward layer.
     hidden = tokens.total / layout.sequence * shape.width * size * layout.batch
     again = layout.recomputed(shape.layers)
     parts["activations"] = hidden * sum(count * KEPT[keep] for keep, count in layout.kept(shape.layers).items())
@@ -120,8 +126,8 @@ def gpu(
 
 
 def _gradients(trained: int, layout: GpuLayout) -> float:
-    """Return the bytes of the gradients after the backward pass. Half-precision training without ZeRO also gathers
-    them in fp32."""
+    """Return the bytes of the gradients after the backward pass. Half-precision training without ZeRO also keeps them
+    in fp32."""
     if layout.zero_stage == 0:
         return trained * (layout.bytes + (4 if layout.bytes < 4 else 0))
     if layout.zero_stage == 1:
@@ -141,8 +147,8 @@ def _step(trained: int, layout: GpuLayout) -> float:
 
 
 def _start(shape: TransformerSize, layout: GpuLayout) -> float:
-    """Return the bytes while DeepSpeed is built: one shard under ZeRO-3, else all weights, twice in ZeRO-1 and 2, which
-    make a flat copy."""
+    """Return the bytes while DeepSpeed is initialised: one shard under ZeRO-3, else all weights. ZeRO-1 and 2 need
+    twice the weights, because they make a flat copy."""
     weights = shape.parameters * layout.bytes
     if layout.zero_stage == 3:
         return weights / layout.gpus
@@ -150,13 +156,13 @@ def _start(shape: TransformerSize, layout: GpuLayout) -> float:
 
 
 def _sampling(shape: TransformerSize, tokens: Tokens, layout: GpuLayout, sampling: Sampling) -> float:
-    """Return the bytes of denoising or decoding, the larger of both, with the VAE."""
+    """Return the larger of the bytes of denoising and of decoding, including the VAE."""
     denoising = INFERENCE * tokens.total * shape.width * layout.bytes * sampling.passes
     return VAE * sampling.vae_bytes + max(denoising, decoding(sampling))
 
 
 def decoding(sampling: Sampling) -> float:
-    """Bytes that decoding one clip needs beside the weights of the autoencoder."""
+    """Return the bytes that decoding one clip needs in addition to the weights of the autoencoder."""
     pixels = sampling.height * sampling.width
     video = 3 * sampling.frames * pixels * sampling.vae_bytes
     at_once = min(pixels, TILE[0] * TILE[1]) if sampling.tiled else pixels
@@ -171,7 +177,7 @@ def host(shape: TransformerSize, layout: GpuLayout, *, validates: bool, encoder:
     parts["optimizer states"] = 12 * trained * share if layout.offload_optimizer else 0.0
     gradients = size + 4 if layout.zero_stage == 3 else 4
     parts["gradients"] = gradients * trained * share if layout.offload_optimizer else 0.0
-    # ZeRO-1 and 2 carry the updated weights to the GPU through a buffer of their own.
+    # ZeRO-1 and 2 copy the updated weights to the GPU through a separate buffer.
     parts["weights"] = (
         size * trained * share
         if layout.offload_parameters or (layout.offload_optimizer and layout.zero_stage < 3)
@@ -179,9 +185,9 @@ def host(shape: TransformerSize, layout: GpuLayout, *, validates: bool, encoder:
     )
     parts["EMA"] = 4 * shape.parameters * share if layout.ema and layout.ema_on_host else 0.0
     parts["VAE"] = local * VAE * 4.0 if validates else 0.0
-    # One process loads the text encoder for all; the transformer's weights come one by one.
+    # One process loads the text encoder for all. The transformer's weights are loaded one tensor at a time.
     parts["loading"] = encoder * size
-    # The averages take the weights' place at a validation; each process keeps its share of the weights meanwhile.
+    # A validation replaces the weights by their averages. Each process keeps its share of the weights meanwhile.
     parts["weights set aside"] = shape.parameters * size * share if layout.ema and validates else 0.0
     steady = sum(parts[name] for name in ("processes", "optimizer states", "gradients", "weights", "EMA", "VAE"))
     return Memory(

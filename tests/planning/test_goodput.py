@@ -101,13 +101,13 @@ def test_a_plan_prints_saves_failures_and_goodput() -> None:
         "one save: 26.5 s at 2 GB/s",
         "saved every 500 steps",
         "(Young, Daly)",
-        "0.22 a week",
+        "0.22 per week",
         "goodput: 9",
         "validations 5",
-        "a prediction until",
+        "a forecast until",
     ):
         assert part in text, text
-    assert "a prediction until" not in "\n".join(plan_report.lines(made("stage.plan_tflops=400")))
+    assert "a forecast until" not in "\n".join(plan_report.lines(made("stage.plan_tflops=400")))
     assert "saved at the end only" in "\n".join(plan_report.lines(made("stage.save_every=0")))
 
 

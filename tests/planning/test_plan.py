@@ -80,7 +80,7 @@ def test_when_nothing_fits_other_changes_are_advised() -> None:
     words = ["model=cogvideox-5b", "stage.batch_size=4", "stage.plan_memory_gb=12", "stage.plan_gpus=1"]
     with pytest.raises(ConfigError) as caught:
         plan_report.show(config(*words))
-    for part in ("No way of sharing", "stage.batch_size=1 stage.gradient_accumulation=4", "data.frames"):
+    for part in ("No way to shard", "stage.batch_size=1 stage.gradient_accumulation=4", "data.frames"):
         assert part in str(caught.value)
 
 
@@ -134,7 +134,7 @@ def test_a_shared_sequence_divides_activations_and_work_and_sends_tokens() -> No
         *words, "parallel.sequence=4", "deepspeed.activation_checkpointing=false"
     ).traffic.tokens == pytest.approx(42 * 2 * 4 * one)
     text = "\n".join(plan_report.lines(shared))
-    assert "for each 4 GPUs, which share its tokens" in text and ", tokens " in text
+    assert "per 4 GPUs, which share its tokens" in text and ", tokens " in text
 
 
 def test_a_clip_too_long_for_one_gpu_is_shared_where_nothing_else_helps() -> None:
@@ -176,14 +176,17 @@ def test_a_validation_is_counted() -> None:
 
 def test_an_expensive_validation_names_cheaper_settings() -> None:
     words = ["model=cogvideox-5b", "stage.plan_gpus=8", "sampling.seeds=[0,1]", "stage.steps=1000"]
-    said = "\n".join(plan_report.lines(made(*words, "stage.sample_every=100")))
-    dear = re.search(r"dear: stage.sample_every=(\d+), sampling.steps=(\d+) or fewer prompts would make it 10%", said)
-    assert dear is not None, said
-    cheaper = made(*words, f"stage.sample_every={dear[1]}")
-    assert cheaper.validation_seconds <= 0.1 * int(dear[1]) * cheaper.pace.step
-    fewer = made(*words, "stage.sample_every=100", f"sampling.steps={dear[2]}")
+    text = "\n".join(plan_report.lines(made(*words, "stage.sample_every=100")))
+    found = re.search(
+        r"expensive: stage.sample_every=(\d+), sampling.steps=(\d+) or fewer prompts would reduce it to 10%", text
+    )
+    assert found is not None, text
+    cheaper = made(*words, f"stage.sample_every={found[1]}")
+    assert cheaper.validation_seconds <= 0.1 * int(found[1]) * cheaper.pace.step
+    fewer = made(*words, "stage.sample_every=100", f"sampling.steps={found[2]}")
     assert fewer.validation_seconds <= 0.1 * 100 * fewer.pace.step
-    assert "dear" not in "\n".join(plan_report.lines(cheaper)) and "dear" not in "\n".join(plan_report.lines(fewer))
+    for affordable in (cheaper, fewer):
+        assert "expensive" not in "\n".join(plan_report.lines(affordable))
 
 
 def test_the_command_prints_a_plan_without_deepspeed(tmp_path: Path) -> None:

@@ -125,12 +125,11 @@ def compare_configured(config: Config[BenchmarkStage]) -> BenchmarkResult:
     ranks.setup()
     with progress(1 + config.stage.repeats, "turns") as bar:
         cost = measure_step(config, bar.advance, other=lambda trainer, size: bare_steps(trainer.engine, trainer, size))
-    step = asdict(cost)
     return BenchmarkResult(
-        summary=f"overhead: {summary_line(step)}",
+        summary=f"overhead: {summary_line(cost)}",
         columns=COLUMNS,
-        rows=[row(SettingResult(AS_CONFIGURED, step), step)],
-        details={"step": step},
+        rows=[row(SettingResult(AS_CONFIGURED, cost), cost)],
+        details={"step": asdict(cost)},
     )
 
 

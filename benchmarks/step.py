@@ -12,10 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -23,6 +21,7 @@ from benchmarks.output import RESULTS, new_parser, report
 from benchmarks.overhead import benchmark_config
 from benchmarks.peers import cogvideo_step
 from cogflow.benchmarking.device_peak import measure_device_peak
+from cogflow.benchmarking.step import StepCost
 from cogflow.benchmarking.step_settings import AS_CONFIGURED, SettingResult, run_setting, settings_result
 from cogflow.benchmarking.timed_turns import Turn, step_times
 from cogflow.config.benchmark_settings import BenchmarkStage
@@ -75,9 +74,8 @@ def cogvideo_result(config: Config[BenchmarkStage], clone: Path, python: str, fo
         return SettingResult(name, None, str(error))
 
 
-def measure_cogvideo_step(config: Config[BenchmarkStage], clone: Path, python: str, folder: Path) -> dict[str, Any]:
-    """Measure the step of the clone's ``finetune/`` with the interpreter ``python``; return keys of a
-    :class:`StepCost`.
+def measure_cogvideo_step(config: Config[BenchmarkStage], clone: Path, python: str, folder: Path) -> StepCost:
+    """Measure the step of the clone's ``finetune/`` with the interpreter ``python``.
 
     Raises :class:`DataError` with its last line of output when it fails.
     """
@@ -85,7 +83,7 @@ def measure_cogvideo_step(config: Config[BenchmarkStage], clone: Path, python: s
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
     peak = measure_device_peak(device, dtype)
-    described, _ = transformer_size.config_of(config.model)
+    described = transformer_size.description_of(config.model).config
     size = transformer_size.of_config(described)
     folder.mkdir(parents=True, exist_ok=True)
     request, answer = folder / "request.json", folder / "answer.json"
@@ -117,17 +115,17 @@ def measure_cogvideo_step(config: Config[BenchmarkStage], clone: Path, python: s
     times = step_times([Turn(seconds, 0.0) for seconds in found["turns"]], stage.batch_size)
     tokens = transformer_size.tokens(size, data.frames, data.height, data.width)
     useful = flops.step(size, tokens).total * stage.batch_size
-    return {
-        "model": config.model.name,
-        "parameters": size.parameters,
-        "size": f"{data.frames}x{data.height}x{data.width}",
-        "tokens": tokens.total,
-        "dtype": loading.dtype_name(dtype),
-        "times": asdict(times) if times else None,
-        "device_peak": asdict(peak),
-        "mfu": useful / times.median / peak.flops if times else None,
-        "memory": {"peak": found["peak"] / 1e9},
-    }
+    return StepCost(
+        model=config.model.name,
+        parameters=size.parameters,
+        size=f"{data.frames}x{data.height}x{data.width}",
+        tokens=tokens.total,
+        dtype=loading.dtype_name(dtype),
+        device_peak=peak,
+        times=times,
+        mfu=useful / times.median / peak.flops if times else None,
+        memory={"peak": found["peak"] / 1e9},
+    )
 
 
 def _free_port() -> str:

@@ -8,9 +8,8 @@ DeepSpeed are exported first, once for all components that come from them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind
 from cogflow.artifacts.run_layout import EXPORT_REPORT, TRAINER
@@ -19,6 +18,7 @@ from cogflow.config.model_section import ModelConfig
 from cogflow.errors import CogflowError, PipelineError
 from cogflow.export.export_plan import ExportRequest, prepare_export
 from cogflow.export.origin import FOREIGN, open_origin
+from cogflow.export.reported_values import FactValue
 from cogflow.export.to_diffusers import export_diffusers
 from cogflow.files.record_io import read_record
 from cogflow.models.code_check import CONFIGS
@@ -37,7 +37,7 @@ class ExportOptions:
     family: str = "auto"
     weights: str = "auto"
     dtype: str = "auto"
-    facts: Mapping[str, Any] | None = None
+    facts: Mapping[str, FactValue] = field(default_factory=dict)
     config: tuple[str, ...] = ()
 
 
@@ -125,7 +125,7 @@ def export_source(artifact: Artifact, names: list[str], output: Path, options: E
     for line in (*origin.passed_over, *origin.notes):
         echo(f"note: {line}")
     family = options.family if origin.tensors is not None else "auto"
-    given = {key: value for key, value in (options.facts or {}).items() if value is not None}
+    given = {key: value for key, value in options.facts.items() if value is not None}
     prepared = prepare_export(origin, ExportRequest(wanted, family, given, options.dtype))
     step = "" if origin.step is None else f" of step {origin.step}"
     echo(f"exporting {', '.join(wanted)} of {origin.place} ({origin.kind}, {origin.weights} weights{step}) to {output}")

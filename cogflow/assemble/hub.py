@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout
 from cogflow.assemble.model_card import shorten_paths
 from cogflow.errors import PipelineError
 from cogflow.files.publish import MANIFEST, read_manifest, write_manifest
+from cogflow.files.record_io import JsonValue, read_record, record_values
+from cogflow.records.pipeline_records import AssemblyRecord
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:
@@ -45,12 +48,12 @@ def copy_without_paths(folder: Path, target: Path) -> None:
     names.
     """
     shutil.copytree(folder, target, copy_function=_link_or_copy)
-    assembly = json.loads((folder / ASSEMBLY).read_text(encoding="utf-8"))
+    assembly = read_record(folder / ASSEMBLY, AssemblyRecord)
     files = read_manifest(folder).files
     known = {name: entry.sha256 for name, entry in files.items() if name not in (ASSEMBLY, MANIFEST)}
     for name in (ASSEMBLY, MANIFEST):
         (target / name).unlink()  # a hard link: writing into it would change the published file
-    shortened = json.dumps(_shorten(assembly), indent=2, ensure_ascii=False) + "\n"
+    shortened = json.dumps(_shorten(record_values(assembly)), indent=2, ensure_ascii=False) + "\n"
     (target / ASSEMBLY).write_text(shortened, encoding="utf-8")
     write_manifest(target, known)
 
@@ -62,14 +65,12 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _shorten(value: Any) -> Any:
+def _shorten(value: JsonValue) -> JsonValue:
     """Return a JSON ``value`` with every absolute path in its texts cut to its last two names."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _shorten(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_shorten(item) for item in value]
     if not isinstance(value, str):
-        return value
+        return [_shorten(item) for item in value] if isinstance(value, Sequence) else value
     is_path = value.startswith("/") and " /" not in value and "\n" not in value
     if is_path and len(Path(value).parts) > 3:
         return ".../" + "/".join(Path(value).parts[-2:])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cogflow.artifacts.run_layout import SAMPLES_RECORD
 from cogflow.assemble.components import PipelineComponent
 from cogflow.errors import CogflowError
 from cogflow.files.printable import one_line, printable
@@ -28,8 +27,8 @@ from cogflow.records.pipeline_records import (
     VerifyRecord,
 )
 from cogflow.records.run_records import StageRecord
-from cogflow.records.sample_records import SamplesRecord
 from cogflow.runtime.progress import clock
+from cogflow.sampling.sample_record import read_sample_record
 from cogflow.tracking.weights_origin import describe_origin
 
 CONTACT_SHEET = "contact.png"
@@ -89,7 +88,7 @@ def collect_sections(context: CardContext, pipeline: Path) -> CardSections:
     command, training = shorten_command(context.command), _training_rows(context.run)
     if context.samples is None:
         return CardSections(command, training)
-    record = read_record(context.samples / SAMPLES_RECORD, SamplesRecord)
+    record = read_sample_record(context.samples)
     target = pipeline / SAMPLES_FOLDER
     target.mkdir()
     for sample in record.samples:

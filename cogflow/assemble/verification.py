@@ -18,17 +18,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from cogflow.artifacts.run_layout import MODEL_INDEX, SAMPLES_RECORD, RunLayout
+from cogflow.artifacts.run_layout import MODEL_INDEX, RunLayout
 from cogflow.assemble.components import PipelineComponent
 from cogflow.assemble.expectations import family_of
 from cogflow.config.config import AnyConfig
 from cogflow.errors import QualityGateError, format_list
-from cogflow.files.record_io import read_record
 from cogflow.records.ladder_records import ToleranceRecord
 from cogflow.records.pipeline_records import PipelineSampling, VerifiedSample, VerifyRecord
 from cogflow.records.sample_records import SampleRecord, SamplesRecord
 from cogflow.sampling.noise import latent_frames, noise_for, step_generator
-from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples
+from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples, read_sample_record
 from cogflow.sharpness.psnr import psnr_of_error
 from cogflow.weights.safetensors_file import save_tensors
 from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
@@ -93,7 +92,7 @@ def find_reference(runs: Iterable[Path], transformer: PipelineComponent) -> tupl
         if folder is None or not (folder / FRAMES_FILE).is_file():
             reasons.append(f"{run} has no samples with raw frames")
             continue
-        record = read_record(folder / SAMPLES_RECORD, SamplesRecord)
+        record = read_sample_record(folder)
         if record.sampling.sampler != "default":
             sampler = f"sampling.sampler={record.sampling.sampler}"
             reasons.append(f"{folder} was sampled with {sampler}, not with the pipeline's own scheduler")

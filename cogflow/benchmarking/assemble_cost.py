@@ -1,4 +1,5 @@
-"""stage.what=assemble: cost of stage=assemble, linked and copied, beside ``cp -r`` and ``save_pretrained``."""
+"""stage.what=assemble: compare the cost of stage=assemble, with links and with copies, with ``cp -r`` and
+``save_pretrained``."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ pipe.save_pretrained(sys.argv[2])
 """Load every component and write it again in its own dtype, as CogVideo's converter does at its end."""
 
 SPARE_BYTES = 8e9
-"""Free disk that must remain after a command, or the command is not run."""
+"""Disk space that must stay free after a command. Otherwise the benchmark does not run the command."""
 
 LINKED = "cogflow, linked"
 METRICS = ("seconds", "gb_per_second", "peak_anonymous_gb", "peak_resident_gb")
@@ -36,7 +37,8 @@ METRICS = ("seconds", "gb_per_second", "peak_anonymous_gb", "peak_resident_gb")
 
 @dataclass(frozen=True)
 class AssembleRun:
-    """One run of one command; values are ``None`` after a failure, and all of them when the command was not run."""
+    """One run of one command. Seconds and rate are ``None`` after a failure; all values are ``None`` for a command that
+    was not run."""
 
     way: str
     repeat: int
@@ -74,9 +76,9 @@ def measure_assemble(config: Config[BenchmarkStage], folder: Path) -> BenchmarkR
 
 
 def _compare(source: Path, folder: Path, size: int, repeats: int) -> list[AssembleRun]:
-    """Run every way.
+    """Run every command ``repeats`` times.
 
-    Each starts with the sources out of the page cache and without known hashes, but for the repeated one.
+    Each starts with the sources out of the page cache and without cached hashes, except the repeated assembly.
     """
     target = folder / "out"
     ways: dict[str, tuple[Sequence[str], int]] = {
@@ -105,7 +107,7 @@ def _no_space(folder: Path, written: int) -> str | None:
     free = shutil.disk_usage(folder).free
     if not written or free >= written + SPARE_BYTES:
         return None
-    return f"not run: it writes {written / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+    return f"not run: it writes {written / 1e9:.0f} GB and {free / 1e9:.0f} GB are free"
 
 
 def _run(way: str, repeat: int, command: Sequence[str], folder: Path, size: int) -> AssembleRun:

@@ -1,5 +1,5 @@
-"""stage.what=checkpoint: the parts of a save, for which training waits, beside ``torch.save`` of as many bytes and
-``cp``."""
+"""stage.what=checkpoint: time the parts of a save, during which training waits, and compare the save with
+``torch.save`` of as many bytes and with ``cp``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 class CheckpointRun:
     """One save or load of ``gb`` GB.
 
-    ``peak``: GB that the process holds more at its end. ``parts``: seconds of a save by part.
+    ``peak``: growth of the process's memory in GB. ``parts``: seconds of a save by part.
     """
 
     way: str
@@ -49,7 +49,7 @@ class CheckpointRun:
 
 
 def measure_checkpoints(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
-    """Save and load the configured model as stage=train does, ``stage.repeats`` times after one that does not count."""
+    """Save and load the configured model as stage=train does, ``stage.repeats`` times after one warm-up."""
     stage = config.stage
     speed.grow_segments()
     device = ranks.device()
@@ -139,7 +139,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _timed(work: Callable[[], Result]) -> tuple[Result, tuple[float, float]]:
-    """Return the result of ``work``, and its seconds with the GB that the process holds more at its end than before."""
+    """Return the result of ``work``, its seconds and the growth of the process's memory in GB."""
     before, _ = process_memory(os.getpid())
     began = time.perf_counter()
     result = work()

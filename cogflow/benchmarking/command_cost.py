@@ -18,7 +18,7 @@ class CommandCost:
     """Wall time and memory of a finished command. Both memory values are sums over the process and its children.
 
     ``anonymous``: peak of RssAnon in bytes, the memory that only the process itself can free. ``resident``: peak of
-    VmRSS in bytes, which includes mapped pages of files that the kernel can take back. ``tail``: the last lines of its
+    VmRSS in bytes, which includes mapped pages of files that the kernel can reclaim. ``tail``: the last lines of its
     output.
     """
 
@@ -34,7 +34,7 @@ class CommandCost:
 
     @property
     def failure(self) -> str | None:
-        """Exit code and last lines of a command that failed; ``None`` of one that succeeded."""
+        """Exit code and last lines of a command that failed; ``None`` after success."""
         return None if self.ok else f"exit code {self.returncode} after {self.seconds:.0f} s: {self.tail}"
 
 
@@ -57,7 +57,7 @@ def run_command(command: Sequence[str], log: Path, env: Mapping[str, str] | None
 
 
 def process_memory(pid: int) -> tuple[int, int]:
-    """Return (RssAnon, VmRSS) in bytes of a process and its descendants; zeros when the process is gone."""
+    """Return (RssAnon, VmRSS) in bytes of a process and its descendants; zeros when the process has ended."""
     anonymous = resident = 0
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Measure what a device reaches at best: one large matrix product and one large copy."""
+"""Measure the peak speed of a device with one large matrix product and one large copy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """``flops``: operations per second of a square product of ``size`` in ``dtype``. ``copied``: bytes per second that
-    a copy reads and, at the same time, writes."""
+    """Peak speeds. ``flops``: operations per second of a square matrix product of ``size`` in ``dtype``. ``copied``:
+    bytes per second that a copy both reads and writes."""
 
     flops: float
     copied: float
@@ -23,9 +23,9 @@ class DevicePeak:
 
 
 def measure_device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
-    """Return the best of :data:`REPEATS` tries, with the threads that training has.
+    """Return the best of :data:`REPEATS` tries, with as many threads as training uses.
 
-    Takes seconds on a CPU, one on a GPU.
+    It takes seconds on a CPU and one second on a GPU.
     """
     gpu = device.type == "cuda"
     size, times, bytes_ = (8192, 20, 2**30) if gpu else (2048, 1, 2**28)

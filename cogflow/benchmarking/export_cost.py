@@ -1,4 +1,4 @@
-"""stage.what=export: time and memory of stage=export beside ``cp``, on a checkpoint of the real size with random
+"""stage.what=export: compare time and memory of stage=export with ``cp``, on a checkpoint of the real size with random
 values."""
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cogflow.runtime.console import echo
 
 COPY, VERIFIED, UNVERIFIED = "cp + sync", "cogflow, verified", "cogflow, stage.verify=off"
 OUTPUTS = ("copy.pt", "verified", "unverified", "peer")
-"""Files and folders that the compared commands write, in the benchmark's folder."""
+"""Files and folders that the compared commands write in the benchmark's folder."""
 
 
 @dataclass(frozen=True)
 class ExportRun:
     """One run of one command.
 
-    ``ratio_to_cp``: its seconds over those of ``cp`` and ``sync`` in the same repeat. ``None`` after a failure.
+    ``ratio_to_cp``: its seconds divided by those of ``cp`` and ``sync`` in the same repeat, ``None`` after a failure.
     """
 
     way: str
@@ -54,7 +54,7 @@ def measure_export(config: Config[BenchmarkStage], folder: Path) -> BenchmarkRes
 
 
 def make_source(folder: Path, family: str, layers: int | None) -> Path:
-    """Make ``folder``/sat, a SAT checkpoint of ``family``, unless it is there; return the folder."""
+    """Return ``folder``/sat, a SAT checkpoint of ``family``. Write it if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "sat"
     if not (source / "latest").is_file():
@@ -63,14 +63,14 @@ def make_source(folder: Path, family: str, layers: int | None) -> Path:
 
 
 def weights_file(source: Path) -> Path:
-    """Return the file with the weights of the SAT checkpoint ``source``."""
+    """Return the weights file of the SAT checkpoint ``source``."""
     return source / "1" / "mp_rank_00_model_states.pt"
 
 
 def compare_export(
     source: Path, folder: Path, repeats: int, more: Mapping[str, Sequence[str]] | None = None
 ) -> list[ExportRun]:
-    """Export the SAT checkpoint ``source`` in every way, ``repeats`` times in turns; outputs and logs are in
+    """Run every export of the SAT checkpoint ``source`` in turns, ``repeats`` times. Outputs and logs are in
     ``folder``.
 
     ``more``: commands of other exporters by name, which write to ``folder``/peer.
@@ -98,7 +98,7 @@ def compare_export(
 
 
 def export_result(runs: Sequence[ExportRun]) -> BenchmarkResult:
-    """Return the medians of ``runs`` by way."""
+    """Return the result of ``runs``: the median of each metric for each command."""
     medians = {
         way: {name: median_or_none([getattr(run, name) for run in runs if run.way == way]) for name in METRICS}
         for way in dict.fromkeys(run.way for run in runs)
@@ -140,7 +140,7 @@ def _cogflow(source: Path, output: Path, verify: str) -> list[str]:
 
 
 def _remove_outputs(folder: Path) -> None:
-    """Remove what the last command wrote, so that every command finds the same free space."""
+    """Remove the outputs of the last command, so that every command has the same free space."""
     for name in OUTPUTS:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
@@ -149,7 +149,7 @@ def _remove_outputs(folder: Path) -> None:
 
 
 def _warm_page_cache(file: Path) -> None:
-    """Read ``file`` once, so that every command finds as much of it in the page cache as fits."""
+    """Read ``file`` once, so that for every command as much of it as fits is in the page cache."""
     with file.open("rb", buffering=0) as data:
         while data.read(1 << 24):
             pass

@@ -1,4 +1,4 @@
-"""stage.what=loader: making batches from a latent cache on the disk, by part, beside a training step."""
+"""stage.what=loader: time the parts of loading a batch from a latent cache, and compare them with a training step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cogflow.data.clips import CLIP_SETTINGS
 from cogflow.data.latent_cache import CLIPS, TEXTS, LatentCache, ShardWriter, scan_shards
 from cogflow.files.record_io import write_record
 from cogflow.models import loading as components
-from cogflow.models.transformer_inputs import TransformerInputs, takes_image
+from cogflow.models.transformer_inputs import TransformerInputs, TransformerSettings
 from cogflow.planning.plan import plan
 from cogflow.records.cache_records import CacheCounts, CacheEntry, CacheIndex, CacheSettings, CaptionEntry
 from cogflow.runtime import ranks
@@ -32,7 +32,7 @@ from cogflow.training import transformer_size
 from cogflow.training.batch import Batch, Loader, training_batch
 
 CACHED_CLIPS = 64
-"""Clips in the cache: at the size of CogVideoX more than a processor's caches hold."""
+"""Clips in the cache. At the size of CogVideoX they do not fit into a processor's caches."""
 SHARD_CLIPS = 16
 BATCHES = 16
 """Batches of a turn."""
@@ -42,22 +42,22 @@ COLUMNS = ("part", "ms a batch", "lowest", "highest", "share of the batch", "sha
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of a training step, and where the number comes from, in words."""
+    """Seconds of a training step, and a phrase that describes the source of the number."""
 
     seconds: float
     source: str
 
 
 def measure_loading(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
-    """Make ``stage.repeats`` turns of 16 batches of ``stage.batch_size`` clips at the size of ``data``, after one that
-    does not count."""
+    """Load ``stage.repeats`` turns of 16 batches of ``stage.batch_size`` clips at the size of ``data``, after one
+    warm-up turn."""
     stage, data = config.stage, config.data
     device = ranks.device()
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "loader"
-    described, _ = transformer_size.config_of(config.model)
+    settings = transformer_size.description_of(config.model).settings
     dtype = components.resolve_dtype(config.model, device)
-    write_random_cache(place, data, described, dtype)
-    batches = _Batches(LatentCache(place), TransformerInputs.of(described, {"scaling_factor": 0.7}), stage.batch_size)
+    write_random_cache(place, data, settings, dtype)
+    batches = _Batches(LatentCache(place), TransformerInputs.of(settings, scaling_factor=0.7), stage.batch_size)
     turns: list[dict[str, float]] = []
     with progress(1 + stage.repeats, "turns") as bar:
         for turn in range(1 + stage.repeats):
@@ -98,7 +98,7 @@ def measure_loading(config: Config[BenchmarkStage], folder: Path) -> BenchmarkRe
 
 
 class _Batches:
-    """Batches by number, of clips in an order that reads neighbours from different shards, as a shuffled epoch does."""
+    """Numbered batches. Neighbouring clips of a batch are in different shards, as in a shuffled epoch."""
 
     def __init__(self, clips: LatentCache, inputs: TransformerInputs, batch_size: int) -> None:
         self.clips, self.inputs, self.batch_size = clips, inputs, batch_size
@@ -112,7 +112,7 @@ class _Batches:
         return training_batch(self.clips, self.chosen(number), (0, number), 0, inputs=self.inputs, text_dropout=0.0)
 
     def read(self, number: int) -> None:
-        """Read the tensors of a batch: mapped tensors are read when they are touched."""
+        """Read the tensors of a batch. Mapped tensors are read from the disk when they are touched."""
         for position in self.chosen(number):
             clip = self.clips.entry(position)
             for tensor in (clip.mean, clip.logvar, clip.embeds):
@@ -127,7 +127,8 @@ class _Batches:
 
 
 def _turn(batches: _Batches, turn: int, device: torch.device) -> dict[str, float]:
-    """Return the seconds of a batch, whole and by part, each on one thread over other clips than the turn before."""
+    """Return the seconds of a batch and of its parts. Each is measured on one thread, with other clips than in the last
+    turn."""
     start = turn * BATCHES
 
     def mean_seconds(work: Callable[[int], Any]) -> float:
@@ -163,7 +164,7 @@ def _bytes(batch: Batch) -> int:
 
 
 def _step_seconds(config: Config[BenchmarkStage], device: torch.device, dtype: torch.dtype) -> StepSeconds:
-    """Return the seconds of a training step: measured where the model fits, else planned for a GPU."""
+    """Return the seconds of a training step: measured if the model fits, else forecast for a GPU."""
     stage = config.stage
     asked = train_config(config, 1 + 2 * stage.steps)
     if device.type == "cuda" or config.model.name == "tiny":
@@ -176,21 +177,20 @@ def _step_seconds(config: Config[BenchmarkStage], device: torch.device, dtype: t
             return StepSeconds(times.median, f"a training step of {times.median:.3g} s")
     planned = plan(asked)
     seconds, rate = planned.pace.step, planned.device.tflops
-    return StepSeconds(seconds, f"a training step of {seconds:.3g} s, planned for a GPU of {rate:.3g} TFLOP/s")
+    return StepSeconds(seconds, f"a training step of {seconds:.3g} s, forecast for a GPU of {rate:.3g} TFLOP/s")
 
 
-def write_random_cache(place: Path, data: DataConfig, described: dict[str, Any], dtype: torch.dtype) -> None:
+def write_random_cache(place: Path, data: DataConfig, transformer: TransformerSettings, dtype: torch.dtype) -> None:
     """Write a prepared folder of :data:`CACHED_CLIPS` random clips at the size of ``data``.
 
-    ``described``: the transformer's config. ``dtype``: of the embeddings.
+    ``dtype``: dtype of the embeddings.
     """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    per_latent = int(described.get("temporal_compression_ratio") or 4)
-    latents = (16, (data.frames - 1) // per_latent + 1, data.height // 8, data.width // 8)
-    text = (int(described["max_text_seq_length"]), int(described["text_embed_dim"]))
-    variants = data.image_variants if takes_image(described) else 0
+    latents = (16, (data.frames - 1) // transformer.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
+    text = (transformer.max_text_seq_length, transformer.text_embed_dim)
+    variants = data.image_variants if transformer.takes_image else 0
     names = [str(number) for number in range(CACHED_CLIPS)]
 
     def moments(kind: str, size: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
-"""stage.what=prepare: reading clips as far as the VAE's input, as many at a time as stage=prepare reads; and one clip
-by part."""
+"""stage.what=prepare: time reading clips up to the VAE's input, with as many at a time as stage=prepare reads, and the
+parts of one clip."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from cogflow.sharpness.metrics import measure
 
 COGFLOW = "cogflow"
 DRAWN_CLIPS = 4
-DRAWN_RATE = 3  # frames of a drawn clip for each frame that is wanted
+DRAWN_RATE = 3  # frames that are drawn for each frame that is read
 COLUMNS = ("way", "seconds a clip", "lowest", "highest", "clips a second", "frames a second", "ratio to cogflow")
 Result = TypeVar("Result")
 
 
 def measure_preparing(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
-    """Read all clips in ``stage.repeats`` passes after one that does not count, then each clip by part."""
+    """Read all clips in ``stage.repeats`` passes after one warm-up, then time the parts of each clip."""
     stage, data = config.stage, config.data
     place = (Path(stage.folder).expanduser() if stage.folder else folder / "benchmark") / "prepare"
     if stage.clips:
@@ -71,14 +71,14 @@ def measure_preparing(config: Config[BenchmarkStage], folder: Path) -> Benchmark
 
 
 def summary_line(typical: float, data: DataConfig, description: str) -> str:
-    """Return one line; ``typical``: seconds a clip."""
+    """Return one line about the speed. ``typical``: seconds per clip."""
     size = f"{data.frames}x{data.height}x{data.width}"
     rate = f"{1 / typical:.3g} clips of {size} a second ({data.frames / typical:.3g} frames)"
     return f"prepare: {rate} from {description}, {clips_at_once()} at a time"
 
 
 def timing_row(way: str, seconds: Sequence[float], ours: float, frames: int) -> list[Cell]:
-    """Return the cells of :data:`COLUMNS` for ``seconds`` a clip; ``ours``: cogflow's."""
+    """Return the cells of :data:`COLUMNS` for ``seconds`` per clip. ``ours``: the seconds of cogflow."""
     middle = median(seconds)
     return [way, middle, min(seconds), max(seconds), 1 / middle, frames / middle, ours / middle]
 
@@ -113,7 +113,7 @@ def draw_clips(folder: Path, count: int, height: int, data: DataConfig) -> list[
 
 
 def describe_clips(paths: Sequence[Path]) -> str:
-    """Return number, size, codec and frame rate in words, by the first clip."""
+    """Return number, size, codec and frame rate of the clips in words. The first clip stands for all."""
     with open_media(paths[0]) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 0)
@@ -121,7 +121,7 @@ def describe_clips(paths: Sequence[Path]) -> str:
 
 
 def seconds_per_pass(paths: Sequence[Path], data: DataConfig) -> float:
-    """Return the seconds until the VAE could have been given all clips, with as many at a time as in stage=prepare."""
+    """Return the seconds until all clips are ready for the VAE, with as many at a time as in stage=prepare."""
 
     def read(path: Path) -> torch.Size:
         return vae_input(clips.read_clip(path, data).frames, torch.device("cpu"), torch.float32).shape
@@ -140,7 +140,7 @@ def seconds_per_pass(paths: Sequence[Path], data: DataConfig) -> float:
 
 
 def measure_parts(paths: Sequence[Path], data: DataConfig, place: Path) -> dict[str, list[float]]:
-    """Return the seconds of each part of stage=prepare but the models, one value per clip, all on one core."""
+    """Return the seconds per clip of each part of stage=prepare except the models, measured on one core."""
     place.mkdir(parents=True, exist_ok=True)
     with clip_threads(1) as pool:
         by_clip = [pool.submit(_parts_of_clip, path, data, place).result() for path in paths]

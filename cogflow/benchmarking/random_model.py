@@ -1,4 +1,4 @@
-"""Random weights and clips with the real names and shapes, to time a step without any download."""
+"""Make random weights and clips with the real names and shapes, so that a step can be timed without a download."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from cogflow.data.latent_cache import CachedClip
 from cogflow.weights.tensor_source import TensorInfo
 
 POOL = 1 << 22
-"""Random values that all weights are cut from; drawing 5.6 billion would take minutes."""
+"""Number of random values. All weights are slices of them, because drawing 5.6 billion values takes minutes."""
 
 
 class RandomWeights:
-    """Normal values of deviation 0.02 for every tensor of ``shapes``, on ``device``; scales of norms are 1."""
+    """Random values for every tensor of ``shapes``, on ``device``: normal with a deviation of 0.02, and 1 for scales of
+    norms."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device | None = None) -> None:
         self.tensors = {name: TensorInfo(name, shape, torch.float32, Path()) for name, shape in shapes.items()}
@@ -30,21 +31,21 @@ class RandomWeights:
 
 
 def cut_from_pool(pool: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return values of the flat ``pool`` as a tensor of ``shape``. ``name`` chooses where the cut begins."""
+    """Return a slice of the flat ``pool`` as a tensor of ``shape``. ``name`` decides where the slice begins."""
     count = int(torch.Size(shape).numel())
     start = zlib.crc32(name.encode()) % (len(pool) // 2)
     return pool[start:].repeat(-(-count // (len(pool) - start)))[:count].reshape(shape)
 
 
 def pool_values(dtype: torch.dtype, size: int = 1 << 24) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """Return a function (name, shape) -> tensor of ``dtype``: 0.02 times a normal distribution, cut from one pool of
-    ``size`` values."""
+    """Return a function (name, shape) -> tensor of ``dtype``. Its values are slices of one pool of ``size`` values,
+    normal with a deviation of 0.02."""
     pool = (torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     return lambda name, shape: cut_from_pool(pool, name, shape)
 
 
 class RandomClips:
-    """Stands in for a latent cache: ``count`` clips of noise. ``latents``: latent frames, rows and columns."""
+    """Replacement of a latent cache with ``count`` clips of noise. ``latents``: latent frames, rows and columns."""
 
     holdout: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()

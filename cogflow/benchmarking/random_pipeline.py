@@ -1,5 +1,4 @@
-"""Write a pipeline folder of a CogVideoX model at its real size with random values; names, shapes, dtypes and shards
-are real."""
+"""Write a pipeline folder of a CogVideoX model with random values and the real names, shapes, dtypes and shards."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ SMALL_VAE = {"block_out_channels": [8, 16, 32, 64], "layers_per_block": 1, "norm
 def make_pipeline(folder: Path, family: str, layers: int | None = None) -> int:
     """Publish the folder and return its bytes: the transformer in the dtype of ``family``, T5-XXL and the VAE in fp32.
 
-    ``layers``: fewer layers of the transformer, and fewer of T5 in proportion. Memory: a pool of values and one tensor.
+    ``layers``: number of transformer layers; T5 is shortened in proportion. Memory: a pool of values and one tensor.
     """
     member = MODEL_SPECS[family]
     facts = published_facts(family)

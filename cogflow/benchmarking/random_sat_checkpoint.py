@@ -1,5 +1,4 @@
-"""Write a SAT checkpoint of a CogVideoX model at its real size with random values; names, shapes, dtype and files are
-real."""
+"""Write a SAT checkpoint of a CogVideoX model with random values and the real names, shapes, dtype and files."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from cogflow.weights.weights_writer import PlannedTensor, write_torch_file
 def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) -> Path:
     """Publish the checkpoint of the model ``family`` at ``folder`` and return its file.
 
-    ``layers``: fewer than the model has.
+    ``layers``: number of layers, by default the model's.
     """
     facts = published_facts(family)
     if layers is not None:
@@ -43,7 +42,7 @@ def make_sat_checkpoint(folder: Path, family: str, layers: int | None = None) ->
     random_values = pool_values(dtype)
 
     def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name in exact:  # position tables must be exact, or the export refuses them
+        if name in exact:  # the export refuses position tables that are not exact
             return exact[name].make(name, {}).to(dtype)
         return random_values(name, shape)
 

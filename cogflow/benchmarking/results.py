@@ -1,4 +1,4 @@
-"""The result of one benchmark: a line, a table, and details for ``benchmark.json``."""
+"""Define the result of one benchmark: a line, a table, and details for ``benchmark.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """``summary``: one line.
+    """Result of one benchmark. ``summary``: one line.
 
     ``columns`` and ``rows``: the table that is printed and logged. ``details``: more keys of the record.
     """

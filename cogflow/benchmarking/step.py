@@ -1,8 +1,7 @@
-"""Measure one training step of the configured model at its real shapes, with random weights and clips: time,
-operations, memory by part.
+"""Measure time, operations and memory of one training step of the configured model, with random weights and clips.
 
-The loop, the guards, the indicator and the loader run as in stage=train; nothing else is due between steps. The VAE and
-T5 are not on the device while training, so they are not loaded here.
+The loop, its checks, the step monitor and the loader run as in stage=train. Nothing else runs between steps. The VAE
+and T5 are not on the device while training, so this module does not load them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,11 +41,11 @@ from cogflow.weights.strict_loading import expected_shapes, meta_model
 
 CLIPS = 4
 STEP_PHASES = ("forward and backward", "optimizer step")
-"""Phases of a plan's memory that a step goes through."""
+"""Phases of a plan's memory that a step consists of."""
 
 OtherLoop = Callable[[Trainer, int], Iterator[None]]
-"""(trainer, batch size) -> a loop that does one step of the same engine for each value, to be timed beside the
-trainer's."""
+"""(trainer, batch size) -> a loop that does one step of the same engine per iteration. It is timed in turns with the
+trainer's loop."""
 
 
 @dataclass(frozen=True)
@@ -54,39 +53,39 @@ class StepCost:
     """Cost of one training step. Times in seconds, memory in GB, operations for all clips of the step.
 
     ``flops``: "useful", "with_recomputation", and "counted" (one clip, counted by torch). ``mfu`` and ``hfu``: useful
-    and executed operations per second over ``device_peak.flops``. ``data_wait``: share of the step that waits for a
-    batch. ``memory``: see :class:`MemoryLog`, with the parts and the peak that the plan foresees. ``other``: times of
-    the loop beside it, of which ``ratio_to_other``.
+    and executed operations per second, divided by ``device_peak.flops``. ``data_wait``: share of the step that waits
+    for a batch. ``memory``: see :class:`MemoryLog`. ``memory_planned``: the plan's forecast of the parts and the peak.
+    ``other``: times of the loop in comparison. ``ratio_to_other``: median time divided by that of ``other``. Fields
+    with a default are unknown for the steps of other trainers.
     """
 
     model: str
     parameters: int
     size: str
     tokens: int
-    device: str
     dtype: str
-    world: int
     device_peak: DevicePeak
     times: StepTimes | None
-    turns: list[float]
-    start_seconds: float
-    flops: dict[str, float]
     mfu: float | None
-    hfu: float | None
-    data_wait: float | None
     memory: dict[str, float]
-    memory_planned: dict[str, float]
-    allocator_retries: int
-    profile: list[ProfilePart]
-    other: StepTimes | None
-    ratio_to_other: float | None
+    device: str = ""
+    world: int = 1
+    turns: list[float] = field(default_factory=list)
+    start_seconds: float | None = None
+    flops: dict[str, float] = field(default_factory=dict)
+    hfu: float | None = None
+    data_wait: float | None = None
+    memory_planned: dict[str, float] = field(default_factory=dict)
+    allocator_retries: int = 0
+    profile: list[ProfilePart] = field(default_factory=list)
+    other: StepTimes | None = None
+    ratio_to_other: float | None = None
 
 
 def measure_step(
     config: Config[BenchmarkStage], advance: Callable[[int], None], other: OtherLoop | None = None
 ) -> StepCost:
-    """Train ``stage.repeats`` turns of ``stage.steps`` steps after one turn that does not count, and return the cost.
-    Collective.
+    """Train ``stage.repeats`` turns of ``stage.steps`` steps after one warm-up turn, and return the cost. Collective.
 
     ``other``: a loop to time in turns with the trainer's. ``advance`` is called with 1 after each turn.
     """
@@ -169,9 +168,9 @@ def make_trainer(
 ) -> Trainer:
     """Return a trainer as stage=train builds it, with random weights and clips instead of files."""
     stage = config.stage
-    described, source = transformer_size.config_of(config.model)
-    weights = RandomWeights(expected_shapes(meta_model(described, Path(source))), device)
-    transformer = initial_weights.make(described, weights, config.deepspeed, stage, dtype, device)
+    described = transformer_size.description_of(config.model)
+    weights = RandomWeights(expected_shapes(meta_model(described.config, described.source)), device)
+    transformer = initial_weights.make(described.config, weights, config.deepspeed, stage, dtype, device)
     memory_log.after_weights()
     recompute(
         transformer, config.deepspeed, kept_activations(config), speed.compile_mode(speed.how_compiled(config, device))
@@ -182,7 +181,7 @@ def make_trainer(
     latents = ((data.frames - 1) // own.temporal_compression_ratio + 1, data.height // 8, data.width // 8)
     clips: Any = RandomClips(CLIPS, latents, own.max_text_seq_length, own.text_embed_dim)
     alphas = loading.load_scheduler(tiny.folder()).alphas_cumprod
-    inputs = TransformerInputs.of(own, {"scaling_factor": 0.7})
+    inputs = TransformerInputs.of(described.settings, scaling_factor=0.7)
     placement = RankPlacement(config.parallel.sequence)
     objective = Objective(engine, alphas, inputs, placement, device=device, dtype=dtype)
     trainer = build_step_trainer(config, clips, objective)
@@ -191,7 +190,9 @@ def make_trainer(
 
 
 def _profile(trainer: Trainer, config: Config[TrainStage], peak: DevicePeak) -> list[ProfilePart]:
-    """Train one more step under the profiler, after one whose batch and whose successor's batch are prefetched."""
+    """Train one step without the profiler, which prefetches the next batch, and one step under it. Return the
+    profile.
+    """
     steps = trainer.stage.steps
     with Loader(trainer.batches.batch, 1, trainer.device) as loader:
         trainer.train_step(steps, loader)
@@ -218,10 +219,10 @@ def _operations(config: Config[BenchmarkStage], planned: Plan) -> dict[str, floa
 def counted_flops(config: Config[BenchmarkStage]) -> float:
     """Return the operations of one clip's forward and backward pass as torch counts them on the meta device, without
     recomputation."""
-    described, source = transformer_size.config_of(config.model)
+    described = transformer_size.description_of(config.model)
     data = config.data
     with torch.device("meta"):
-        transformer = meta_model(described, Path(source)).to("meta").train()
+        transformer = meta_model(described.config, described.source).to("meta").train()
         own: Any = transformer.config
         frames = (data.frames - 1) // own.temporal_compression_ratio + 1
         padded = frames + frames % (own.patch_size_t or 1)
@@ -233,11 +234,11 @@ def counted_flops(config: Config[BenchmarkStage]) -> float:
 
 
 class MemoryLog:
-    """Memory in bytes at the points where it changes: on a GPU what PyTorch has allocated, else RssAnon of the process.
+    """Memory in bytes at several points: on a GPU the bytes that PyTorch has allocated, else RssAnon of the process.
 
     ``weights``: after the model is made. ``resident``: after the first step, with masters, optimizer states and
-    buckets. ``activations``: what a forward pass leaves. ``peak`` and ``reserved``: highest values since the first step
-    (on a CPU: since the process began).
+    buckets. ``activations``: growth during a forward pass. ``peak`` and ``reserved``: highest values since the first
+    step (on a CPU: since the process began).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -255,7 +256,7 @@ class MemoryLog:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def follow(self, transformer: torch.nn.Module) -> None:
-        """Measure at each forward pass of ``transformer`` how much memory it leaves allocated."""
+        """Measure the memory that each forward pass of ``transformer`` leaves allocated."""
         before = [0]
 
         def entering(*_: Any) -> None:

@@ -1,5 +1,5 @@
-"""Divide the time of a training step: kernels by what they compute, with the least time of each kind, and the time
-without any kernel."""
+"""Divide the time of a training step into kinds of kernels, with a lower bound for each kind, and the time without any
+kernel."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LARGEST = 4
 
 @dataclass(frozen=True)
 class ProfilePart:
-    """Kernels of one ``kind`` in one step, in seconds. ``floor``: the time of their useful operations at the device's
-    peak, 0 where none are useful. ``largest``: names and seconds of the kernels that take longest."""
+    """Kernels of one ``kind`` in one step; times in seconds. ``floor``: the time of their useful operations at the
+    device's peak, 0 without useful operations. ``largest``: names and seconds of the slowest kernels."""
 
     kind: str
     seconds: float
@@ -47,7 +47,7 @@ def profile_step(
     """Run ``step``, which trains on ``clips`` clips, and return its time by kind; the last part is the time without any
     kernel.
 
-    On a CPU operations take the place of kernels, and the last part is the time in Python between them.
+    On a CPU the parts are operations instead of kernels, and the last part is the time in Python between them.
     """
     gpu = device.type == "cuda"
     if gpu:

@@ -5,15 +5,14 @@ Each setting runs in a process of its own, so that none inherits another's memor
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from cogflow.benchmarking.results import BenchmarkResult, Cell
 from cogflow.benchmarking.step import StepCost, measure_step
@@ -21,6 +20,8 @@ from cogflow.config.benchmark_settings import BenchmarkStage
 from cogflow.config.command import override
 from cogflow.config.config import Config
 from cogflow.errors import DataError
+from cogflow.files.record_io import read_record
+from cogflow.records.run_records import StageRecord
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
@@ -39,7 +40,7 @@ COLUMNS = (
 )
 
 OUTER_KEYS = ("stage.what=", "stage.settings=", "run.root=", "run.name=", "tracking.")
-"""Settings of the comparison itself, which its processes do not take over."""
+"""Settings of the comparison itself, which are not passed to its processes."""
 
 RECORD = "benchmark.json"
 
@@ -59,7 +60,7 @@ GPU_SETTINGS = (
     "deepspeed=zero3",
     "",
 )
-"""Compared where ``stage.settings`` names none. The last repeats the first, which shows the drift of the machine."""
+"""Settings that a GPU compares by default. The last one repeats the first, which shows the drift of the machine."""
 
 RECOMPUTED = "deepspeed.activation_checkpointing=true"
 CPU_SETTINGS = (
@@ -73,38 +74,36 @@ CPU_SETTINGS = (
     f"{RECOMPUTED} deepspeed.checkpoint_keep=all speed.compile=blocks",
     "",
 )
-"""The same for a CPU, which offers fewer settings."""
+"""Settings that a CPU compares by default."""
 
 AS_CONFIGURED = "as configured"
 
 
 @dataclass(frozen=True)
 class SettingResult:
-    """One compared setting. ``step``: a :class:`StepCost` as a JSON object, read from the process that measured it;
-    ``None`` where it did not run, for the reason ``problem``."""
+    """One compared setting. ``step``: ``None`` where it did not run, for the reason ``problem``."""
 
     words: str
-    step: dict[str, Any] | None
+    step: StepCost | None
     problem: str = ""
 
 
 def measure_configured_step(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
-    """Measure one step as it is configured. On several ranks all of them train, and rank 0 reports."""
+    """Measure one step as it is configured. All ranks train, and rank 0 reports."""
     with progress(1 + config.stage.repeats, "turns") as bar:
         cost = measure_step(config, bar.advance)
     for line in profile_lines(cost):
         echo(line)
-    step = asdict(cost)
     return BenchmarkResult(
-        summary=summary_line(step),
+        summary=summary_line(cost),
         columns=COLUMNS,
-        rows=[row(SettingResult(AS_CONFIGURED, step), step)],
-        details={"step": step},
+        rows=[row(SettingResult(AS_CONFIGURED, cost), cost)],
+        details={"step": asdict(cost)},
     )
 
 
 def profile_lines(cost: StepCost) -> list[str]:
-    """Return one line per part of a profile, the part furthest above its floor first."""
+    """Return one line per part of a profile, sorted by the time above the part's floor, largest first."""
     parts = sorted(cost.profile, key=lambda part: part.floor - part.seconds)
     return [
         f"{part.kind}: {1000 * part.seconds:.1f} ms, floor {1000 * part.floor:.1f} ms, {part.launches} launches"
@@ -114,7 +113,7 @@ def profile_lines(cost: StepCost) -> list[str]:
 
 
 def compare_settings(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
-    """Measure the settings of ``stage.settings`` one after the other, with the other words of this command line."""
+    """Measure each of ``stage.settings`` in turn, together with the other words of this command line."""
     place = folder / "benchmark"
     place.mkdir(parents=True, exist_ok=True)
     chosen = config.stage.settings or (GPU_SETTINGS if torch.cuda.is_available() else CPU_SETTINGS)
@@ -129,10 +128,9 @@ def compare_settings(config: Config[BenchmarkStage], folder: Path) -> BenchmarkR
 def run_setting(
     words: Sequence[str], setting: str, folder: Path, *, name: str = "", cwd: Path | None = None
 ) -> SettingResult:
-    """Run stage.what=step in a process with ``words``, of which those of ``setting`` replace the ones with the same
-    key.
+    """Run stage.what=step in a process with ``words`` and ``setting``, whose words replace those with the same key.
 
-    ``folder``: for its run. ``cwd``: the checkout whose cogflow runs; default: this one.
+    ``folder``: parent of the process's run folder. ``cwd``: the checkout whose cogflow runs, by default this one.
     """
     changed = {word.split("=")[0] for word in setting.split()}
     kept = [word for word in words if not word.startswith(OUTER_KEYS) and word.split("=")[0] not in changed]
@@ -144,13 +142,13 @@ def run_setting(
     if done.returncode or not record.is_file():
         output = [line.strip() for line in (done.stderr.strip() or done.stdout).splitlines() if line.strip()]
         return SettingResult(name, None, " ".join(output[-2:]) or f"exit code {done.returncode}")
-    return SettingResult(name, json.loads(record.read_text(encoding="utf-8"))["results"]["step"])
+    return SettingResult(name, TypeAdapter(StepCost).validate_python(read_record(record, StageRecord).results["step"]))
 
 
 def settings_result(results: Sequence[SettingResult], folder: Path) -> BenchmarkResult:
-    """Return the table of ``results`` with the fastest in the summary.
+    """Return the table of ``results``. The summary names the fastest setting.
 
-    Raises :class:`DataError` when none ran; ``folder`` has their runs.
+    ``folder``: holds the runs of the settings. Raises :class:`DataError` if no setting ran.
     """
     ran = [result for result in results if result.step]
     if not ran:
@@ -161,41 +159,48 @@ def settings_result(results: Sequence[SettingResult], folder: Path) -> Benchmark
         summary=f"train: {best.words} is the fastest of {len(results)} settings; {summary_line(best.step)}",
         columns=COLUMNS,
         rows=[row(result, first) for result in results],
-        details={"rows": [{"settings": r.words, "step": r.step, "problem": r.problem} for r in results]},
+        details={
+            "rows": [
+                {"settings": r.words, "step": asdict(r.step) if r.step else None, "problem": r.problem} for r in results
+            ]
+        },
     )
 
 
-def _median_seconds(step: dict[str, Any] | None) -> float:
-    return float(step["times"]["median"]) if step and step["times"] else float("inf")
+def _median_seconds(step: StepCost | None) -> float:
+    return step.times.median if step and step.times else float("inf")
 
 
-def row(result: SettingResult, first: dict[str, Any]) -> list[Cell]:
-    """Return the cells of :data:`COLUMNS`; a setting that did not run has its problem in the first."""
+def row(result: SettingResult, first: StepCost) -> list[Cell]:
+    """Return the cells of :data:`COLUMNS`. For a setting that did not run the first cell states the problem."""
     step = result.step
-    if step is None or not step["times"]:
+    if step is None or step.times is None:
         return [f"{result.words}: {result.problem[:80]}", *[None] * (len(COLUMNS) - 1)]
-    times = step["times"]
-    ratio = times["median"] / _median_seconds(first)
-    speeds = [times["median"], times["lowest"], times["highest"], ratio, times["clips"]]
+    times = step.times
+    ratio = times.median / _median_seconds(first)
     return [
         result.words,
-        *speeds,
-        step["mfu"],
-        step.get("hfu", ""),
-        step["memory"]["peak"],
-        step.get("start_seconds", ""),
+        times.median,
+        times.lowest,
+        times.highest,
+        ratio,
+        times.clips,
+        step.mfu,
+        "" if step.hfu is None else step.hfu,
+        step.memory["peak"],
+        "" if step.start_seconds is None else step.start_seconds,
     ]
 
 
-def summary_line(step: dict[str, Any]) -> str:
-    """Return one line about the JSON object of a :class:`StepCost`; empty on all ranks but 0."""
+def summary_line(step: StepCost) -> str:
+    """Return one line about the cost of a step; empty on all ranks but 0."""
     if not ranks.is_main():
         return ""
-    if not step["times"]:
+    if step.times is None or step.mfu is None:
         return "nothing was measured"
-    line = f"{step['times']['median']:.3g} s a step of {step['model']} at {step['size']} ({step['tokens']} tokens), "
-    line += f"MFU {step['mfu']:.1%} of {step['device_peak']['flops'] / 1e12:.3g} TFLOP/s, "
-    line += f"peak {step['memory']['peak']:.1f} GB"
-    if step.get("ratio_to_other"):
-        line += f", {step['ratio_to_other'] - 1:+.1%} beside a bare loop"
+    line = f"{step.times.median:.3g} s a step of {step.model} at {step.size} ({step.tokens} tokens), "
+    line += f"MFU {step.mfu:.1%} of {step.device_peak.flops / 1e12:.3g} TFLOP/s, "
+    line += f"peak {step.memory['peak']:.1f} GB"
+    if step.ratio_to_other:
+        line += f", {step.ratio_to_other - 1:+.1%} beside a bare loop"
     return line

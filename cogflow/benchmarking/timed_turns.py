@@ -20,7 +20,7 @@ from cogflow.training.callback import Callback, StepUpdate, TrainingContext
 
 @dataclass(frozen=True)
 class Turn:
-    """Mean seconds of a step in one turn. ``wall``: by the clock. ``cores``: CPU time of all threads of the process."""
+    """Mean seconds of a step in one turn. ``wall``: elapsed time. ``cores``: CPU time of all threads of the process."""
 
     wall: float
     cores: float
@@ -37,10 +37,11 @@ class StepTimes:
 
 
 class TimedTurns(Callback):
-    """Time every ``steps`` steps as one turn in ``ours``; wait for the device only at the end of a turn.
+    """Append the time of every ``steps`` steps to ``ours`` as one turn. It waits for the device only at the end of a
+    turn.
 
-    ``other``: a loop whose next ``steps`` values are taken after each turn, with their time in ``theirs``. ``advance``
-    is called with 1 after every turn.
+    ``other``: a loop that runs for ``steps`` steps after each turn; its times are in ``theirs``. ``advance`` is called
+    with 1 after every turn.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class TimedTurns(Callback):
 
 
 class DataWaits(Tracker):
-    """A tracker that keeps the seconds that steps waited for data, and passes metrics on to ``inner``."""
+    """A tracker that collects the seconds that steps waited for data, and forwards metrics to ``inner``."""
 
     def __init__(self, inner: Tracker | None = None) -> None:
         self.seconds: list[float] = []
@@ -88,7 +89,7 @@ class DataWaits(Tracker):
 
 
 def step_times(turns: list[Turn], batch_size: int) -> StepTimes | None:
-    """Return the times over ``turns``; ``None`` without turns."""
+    """Return the times of ``turns``; ``None`` without turns."""
     if not turns:
         return None
     walls = sorted(turn.wall for turn in turns)

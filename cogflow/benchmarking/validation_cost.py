@@ -1,4 +1,4 @@
-"""stage.what=validate: the parts of a validation sample, beside the training that a validation interrupts."""
+"""stage.what=validate: time the parts of a validation sample, and compare them with the training that it interrupts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from cogflow.training.loop import Trainer
 
 PARTS = ("denoising", "decoding", "metrics", "writing")
 PROMPTS, STEPS = 8, 500
-"""Samples of the validation, and training steps between two validations, for which the share is computed."""
+"""Number of samples of one validation, and of training steps between two validations. The share is computed for
+both.
+"""
 Result = TypeVar("Result")
 
 
 def measure_validation(config: Config[BenchmarkStage], folder: Path) -> BenchmarkResult:
-    """Make ``stage.repeats`` samples of ``sampling.steps`` steps after one that does not count, then train the same
-    model."""
+    """Make ``stage.repeats`` samples of ``sampling.steps`` steps after one warm-up, then train the same model."""
     stage = config.stage
     speed.grow_segments()
     device = ranks.device()
@@ -68,7 +69,7 @@ def measure_validation(config: Config[BenchmarkStage], folder: Path) -> Benchmar
 
 
 def _sample_times(config: Config[BenchmarkStage], trainer: Trainer, folder: Path) -> list[dict[str, float]]:
-    """Return the seconds of each part of ``stage.repeats`` samples; one more before them does not count."""
+    """Return the seconds of each part of ``stage.repeats`` samples, after one warm-up sample."""
     data, repeats = config.data, config.stage.repeats
     transformer = trainer.engine.module
     vae = AutoencoderKLCogVideoX.from_config(published_vae_config(config.model.name)).eval()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cogflow.artifacts.identify import Artifact, ArtifactKind, identify
-from cogflow.artifacts.run_layout import ASSEMBLY, SAMPLES_RECORD, RunLayout, run_of_checkpoint
+from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout, run_of_checkpoint
 from cogflow.assemble.components import PipelineComponent, read_component
 from cogflow.assemble.expectations import Expectation, expectations, family_of
 from cogflow.config.command import command
@@ -22,8 +22,7 @@ from cogflow.models.code_check import CONFIGS
 from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.models.loading import model_folder
 from cogflow.records.pipeline_records import AssemblyRecord, PipelineSampling, TransformerOrigin
-from cogflow.records.sample_records import SamplesRecord
-from cogflow.sampling.sample_record import newest_samples
+from cogflow.sampling.sample_record import newest_samples, read_sample_record
 
 DIAGNOSED = (ArtifactKind.PIPELINE, ArtifactKind.RUN, ArtifactKind.EXPORT, ArtifactKind.CHECKPOINT)
 """Kinds of artifact that can be diagnosed."""
@@ -172,7 +171,7 @@ def _recorded(run: Path) -> PipelineSampling | None:
     newest = newest_samples(RunLayout(run).samples)
     if newest is None:
         return None
-    record = read_record(newest / SAMPLES_RECORD, SamplesRecord)
+    record = read_sample_record(newest)
     return PipelineSampling(
         height=record.height,
         width=record.width,

@@ -20,7 +20,7 @@ from diffusers import CogVideoXDDIMScheduler
 from cogflow.data.latent_cache import LatentCache
 from cogflow.ladder.ladder_record import read_ladder, write_rung
 from cogflow.ladder.rung import Rung
-from cogflow.models.transformer_inputs import pad_latent_frames, rotary_tables, takes_image
+from cogflow.models.transformer_inputs import TransformerSettings, pad_latent_frames, rotary_tables
 from cogflow.records.ladder_records import BaseRung, ScheduleErrors
 from cogflow.runtime import ranks
 from cogflow.sampling.noise import noise_for
@@ -63,7 +63,7 @@ def record_schedule_probe(folder: Path, sampler: Sampler, cache: LatentCache, sc
     the same module (ZeRO-3 needs that).
     """
     transformer, scheduler = sampler.transformer, sampler.pipeline.scheduler.config
-    if takes_image(transformer.config):
+    if TransformerSettings.of_config(transformer.config).takes_image:
         return
     clips = []
     for index in (cache.holdout or cache.train)[:CLIPS]:

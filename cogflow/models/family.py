@@ -60,10 +60,6 @@ class ModelSpec:
             "timestep_spacing": "trailing",
         }
 
-    def facts(self) -> dict[str, Any]:
-        """Return all fields by name."""
-        return asdict(self)
-
 
 _5B = ModelSpec(
     name="cogvideox-5b",

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -33,6 +32,38 @@ PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
+class TransformerSettings:
+    """The settings of a transformer that decide which inputs it takes.
+
+    The names, and the values of missing keys, are those of diffusers' ``CogVideoXTransformer3DModel``.
+    """
+
+    max_text_seq_length: int
+    in_channels: int = 16
+    out_channels: int = 16
+    num_attention_heads: int = 30
+    text_embed_dim: int = 4096
+    patch_size_t: int | None = None
+    ofs_embed_dim: int | None = None
+    sample_frames: int = 49
+    sample_height: int = 60
+    sample_width: int = 90
+    temporal_compression_ratio: int = 4
+    use_learned_positional_embeddings: bool = False
+
+    @classmethod
+    def of_config(cls, config: ForeignObject) -> TransformerSettings:
+        """Return the settings in a ``config.json`` of diffusers. Raise ``KeyError`` without ``max_text_seq_length``."""
+        present = {one.name: config[one.name] for one in fields(cls) if one.name in config}
+        return cls(**present | {"max_text_seq_length": int(config["max_text_seq_length"])})
+
+    @property
+    def takes_image(self) -> bool:
+        """True for a transformer that makes videos from an image."""
+        return self.in_channels != self.out_channels
+
+
+@dataclass(frozen=True)
 class TransformerInputs:
     """Inputs of one model.
 
@@ -47,18 +78,19 @@ class TransformerInputs:
     ofs: bool = False
 
     @classmethod
-    def of(cls, transformer: ForeignObject, vae: ForeignObject) -> TransformerInputs:
-        """Return the inputs that the configs of a transformer and its VAE define.
+    def of(
+        cls, transformer: TransformerSettings, scaling_factor: float, *, invert_scale_latents: bool = False
+    ) -> TransformerInputs:
+        """Return the inputs of a transformer. ``scaling_factor`` and ``invert_scale_latents``: those of its VAE.
 
         ``invert_scale_latents`` (1.5) divides the image's latents by the scaling factor where other models multiply.
         """
-        factor = float(vae["scaling_factor"])
-        image_factor = 1.0 / factor if vae.get("invert_scale_latents") else factor
+        image_factor = 1.0 / scaling_factor if invert_scale_latents else scaling_factor
         return cls(
-            scaling_factor=factor,
-            image_factor=image_factor if takes_image(transformer) else None,
-            patch_size_t=transformer.get("patch_size_t") or 1,
-            ofs=transformer.get("ofs_embed_dim") is not None,
+            scaling_factor=scaling_factor,
+            image_factor=image_factor if transformer.takes_image else None,
+            patch_size_t=transformer.patch_size_t or 1,
+            ofs=transformer.ofs_embed_dim is not None,
         )
 
     def padded(self, latents: torch.Tensor) -> torch.Tensor:
@@ -131,28 +163,21 @@ def rotary_tables(
     return tables
 
 
-def read_transformer_config(model: Path) -> dict[str, Any]:
-    """Return the transformer's config.json of a pipeline folder.
+def read_transformer_settings(model: Path) -> TransformerSettings:
+    """Return the settings in the transformer's config.json of a pipeline folder.
 
     Raise :class:`ConfigError` when it cannot be read or lacks ``max_text_seq_length``.
     """
     config_file = model / "transformer" / "config.json"
     try:
-        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        int(config["max_text_seq_length"])
-        return config
+        return TransformerSettings.of_config(json.loads(config_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{config_file} has no max_text_seq_length.", "It should be a CogVideoX transformer's config.json."
         ) from error
 
 
-def takes_image(transformer: ForeignObject) -> bool:
-    """Return whether a transformer with this config makes videos from an image."""
-    return bool(transformer.get("in_channels", 16) != transformer.get("out_channels", 16))
-
-
-def check_sizes(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]]) -> None:
+def check_sizes(transformer: TransformerSettings, sizes: Iterable[tuple[int, int, int]]) -> None:
     """Raise :class:`ConfigError` when :func:`size_problems` finds any."""
     if problems := size_problems(transformer, sizes):
         raise ConfigError(
@@ -161,26 +186,26 @@ def check_sizes(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]
         )
 
 
-def size_problems(transformer: ForeignObject, sizes: Iterable[tuple[int, int, int]]) -> list[str]:
+def size_problems(transformer: TransformerSettings, sizes: Iterable[tuple[int, int, int]]) -> list[str]:
     """Return one line for each of ``sizes`` (frames, height, width of clips in pixels) that the positions do not cover.
 
     Learned positions (5B I2V) exist for one size. diffusers refuses another height or width; for another number of
     frames it replaces them with computed positions, without a warning. 1.5 takes its positions from a table of limited
     size.
     """
-    learned = bool(transformer.get("use_learned_positional_embeddings"))
-    if not learned and not transformer.get("patch_size_t"):
+    learned = transformer.use_learned_positional_embeddings
+    if not learned and not transformer.patch_size_t:
         return []
-    ratio = int(transformer.get("temporal_compression_ratio") or 4)
-    rows, columns = int(transformer["sample_height"]), int(transformer["sample_width"])
-    native = ((int(transformer["sample_frames"]) - 1) // ratio + 1, rows, columns)
+    ratio = transformer.temporal_compression_ratio
+    rows, columns = transformer.sample_height, transformer.sample_width
+    native = ((transformer.sample_frames - 1) // ratio + 1, rows, columns)
     native_height, native_width = PIXELS_PER_LATENT * rows, PIXELS_PER_LATENT * columns
     problems = []
     for frames, height, width in sizes:
         size = f"{frames}x{height}x{width}"
         grid = ((frames - 1) // ratio + 1, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         if learned and grid != native:
-            native_size = f"{transformer['sample_frames']}x{native_height}x{native_width}"
+            native_size = f"{transformer.sample_frames}x{native_height}x{native_width}"
             problems.append(f"{size}: the model has learned positions of {native_size} only")
         elif grid[1:] != native[1:] and (grid[1] > rows or grid[2] > columns):
             problems.append(

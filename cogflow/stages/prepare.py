@@ -57,12 +57,12 @@ def prepare_folder(config: Config[PrepareStage], folder: Path, started: float) -
     clips_folder = find_clips(config, folder)
     device = ranks.device()
     dtype = loading.resolve_dtype(config.model, device)
-    transformer = transformer_inputs.read_transformer_config(model)
+    transformer = transformer_inputs.read_transformer_settings(model)
     transformer_inputs.check_sizes(transformer, {*bucket_sizes(data), (data.frames, data.height, data.width)})
     inputs = EncoderInputs(
         hashes=ranks.run_on_main(lambda: model_hashes(model, dtype)),
-        max_length=int(transformer["max_text_seq_length"]),
-        images=data.image_variants if transformer_inputs.takes_image(transformer) else 0,
+        max_length=transformer.max_text_seq_length,
+        images=data.image_variants if transformer.takes_image else 0,
     )
 
     def load_text() -> Embed:

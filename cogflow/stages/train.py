@@ -99,8 +99,8 @@ def open_cache(config: Config[TrainStage], folder: Path) -> LatentCache:
         raise ConfigError(
             "The prepared clips were made with other settings: " + "; ".join(problems), "Run stage=prepare again."
         )
-    transformer = transformer_inputs.read_transformer_config(loading.model_folder(config.model))
-    if transformer_inputs.takes_image(transformer) != bool(cache.image_variants):
+    transformer = transformer_inputs.read_transformer_settings(loading.model_folder(config.model))
+    if transformer.takes_image != bool(cache.image_variants):
         made = "with first frames, for image to video"
         if not cache.image_variants:
             made = "without first frames, for text to video"

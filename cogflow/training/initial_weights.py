@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from cogflow.errors import ConfigError, ConversionError, format_list
 from cogflow.export.export_plan import ExportRequest, prepare_export
 from cogflow.export.origin import open_origin
 from cogflow.files.record_io import ForeignObject
+from cogflow.records.training_records import TrainedWith
 from cogflow.runtime import ranks
 from cogflow.runtime.console import echo
 from cogflow.runtime.progress import progress
@@ -50,15 +51,15 @@ COMPARED_FACTS = (
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights by diffusers' names. ``origin``: where they are; ``facts``: what is known of their training."""
+    """Weights by diffusers' names. ``origin``: where they are; ``trained_with``: what is known of their training."""
 
     origin: Path
     tensors: TensorSource
-    facts: Mapping[str, Any]
+    trained_with: TrainedWith = TrainedWith()
 
 
 def build(
-    config: Config[TrainStage], source: Path, dtype: torch.dtype, device: torch.device, facts: Mapping[str, Any]
+    config: Config[TrainStage], source: Path, dtype: torch.dtype, device: torch.device, facts: TrainedWith
 ) -> Any:
     """Return the transformer of the pipeline folder ``source``, in ``dtype`` on ``device`` (sharded under ZeRO-3).
 
@@ -99,7 +100,7 @@ def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
     """Return the weights that ``stage.start`` names, or those of ``source``; found and checked, not read."""
     start = config.stage.start
     if start is None:
-        return InitialWeights(source / "transformer", WeightsFolder(source / "transformer"), {})
+        return InitialWeights(source / "transformer", WeightsFolder(source / "transformer"))
     artifact = identify(Path(start), kind_named(config.stage.start_kind, "stage.start_kind"), key="stage.start")
     echo(artifact.line("stage.start"))
     origin = open_origin(artifact, ["transformer"])
@@ -115,7 +116,7 @@ def find_weights(config: Config[TrainStage], source: Path) -> InitialWeights:
     trained_with = prepared.facts.trained_with() if prepared.facts else origin.training.trained_with
     step = "" if origin.step is None else f" of step {origin.step}"
     echo(f"starting from {origin.place} ({origin.kind}, {origin.weights} weights{step})")
-    return InitialWeights(origin.place, prepared.components[0].tensors, trained_with.known() if trained_with else {})
+    return InitialWeights(origin.place, prepared.components[0].tensors, trained_with or TrainedWith())
 
 
 def freeze(transformer: torch.nn.Module, patterns: Sequence[str]) -> None:
@@ -146,11 +147,12 @@ def _check_shapes(model: torch.nn.Module, weights: InitialWeights) -> None:
         )
 
 
-def _check_facts(weights: InitialWeights, facts: Mapping[str, Any]) -> None:
+def _check_facts(weights: InitialWeights, facts: TrainedWith) -> None:
+    own, other = weights.trained_with.known(), facts.known()
     different = [
-        f"{key}: the weights were trained with {weights.facts[key]}, the pipeline folder has {facts[key]}"
+        f"{key}: the weights were trained with {own[key]}, the pipeline folder has {other[key]}"
         for key in COMPARED_FACTS
-        if key in weights.facts and key in facts and weights.facts[key] != facts[key]
+        if key in own and key in other and own[key] != other[key]
     ]
     if different:
         raise ConfigError(

@@ -25,11 +25,8 @@ from cogflow.config.config import AnyConfig
 from cogflow.config.deepspeed_section import sequence_problems
 from cogflow.config.problems import fail
 from cogflow.models.loading import model_folder
-from cogflow.models.transformer_inputs import read_transformer_config
+from cogflow.models.transformer_inputs import read_transformer_settings
 from cogflow.runtime import ranks
-
-DIFFUSERS_HEADS = 30
-"""Attention heads of a transformer whose config.json does not name them."""
 
 TEXT_ARGUMENT = (1, "encoder_hidden_states")
 KWARGS_ARGUMENT = (4, "attention_kwargs")
@@ -48,9 +45,8 @@ def check(config: AnyConfig) -> None:
     model.
     """
     if config.parallel.sequence > 1:
-        transformer = read_transformer_config(model_folder(config.model))
-        heads = int(transformer.get("num_attention_heads", DIFFUSERS_HEADS))
-        fail(list(sequence_problems(config, ranks.world_size(), heads)))
+        transformer = read_transformer_settings(model_folder(config.model))
+        fail(list(sequence_problems(config, ranks.world_size(), transformer.num_attention_heads)))
 
 
 @dataclass(frozen=True)

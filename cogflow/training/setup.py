@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.latent_cache import LatentCache
 from cogflow.models import loading
-from cogflow.models.transformer_inputs import TransformerInputs
+from cogflow.models.transformer_inputs import TransformerInputs, TransformerSettings
 from cogflow.runtime import ranks
 from cogflow.sampling.prompts import prompts_for
 from cogflow.sampling.sampler import Request, Sampler, requests
@@ -57,7 +57,7 @@ def build(
     scheduler = loading.load_scheduler(source)
     facts = trained_with(vae, scheduler, dtype)
 
-    transformer = initial_weights.build(config, source, dtype, device, asdict(facts))
+    transformer = initial_weights.build(config, source, dtype, device, facts)
     initial_weights.freeze(transformer, stage.freeze)
     recompute(transformer, config.deepspeed, kept, speed.compile_mode(speed.how_compiled(config, device)))
     speed.prepare(transformer, config, device, dtype)
@@ -87,7 +87,11 @@ def build(
     context = TrainingContext(
         config, stage, services.folder, engine, ema, tracker=services.tracker, stop_requested=services.stop_requested
     )
-    inputs = TransformerInputs.of(transformer.config, vae.config)
+    inputs = TransformerInputs.of(
+        TransformerSettings.of_config(transformer.config),
+        float(vae.config.scaling_factor),
+        invert_scale_latents=bool(vae.config.invert_scale_latents),
+    )
     placement = RankPlacement(config.parallel.sequence)
     objective = Objective(engine, scheduler.alphas_cumprod, inputs, placement, device=device, dtype=dtype)
     monitor = step_monitor(config, objective)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -14,8 +13,10 @@ from diffusers import CogVideoXTransformer3DModel
 from cogflow.config.model_section import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.export import diffusers_configs, facts
+from cogflow.export.diffusers_configs import DiffusersConfig
 from cogflow.files.record_io import ForeignObject
 from cogflow.models import tiny
+from cogflow.models.transformer_inputs import TransformerSettings
 from cogflow.training import initial_weights
 
 COMPRESSION = 8
@@ -40,6 +41,19 @@ class TransformerSize:
     ofs_width: int
     parameters: int
     trained: int
+
+
+@dataclass(frozen=True)
+class TransformerDescription:
+    """The ``config.json`` of a transformer (of diffusers), and where it is from, in words."""
+
+    config: DiffusersConfig
+    source: str
+
+    @property
+    def settings(self) -> TransformerSettings:
+        """The settings that decide which inputs it takes."""
+        return TransformerSettings.of_config(self.config)
 
 
 @dataclass(frozen=True)
@@ -83,27 +97,27 @@ def of_config(config: ForeignObject, freeze: Sequence[str] = ()) -> TransformerS
 def of_model(model: ModelConfig, freeze: Sequence[str] = ()) -> tuple[TransformerSize, str]:
     """Return the shape of the model in ``model.path``, else of the model family, and its source. The folder need not
     exist yet."""
-    config, source = config_of(model)
+    described = description_of(model)
     try:
-        return of_config(config, freeze), source
+        return of_config(described.config, freeze), described.source
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{source} describes no CogVideoX transformer: {error}", "Give the folder of a diffusers pipeline."
+            f"{described.source} describes no CogVideoX transformer: {error}",
+            "Give the folder of a diffusers pipeline.",
         ) from error
 
 
-def config_of(model: ModelConfig) -> tuple[dict[str, Any], str]:
-    """Return the ``config.json`` of the transformer in ``model.path``, else of the model family, and its source."""
+def description_of(model: ModelConfig) -> TransformerDescription:
+    """Return the ``config.json`` of the transformer in ``model.path``, else of the model family."""
     folder = tiny.folder() if model.name == "tiny" and model.path is None else None
     if model.path is not None:
         folder = Path(model.path).expanduser()
     file = folder / "transformer" / "config.json" if folder else None
     if file is None or not file.is_file():
-        return diffusers_configs.transformer_config(
-            facts.published_facts(model.name)
-        ), f"model={model.name}, at its published size"
+        published = diffusers_configs.transformer_config(facts.published_facts(model.name))
+        return TransformerDescription(published, f"model={model.name}, at its published size")
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))), str(file)
+        return TransformerDescription(dict(json.loads(file.read_text(encoding="utf-8"))), str(file))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} describes no CogVideoX transformer: {error}", "Give the folder of a diffusers pipeline."

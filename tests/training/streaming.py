@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cogflow.config.compose import compose
+from cogflow.records.training_records import TrainedWith
 from cogflow.runtime import ranks
 from cogflow.training.deepspeed_start import start_deepspeed
 from cogflow.training.initial_weights import build
@@ -52,7 +53,7 @@ def main(pipeline: Path) -> None:
     peak = Peak()
     peak.start()
     began = time.monotonic()
-    transformer = build(config, pipeline, torch.bfloat16, torch.device("cpu"), {})
+    transformer = build(config, pipeline, torch.bfloat16, torch.device("cpu"), TrainedWith())
     seconds = time.monotonic() - began
     peak.ended.set()
     peak.join()

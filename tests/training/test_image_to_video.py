@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
 from cogflow.data.latent_cache import LatentCache
-from cogflow.models.transformer_inputs import OFS, TransformerInputs
+from cogflow.models.transformer_inputs import OFS, TransformerInputs, read_transformer_settings
 from cogflow.training.batch import heldout_batch, training_batch
 from tests.faults.conftest import World, server_says
 from tests.faults.server import Server
@@ -47,9 +46,13 @@ def i2v(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Variant:
     return Variant(tmp_path_factory.mktemp("i2v"), server, "1.5-i2v")
 
 
-def configs(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    transformer, vae = (json.loads((model / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    return transformer, vae
+def inputs_of(model: Path) -> TransformerInputs:
+    vae = json.loads((model / "vae" / "config.json").read_text())
+    return TransformerInputs.of(
+        read_transformer_settings(model),
+        vae["scaling_factor"],
+        invert_scale_latents=vae["invert_scale_latents"],
+    )
 
 
 def test_an_image_to_video_run_resumes_to_the_bit_and_samples_from_first_frames(i2v: Variant) -> None:
@@ -106,7 +109,7 @@ def test_the_first_frame_is_joined_to_the_latents(i2v: Variant) -> None:
     """The first latent frame holds the image's latents with one of the stored noises, unless it is dropped; all
     others are zero.
     """
-    cache, given = LatentCache(i2v.root / "prepared/cache"), TransformerInputs.of(*configs(i2v.model))
+    cache, given = LatentCache(i2v.root / "prepared/cache"), inputs_of(i2v.model)
     assert given == TransformerInputs(0.7, image_factor=1 / 0.7, patch_size_t=2, ofs=True)
     batch = training_batch(cache, range(4), (0, 1), 0, inputs=given, text_dropout=0.0, image_dropout=0.0)
     assert batch.image is not None and batch.latents.shape == batch.image.shape == (4, 4, 16, 8, 12)

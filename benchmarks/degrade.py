@@ -31,7 +31,7 @@ def noise(deviation: float, sigma: float = 0) -> Degradation:
 
 
 def rounding(clip: np.ndarray) -> np.ndarray:
-    """Round the frames differently: one in four values is a level of 255 higher, one in four lower."""
+    """Round the frames differently: a quarter of the values is one level (of 255) higher, a quarter one level lower."""
     random = np.random.default_rng(zlib.crc32(clip.tobytes()))
     return _bytes(_floats(clip) + (random.random(clip.shape, dtype=np.float32) * 2 - 1) / 255)
 
@@ -42,7 +42,7 @@ def motion(length: int, axis: int) -> Degradation:
 
 
 def blend(count: int) -> Degradation:
-    """Return a smear in time: each frame is the mean of itself and the ``count - 1`` frames after it."""
+    """Return a temporal blur: each frame is the mean of itself and the ``count - 1`` frames after it."""
 
     def apply(clip: np.ndarray) -> np.ndarray:
         frames, places = _floats(clip), np.arange(len(clip))
@@ -52,7 +52,7 @@ def blend(count: int) -> Degradation:
 
 
 def down_up(factor: int) -> Degradation:
-    """Return scaling down by ``factor`` and up again."""
+    """Return scaling down by ``factor`` and up to the original size."""
 
     def apply(clip: np.ndarray) -> np.ndarray:
         height, width = clip.shape[1:3]
@@ -98,7 +98,7 @@ def frozen(clip: np.ndarray) -> np.ndarray:
 
 
 def slowed(clip: np.ndarray) -> np.ndarray:
-    """Return a clip that hardly moves: nine tenths of the first frame and one tenth of each frame."""
+    """Return a clip with little motion: nine tenths of the first frame plus one tenth of each frame."""
     return _bytes(_floats(clip) * 0.1 + _floats(clip[:1]) * 0.9)
 
 
@@ -148,7 +148,7 @@ BLURS: dict[str, Degradation] = {
     "blend 2": blend(2),
     "blend 3": blend(3),
 }
-"""Degradations that must be reported as soft (blends: as smeared)."""
+"""Degradations that must be reported as soft; blends must be reported as smeared."""
 CONFOUNDS: dict[str, Degradation] = {
     **{f"contrast {factor:g}": contrast(factor) for factor in (0.6, 0.8, 1.25, 1.6)},
     "brighter": brightness(0.1),

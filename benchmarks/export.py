@@ -23,10 +23,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--vs", type=Path, required=True, help="a clone of zai-org/CogVideo")
     parser.add_argument("--vs-python", default=sys.executable, help="the interpreter of the clone's own environment")
     parser.add_argument("--model", choices=list(MODEL_SPECS), default="tiny", help="default: %(default)s")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for small machines")
+    parser.add_argument("--layers", type=int, help="number of layers, for small machines; default: the model's")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, default=RESULTS / "export", help="for files, three times the checkpoint's size"
+        "--folder",
+        type=Path,
+        default=RESULTS / "export",
+        help="folder of the files, which need three times the checkpoint's size",
     )
     parser.add_argument("--keep", action="store_true", help="keep the files")
     given = parser.parse_args(words)

@@ -1,8 +1,8 @@
 """Run the measurements that need a GPU within a time budget: ``python -m benchmarks.gpu_session [--cogvideo CLONE]``.
 
-The most valuable measurement runs first. Each runs in a process of its own with a time limit; a failure does not stop
-the others. The output file is replaced in one step after each measurement, so that an interrupted session keeps its
-results. ``--cpu`` runs all of it on the tiny model without a GPU, to test the session itself.
+The most valuable measurement runs first. Each measurement runs in its own process with a time limit, and a failure does
+not stop the others. The output file is replaced in one step after each measurement, so that an interrupted session
+keeps its results. ``--cpu`` runs all measurements on the tiny model without a GPU, to test the session itself.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TAIL_LINES = 5
 
 @dataclass(frozen=True)
 class Measurement:
-    """One command. ``result``: the JSON file that it writes. ``seconds``: its time limit. ``least``: it is not started
-    with less time left.
+    """One command. ``result``: the JSON file that it writes. ``seconds``: its time limit. ``least``: the time that must
+    be left to start it.
 
-    ``needs``: why it cannot run, or nothing.
+    ``needs``: the reason why it cannot run, or an empty text.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status``: "done", "failed", "timeout" or "skipped". ``problem``: the last lines of output, or why it was
-    skipped. ``goals``: goal -> whether it was reached."""
+    """Outcome of one measurement. ``status``: "done", "failed", "timeout" or "skipped". ``problem``: the last lines of
+    output, or the reason for skipping. ``goals``: whether each goal was reached."""
 
     name: str
     status: str
@@ -70,9 +70,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help="budget for all measurements, default: %(default)s"
     )
-    parser.add_argument("--folder", type=Path, default=RESULTS / "gpu_session", help="for the runs (%(default)s)")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only these measurements")
-    parser.add_argument("--cpu", action="store_true", help="the tiny model without a GPU")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "gpu_session", help="folder of the runs (%(default)s)")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="run only these measurements")
+    parser.add_argument("--cpu", action="store_true", help="run the tiny model without a GPU")
     given = parser.parse_args(words)
     measurements = list_measurements(
         given.folder.resolve(), cpu=given.cpu, cogvideo=given.cogvideo, python=given.cogvideo_python
@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def list_measurements(folder: Path, *, cpu: bool, cogvideo: Path | None, python: str) -> list[Measurement]:
-    """Return all measurements, the most valuable first. ``folder``: for their runs."""
+    """Return all measurements, the most valuable first. ``folder``: the folder of their runs."""
     model = ["model=tiny"] if cpu else ["model=cogvideox-5b", "deepspeed=zero2"]
     turns = ["stage.steps=1", f"stage.repeats={1 if cpu else 3}"]
     result = folder / "cogvideo_step.json"
@@ -140,7 +140,7 @@ def _metrics(folder: Path, cpu: bool) -> Measurement:
 
 
 def metrics_goals(results: dict[str, Any]) -> dict[str, bool]:
-    """Return whether the metrics are fast and exact enough on the GPU; empty without a GPU."""
+    """Return whether the metrics are fast and exact enough on the GPU; an empty dictionary without a GPU."""
     if not results["disagreement"]:
         return {}
     seconds = min(row["seconds"] for row in results["rows"] if row["part"].startswith("all metrics"))
@@ -182,7 +182,7 @@ def run_session(
 
 
 def run_measurement(measurement: Measurement, left: float, *, no_gpu: bool = False) -> Outcome:
-    """Run one command for at most ``left`` seconds and return what came of it; never raises for a failing command."""
+    """Run one command for at most ``left`` seconds and return its outcome. A failing command raises nothing."""
     name, command = measurement.name, list(measurement.command)
     if measurement.needs:
         return Outcome(name, "skipped", problem=f"needs {measurement.needs}", command=command)
@@ -207,7 +207,7 @@ def run_measurement(measurement: Measurement, left: float, *, no_gpu: bool = Fal
 
 
 def _run(command: Sequence[str], limit: float, env: dict[str, str]) -> tuple[str, str]:
-    """Run ``command`` in a process group of its own; return "done", "failed" or "timeout" with its output."""
+    """Run ``command`` in its own process group; return "done", "failed" or "timeout" with its output."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

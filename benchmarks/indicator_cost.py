@@ -1,4 +1,4 @@
-"""Measure the time of the per-step indicator beside a training step of the tiny model: ``python -m
+"""Compare the time of the per-step indicator with a training step of the tiny model: ``python -m
 benchmarks.indicator_cost``."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TINY = (4, 3, 16, 8, 12)
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark with the command line ``words`` (default: ``sys.argv``)."""
     parser = new_parser("indicator_cost", __doc__)
-    parser.add_argument("--repeats", type=int, default=20, help="runs that count, 3 or more; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=20, help="number of timed runs, 3 or more; default: %(default)s")
     given = parser.parse_args(words)
     device = ranks.device()
     report(indicator_result(measure_indicator(device, max(3, given.repeats)), str(device)), given.output)
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def indicator_result(costs: Sequence[IndicatorCost], device: str) -> BenchmarkResult:
     """Return ``costs`` as a table."""
     first = costs[0]
-    times = f"{1000 * first.indicator:.2f} ms beside a step of {1000 * (first.step or 0):.0f} ms on {device}"
+    times = f"{1000 * first.indicator:.2f} ms in a step of {1000 * (first.step or 0):.0f} ms on {device}"
     return BenchmarkResult(
         summary=f"indicator: {times}, {first.share or 0:.2%}",
         columns=["shape", "indicator s", "step s", "share"],
@@ -57,8 +57,8 @@ def indicator_result(costs: Sequence[IndicatorCost], device: str) -> BenchmarkRe
 
 @dataclass(frozen=True)
 class IndicatorCost:
-    """Median seconds of the indicator at a shape, and of a step (forward, backward and AdamW) at that shape where one
-    was run."""
+    """Median seconds of the indicator at a shape, and of a step (forward, backward and AdamW) at that shape if one was
+    run."""
 
     name: str
     indicator: float
@@ -70,9 +70,9 @@ class IndicatorCost:
 
 
 def measure_indicator(device: torch.device, repeats: int = 20) -> list[IndicatorCost]:
-    """Measure the indicator at the tiny model's shape, beside a step of that model, and at the real shape.
+    """Measure the indicator at the tiny model's shape, with a step of that model, and at the real shape.
 
-    All of it counts: band sums, table, the numbers for the log, the trend, and the loss table that training has anyway.
+    The time includes the band sums, the table, the numbers for the log, the trend and the loss table of training.
     """
     tiny_cost = IndicatorCost(
         "tiny",
@@ -83,7 +83,7 @@ def measure_indicator(device: torch.device, repeats: int = 20) -> list[Indicator
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median seconds of ``work`` over ``repeats`` runs, after two that do not count."""
+    """Return the median seconds of ``work`` over ``repeats`` runs, after two warm-up runs."""
     seconds = []
     for _ in range(repeats + 2):
         _wait(device)

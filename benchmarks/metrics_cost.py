@@ -32,7 +32,7 @@ from cogflow.sharpness.metrics import METRICS, measure, measure_batch, split_chu
 
 ALL_METRICS = "all metrics"
 WARM_UP = 1
-"""Calls that do not count."""
+"""Number of warm-up calls."""
 BATCH = 4
 
 
@@ -40,7 +40,8 @@ BATCH = 4
 class PartCost:
     """One part of the metrics on one device. ``seconds``: median; ``cpu_seconds``: mean CPU time of all threads.
 
-    ``peak_gb``: on a GPU what torch allocated beyond the clip, on a CPU the peak of the process so far.
+    ``peak_gb``: on a GPU the memory that torch allocated in addition to the clip, on a CPU the peak of the process so
+    far.
     """
 
     device: str
@@ -52,7 +53,9 @@ class PartCost:
 
 @dataclass(frozen=True)
 class MetricsCost:
-    """``disagreement``: metric -> largest difference between CPU and GPU, relative above 1; empty without a GPU."""
+    """All costs. ``disagreement``: metric -> largest difference between CPU and GPU, relative above 1; empty without a
+    GPU.
+    """
 
     rows: list[PartCost]
     disagreement: dict[str, float]
@@ -61,7 +64,7 @@ class MetricsCost:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark with the command line ``words`` (default: ``sys.argv``)."""
     parser = new_parser("metrics_cost", __doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="calls that count; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed calls; default: %(default)s")
     add_size_options(parser, 49, 480, 720)
     given = parser.parse_args(words)
     size = (given.frames, given.height, given.width)
@@ -80,9 +83,9 @@ def metrics_result(found: MetricsCost, size: tuple[int, int, int]) -> BenchmarkR
 
 
 def measure_metrics_cost(frames: int, height: int, width: int, repeats: int) -> MetricsCost:
-    """Measure all metrics and each part of them on a drawn clip, on the CPU and, where there is one, on the GPU.
+    """Measure all metrics and each part of them on a drawn clip, on the CPU and on the GPU, if there is one.
 
-    The time of a part is over the frames that it uses.
+    The time of a part is that of the frames which it uses.
     """
     clip = drawn_clip(frames, height, width)
     rows = []

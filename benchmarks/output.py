@@ -1,4 +1,4 @@
-"""Command-line options and output that all benchmarks of this folder share: a table on the console and a JSON file."""
+"""Provide the command-line options of all benchmarks in this folder, and their output: a table and a JSON file."""
 
 from __future__ import annotations
 

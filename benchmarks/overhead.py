@@ -2,12 +2,12 @@
 benchmarks.overhead``.
 
 The bare loop computes noise, forward pass, mean squared error of the velocity, ``engine.backward`` and ``engine.step``
-on batches that are ready on the device; it logs, checks and reads nothing. Cogflow's loop is :meth:`Trainer.run` as
+on batches that are already on the device. It logs, checks and reads nothing. Cogflow's loop is :meth:`Trainer.run` as
 stage=train runs it: it makes batches, checks them, computes the indicator, and writes every step to metrics.jsonl and
 W&B (offline).
 
-Beside wall time there is the CPU time of all threads, those that make batches included. It is the steadier one on a
-shared machine, with one thread per process (OMP_NUM_THREADS=1).
+The benchmark also reports the CPU time of all threads, including those that make batches. On a shared machine it varies
+less than the wall time, with one thread per process (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CLIPS = 16
 LATENTS = (3, 8, 12)
 """Latent frames, rows and columns of 9x64x96."""
 WARM_UP = 2
-"""Turns of each loop that do not count."""
+"""Number of warm-up turns of each loop."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Overhead:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark with the command line ``words`` (default: ``sys.argv``)."""
     parser = new_parser("overhead", __doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count, 3 or more; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed turns, 3 or more; default: %(default)s")
     parser.add_argument(
-        "--configured", action="store_true", help="the configured model instead of the tiny and the wide one"
+        "--configured", action="store_true", help="run the configured model instead of the tiny and the wide model"
     )
     parser.add_argument("settings", nargs="*", help="settings of cogflow, such as tracking.log_every=10")
     given = parser.parse_args(words)
@@ -115,7 +115,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def benchmark_config(settings: Sequence[str]) -> Config[BenchmarkStage]:
-    """Return the config of stage=benchmark with ``settings``, of the tiny model unless they name another."""
+    """Return the config of stage=benchmark with ``settings``, of the tiny model unless they name another model."""
     model = [] if any(setting.startswith("model=") for setting in settings) else ["model=tiny"]
     return cast("Config[BenchmarkStage]", compose(["stage=benchmark", *model, *settings]))
 
@@ -136,7 +136,7 @@ def compare_configured(config: Config[BenchmarkStage]) -> BenchmarkResult:
 def compare_size(
     config: Config[BenchmarkStage], size: Size, repeats: int, tracker: Tracker, advance: Callable[[int], None]
 ) -> Overhead:
-    """Train the model of ``size`` in ``repeats`` turns of each loop, after :data:`WARM_UP` that do not count."""
+    """Train the model of ``size`` in ``repeats`` turns of each loop, after :data:`WARM_UP` warm-up turns."""
     device = ranks.device()
     train = TrainStage(
         steps=(WARM_UP + repeats) * size.turn,
@@ -160,7 +160,8 @@ def compare_size(
     trainer.callbacks.items.append(turns)
     trainer.run()
     ours, bare = turns.ours[WARM_UP:], turns.theirs[WARM_UP:]
-    # Each turn is compared with the bare ones before and after it, so that a drift of the machine favours none.
+    # Each turn is compared with the bare turns before and after it, so that a drift of the machine favours neither
+    # loop.
     sides = list(zip(ours, turns.theirs[WARM_UP - 1 :], bare, strict=False))
     ratios = sorted(2 * mine.wall / (before.wall + after.wall) for mine, before, after in sides)
     return Overhead(
@@ -192,7 +193,7 @@ def _transformer(size: Size) -> CogVideoXTransformer3DModel:
 
 
 def bare_steps(engine: Engine, trainer: Trainer, batch_size: int) -> Iterator[None]:
-    """Yield after each step of the bare loop, without end."""
+    """Run the bare loop endlessly and yield after each step."""
     objective, clips = trainer.objective, len(trainer.batches.cache.train)
     alphas, dtype = objective.alphas_cumprod, objective.dtype
     batches = [_ready(trainer, number, batch_size) for number in range(max(1, clips // batch_size))]
@@ -221,8 +222,8 @@ def _ready(trainer: Trainer, number: int, batch_size: int) -> Batch:
 
 
 def format_overhead(found: Overhead) -> str:
-    """Return one size as text."""
-    ratio = f"{found.ratio - 1:+.1%} beside bare DeepSpeed ({found.ratio_of_cpu_time - 1:+.1%} of CPU time)"
+    """Return the result of one size as text."""
+    ratio = f"{found.ratio - 1:+.1%} compared with bare DeepSpeed ({found.ratio_of_cpu_time - 1:+.1%} of CPU time)"
     return f"{found.model}: {1000 * found.cogflow:.0f} ms a step, {ratio}"
 
 

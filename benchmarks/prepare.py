@@ -1,7 +1,7 @@
 """Compare reading clips with the dataset code of CogVideo or finetrainers, pass by pass: ``python -m benchmarks.prepare
 --vs CLONE``.
 
-The peer reads in a process of its own, with the interpreter of its environment. A pass ends where the VAE would be
+The peer reads in its own process, with the interpreter of its environment. A pass ends where the VAE would be
 called.
 """
 
@@ -42,7 +42,7 @@ PEERS = {
     "CogVideo": Path("finetune") / "datasets" / "t2v_dataset.py",
     "finetrainers": Path("finetrainers") / "data" / "dataset.py",
 }
-"""Peer -> the file by which its clone is recognised."""
+"""Name of a peer -> the file that identifies its clone."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -52,10 +52,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--vs-python", default=sys.executable, help="the interpreter of the clone's own environment")
     parser.add_argument("--clips", type=Path, help="a folder of videos; default: H.264 clips of installed contents")
     parser.add_argument("--contents", type=int, default=0, help="number of clips; 0: all of --clips, else 4")
-    parser.add_argument("--clip-height", type=int, default=0, help="of written clips; 0: one and a half times --height")
-    parser.add_argument("--repeats", type=int, default=3, help="passes that count; default: %(default)s")
+    parser.add_argument(
+        "--clip-height", type=int, default=0, help="height of written clips; 0: one and a half times --height"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed passes; default: %(default)s")
     parser.add_argument("--fps", type=float, default=8.0, help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, default=RESULTS / "prepare", help="for written files (%(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS / "prepare", help="folder of written files (%(default)s)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the files")
     add_size_options(parser, 49, 480, 720)
     given = parser.parse_args(words)
@@ -76,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def compare_passes(
     paths: Sequence[Path], data: DataConfig, peer: PeerReader, repeats: int, folder: Path
 ) -> BenchmarkResult:
-    """Read all clips in turns with cogflow and the peer, ``repeats`` times after one pass that does not count."""
+    """Read all clips in turns with cogflow and the peer, ``repeats`` times after one warm-up pass."""
     ours: list[float] = []
     theirs: list[float] = []
     with progress(2 * (1 + repeats), "passes") as bar:
@@ -118,9 +122,9 @@ def peer_of(clone: Path) -> str:
 
 
 class PeerReader:
-    """A peer that reads ``clips`` at the size of ``data`` each time it is asked.
+    """A process of a peer, which reads ``clips`` at the size of ``data`` on each request.
 
-    ``python``: the interpreter of its environment. ``folder``: for its list of the clips and what it writes.
+    ``python``: the interpreter of its environment. ``folder``: the folder of its list of clips and of its output.
     """
 
     def __init__(self, clone: Path, python: str, clips: Sequence[Path], data: DataConfig, folder: Path) -> None:
@@ -153,13 +157,13 @@ class PeerReader:
     def seconds_per_pass(self) -> float:
         """Return the seconds of one pass over all clips.
 
-        Raises :class:`DataError` when it fails or gives clips of another size.
+        Raises :class:`DataError` when the peer fails or returns clips of another size.
         """
         answer = self._ask()
         shapes = [sorted(side for side in shape if side != 1) for shape in answer["shapes"]]
         if len(shapes) != self._clips or any(shape != sorted([3, *self._size]) for shape in shapes):
             raise DataError(
-                f"{self.name} gave clips of other sizes than requested: {answer['shapes'][:3]}",
+                f"{self.name} returned clips of other sizes than requested: {answer['shapes'][:3]}",
                 "Give clips that are long enough.",
             )
         return float(answer["seconds"])

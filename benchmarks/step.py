@@ -1,7 +1,8 @@
 """Compare cogflow's training step with CogVideo's own, or with another revision of cogflow: ``python -m benchmarks.step
 --vs CLONE|REVISION``.
 
-Every step runs in a process of its own, of a model of the same shape at the same size, with random weights and clips.
+Every step runs in its own process, with a model of the same shape, clips of the same size, and random weights and
+clips.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = new_parser("step", __doc__)
     parser.add_argument("--vs", required=True, help="a clone of zai-org/CogVideo, or a git revision of this repository")
     parser.add_argument("--vs-python", default=sys.executable, help="the interpreter of the clone's own environment")
-    parser.add_argument("--folder", type=Path, default=RESULTS / "step", help="for the runs (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "step", help="folder of the runs (%(default)s)")
     parser.add_argument("settings", nargs="*", help="settings of cogflow, such as model=cogvideox-5b stage.repeats=3")
     given = parser.parse_args(words)
     config = benchmark_config(given.settings)
@@ -66,7 +67,7 @@ def is_cogvideo(folder: Path) -> bool:
 
 
 def cogvideo_result(config: Config[BenchmarkStage], clone: Path, python: str, folder: Path) -> SettingResult:
-    """Measure CogVideo's own step; an error becomes the result's problem."""
+    """Return the cost of CogVideo's own step. An error becomes the result's problem."""
     name = "CogVideo's own step"
     try:
         return SettingResult(name, measure_cogvideo_step(config, clone, python, folder))
@@ -77,7 +78,7 @@ def cogvideo_result(config: Config[BenchmarkStage], clone: Path, python: str, fo
 def measure_cogvideo_step(config: Config[BenchmarkStage], clone: Path, python: str, folder: Path) -> StepCost:
     """Measure the step of the clone's ``finetune/`` with the interpreter ``python``.
 
-    Raises :class:`DataError` with its last line of output when it fails.
+    Raises :class:`DataError` with the last line of output when the step fails.
     """
     stage, data = config.stage, config.data
     device = ranks.device()

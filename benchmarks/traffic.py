@@ -1,10 +1,10 @@
 """Compare the planned traffic of a step with that of real trainings of the tiny model over gloo: ``python -m
 benchmarks.traffic``.
 
-Training on CPUs uses the same DeepSpeed, with the same collectives over the same tensors; only the library below
-differs. The operations and their sizes therefore hold for GPUs. Gloo's algorithms do not: it reduces and scatters by an
-all-reduce of which each rank keeps its part, which sends twice what NCCL's ring does. Bytes over TCP are compared with
-that.
+Training on CPUs uses the same DeepSpeed, with the same collectives over the same tensors. Only the communication
+library differs. The operations and their sizes therefore hold for GPUs, but gloo's algorithms differ from NCCL's: gloo
+implements a reduce-scatter as an all-reduce of which each rank keeps its part, which sends twice as much as NCCL's
+ring. Bytes over TCP are compared with gloo's algorithms.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RING = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0, "reduce": 1.0}
 """Bytes that an operation over M bytes sends from each of N ranks of a ring, in units of M (N - 1) / N.
 
-An all-reduce scatters, then gathers.
+An all-reduce is a reduce-scatter followed by an all-gather.
 """
 
 GLOO = RING | {"reduce_scatter": 2.0}
-"""The same for the algorithms of torch's gloo."""
+"""The same factors for the algorithms of torch's gloo."""
 
 LAUNCHER = re.compile(r"^.*torch/distributed/elastic/.*$", re.MULTILINE)
-"""Matches a log line of torchrun itself."""
+"""Pattern of the log lines of torchrun itself."""
 
 COMMON = (
     "stage=train",
@@ -59,7 +59,7 @@ COMMON = (
 
 @dataclass(frozen=True)
 class TrafficCase:
-    """A training to count.
+    """A training whose traffic is counted.
 
     ``reuse``: elements within which ZeRO-3 keeps gathered weights; ``None``: DeepSpeed's default.
     """
@@ -84,8 +84,8 @@ CASES = (
         4_000_000,
     ),
 )
-"""The tiny model has 3.1e6 weights, which ZeRO-3 by default gathers once and keeps; the last two cases let it keep
-less."""
+"""Cases to compare. The tiny model has 3.1e6 weights, which ZeRO-3 by default gathers once and keeps. The last two
+cases let it keep fewer weights."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -101,10 +101,10 @@ def main(words: Sequence[str] | None = None) -> None:
 def compare_with_plan(
     cases: Sequence[TrafficCase] = CASES, worlds: Sequence[int] = RANKS, advance: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Return one row per case and number of ranks: the traffic of one step from rank 0, planned and counted. Starts the
-    ranks.
+    """Start the ranks, and return one row per case and number of ranks: the planned and the counted traffic of one step
+    from rank 0.
 
-    Raises :class:`CogflowError` with the last lines of their output when they fail.
+    Raises :class:`CogflowError` with the last lines of output when the ranks fail.
     """
     rows = []
     for world in worlds:
@@ -116,7 +116,7 @@ def compare_with_plan(
 
 
 def count_traffic(cases: Sequence[TrafficCase], world: int) -> list[dict[str, Any]]:
-    """Return what :mod:`benchmarks.traffic_rank` counts for each case on ``world`` processes of this machine."""
+    """Return the counts of :mod:`benchmarks.traffic_rank` for each case on ``world`` processes of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         asked, results = Path(folder) / "cases.json", Path(folder) / "results.json"
         write_cases(asked, cases)
@@ -145,8 +145,8 @@ def write_cases(file: Path, cases: Sequence[TrafficCase]) -> None:
 
 
 def traffic_row(case: TrafficCase, world: int, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return megabytes (10^6) of one step from one rank. "other": beside gradients and weights, such as the logged
-    losses."""
+    """Return megabytes (10^6) that one rank sends in one step. "other": traffic that is neither gradients nor weights,
+    such as the logged losses."""
     planned = predicted(case, world)
     around = (world - 1) / world
     counted = {"gradients": 0.0, "weights": 0.0, "other": 0.0}
@@ -185,7 +185,7 @@ def predicted(case: TrafficCase, world: int) -> step_time.Traffic:
 
 
 def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the largest differences between plan and trainings in words."""
+    """Return a sentence about the largest differences between plan and trainings."""
     several = [row for row in rows if row["ranks"] > 1]
     apart = {
         what: max((_apart(row[f"{what}, planned"], row[f"{what}, counted"]) for row in several), default=0.0)
@@ -195,7 +195,7 @@ def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"traffic: the plan is off by at most {apart['gradients']:.1%} for gradients and "
         f"{apart['weights']:.1%} for weights over "
-        f"{len(several)} trainings; TCP carries within {wire:.1%} of what gloo's algorithms send"
+        f"{len(several)} trainings; bytes over TCP are within {wire:.1%} of those of gloo's algorithms"
     )
 
 

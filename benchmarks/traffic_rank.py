@@ -1,11 +1,12 @@
-"""One rank of :mod:`benchmarks.traffic`: train with the trainer's own loop and count what its steps send. Linux only.
+"""Run one rank of :mod:`benchmarks.traffic`: train with the trainer's loop and count the bytes of its steps. Linux
+only.
 
 :func:`benchmarks.traffic.count_traffic` runs it under torchrun: ``-m benchmarks.traffic_rank CASES.json RESULTS.json``.
 
 The traffic is counted twice. At the collectives, a dispatch mode sees every operation of torch.distributed that any
-library calls, with its tensors; the phase of the step (backward, update, ...) tells what it carried. At the sockets,
-the kernel counts the bytes that this process sent over TCP (``bytes_sent`` of ``tcp_info``, without headers and
-retransmissions), which is what gloo put on the wire.
+library calls, with its tensors; the phase of the step (backward, update, ...) identifies their content. At the sockets,
+the kernel counts the bytes that gloo sent over TCP (``bytes_sent`` of ``tcp_info``, without headers and
+retransmissions).
 """
 
 from __future__ import annotations
@@ -43,20 +44,21 @@ from cogflow.training.sequence import RankPlacement
 from cogflow.training.setup import build_step_trainer
 
 WARM_UP, STEPS = 2, 1
-"""Steps that do not count (ZeRO-3 records its prefetching in them), and steps that count."""
+"""Numbers of warm-up steps, in which ZeRO-3 records its prefetching, and of counted steps."""
 
 KINDS = ("allreduce", "allgather", "reduce_scatter", "broadcast", "reduce")
-"""Parts of the names of torch's operations; longer names come first."""
+"""Substrings of the names of torch's operations. Longer substrings come first."""
 
 TCP_INFO_SIZE, BYTES_SENT = 256, 200
-"""Size of a buffer for Linux' ``struct tcp_info``, and offset of its bytes sent, which the bytes retransmitted follow.
+"""Size of a buffer for Linux' ``struct tcp_info``, and offset of the field of sent bytes. The field of retransmitted
+bytes follows it.
 """
 
 
 class Collectives(TorchDispatchMode):
     """Add up the bytes of all collectives inside the block, by phase and kind.
 
-    ``phase``: the present phase of the step.
+    ``phase``: the current phase of the step.
     """
 
     def __init__(self) -> None:

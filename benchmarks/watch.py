@@ -2,10 +2,10 @@
 benchmarks.watch``.
 
 The input is the metrics of real contents, clean and degraded, several variants of each. One half of the contents
-calibrates the noise model, the watch is tried on the other half. A run has a baseline (one variant of some contents)
-and validations (another variant of each), each moved by content drift: ``drift`` times the difference of two random
-contents of the same half over the root of two, whose deviation is ``drift`` times the deviation over contents. All
-metrics drift together, as they do in real contents. Drift is drawn anew for each prompt and validation; the share
+calibrates the noise model, and the watch is tested on the other half. A run has a baseline (one variant of some
+contents) and validations (another variant of each), each moved by content drift: ``drift`` times the difference of two
+random contents of the same half over the root of two, whose deviation is ``drift`` times the deviation over contents.
+All metrics drift together, as they do in real contents. Drift is drawn anew for each prompt and validation; the share
 ``persistent`` of its variance stays over a run. With ``clips`` the watch has a VAE reconstruction bound of that many
 contents, drawn independently of the prompts.
 """
@@ -33,7 +33,7 @@ from cogflow.sharpness.verdict import metric_changes
 BLURRED = "gauss 1"
 DAMAGES = ("gauss 0.8", BLURRED)
 LEAST = 1e-3
-"""Smallest calibrated deviation: a few contents may agree entirely."""
+"""Smallest calibrated deviation, because a few contents may have equal values."""
 VALIDATIONS = 5
 """Validations of a run without damage."""
 SPLITS = 10
@@ -65,7 +65,7 @@ TRIALS = (
     Trial(clips=256),
 )
 USUAL = 2
-"""Position in :data:`TRIALS` of the trial that the summary quotes."""
+"""Index in :data:`TRIALS` of the trial that the summary quotes."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class AlarmRates:
     """Counts of a trial. ``alarms`` and ``warnings`` of ``rounds`` validations without damage; ``defects``: those
     alarms by defect.
 
-    ``first`` and ``within``: degradation -> of ``damaged`` runs those with an alarm for softness in the first
-    validation, within three.
+    ``first`` and ``within``: degradation -> number of ``damaged`` runs with an alarm for softness in the first
+    validation, and within three.
     """
 
     rounds: int
@@ -96,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--variants", type=int, default=3, help="variants of each content, 2 or more; default: %(default)s"
     )
     parser.add_argument(
-        "--share", type=float, default=1.0, help="share of the simulated runs; less is quicker, less exact"
+        "--share", type=float, default=1.0, help="share of the simulated runs; a smaller share is faster and less exact"
     )
     add_size_options(parser)
     given = parser.parse_args(words)
@@ -280,7 +280,7 @@ class WatchSimulation:
         for place, metric in enumerate(METRICS.values()):
             if metric.scale == "log":
                 undone[:, place] = np.exp(undone[:, place]) - metric.floor
-            if metric.name == "brightness":  # drift stands for other content, not for a black or white frame
+            if metric.name == "brightness":  # drift represents other content, not a black or white frame
                 undone[:, place] = undone[:, place].clip(0.1, 0.9)
         return {str(index): dict(zip(self.metrics, row, strict=True)) for index, row in enumerate(undone.tolist())}
 

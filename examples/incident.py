@@ -37,7 +37,7 @@ SETTINGS = (
     "stage.train.sample_every=30",
     "stage.train.evaluate_every=10",
 )
-"""Options of the replay. Three minutes on two CPU cores."""
+"""Options of the replay, which takes three minutes on two CPU cores."""
 
 CONVERTER_VALUES = {
     "vae/config.json": {"scaling_factor": 1.15258426},
@@ -78,7 +78,7 @@ def cogflow(*options: str) -> int:
 
 
 def convert_as_in_2024(pipeline: Path, output: Path) -> Path:
-    """Write ``output``: ``pipeline`` with the converter's settings and all weights in fp16. Weights are held in
+    """Write ``pipeline`` to ``output`` with the converter's settings and all weights in fp16. All weights are in
     memory.
     """
     with publish_folder(output, replace=True) as partial:

@@ -1,4 +1,4 @@
-"""Draw one picture of a whole run, for a README: ``python -m tools.overview_picture RUN OUT.png``."""
+"""Draw a picture of a run for a README: ``python -m tools.overview_picture RUN OUT.png``."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _draw_curves(area: SubFigure, run: RunData) -> None:
     if above.lines:
         above.legend(frameon=False, fontsize=8.5, loc="upper right", labelcolor=INK)
     _style(below, "Sharpness of the samples, compared with the first")
-    # Both are drawn as natural logarithms of a ratio. The wavelet ratio is one already.
+    # Both curves are natural logarithms of a ratio. The wavelet ratio already is one.
     wavelet, blur = run.curve("sharpness/wavelet_ratio").finite, run.curve("sharpness/blur_effect").finite
     if wavelet:
         below.plot(

@@ -1,4 +1,4 @@
-"""Train the tiny model that cogflow ships from nothing: ``python -m tools.pretrain_tiny [--folder FOLDER]``.
+"""Train the tiny model that cogflow ships from random weights: ``python -m tools.pretrain_tiny [--folder FOLDER]``.
 
 The command resumes where it stopped. It takes hours on two CPU cores. ``--quick`` runs every part in a few steps.
 """
@@ -36,20 +36,20 @@ from tools.tiny_vae import VAESettings, clip_pool, normalise_latents, train_vae
 class RecipeSettings:
     """Each field is an option of the command: ``text_steps`` is ``--text-steps``."""
 
-    seed: int = 0  # of everything random in the recipe
+    seed: int = 0  # seed of all random values in the recipe
     text_steps: int = 500  # steps of the text encoder
     vae_steps: int = 3700  # steps of the autoencoder
     transformer_steps: int = 16000  # steps of the transformer
     clips: int = 2048  # clips drawn for the transformer
     check_clips: int = 64  # unseen clips that scale the latents and go through the autoencoder at the end
     check_steps: int = 20  # denoising steps of each sample that is checked at the end
-    check_repeats: int = 2  # samples checked at the end, times 24
+    check_repeats: int = 2  # 24 times this number of samples are checked at the end
 
 
 QUICK = RecipeSettings(
     text_steps=4, vae_steps=8, transformer_steps=4, clips=16, check_clips=4, check_steps=2, check_repeats=1
 )
-"""Run every part once; the model that comes out is useless."""
+"""Return a recipe of a few steps, which tests every part. Its model is useless."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/tiny-pretrain"), help="state, log and model/ (%(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="a few steps of every part, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="run only a few steps of every part, as a test")
     for option in fields(RecipeSettings):
         parser.add_argument(f"--{option.name.replace('_', '-')}", type=int, help=f"default {option.default}")
     given = parser.parse_args(words)
@@ -104,7 +104,7 @@ def pretrain(settings: RecipeSettings, folder: Path) -> None:
         "prompt_following": tiny_quality.measure_prompt_following(sample, settings.check_repeats),
     }
     with publish_folder(folder / "model", replace=True) as partial:
-        # As 5B is published: the transformer in bf16, the autoencoder in fp32.
+        # The dtypes of the published 5B model: the transformer in bf16, the autoencoder in fp32.
         pipeline.transformer.to(torch.bfloat16)
         pipeline.save_pretrained(partial)
         (partial / "tokenizer" / "spiece.model").write_bytes((state / "tokenizer" / "spiece.model").read_bytes())

@@ -1,8 +1,8 @@
 """Recognise colour, shape and direction in a clip, to check whether a sample follows its prompt.
 
-Shapes are saturated and grounds are grey, so pixels of high saturation are the mask of the shape. The hue gives the
-colour, the path of the centre gives the direction, and the overlap with each drawn outline gives the shape. Nothing is
-learned.
+Shapes are saturated and backgrounds are grey, so pixels of high saturation are the mask of the shape. The hue gives the
+colour, the path of the centre gives the direction, and the overlap with each drawn outline gives the shape. The method
+has no learned parts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recognise(
 
 
 def _colour(clip: np.ndarray, masks: np.ndarray, colours: tuple[str, ...]) -> str:
-    """Compare hues only: texture and ground change brightness, not hue."""
+    """Compare hues only, because texture and background change the brightness and not the hue."""
     mean = _chroma(clip[masks].mean(axis=0))
     angles = {name: _chroma(np.asarray(COLOURS[name])) for name in colours}
     return max(

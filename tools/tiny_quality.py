@@ -1,4 +1,4 @@
-"""Measure the quality of the tiny model on clips and prompts that its training never drew."""
+"""Measure the quality of the tiny model on clips and prompts that are not in its training data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cogflow.sharpness.psnr import psnr_of_error
 from tools.recognise_shapes import recognise
 
 UNSEEN = 987_654
-"""Seed of the clips that are measured; training draws with other seeds."""
+"""Seed of the measured clips. Training draws clips with other seeds."""
 
 SampleFunction = Callable[[str, int], np.ndarray]
 """(prompt, seed) -> uint8 ``[frames, height, width, 3]``."""

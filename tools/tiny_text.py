@@ -2,7 +2,7 @@
 
 The tokenizer is a sentencepiece model over captions and plain English. The T5 encoder learns to restore captions with
 masked words: at every position it predicts the word. Its embeddings therefore distinguish every concept, including
-those that the shipped transformer never saw, as the real T5's do.
+concepts that are not in the transformer's training data, like the embeddings of the real T5.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def make_tokenizer(folder: Path) -> Any:
     """Build and save the tokenizer (ids 0 pad, 1 end, 2 unknown, as T5's), and return it as ``AutoTokenizer`` loads it.
 
     A unigram model of all printable characters, in which each word of the captions and of :data:`PLAIN` is a piece. The
-    pieces are written into the model, not learned: training on a vocabulary this small keeps fragments instead of
-    words.
+    pieces are set and not learned, because training on such a small vocabulary yields fragments instead of words.
     """
     folder.mkdir(parents=True, exist_ok=True)
     characters = string.ascii_letters + string.digits + string.punctuation
@@ -94,7 +93,7 @@ def make_tokenizer(folder: Path) -> Any:
 def train_text_encoder(
     tokenizer: Any, steps: int, seed: int, log: Callable[[dict[str, str | float]], None]
 ) -> T5EncoderModel:
-    """Return a T5 encoder that was trained to restore masked captions. Takes a minute on a CPU and is not resumed."""
+    """Train a T5 encoder to restore masked captions and return it. It takes a minute on a CPU and is not resumed."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 7])
     encoder = new_text_encoder(len(tokenizer))

@@ -1,8 +1,8 @@
-"""The tiny transformer, trained from nothing on the latents of drawn clips.
+"""Train the tiny transformer from random weights on the latents of drawn clips.
 
-The loss of ``stage=train`` in a plain loop: no cache, no ranks, no validation in between. Captions are padded to the
-model's own length, and every twentieth step to the 226 tokens that ``CogVideoXPipeline`` pads to when it is not told
-otherwise, so that the shipped folder samples well either way.
+The loop is plain: it has the loss of ``stage=train``, and no cache, no ranks and no validations. Captions are padded to
+the model's text length, and in every twentieth step to 226 tokens, the default of ``CogVideoXPipeline``, so that the
+shipped folder samples well with both lengths.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TransformerSettings:
     clips: int = 2048
     learning_rate: float = 1.2e-3
     warmup: int = 100
-    decay: float = 0.15  # share of the steps, at the end
+    decay: float = 0.15  # share of the steps in which the rate falls, at the end
     text_dropout: float = 0.1
     ema_decay: float = 0.995
     timestep_mean: float = 0.5
@@ -47,18 +47,18 @@ class TransformerSettings:
 def draw_timesteps(rng: np.random.Generator, settings: TransformerSettings) -> np.ndarray:
     """Return int64 ``[batch]`` in 0..999, logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1).
 
-    ``stage=train`` draws them evenly, as SAT does. From nothing, most of what is to be learned, the outline of a shape,
-    is decided above the middle, while the ends teach texture and the mean picture.
+    ``stage=train`` draws timesteps uniformly, as SAT does. A training from random weights mainly has to learn the
+    outlines of shapes, which are decided above the middle timesteps. The ends teach texture and the mean picture.
     """
     position = rng.normal(settings.timestep_mean, settings.timestep_std, settings.batch)
     return np.minimum(999, (1000.0 / (1.0 + np.exp(-position))).astype(np.int64))
 
 
 def learning_rate(step: int, settings: TransformerSettings) -> float:
-    """Warm up, stay, and fall to a hundredth over the last steps (Hu et al. 2024, arXiv:2404.06395, section 4).
+    """Return the rate of a step: warm-up, constant, then a decay to 1 % (Hu et al. 2024, arXiv:2404.06395, section 4).
 
-    Outlines are learned late and only while the rate is high: under a cosine, shapes stopped getting better at a
-    quarter of it.
+    Outlines are learned late and only at a high rate. With a cosine schedule, shapes stopped improving at a quarter of
+    the rate.
     """
     left = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
     return settings.learning_rate * min(1.0, (step + 1) / settings.warmup, max(0.01, left))
@@ -144,7 +144,7 @@ def train_transformer(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            # Early on the average would be all initialisation: let it follow closely at first.
+            # A slow average would consist mostly of the initial weights early on, so it follows quickly at first.
             decay = min(settings.ema_decay, (1 + step) / (10 + step))
             for name, p in transformer.named_parameters():
                 averaged[name].lerp_(p, 1.0 - decay)

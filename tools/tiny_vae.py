@@ -1,8 +1,9 @@
-"""The tiny autoencoder, trained from nothing on drawn clips.
+"""Train the tiny autoencoder from random weights on drawn clips.
 
-Loss: squared and absolute error, plus the absolute error of the frames' finite differences (a difference of edges, so
-that the optimum is not a soft one), plus a light Kullback-Leibler term that keeps the latents compact. No adversary and
-no learned feature distance: nothing here can invent detail, so what the round trip shows is what the latents hold.
+The loss is the squared and the absolute error, plus the absolute error of the frames' finite differences (which
+compares edges, so that the optimum is not blurred), plus a small Kullback-Leibler term that keeps the latents compact.
+There is no adversarial loss and no learned feature distance. The decoder therefore cannot invent detail: the round trip
+shows the content of the latents.
 
 Afterwards :func:`normalise_latents` folds one scale per latent channel into the weights, which makes the latents'
 standard deviation 1 / scaling_factor in every channel: the trait that makes 0.7 the right factor for CogVideoX-5B.
@@ -28,7 +29,7 @@ from cogflow.sharpness.psnr import psnr_of_error
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training on crops of ``frames`` x ``crop`` x ``crop``, ``batch`` at a time."""
+    """Phase of the training, on crops of ``frames`` x ``crop`` x ``crop``, ``batch`` at a time."""
 
     steps: int
     batch: int
@@ -38,7 +39,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class VAESettings:
-    # Still images first: what an edge looks like costs a ninth there. Then motion, then wide views of it.
+    # Still images come first, because learning edges on them costs a ninth. Then come clips, then large crops of them.
     # (Frames must be 8k+1: the decoder maps an even number of latent frames to four frames each.)
     phases: tuple[Phase, ...] = (
         Phase(1200, 32, 1, 32),
@@ -52,9 +53,10 @@ class VAESettings:
     width: int = 96
     pool: int = 1600
     learning_rate: float = 2e-3
-    # (step, share of the rate): where a cosine to zero starts.
+    # (step, share of the rate): the start of each cosine to zero.
     cycles: tuple[tuple[int, float], ...] = ((0, 1.0), (2250, 0.7), (3400, 0.3))
-    # Where the latents are centred and scaled; the steps after it repair the effect of centring on the frames' borders.
+    # Step at which the latents are centred and scaled. Later steps repair the effect of centring on the frames'
+    # borders.
     normalise_at: int = 3400
     warmup: int = 50
     kl_weight: float = 2e-5
@@ -65,7 +67,7 @@ class VAESettings:
         return sum(phase.steps for phase in self.phases)
 
     def scaled(self, steps: int) -> VAESettings:
-        """Return the same recipe in about ``steps`` steps; every phase keeps its share and at least one step."""
+        """Return the recipe scaled to about ``steps`` steps. Every phase keeps its share and has at least one step."""
         share = steps / self.steps
         phases = tuple(replace(phase, steps=max(1, round(phase.steps * share))) for phase in self.phases)
         starts = [0, *accumulate(phase.steps for phase in phases)]
@@ -101,8 +103,8 @@ def rate_at(step: int, settings: VAESettings) -> float:
 
 
 def batch_at(pool: torch.Tensor, step: int, seed: int, settings: VAESettings) -> torch.Tensor:
-    """The batch of one step, float ``[batch, 3, frames, crop, crop]`` in -1..1: random windows, crops, flips, colour
-    channels swapped."""
+    """Return the batch of one step, float ``[batch, 3, frames, crop, crop]`` in -1..1, with random windows, crops,
+    flips and swapped colour channels."""
     rng = np.random.default_rng([seed, step])
     phase = phase_at(step, settings)
     clips = []
@@ -124,9 +126,9 @@ def batch_at(pool: torch.Tensor, step: int, seed: int, settings: VAESettings) ->
 def initialise(vae: AutoencoderKLCogVideoX) -> None:
     """Set the weights so that the signal passes a deep decoder from the first step.
 
-    With PyTorch's default, a spatial norm multiplies its input by a random factor around 0 and training sits at grey
-    frames for a thousand steps. Here every spatial norm starts near the identity, convolutions keep the variance, and
-    the posterior starts narrow, so that the latents are not drowned by their own noise.
+    With PyTorch's defaults, a spatial norm multiplies its input by a random factor around 0, and training yields grey
+    frames for a thousand steps. With these weights every spatial norm starts near the identity, convolutions keep the
+    variance, and the posterior starts narrow, so that its noise is small compared with the latents.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -157,7 +159,7 @@ def train_vae(
     state_file: Path,
     log: Callable[[dict[str, str | float]], None],
 ) -> None:
-    """Train ``vae`` in place, resuming from ``state_file`` when it is there."""
+    """Train ``vae`` in place, resuming from ``state_file`` if it exists."""
     optimizer = _optimizer(vae, settings)
     first = 0
     if state_file.is_file():
@@ -218,10 +220,10 @@ def _optimizer(vae: AutoencoderKLCogVideoX, settings: VAESettings) -> torch.opti
 def normalise_latents(vae: AutoencoderKLCogVideoX, clips: torch.Tensor, centre: bool = False) -> list[float]:
     """Fold one factor per channel into the weights so that the latents of ``clips`` have deviation 1 / scaling_factor.
 
-    Exact: the encoder's last convolution is multiplied, and everything that reads the latents (the decoder's first
-    convolution and the 1x1x1 convolutions of its spatial norms) is divided by the same factors. With ``centre`` the
-    mean of each channel becomes 0, too; that is exact but for the frames' borders, where the decoder's first
-    convolution pads with zeros. Returns the factors. ``clips``: float ``[n, 3, frames, height, width]`` in -1..1.
+    The change is exact: the encoder's last convolution is multiplied, and everything that reads the latents (the
+    decoder's first convolution and the 1x1x1 convolutions of its spatial norms) is divided by the same factors. With
+    ``centre`` the mean of each channel also becomes 0. That is exact except at the frames' borders, where the decoder's
+    first convolution pads with zeros. Returns the factors. ``clips``: float ``[n, 3, frames, height, width]`` in -1..1.
     """
     means = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in clips])
     factors = 1.0 / (vae.config.scaling_factor * means.std(dim=(0, 2, 3, 4)))

@@ -1,7 +1,7 @@
 """Run the converter of a CogVideo clone on a transformer: ``python THIS CLONE CHECKPOINT OUTPUT LAYERS HEADS ROTARY``.
 
-Its ``main`` also downloads a T5 and a tokenizer; here only its two steps for the transformer are called, with its
-arguments.
+The converter's ``main`` also downloads a T5 and a tokenizer. This script calls only its two steps for the transformer,
+with the converter's arguments.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 clone's environment.
 
 The trainer is made without its ``__init__``, which would download weights and read videos. Loss, optimizer, preparation
-and DeepSpeed settings (``finetune/configs/zero2.yaml``) are the clone's own, and a step does what its loop does.
-Nothing of cogflow is imported.
+and DeepSpeed settings (``finetune/configs/zero2.yaml``) are the clone's, and a step does the same as in its loop. The
+script imports nothing of cogflow.
 """
 
 from __future__ import annotations

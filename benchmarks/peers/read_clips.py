@@ -2,8 +2,8 @@
 environment.
 
 Each line on stdin asks for one pass. A pass ends where the peer would call the VAE: fp32 frames of the wanted size in
-[-1, 1]. The answer is one line of JSON with "seconds" and "shapes". Nothing of cogflow is imported, and only the
-encoders are replaced.
+[-1, 1]. The answer is one line of JSON with "seconds" and "shapes". The script imports nothing of cogflow, and
+replaces only the encoders.
 """
 
 from __future__ import annotations

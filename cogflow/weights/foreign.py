@@ -17,11 +17,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from cogflow.errors import CheckpointError, ConversionError, format_list
+from cogflow.files.record_io import JsonObject
 from cogflow.weights.tensor_source import TensorInfo, TensorSource
 from cogflow.weights.torch_file import TorchFile
 from cogflow.weights.zero import SHARDED_MODEL, ZeroCheckpoint, has_optimizer_states, read_state_file
@@ -62,7 +63,7 @@ class ForeignWeights:
     step: int | None
     weights: str
     yamls: list[Path]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: JsonObject = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -180,7 +181,7 @@ def layout_of(names: Iterable[str]) -> Layout | None:
     return "zero" if any(word in name for name in known for word in DIFFUSERS_WORDS) else None
 
 
-def step_in(metadata: Mapping[str, Any], name: str) -> int | None:
+def step_in(metadata: JsonObject, name: str) -> int | None:
     """Return the step that the file states, else the number in its folder's ``name``.
 
     SAT counts in ``iteration`` and may leave ``global_steps`` at 0.

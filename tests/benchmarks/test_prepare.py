@@ -58,7 +58,7 @@ def test_a_peer_reads_the_same_clips_in_its_own_process(tmp_path: Path) -> None:
     found = compare(tmp_path, clips, make_peer(tmp_path))
     assert found["peer"] == "CogVideo" and found["times"] > 0
     assert len(found["seconds"]["CogVideo"]) == len(found["seconds"][COGFLOW]) == 2
-    with pytest.raises(DataError, match="CogVideo gave clips of other sizes than requested"):
+    with pytest.raises(DataError, match="CogVideo returned clips of other sizes than requested"):
         compare(tmp_path, clips, make_peer(tmp_path / "longer", 1))
     (tmp_path / "peer" / "finetune" / "datasets" / "__init__.py").write_text("raise ImportError('no decord')")
     with pytest.raises(DataError, match="CogVideo's reader ended with 1: ImportError: no decord"):

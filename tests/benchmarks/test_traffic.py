@@ -114,6 +114,6 @@ def test_the_summary_reports_the_largest_difference() -> None:
     }
     row |= {"TCP, of gloo's algorithms": 20.0, "TCP, measured": 20.2}
     assert (
-        "0.0% for gradients and 20.0% for weights over 1 trainings; TCP carries within 1.0%"
+        "0.0% for gradients and 20.0% for weights over 1 trainings; bytes over TCP are within 1.0%"
         in traffic.format_summary([row, row | {"ranks": 1}])
     )

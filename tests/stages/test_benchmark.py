@@ -179,7 +179,7 @@ def test_a_step_that_does_not_fit_is_planned(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(loader_cost, "BATCHES", 1)
     size = ["data.frames=9", "data.height=480", "data.width=720"]
     found = run_benchmark(tmp_path, "stage.what=loader", "model=cogvideox-5b", *size)
-    assert "planned for a GPU" in found["step_source"] and 0 < found["share"] < 1
+    assert "forecast for a GPU" in found["step_source"] and 0 < found["share"] < 1
 
 
 def test_all_continues_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from cogflow.weights.tensor_source import TensorInfo, TensorSource
 from cogflow.weights.torch_file import TorchFile
 from cogflow.weights.zero import SHARDED_MODEL, ZeroCheckpoint, has_optimizer_states, read_state_file
 
+PART_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 EMA_SUFFIX = "-ema"
 """SAT saves the moving average of step 500 in a folder ``500-ema`` beside ``500``."""
@@ -273,8 +274,6 @@ def _yamls(folder: Path) -> list[Path]:
 
 
 # Model-parallel parts
-
-PART_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 
 _LAYER = re.compile(
     r"(?P<block>(?:.*\.)?transformer\.layers\.\d+\.(?:attention|mlp)\.)"

@@ -30,6 +30,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _AS_STORED = "Use the weights as stored (masters=bf16)."
 
+PickledState: TypeAlias = dict[str, Any]
+"""Content of a file of DeepSpeed or SAT, read by the restricted unpickler."""
+
+OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+SHARDED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+
+DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""Names in the pickles of DeepSpeed's optimizer states. They are read as inert objects."""
+
+AGAIN = "Copy every file of the checkpoint again; all ranks write to it."
+_LAYOUT = "A DeepSpeed checkpoint is a folder with latest, or its global_step<N> folder."
+
 _Shapes = dict[str, tuple[int, ...]]
 
 
@@ -304,23 +321,6 @@ def _memory_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 # The files of a DeepSpeed checkpoint
-
-PickledState: TypeAlias = dict[str, Any]
-"""Content of a file of DeepSpeed or SAT, read by the restricted unpickler."""
-
-OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-SHARDED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-
-DEEPSPEED_CLASSES = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-"""Names in the pickles of DeepSpeed's optimizer states. They are read as inert objects."""
-
-AGAIN = "Copy every file of the checkpoint again; all ranks write to it."
-_LAYOUT = "A DeepSpeed checkpoint is a folder with latest, or its global_step<N> folder."
 
 
 def latest_step_folder(folder: Path) -> Path:

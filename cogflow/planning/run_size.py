@@ -22,7 +22,8 @@ from cogflow.training.transformer_size import TransformerSize
 
 @dataclass(frozen=True)
 class Clips:
-    """Numbers of clips. ``training``: without the held-out clips, ``None`` if unknown. ``source``: origin of the numbers.
+    """Numbers of clips. ``training``: without the held-out clips, ``None`` if unknown. ``source``: origin of the
+    numbers.
 
     ``left_out``: a line on the clips that could not be prepared, empty without such clips.
     """

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cogflow import __version__, rank_identity
+from cogflow.artifacts.run_layout import RunLayout
 from cogflow.artifacts.working_run import FAULTS, WorkingRun, choose_run, working_in
 from cogflow.config.build import as_yaml
 from cogflow.config.command import running
@@ -23,7 +24,9 @@ from cogflow.config.help_text import USAGE, help_text, overview
 from cogflow.config.problems import Problem, fail
 from cogflow.errors import CogflowError, StorageError
 from cogflow.files.atomic_write import append_text, write_first
+from cogflow.files.contained_files import refuse_links_out
 from cogflow.files.printable import paragraph, printable
+from cogflow.files.secrets import scrub_text
 from cogflow.files.usable_folder import explain_disk_errors, require_usable
 from cogflow.stages import SUMMARIES, load
 
@@ -32,6 +35,8 @@ RUN_FOLDERS = (
     *("data", "ladder", "diagnosis", "repaired", "replaced", "benchmark", "ranks", "lock", "wandb"),
 )
 """Folders that the stages make inside a run."""
+SHARED = (RunLayout(Path()).cache.name,)
+"""Folders that a run may share with the run beside it: launch/slurm_array.sh links the prepared clips."""
 FLAGS = ("--help", "-h", "--cfg", "--version")
 
 
@@ -60,13 +65,13 @@ def main(words: Sequence[str]) -> int:
         rank = rank_identity.rank()
         if rank == 0 or error.rank is not None:
             line = f"{f'rank {rank}: ' if error.rank else ''}{type(error).__name__}: {error}"
-            print(paragraph(line), file=sys.stderr)
+            print(paragraph(scrub_text(line)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception:
         heading = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank_identity.rank()}"
-        fault = printable(f"{heading}\n{traceback.format_exc()}")
+        fault = printable(scrub_text(f"{heading}\n{traceback.format_exc()}"))
         print(fault, file=sys.stderr)
         if chosen is not None:
             append_text(chosen.folder / FAULTS, fault)
@@ -89,6 +94,7 @@ def _choose_usable_run(command: ComposedCommand) -> WorkingRun:
     stage = command.config.stage
     if not (getattr(stage, "plan", False) or getattr(stage, "dry_run", False)):  # they write nothing
         require_usable(chosen.folder, RUN_FOLDERS)
+    refuse_links_out(chosen.folder, shared=SHARED)
     return chosen
 
 

@@ -11,7 +11,6 @@ no tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -30,9 +29,12 @@ from cogflow.artifacts.run_layout import (
     step_folders,
 )
 from cogflow.errors import CheckpointError, ConfigError
+from cogflow.files.bounded_parsing import read_json_object
+from cogflow.files.contained_files import open_regular
 from cogflow.files.publish import MANIFEST
 from cogflow.models.code_check import CONFIGS
 from cogflow.weights import foreign, torch_file
+from cogflow.weights.tensor_source import contained_file
 from cogflow.weights.torch_file import TorchFile
 from cogflow.weights.zero import latest_step_folder
 
@@ -44,8 +46,6 @@ MOST_ENTRIES = 10_000
 """Entries of one folder that are listed. A folder with more is a data set, and its first entries show that."""
 MOST_STEPS = 1_000
 """Sub-folders of one folder that are examined as checkpoints or step folders."""
-MOST_JSON_BYTES = 1 << 26
-"""Size above which a JSON file is not read here; those of cogflow and diffusers are far smaller."""
 AUTO = "auto"
 
 
@@ -225,7 +225,7 @@ def _export(place: _Place) -> Artifact | None:
     """A run has an export.json, too, its record of stage=export; only an export has components beside it."""
     if not (place.has(EXPORT_REPORT) and place.components):
         return None
-    step = _json(place.path / EXPORT_REPORT).get("step")
+    step = read_json_object(place.path / EXPORT_REPORT).get("step")
     reason = f"{EXPORT_REPORT} and {' and '.join(f'{name}/' for name in place.components)} are there"
     return place.artifact(ArtifactKind.EXPORT, reason, components=place.components, step=_whole(step))
 
@@ -237,7 +237,7 @@ def _checkpoint(place: _Place) -> Artifact | None:
         ArtifactKind.CHECKPOINT,
         reason,
         components=place.components,
-        step=_whole(_json(place.path / TRAINER).get("step")),
+        step=_whole(read_json_object(place.path / TRAINER).get("step")),
         ema=(place.path / "ema").is_dir(),
     )
 
@@ -331,7 +331,7 @@ def _torch_file(place: _Place) -> Artifact | None:
         files = place.with_suffix(foreign.TORCH_SUFFIXES)
         if len(files) != 1 or place.with_suffix((".safetensors",)):
             return None
-        path = files[0]
+        path = contained_file(path, files[0].name)
     elif path.suffix.lower() not in foreign.TORCH_SUFFIXES and not torch_file.is_torch_file(path):
         return None
     try:
@@ -364,7 +364,7 @@ def _components(place: _Place) -> Artifact | None:
 def _component(place: _Place) -> Artifact | None:
     names = [name for name in ("tokenizer", "scheduler") if place.has(CONFIGS[name])]
     reason = f"{' and '.join(CONFIGS[name] for name in names)} is there"
-    config = _json(place.path / "config.json")
+    config = read_json_object(place.path / "config.json")
     weights = [entry for entry in place.entries if entry.name.endswith(WEIGHT_ENDINGS)]
     if place.has("config.json") and (weights or config.keys() & {"_class_name", "model_type", "architectures"}):
         class_name = str(config.get("_class_name") or config.get("model_type") or "unnamed class")
@@ -441,13 +441,13 @@ def _is_checkpoint(folder: Path) -> str | None:
     """Return why a folder is a checkpoint: its trainer.json, or a manifest that lists one."""
     if (folder / TRAINER).is_file():
         return f"{TRAINER} is there"
-    files = _json(folder / MANIFEST).get("files")
+    files = read_json_object(folder / MANIFEST).get("files")
     return f"{MANIFEST} lists {TRAINER}" if isinstance(files, dict) and TRAINER in files else None
 
 
 def _step_of_checkpoint(folder: Path) -> int | None:
     """Return the step that a checkpoint's trainer.json states, else the one in its name."""
-    step = _whole(_json(folder / TRAINER).get("step"))
+    step = _whole(read_json_object(folder / TRAINER).get("step"))
     return parse_step(folder.name) if step is None else step
 
 
@@ -485,21 +485,10 @@ def _unknown_file(path: Path, named: str) -> CheckpointError:
         return CheckpointError(
             f"{named} is one file of a folder.", "Give the folder, with config.json and all safetensors in it."
         )
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(64)
     what = torch_file.describe_first_bytes(start) if start else "it is empty."
     return CheckpointError(f"{named} is a file that cogflow does not know: {what}", EXPECTED)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty for a file that is missing or broken: the artifact's reader reports that."""
-    try:
-        if path.stat().st_size > MOST_JSON_BYTES:
-            return {}
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _whole(value: object) -> int | None:

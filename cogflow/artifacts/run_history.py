@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from cogflow.artifacts.run_layout import RunLayout, parse_step, step_folders, step_name, step_of
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import storage_errors
+from cogflow.files.bounded_parsing import parse_json
 from cogflow.files.linking import link_folder
 from cogflow.files.paths import contained
 from cogflow.files.publish import files_below
@@ -270,7 +270,7 @@ def _restore_lines(path: Path, source: Path, wanted: Callable[[ForeignObject], b
     present = split_lines(path, lambda _: True)[0]
     added = [line for line in split_lines(source, wanted)[0] if line not in present]
     if added:
-        write_lines(path, sorted([*present, *added], key=lambda line: _time(json.loads(line))))
+        write_lines(path, sorted([*present, *added], key=lambda line: _time(parse_json(line))))
 
 
 def _restore_rungs(folder: Path, interval: Interval) -> None:

@@ -33,6 +33,8 @@ from cogflow.config.config import STAGES, AnyConfig
 from cogflow.config.run_section import FOLDER_NAME, RunConfig, run_at
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import write_first
+from cogflow.files.bounded_parsing import read_json_object
+from cogflow.files.contained_files import open_regular
 from cogflow.files.paths import run_folder
 from cogflow.files.printable import one_line
 from cogflow.files.record_io import read_record, record_values
@@ -137,7 +139,7 @@ def is_run(folder: Path) -> bool:
             return True
         if (folder / RunSource.file_name).is_file() and _source_of(folder) is not None:
             return True
-        if isinstance(_json(folder / HISTORY).get("lines"), list):
+        if isinstance(read_json_object(folder / HISTORY).get("lines"), list):
             return True
         steps = [*step_folders(layout.checkpoints), *step_folders(layout.weights)]
         if any((step / TRAINER).is_file() for step in steps):
@@ -259,14 +261,6 @@ def _is_latent_cache(folder: Path) -> bool:
     path = folder / CacheIndex.file_name
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(HEAD_BYTES)
     return all(key in head for key in (b'"version"', b'"plan"', b'"fingerprint"'))
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.artifacts.run_layout import ASSEMBLY, RunLayout
+from cogflow.assemble.components import WEIGHTS_SUFFIX
 from cogflow.assemble.model_card import shorten_paths
 from cogflow.errors import PipelineError
+from cogflow.files.contained_files import create_file, open_regular
 from cogflow.files.publish import MANIFEST, read_manifest, write_manifest
 from cogflow.files.record_io import JsonValue, read_record, record_values
 from cogflow.records.pipeline_records import AssemblyRecord
@@ -52,17 +53,22 @@ def copy_without_paths(folder: Path, target: Path) -> None:
     files = read_manifest(folder).files
     known = {name: entry.sha256 for name, entry in files.items() if name not in (ASSEMBLY, MANIFEST)}
     for name in (ASSEMBLY, MANIFEST):
-        (target / name).unlink()  # a hard link: writing into it would change the published file
+        (target / name).unlink()
     shortened = json.dumps(_shorten(record_values(assembly)), indent=2, ensure_ascii=False) + "\n"
     (target / ASSEMBLY).write_text(shortened, encoding="utf-8")
     write_manifest(target, known)
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """Link weights and copy everything else: an edit of a small file must not change the published one."""
+    if source.endswith(WEIGHTS_SUFFIX):
+        try:
+            Path(target).hardlink_to(source)
+            return
+        except OSError:  # another file system, or one without hard links
+            pass
+    with open_regular(Path(source)) as original, create_file(Path(target)) as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def _shorten(value: JsonValue) -> JsonValue:

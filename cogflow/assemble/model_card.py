@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import quote
 
 from cogflow.assemble.components import PipelineComponent
 from cogflow.errors import CogflowError
+from cogflow.files.contained_files import copy_below, is_file_below, plain_name
 from cogflow.files.printable import one_line, printable
 from cogflow.files.record_io import JsonObject, read_record
 from cogflow.records.pipeline_records import (
@@ -91,11 +91,13 @@ def collect_sections(context: CardContext, pipeline: Path) -> CardSections:
     record = read_sample_record(context.samples)
     target = pipeline / SAMPLES_FOLDER
     target.mkdir()
+    root, folder = _root_and_name(context.samples, context.run)
     for sample in record.samples:
-        shutil.copyfile(context.samples / sample.video, target / sample.video)
+        video = plain_name(context.samples, sample.video)
+        copy_below(root, f"{folder}{video}", target, video)
     sheet = None
-    if (context.samples / CONTACT_SHEET).is_file():
-        shutil.copyfile(context.samples / CONTACT_SHEET, target / CONTACT_SHEET)
+    if is_file_below(root, f"{folder}{CONTACT_SHEET}"):
+        copy_below(root, f"{folder}{CONTACT_SHEET}", target, CONTACT_SHEET)
         sheet = f"{SAMPLES_FOLDER}/{CONTACT_SHEET}"
     columns, ladder = _ladder_table(context.run)
     return CardSections(
@@ -106,6 +108,16 @@ def collect_sections(context: CardContext, pipeline: Path) -> CardSections:
         ladder_columns=columns,
         ladder=ladder,
     )
+
+
+def _root_and_name(samples: Path, run: Path | None) -> tuple[Path, str]:
+    """Return the folder that the sample files are opened below, and the prefix of their names in it.
+
+    Below the run, so that a folder of the run that is a link is refused, too.
+    """
+    if run is not None and samples.is_relative_to(run) and samples != run:
+        return run, f"{samples.relative_to(run).as_posix()}/"
+    return samples, ""
 
 
 def _ladder_table(run: Path | None) -> tuple[list[str], list[Row]]:

@@ -21,8 +21,9 @@ from cogflow.assemble.model_card import CardContext, card_text, collect_sections
 from cogflow.assemble.stored_files import hash_components
 from cogflow.errors import QualityGateError
 from cogflow.files.atomic_write import require_space, write_json, write_text
+from cogflow.files.contained_files import create_below, open_regular
 from cogflow.files.hashing import hash_file
-from cogflow.files.linking import can_link, place_file
+from cogflow.files.linking import can_link, is_copied, place_file
 from cogflow.files.publish import FileHash, publish_folder
 from cogflow.files.record_io import write_record
 from cogflow.models.code_check import CONFIGS
@@ -141,17 +142,21 @@ def _place_component(
     folder.mkdir()
     files: dict[str, FileHash] = {}
     links: set[str] = set()
+    shared: dict[str, str] = {}
     for name, source in sorted(component.files.items()):
         target = folder / name
         if name.endswith(WEIGHTS_SUFFIX):
-            links.add(place_file(source, target, link, hashes[source], advance))
+            links.add(how := place_file(source, target, link, hashes[source], advance))
+            if how == "hard":
+                shared[name] = str(source)
             sha256 = hashes[source]
         else:
             # Small files are copied: an edit of a config here must not change the source.
             if name == CONFIGS[component.name] and component.overrides:
                 write_text(target, component.config_text())
             else:
-                shutil.copyfile(source, target)
+                with open_regular(source) as original, create_below(folder, name) as copy:
+                    shutil.copyfileobj(original, copy)
             sha256 = hash_file(target)
         files[name] = FileHash(sha256, target.stat().st_size)
     changed = {key: ChangedValue(before, now) for key, (before, now) in component.overrides.items()}
@@ -160,6 +165,7 @@ def _place_component(
         origin=str(component.folder.absolute()),
         files=files,
         link=", ".join(sorted(links)) or None,
+        shared=shared or None,
         changed=changed or None,
         run=component.training.run or _run_of(component.folder),
         line=component.training.line,
@@ -173,17 +179,19 @@ def _run_of(folder: Path) -> str | None:
 
 
 def _bytes_to_copy(components: Mapping[str, PipelineComponent], output: Path, link: str) -> int:
-    """Return the bytes of weights that cannot be linked, or must not be."""
+    """Return the bytes of weights that cannot be linked, or are not."""
     folder = next(parent for parent in output.absolute().parents if parent.is_dir())
     linkable: dict[int, bool] = {}
     total = 0
     for component in components.values():
         for path in (path for name, path in component.files.items() if name.endswith(WEIGHTS_SUFFIX)):
             status = path.stat()
+            if is_copied(path, link):
+                total += status.st_size
+                continue
             if link == "auto" and status.st_dev not in linkable:
                 linkable[status.st_dev] = can_link(path, folder)
-            copied = link == "copy" or (link == "auto" and not linkable[status.st_dev])
-            total += status.st_size if copied else 0
+            total += status.st_size if link == "auto" and not linkable[status.st_dev] else 0
     return total
 
 

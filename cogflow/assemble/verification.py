@@ -30,7 +30,7 @@ from cogflow.sampling.noise import latent_frames, noise_for, step_generator
 from cogflow.sampling.sample_record import FRAMES_FILE, newest_samples, read_sample_record
 from cogflow.sharpness.psnr import psnr_of_error
 from cogflow.weights.safetensors_file import save_tensors
-from cogflow.weights.tensor_source import WeightsFolder, contained_file, weights_fingerprint
+from cogflow.weights.tensor_source import WeightsFolder, contained_file, read_json, weights_fingerprint
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 IMAGE_TO_VIDEO = "CogVideoXImageToVideoPipeline"
@@ -259,8 +259,8 @@ def _name(sample: SampleRecord) -> str:
 
 def _latent_shape(folder: Path, record: SamplesRecord) -> tuple[int, int, int, int, int]:
     """Return ``[1, latent frames, channels, height / 8, width / 8]``."""
-    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    transformer = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    vae = read_json(folder / "vae" / "config.json")
+    transformer = read_json(folder / "transformer" / "config.json")
     ratio = int(vae.get("temporal_compression_ratio", 4))
     frames, _ = latent_frames(record.frames, ratio, transformer.get("patch_size_t"))
     return 1, frames, int(vae.get("latent_channels", 16)), record.height // 8, record.width // 8
@@ -299,7 +299,7 @@ def _request(folder: Path, record: SamplesRecord, images: Path | None, work: Pat
 
 
 def _pipeline_class(folder: Path) -> str:
-    return str(json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["_class_name"])
+    return str(read_json(folder / MODEL_INDEX).get("_class_name"))
 
 
 def _run_script(work: Path) -> None:

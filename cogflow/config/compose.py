@@ -6,6 +6,7 @@ together."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from cogflow.config.diagnose_settings import FlowStage
 from cogflow.config.problems import Problem, did_you_mean, fail, format_value, nearest
 from cogflow.config.sat_import import CommandLine, imported_values, keys_of_named_groups, take_import
 from cogflow.errors import ConfigError
+from cogflow.files.secrets import environment_secrets_in
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -110,6 +112,10 @@ def compose_command(overrides: Sequence[str]) -> ComposedCommand:
     if config is not None:
         bad = {key for problem in problems for key in problem.keys}
         problems += [problem for problem in find_problems(config) if not bad & set(problem.keys)]
+    problems += [
+        Problem(f"{key}: it contains the value of {variable}, which would be written into files.", (key,))
+        for key, variable in ([] if config is None else environment_secrets_in(dataclasses.asdict(config)))
+    ]
     fail(problems, HELP)
     assert config is not None  # a missing stage is among the problems
     given = frozenset(key for key, _ in values)

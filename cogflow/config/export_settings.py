@@ -165,7 +165,7 @@ class AssembleStage:
     force: list[str] = setting([], help="Contradictions to accept; they are recorded, such as [vae.scaling_factor].")
     link: str = setting(
         "auto",
-        help="How weights are placed. auto: reflink, else hard link, else copy.",
+        help="How weights are placed. auto: reflink, else hard link (read-only), else copy.",
         rule=one_of("auto", "hard", "copy"),
     )
     rehash: bool = setting(

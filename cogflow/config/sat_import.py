@@ -7,6 +7,7 @@ they name under ``target`` is imported or run."""
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from cogflow.config.sat_keys import (
     TAKEN,
     TRANSLATED,
 )
+from cogflow.files.bounded_parsing import first_line, read_yaml_text, reject_references
 from cogflow.files.printable import one_line
 
 WORD = "import"
@@ -189,15 +191,16 @@ def read_recipe(paths: Sequence[str]) -> SatRecipe:
     merged, problems = OmegaConf.create(), []
     for path in paths:
         try:
-            loaded = OmegaConf.load(Path(path).expanduser())
+            # OmegaConf would resolve ${...} with variables of this machine, and would fail on deep nesting.
+            loaded = OmegaConf.load(io.StringIO(read_yaml_text(Path(path).expanduser())))
             if not OmegaConf.is_dict(loaded):
                 raise ValueError("it contains no keys")
+            reject_references(OmegaConf.to_container(loaded, resolve=False))
             merged.merge_with(loaded)
         except FileNotFoundError:
             problems.append(Problem(f"{WORD}={path}: no such file.", (WORD,)))
-        except (OSError, YAMLError, OmegaConfBaseException, ValueError) as error:
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            problems.append(Problem(f"{WORD}={path}: it cannot be read as yaml: {first[0]}.", (WORD,)))
+        except (OSError, YAMLError, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
+            problems.append(Problem(f"{WORD}={path}: it cannot be read as yaml: {first_line(error)}.", (WORD,)))
     recipe = translate_recipe(OmegaConf.to_container(merged, resolve=False))
     recipe.problems[:0] = problems
     return recipe
@@ -206,6 +209,7 @@ def read_recipe(paths: Sequence[str]) -> SatRecipe:
 def translate_recipe(raw: Any) -> SatRecipe:
     """Return the recipe of a plain mapping with SAT's sections (args, data, deepspeed, model)."""
     flat = dict(flatten(raw))
+    flat.pop("", None)  # of empty files
     recipe = SatRecipe()
     for key, names in TAKEN.items():
         if key in flat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cogflow.errors import DataError
+from cogflow.files.bounded_parsing import parse_json
+from cogflow.files.contained_files import open_regular, read_regular
 from cogflow.files.paths import contained
 from cogflow.files.printable import one_line
 
@@ -25,6 +27,10 @@ LAYOUTS = """a folder of clips has one of:
     videos/ and labels/    labels/<name>.txt holds the caption of videos/<name>.mp4"""
 
 _EXAMPLES = 10
+MOST_LIST_BYTES = 1 << 30
+"""Bytes of a list of clips; millions of captions fit."""
+MOST_ROW_BYTES = 1 << 20
+"""Bytes and characters of one line of a list of clips."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,12 @@ def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a text file with their ends, one at a time. Raises :class:`DataError`."""
     try:
         # Lines end at line feeds alone: JSON allows other separators of Unicode inside a string.
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file
+        with open_regular(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig")
+            while line := text.readline(MOST_ROW_BYTES + 1):
+                if len(line) > MOST_ROW_BYTES:
+                    raise DataError(f"{path} has a line of more than {MOST_ROW_BYTES} characters", LAYOUTS)
+                yield line
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {_first_bad_byte(path)})", "save it as UTF-8") from error
     except OSError as error:
@@ -133,7 +143,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _first_bad_byte(path: Path) -> int:
     try:
-        path.read_bytes().decode("utf-8-sig")
+        read_regular(path, MOST_LIST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return error.start
     return 0
@@ -190,10 +200,10 @@ def _jsonl(folder: Path) -> Iterator[tuple[str, str, str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line, MOST_ROW_BYTES)
+        except ValueError as error:
             raise DataError(
-                f"{path} line {number} is not JSON: {error.msg}",
+                f"{path} line {number} is not JSON: {error}",
                 'each line is like {"file_name": "clip.mp4", "text": "..."}',
             ) from error
         if not isinstance(row, dict):

@@ -27,6 +27,8 @@ from cogflow.data.clips import CLIP_SETTINGS
 from cogflow.data.former_index import index_shards, read_former
 from cogflow.errors import DataError
 from cogflow.files.atomic_write import require_space, storage_errors, sync
+from cogflow.files.bounded_parsing import parse_json
+from cogflow.files.contained_files import is_file_below
 from cogflow.files.record_io import parse_record, read_record, record_values
 from cogflow.records.cache_records import CacheIndex, CacheSettings, StoredClip
 from cogflow.runtime.console import echo
@@ -86,7 +88,7 @@ class LatentCache:
         self._use(read_record(folder / CacheIndex.file_name, CacheIndex))
 
     def _use(self, index: CacheIndex) -> None:
-        missing = sorted(name for name in index_shards(index) if not (self.folder / name).is_file())
+        missing = sorted(name for name in index_shards(index) if not is_file_below(self.folder, name))
         if missing:
             raise DataError(
                 f"{len(missing)} files of {self.folder} are missing, the first is {missing[0]}",
@@ -314,7 +316,7 @@ def scan_shards(folder: Path, kind: str) -> dict[str, StoredTensors]:
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:
-                facts = json.loads((shard.metadata() or {})[_FACTS])
+                facts = parse_json((shard.metadata() or {})[_FACTS])
                 held = {name.rsplit(".", 1)[0] for name in shard.keys()}  # noqa: SIM118
                 clips = {key: _stored_clip(values, path) for key, values in facts.items() if key in held}
         except (SafetensorError, OSError, ValueError, KeyError, DataError):

@@ -10,9 +10,12 @@ from pathlib import Path
 from cogflow.config.data_section import DataConfig
 from cogflow.errors import DataError
 from cogflow.files.atomic_write import write_text
+from cogflow.files.bounded_parsing import parse_json
+from cogflow.files.contained_files import open_regular
 from cogflow.files.printable import one_line
 
 QUARANTINE = "quarantine.jsonl"
+MOST_LINE_BYTES = 1 << 20
 
 FileStamp = tuple[int, int]
 """Size of a file in bytes and time of its last modification in ns."""
@@ -71,11 +74,11 @@ class Quarantine:
 def read_quarantine(folder: Path) -> Iterator[LeftOutClip]:
     """Yield the clips that were left out of the cache in ``folder``; none where there is no list that can be read."""
     try:
-        with (folder / QUARANTINE).open(encoding="utf-8") as file:
+        with open_regular(folder / QUARANTINE) as file:
             for line in file:
-                row = json.loads(line)
+                row = parse_json(line, MOST_LINE_BYTES)
                 yield LeftOutClip(row["name"], row["reason"], row.get("size"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, DataError):
         return
 
 

@@ -26,6 +26,8 @@ import numpy as np
 from cogflow.config.data_section import DataConfig
 from cogflow.data.video import write_video
 from cogflow.errors import DataError
+from cogflow.files.bounded_parsing import parse_json, read_json_file, read_json_object
+from cogflow.files.contained_files import is_file_below, read_regular
 from cogflow.files.publish import publish_folder
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -227,9 +229,8 @@ def drawing_differences(folder: Path, data: DataConfig) -> list[str]:
     """Return one line for each setting of ``data`` that the clips in ``folder`` were not drawn with; empty where there
     are no drawn clips.
     """
-    try:
-        drawn = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    drawn = read_json_object(folder / _SETTINGS_FILE)
+    if not drawn:
         return []
     wanted = fill_concepts(data)
     pairs = [(key, getattr(wanted, key), drawn.get(key)) for key in DRAWING_SETTINGS]
@@ -268,8 +269,8 @@ def draw_folder(folder: Path, data: DataConfig) -> None:
 def _complete(folder: Path, settings: dict[str, Any]) -> bool:
     """Return whether ``folder`` holds all clips that were drawn with ``settings``."""
     try:
-        same = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8")) == settings
-        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-        return same and all((folder / row["file_name"]).is_file() for row in rows)
-    except (OSError, ValueError, KeyError, TypeError):
+        same = read_json_file(folder / _SETTINGS_FILE) == settings
+        rows = [parse_json(line) for line in read_regular(folder / "metadata.jsonl").splitlines()]
+        return same and all(is_file_below(folder, row["file_name"]) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, DataError):
         return False

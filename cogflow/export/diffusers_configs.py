@@ -20,6 +20,7 @@ import transformers
 from cogflow.errors import ConversionError
 from cogflow.export.facts import TransformerFacts, VaeFacts
 from cogflow.export.reported_values import TensorInfos, numbered_children
+from cogflow.files.bounded_parsing import large_values
 from cogflow.files.record_io import ForeignObject
 
 DiffusersConfig: TypeAlias = dict[str, Any]
@@ -39,39 +40,48 @@ def transformer_config(facts: TransformerFacts) -> DiffusersConfig:
     there, the limits of its rotary table, not a video size: give the pipeline a height and a width when sampling.
     """
     kind = facts.position
-    return {
-        "_class_name": "CogVideoXTransformer3DModel",
-        "_diffusers_version": diffusers.__version__,
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "attention_head_dim": facts.head_dim,
-        "dropout": 0.0,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": facts.in_channels,
-        "max_text_seq_length": facts.text_tokens,
-        "norm_elementwise_affine": True,
-        "norm_eps": 1e-5,
-        "num_attention_heads": facts.heads,
-        "num_layers": facts.layers,
-        "ofs_embed_dim": facts.ofs_embed_dim,
-        "out_channels": facts.out_channels,
-        "patch_bias": facts.patch_size_t is None,
-        "patch_size": facts.patch_size,
-        "patch_size_t": facts.patch_size_t,
-        "sample_frames": (facts.latent_frames - 1) * facts.temporal_compression + 1,
-        "sample_height": facts.latent_height,
-        "sample_width": facts.latent_width,
-        # These scale the sin-cos table. Rotary models never read them and have the class default.
-        "spatial_interpolation_scale": facts.spatial_interpolation if kind == "sincos" else 1.875,
-        "temporal_compression_ratio": facts.temporal_compression,
-        "temporal_interpolation_scale": facts.temporal_interpolation if kind == "sincos" else 1.0,
-        "text_embed_dim": facts.text_width,
-        "time_embed_dim": facts.time_embed_dim,
-        "timestep_activation_fn": "silu",
-        "use_learned_positional_embeddings": kind == "learned+rotary",
-        "use_rotary_positional_embeddings": kind != "sincos",
-    }
+    return _checked(
+        {
+            "_class_name": "CogVideoXTransformer3DModel",
+            "_diffusers_version": diffusers.__version__,
+            "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+            "attention_head_dim": facts.head_dim,
+            "dropout": 0.0,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "in_channels": facts.in_channels,
+            "max_text_seq_length": facts.text_tokens,
+            "norm_elementwise_affine": True,
+            "norm_eps": 1e-5,
+            "num_attention_heads": facts.heads,
+            "num_layers": facts.layers,
+            "ofs_embed_dim": facts.ofs_embed_dim,
+            "out_channels": facts.out_channels,
+            "patch_bias": facts.patch_size_t is None,
+            "patch_size": facts.patch_size,
+            "patch_size_t": facts.patch_size_t,
+            "sample_frames": (facts.latent_frames - 1) * facts.temporal_compression + 1,
+            "sample_height": facts.latent_height,
+            "sample_width": facts.latent_width,
+            # These scale the sin-cos table. Rotary models never read them and have the class default.
+            "spatial_interpolation_scale": facts.spatial_interpolation if kind == "sincos" else 1.875,
+            "temporal_compression_ratio": facts.temporal_compression,
+            "temporal_interpolation_scale": facts.temporal_interpolation if kind == "sincos" else 1.0,
+            "text_embed_dim": facts.text_width,
+            "time_embed_dim": facts.time_embed_dim,
+            "timestep_activation_fn": "silu",
+            "use_learned_positional_embeddings": kind == "learned+rotary",
+            "use_rotary_positional_embeddings": kind != "sincos",
+        }
+    )
+
+
+def _checked(config: DiffusersConfig) -> DiffusersConfig:
+    """Return ``config``. Raises :class:`ConversionError` for numbers beyond all models, which a yaml may state."""
+    if problems := large_values(config):
+        raise ConversionError(f"The facts describe no model that is built: {'; '.join(problems[:5])}.")
+    return config
 
 
 def scheduler_config(facts: TransformerFacts, class_name: str = SCHEDULER_CLASSES[0]) -> DiffusersConfig:
@@ -104,31 +114,33 @@ def vae_config(facts: VaeFacts) -> DiffusersConfig:
     values.
     """
     levels = len(facts.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKLCogVideoX",
-        "_diffusers_version": diffusers.__version__,
-        "act_fn": "silu",
-        "block_out_channels": list(facts.block_out_channels),
-        "down_block_types": ["CogVideoXDownBlock3D"] * levels,
-        "force_upcast": True,
-        "in_channels": facts.vae_in_channels,
-        "invert_scale_latents": facts.invert_scale_latents,
-        "latent_channels": facts.latent_channels,
-        "latents_mean": None,
-        "latents_std": None,
-        "layers_per_block": facts.layers_per_block,
-        "norm_eps": 1e-6,
-        "norm_num_groups": VAE_GROUPS,
-        "out_channels": facts.vae_out_channels,
-        "sample_height": 480,
-        "sample_width": 720,
-        "scaling_factor": facts.scaling_factor,
-        "shift_factor": None,
-        "temporal_compression_ratio": facts.temporal_compression,
-        "up_block_types": ["CogVideoXUpBlock3D"] * levels,
-        "use_post_quant_conv": False,
-        "use_quant_conv": False,
-    }
+    return _checked(
+        {
+            "_class_name": "AutoencoderKLCogVideoX",
+            "_diffusers_version": diffusers.__version__,
+            "act_fn": "silu",
+            "block_out_channels": list(facts.block_out_channels),
+            "down_block_types": ["CogVideoXDownBlock3D"] * levels,
+            "force_upcast": True,
+            "in_channels": facts.vae_in_channels,
+            "invert_scale_latents": facts.invert_scale_latents,
+            "latent_channels": facts.latent_channels,
+            "latents_mean": None,
+            "latents_std": None,
+            "layers_per_block": facts.layers_per_block,
+            "norm_eps": 1e-6,
+            "norm_num_groups": VAE_GROUPS,
+            "out_channels": facts.vae_out_channels,
+            "sample_height": 480,
+            "sample_width": 720,
+            "scaling_factor": facts.scaling_factor,
+            "shift_factor": None,
+            "temporal_compression_ratio": facts.temporal_compression,
+            "up_block_types": ["CogVideoXUpBlock3D"] * levels,
+            "use_post_quant_conv": False,
+            "use_quant_conv": False,
+        }
+    )
 
 
 def t5_config(infos: TensorInfos, dtype: str = "fp32") -> DiffusersConfig:

@@ -29,6 +29,7 @@ from cogflow.export.reported_values import (
     user_values,
     vae_values_from_shapes,
     values_agree,
+    with_values,
 )
 from cogflow.files.record_io import ForeignObject
 from cogflow.models.family import MODEL_SPECS, ModelSpec
@@ -133,6 +134,7 @@ def resolve_facts(
     user's facts; null means not given. Raises :class:`ConversionError` listing every conflict with all values and
     sources, and :class:`ConfigError` listing the facts that no source reports and how to give them.
     """
+    infos = with_values(infos)
     if not any(name.startswith("transformer.layers.") for name in infos):
         raise ConversionError(
             f"These tensors are no SAT transformer: no name of {len(infos)} begins with transformer.layers.",
@@ -166,6 +168,7 @@ def resolve_vae_facts(
     Shapes show neither the model generation (1.0 or 1.5) nor the scaling factor, so a ``3d-vae.pt`` alone needs a yaml,
     ``family`` or ``given``.
     """
+    infos = with_values(infos)
     if not any(name.startswith(("encoder.down.", "decoder.up.")) for name in infos):
         raise ConversionError(
             f"These tensors are no SAT autoencoder: no name of {len(infos)} begins with encoder.down. or decoder.up.",

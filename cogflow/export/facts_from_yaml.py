@@ -13,10 +13,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cogflow.errors import ConfigError
 from cogflow.export.reported_values import ReportedValue
+from cogflow.files.bounded_parsing import read_yaml_file
 from cogflow.files.record_io import ForeignObject
 from cogflow.weights.foreign import SIZES
 
@@ -122,8 +121,8 @@ def read_yamls(paths: Iterable[Path]) -> list[tuple[Path, ForeignObject]]:
     found: list[tuple[Path, ForeignObject]] = []
     for path in paths:
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = read_yaml_file(Path(path))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as yaml: {error}", "Repair it, or move it away.") from error
         if not isinstance(content, dict):
             raise ConfigError(

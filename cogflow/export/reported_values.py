@@ -19,6 +19,7 @@ import torch
 from cogflow.errors import ConfigError
 from cogflow.models.family import MODEL_SPECS, ModelSpec
 from cogflow.weights.tensor_source import TensorInfo
+from cogflow.weights.zero import missing_numbers
 
 FactValue = int | float | str | bool | tuple[int, ...] | None
 
@@ -274,6 +275,11 @@ def vae_values_from_shapes(infos: TensorInfos, problems: list[str]) -> list[Repo
     return values + _stored_dtype(list(infos.values()), "checkpoint: dtype of its tensors")
 
 
+def with_values(infos: TensorInfos) -> dict[str, TensorInfo]:
+    """Return the tensors that have dimensions, none of them 0: the others show no fact of a model."""
+    return {name: info for name, info in infos.items() if info.shape and all(info.shape)}
+
+
 def rotary_table_rows(infos: TensorInfos) -> int | None:
     """Return the number of rows of the rotary table (tokens of one clip), which 1.0 models store."""
     return infos[ROTARY].shape[0] if ROTARY in infos and len(infos[ROTARY].shape) == 2 else None
@@ -281,7 +287,7 @@ def rotary_table_rows(infos: TensorInfos) -> int | None:
 
 def numbered_children(infos: TensorInfos, prefix: str) -> list[int]:
     """Return the numbers i of the names that begin with ``prefix.i.``, sorted."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    pattern = re.compile(re.escape(prefix) + r"\.(\d{1,9})\.")
     return sorted({int(match[1]) for name in infos if (match := pattern.match(name))})
 
 
@@ -306,9 +312,9 @@ def _layer_counts(infos: TensorInfos, problems: list[str]) -> list[ReportedValue
         numbers = numbered_children(infos, prefix)
         if not numbers:
             continue
-        gaps = sorted(set(range(numbers[-1] + 1)) - set(numbers))
-        if gaps:
+        if gaps := missing_numbers(numbers):
             problems.append(f"layers: checkpoint has {prefix}.{numbers[-1]} but not {prefix}.{gaps[0]}")
+            continue
         values.append(ReportedValue("layers", numbers[-1] + 1, f"checkpoint: {prefix}.0 to {numbers[-1]}"))
     return values
 
@@ -373,13 +379,11 @@ def _channels(
     key: str, info: TensorInfo | None, dim: int, patches: tuple[int, ...], problems: list[str]
 ) -> list[ReportedValue]:
     """Return a dimension of a linear layer over flattened patches, divided by the values of one patch."""
-    if info is None:
+    if info is None or dim >= len(info.shape):
         return []
-    area = 1
-    for side in patches:
-        area *= side
+    area = math.prod(patches)
     sides = "x".join(map(str, patches))
-    if info.shape[dim] % area:
+    if area <= 0 or info.shape[dim] % area:
         problems.append(f"{key}: {_checkpoint_source(info)} does not divide by patches of {sides}")
         return []
     return [ReportedValue(key, info.shape[dim] // area, f"{_checkpoint_source(info)} over patches of {sides}")]

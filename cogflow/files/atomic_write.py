@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cogflow.errors import CogflowError, StorageError
+from cogflow.errors import CogflowError, DataError, StorageError
+from cogflow.files.contained_files import create_file, open_to_append
 from cogflow.files.printable import one_line
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -35,8 +36,8 @@ def write_text(path: Path, text: str) -> None:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
-            with partial.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with create_file(partial) as file:
+                file.write(text.encode("utf-8"))
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -69,9 +70,9 @@ def append_text(path: Path, text: str) -> None:
     """Append ``text`` to a log. Never raises: an error here must not hide the error that is being logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
+        with open_to_append(path) as file:
+            file.write(text.encode("utf-8", "replace"))
+    except (OSError, DataError) as error:
         print(one_line(f"{path} cannot be written: {error}"), file=sys.stderr)
 
 

@@ -17,6 +17,10 @@ from cogflow.files.uncached_io import UncachedWriter
 MODES = ("auto", "hard", "copy")
 FICLONE = 0x40049409
 """ioctl of linux/fs.h: the target shares the source's extents until one of them is written (btrfs, XFS, bcachefs)."""
+SMALLEST_LINKED = 1 << 20
+"""Bytes of the smallest file that is linked; smaller files are copied."""
+PACKAGE = Path(__file__).resolve().parent.parent
+"""The folder of this package, whose files are never linked."""
 PIECE = 1 << 22
 """Bytes copied at a time."""
 
@@ -26,15 +30,21 @@ def place_file(
 ) -> str:
     """Make ``target`` hold the bytes of ``source`` and return how: reflink, hard or copy. ``target`` must not exist.
 
-    ``mode``: auto (a reflink, else a hard link, else a copy), hard (or an error), copy. ``sha256`` is the source's: a
-    copy of other bytes is refused. ``advance(bytes, name)`` is called while a file is copied. Raises
-    :class:`StorageError`.
+    ``mode``: auto (a reflink, else a hard link, else a copy), hard (or an error), copy. Small files and those of this
+    package are copied in every mode (:func:`is_copied`). ``sha256`` is the source's: a copy of other bytes is refused.
+    ``advance(bytes, name)`` is called while a file is copied. Raises :class:`StorageError`.
+
+    A hard link makes the file read-only under both names, so that an edit in place cannot change the source.
     """
+    if is_copied(source, mode):
+        _copy(source, target, sha256, advance)
+        return "copy"
     if mode == "auto" and _reflink(source, target):
         return "reflink"
     if mode != "copy":
         try:
-            os.link(source, target)
+            target.hardlink_to(source)
+            _make_read_only(target)
             return "hard"
         except OSError as error:  # another file system, or one without hard links, or a file of another owner
             if mode == "hard":
@@ -45,6 +55,16 @@ def place_file(
                 ) from error
     _copy(source, target, sha256, advance)
     return "copy"
+
+
+def is_copied(source: Path, mode: str) -> bool:
+    """Return whether ``source`` is copied whatever the file system can do: a small file, or a file of this package."""
+    return mode == "copy" or source.stat().st_size < SMALLEST_LINKED or source.resolve().is_relative_to(PACKAGE)
+
+
+def _make_read_only(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a file of another owner, which this user cannot edit either
+        path.chmod(path.stat().st_mode & ~0o222)
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from cogflow.errors import CheckpointError, StorageError
 from cogflow.files.atomic_write import remove, remove_leftovers, storage_errors, sync, sync_tree
+from cogflow.files.contained_files import create_below
 from cogflow.files.hashing import hash_file, hash_files
 from cogflow.files.record_io import Record, read_record, record_values
 
@@ -47,15 +48,27 @@ def publish_folder(target: Path, *, replace: bool = False, known: Mapping[str, s
         remove_leftovers(target)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+        made = partial.lstat()
     try:
         with storage_errors(target):
             yield partial
+            _require_same(partial, made)
             write_manifest(partial, known)
             sync_tree(partial)
+            _require_same(partial, made)
             _swap(partial, target)
     except BaseException:
         remove(partial)
         raise
+
+
+def _require_same(folder: Path, made: os.stat_result) -> None:
+    """Raise :class:`StorageError` when another folder, or a link, has taken the place of the one that was made."""
+    found = folder.lstat()
+    if (found.st_dev, found.st_ino) != (made.st_dev, made.st_ino):
+        raise StorageError(
+            f"{folder} was exchanged while it was written.", "Write to a folder that only you can change."
+        )
 
 
 def _swap(partial: Path, target: Path) -> None:
@@ -124,7 +137,10 @@ def write_manifest(folder: Path, known: Mapping[str, str] | None = None) -> None
         for name in files_below(folder)
         if name != MANIFEST
     }
-    (folder / MANIFEST).write_text(json.dumps(record_values(Manifest(files)), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record_values(Manifest(files)), indent=1) + "\n"
+    (folder / MANIFEST).unlink(missing_ok=True)
+    with create_below(folder, MANIFEST) as file:
+        file.write(text.encode("utf-8"))
 
 
 def read_manifest(folder: Path) -> Manifest:

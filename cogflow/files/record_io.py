@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import pydantic
-import pydantic_core
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from cogflow.errors import CheckpointError, UserError
+from cogflow.errors import CheckpointError, DataError, UserError
 from cogflow.files.atomic_write import write_json
+from cogflow.files.bounded_parsing import parse_json
+from cogflow.files.contained_files import read_regular
 
 if TYPE_CHECKING:
     JsonValue: TypeAlias = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
@@ -79,20 +80,20 @@ def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     types.
     """
     try:
-        if (size := path.stat().st_size) > kind.max_bytes:
-            raise kind.error(f"{path} has {size} bytes; at most {kind.max_bytes} are read.", kind.advice)
-        text = path.read_bytes()
+        text = read_regular(path, kind.max_bytes)
     except FileNotFoundError as error:
         raise kind.error(f"{path} is missing.", kind.advice) from error
     except OSError as error:
         raise kind.error(f"{path} cannot be read: {error}", kind.advice) from error
+    except DataError as error:
+        raise kind.error(error.message, kind.advice) from error
     return parse_record(text, kind, str(path))
 
 
 def parse_record(text: bytes | str, kind: type[RecordT], origin: str) -> RecordT:
     """Return the record in the JSON ``text``. ``origin`` names its place in error messages. Raises ``kind.error``."""
     try:
-        values = pydantic_core.from_json(text)
+        values = parse_json(text, kind.max_bytes)
     except ValueError as error:
         raise kind.error(f"{origin} holds no valid JSON: {error}", kind.advice) from error
     if not isinstance(values, dict):
@@ -108,7 +109,7 @@ def parse_record(text: bytes | str, kind: type[RecordT], origin: str) -> RecordT
     if version < kind.version:
         try:
             text = json.dumps(kind.upgrade(values, version))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise kind.error(
                 f"{origin} is no valid record of version {version}: {type(error).__name__}: {error}", kind.advice
             ) from error

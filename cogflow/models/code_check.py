@@ -5,11 +5,10 @@ Pipeline folders are untrusted input.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 from cogflow.errors import PipelineError
+from cogflow.files.bounded_parsing import large_values, read_json_object
 from cogflow.files.record_io import ForeignObject
 
 CONFIGS = {
@@ -32,7 +31,7 @@ def refuse_code(folder: Path) -> None:
     ``folder`` is a pipeline folder. The message lists the first ten problems.
     """
     problems = [f"{path.name} in {folder} is code" for path in sorted(folder.glob("*.py*"))]
-    index = _read_json_object(folder / "model_index.json")
+    index = read_json_object(folder / "model_index.json")
     problems += asks_for_code(folder, index)
     for name, entry in sorted(index.items()):
         if isinstance(entry, list) and name[:1] != "_" and entry and entry[0] not in LIBRARIES:
@@ -42,7 +41,7 @@ def refuse_code(folder: Path) -> None:
             )
     for name, file in CONFIGS.items():
         if (folder / name).is_dir():
-            problems += code_in(folder / name, _read_json_object(folder / name / file))
+            problems += code_in(folder / name, read_json_object(folder / name / file))
             problems += _shards_outside(folder / name)
     if problems:
         raise PipelineError(
@@ -53,10 +52,16 @@ def refuse_code(folder: Path) -> None:
 
 
 def code_in(folder: Path, config: ForeignObject) -> list[str]:
-    """Return one line for each code file in a component's folder and for each request for code in its ``config``."""
-    return [
-        f"{path.relative_to(folder)} in {folder} is code" for path in sorted(folder.rglob("*.py*"))
-    ] + asks_for_code(folder, config)
+    """Return one line for each code file and adapter in a component's folder, and for each request for code and each
+    number beyond all models in its ``config``.
+    """
+    found = [f"{path.relative_to(folder)} in {folder} is code" for path in sorted(folder.rglob("*.py*"))]
+    found += [
+        f"{path.name} in {folder} is an adapter, which the libraries apply and whose base model they follow"
+        for path in sorted(folder.glob("adapter_*"))
+    ]
+    found += [f"{folder}: {problem}" for problem in large_values(config)]
+    return found + asks_for_code(folder, config)
 
 
 def asks_for_code(folder: Path, config: ForeignObject) -> list[str]:
@@ -74,17 +79,8 @@ def _shards_outside(folder: Path) -> list[str]:
     """
     found = []
     for path in sorted(folder.glob("*.index.json")):
-        shards = _read_json_object(path).get("weight_map")
+        shards = read_json_object(path).get("weight_map")
         for shard in sorted({str(shard) for shard in shards.values()} if isinstance(shards, dict) else ()):
             if len(PurePosixPath(shard).parts) != 1 or len(PureWindowsPath(shard).parts) != 1 or shard in ("..", "."):
                 found.append(f"{path} names {shard}, which does not lie beside it")
     return found
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty for a file that is missing or holds none: its loader reports that."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from cogflow.config.model_section import ModelConfig
 from cogflow.errors import ConfigError
+from cogflow.files.bounded_parsing import read_json_object
 from cogflow.models import tiny
 from cogflow.models.code_check import refuse_code
 from cogflow.models.family import MODEL_SPECS
@@ -95,7 +95,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_scheduler(folder: Path) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
     """Load the scheduler in the class that its config names, DDIM or DPM."""
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "scheduler" / "scheduler_config.json")
     is_dpm = config.get("_class_name") == "CogVideoXDPMScheduler"
     scheduler_class = CogVideoXDPMScheduler if is_dpm else CogVideoXDDIMScheduler
     return scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)

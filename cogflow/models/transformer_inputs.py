@@ -8,7 +8,6 @@ pipeline, so that training and sampling use the same inputs (docs/image-to-video
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from cogflow.errors import ConfigError
+from cogflow.files.bounded_parsing import read_json_file
 from cogflow.files.record_io import ForeignObject
 
 OFS = 2.0
@@ -170,7 +170,7 @@ def read_transformer_settings(model: Path) -> TransformerSettings:
     """
     config_file = model / "transformer" / "config.json"
     try:
-        return TransformerSettings.of_config(json.loads(config_file.read_text(encoding="utf-8")))
+        return TransformerSettings.of_config(read_json_file(config_file))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{config_file} has no max_text_seq_length.", "It should be a CogVideoX transformer's config.json."

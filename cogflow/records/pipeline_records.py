@@ -27,14 +27,16 @@ class ChangedValue:
 class AssembledComponent:
     """One component: class, origin folder and files.
 
-    ``link``: how its weights got there. ``changed``: values that were set. ``run``: absolute path of the run that
-    trained it, or that its folder is in; ``line`` and ``step`` of that training.
+    ``link``: how its weights got there. ``shared``: the path that a hard-linked file shares its bytes with, by file.
+    ``changed``: values that were set. ``run``: absolute path of the run that trained it, or that its folder is in;
+    ``line`` and ``step`` of that training.
     """
 
     class_name: Annotated[str, Field(alias="class")]
     origin: Annotated[str, Field(alias="from")]
     files: dict[str, FileHash]
     link: Annotated[str | None, OMIT_NONE] = None
+    shared: Annotated[dict[str, str] | None, OMIT_NONE] = None
     changed: Annotated[dict[str, ChangedValue] | None, Field(alias="set"), OMIT_NONE] = None
     run: Annotated[str | None, OMIT_NONE] = None
     line: Annotated[int | None, OMIT_NONE] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from cogflow.data.shapes import Scene
 from cogflow.errors import DataError
+from cogflow.files.bounded_parsing import parse_json
+from cogflow.files.contained_files import read_regular
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 FROM_DATA = 4
@@ -39,8 +40,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     after them. Raise :class:`DataError` that names each bad line.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_regular(path).decode("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(
             f"Prompts cannot be read from {path}: {error}", "Give a .txt (one prompt a line) or a .jsonl."
         ) from error
@@ -81,7 +82,7 @@ def prompts_for(path: str | None, data_name: str, captions: Sequence[str]) -> li
 def _parse_prompt(line: str, taken: set[str]) -> Prompt:
     """Return the prompt of a line of a ``.jsonl`` file. Raise ``ValueError`` for a bad line or an id in ``taken``."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         prompt = Prompt(str(entry["id"]), str(entry["text"]))
     except (ValueError, KeyError, TypeError):
         raise ValueError("not an object with id and text") from None

@@ -14,6 +14,8 @@ from typing import SupportsFloat, TypeAlias
 
 from cogflow.errors import CogflowError
 from cogflow.files.atomic_write import storage_errors, write_text
+from cogflow.files.bounded_parsing import parse_json
+from cogflow.files.contained_files import open_to_append, read_regular
 from cogflow.files.record_io import JsonObject, JsonValue, parse_record, record_values
 from cogflow.records.event_records import EVENT_KINDS, Event
 
@@ -25,6 +27,11 @@ EVENTS = "events.jsonl"
 
 TRAINING = ("train/", "heldout/", "ema/", "spectrum/", "sharpness/", "watch/", "validation/", "checkpoint/")
 """Prefixes of names that belong to a step of training. On resume, lines with one beyond the checkpoint are dropped."""
+
+MOST_LOG_BYTES = 1 << 30
+"""Bytes of a log that is read."""
+MOST_LINE_BYTES = 1 << 23
+"""Bytes of one line of a log. A larger line is passed over, as one that is cut off."""
 
 Number: TypeAlias = int | float | None
 """A JSON number; None for NaN and infinity, which JSON does not have."""
@@ -94,7 +101,7 @@ def append_line(path: Path, line: JsonObject) -> None:
     What a full disk took of the line is removed again. Raises :class:`~cogflow.errors.StorageError`.
     """
     left = memoryview(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
-    with storage_errors(path), path.open("ab", buffering=0) as file:
+    with storage_errors(path), open_to_append(path) as file:
         end = file.seek(0, os.SEEK_END)
         try:
             while left:
@@ -150,9 +157,9 @@ def read_lines(path: Path) -> list[dict[str, JsonValue]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in read_regular(path, MOST_LOG_BYTES).split(b"\n"):
         try:
-            value = json.loads(line)
+            value = parse_json(line, MOST_LINE_BYTES)
         except ValueError:
             continue
         if isinstance(value, dict):
@@ -169,11 +176,11 @@ def split_lines(path: Path, chosen: Callable[[JsonObject], bool]) -> tuple[list[
         return [], []
     yes: list[str] = []
     no: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in read_regular(path, MOST_LOG_BYTES).decode("utf-8", "replace").split("\n"):
         if not line:
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line, MOST_LINE_BYTES)
         except ValueError:
             value = None
         (yes if isinstance(value, dict) and chosen(value) else no).append(line)

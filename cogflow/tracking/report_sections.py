@@ -12,6 +12,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from cogflow.files.record_io import JsonObject
+from cogflow.files.secrets import scrub, scrub_text
 from cogflow.records.event_records import AlertEvent, ArtifactEvent, Cell, TableEvent
 from cogflow.records.history_records import RunLine
 from cogflow.records.run_records import StageRecord
@@ -29,7 +30,6 @@ from cogflow.tracking.formatting import (
     short,
 )
 from cogflow.tracking.run_data import ReplacedLine, RunData, ValidationFolder
-from cogflow.tracking.secrets import scrub, scrub_text
 from cogflow.tracking.weights_origin import describe_origin, replaced_note
 
 COLUMNS = 6

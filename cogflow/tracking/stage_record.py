@@ -18,8 +18,8 @@ from cogflow import rank_identity
 from cogflow.config.command import typed_command
 from cogflow.config.config import AnyConfig
 from cogflow.files.record_io import JsonValue, write_record
+from cogflow.files.secrets import scrub, scrub_text
 from cogflow.records.run_records import MachineRecord, StageRecord
-from cogflow.tracking.secrets import scrub, scrub_text
 
 PACKAGES = (
     "torch",

@@ -16,6 +16,7 @@ from cogflow.errors import CogflowError
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import MANIFEST
 from cogflow.files.record_io import JsonValue, read_record, record_values, write_record
+from cogflow.files.secrets import scrub, shorten_home
 from cogflow.records.event_records import AlertEvent, ArtifactEvent, Cell, Event, MediaEvent, TableEvent
 from cogflow.records.history_records import RunLine, read_history
 from cogflow.records.run_records import RunToken
@@ -31,7 +32,6 @@ from cogflow.tracking.metrics_log import (
     read_events,
     to_number,
 )
-from cogflow.tracking.secrets import scrub, shorten_home
 from cogflow.tracking.stage_record import command_line, package_versions, to_json, to_json_object
 from cogflow.tracking.wandb_folders import NO_LINE, WANDB, echo_upload, run_id
 from cogflow.tracking.wandb_mode import choose_mode

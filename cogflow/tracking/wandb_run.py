@@ -17,6 +17,7 @@ from cogflow.files.publish import MANIFEST
 from cogflow.files.record_io import JsonObject
 from cogflow.records.event_records import ArtifactEvent
 from cogflow.runtime.console import echo
+from cogflow.tracking.wandb_mode import server_address
 from cogflow.tracking.wandb_service import NoAnswerError, WandbCaller, call_within, end_service
 
 INIT_SECONDS = 30.0
@@ -341,8 +342,10 @@ def _start(settings: WandbSettings, *, online: bool, run_id: str) -> Any:
     """Return the started run of W&B."""
     import wandb
 
-    # W&B keeps the address from its first use in the process, so the present one is passed.
-    address = {"base_url": os.environ["WANDB_BASE_URL"]} if os.environ.get("WANDB_BASE_URL") else {}
+    # W&B keeps the address from its first use in the process, and takes another one from ./wandb/settings.
+    address = {"base_url": server_address()}
+    if online:
+        echo(f"W&B: sending to {address['base_url']}")
     limit = {} if settings.start_seconds is None else {"init_timeout": settings.start_seconds}
     given = SETTINGS | address | limit
     known = {name: value for name, value in given.items() if name in wandb.Settings.model_fields}

@@ -11,10 +11,10 @@ from cogflow.artifacts.run_history import begin_line
 from cogflow.config.config import Config
 from cogflow.config.train_settings import RollbackConfig, TrainStage
 from cogflow.files.record_io import JsonObject, write_record
+from cogflow.files.secrets import scrub, scrub_text
 from cogflow.records.history_records import HistoryRecord, RollbackEntry, RunLine, read_history
 from cogflow.records.training_records import TrainerRecord
 from cogflow.runtime.console import echo
-from cogflow.tracking.secrets import scrub, scrub_text
 from cogflow.tracking.stage_record import command_line, to_json_object
 
 PLACE_SECTIONS = ("run", "tracking")

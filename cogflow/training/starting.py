@@ -10,6 +10,7 @@ from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.latent_cache import LatentCache
 from cogflow.errors import CheckpointError, ConfigError, QualityGateError
+from cogflow.files.paths import contained
 from cogflow.files.record_io import JsonObject, JsonValue, read_record
 from cogflow.records.history_records import REPLACED, HistoryRecord, RollbackEntry, read_history
 from cogflow.records.run_records import StageRecord
@@ -121,7 +122,8 @@ def _line_start(config: Config[TrainStage], folder: Path, history: HistoryRecord
     """Return the start of a line that has no checkpoint yet."""
     line = history.current
     if line.checkpoint is not None:
-        path = checkpoint.open_named(str(folder / line.checkpoint))
+        named = Path(line.checkpoint)
+        path = checkpoint.open_named(str(named if named.is_absolute() else contained(folder, line.checkpoint)))
         return StartPoint(path, checkpoint.read_trainer(path), line.rollbacks)
     if not ranks.run_on_main(lambda: has_results(folder)):
         # Nothing is trained yet: the line is the one that this command begins.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from cogflow.config.model_section import ModelConfig
 from cogflow.errors import ConfigError
 from cogflow.export import diffusers_configs, facts
 from cogflow.export.diffusers_configs import DiffusersConfig
+from cogflow.files.bounded_parsing import read_json_file
 from cogflow.files.record_io import ForeignObject
 from cogflow.models import tiny
 from cogflow.models.transformer_inputs import TransformerSettings
@@ -117,7 +117,7 @@ def description_of(model: ModelConfig) -> TransformerDescription:
         published = diffusers_configs.transformer_config(facts.published_facts(model.name))
         return TransformerDescription(published, f"model={model.name}, at its published size")
     try:
-        return TransformerDescription(dict(json.loads(file.read_text(encoding="utf-8"))), str(file))
+        return TransformerDescription(dict(read_json_file(file)), str(file))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} describes no CogVideoX transformer: {error}", "Give the folder of a diffusers pipeline."

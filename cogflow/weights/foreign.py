@@ -23,9 +23,9 @@ import torch
 
 from cogflow.errors import CheckpointError, ConversionError, format_list
 from cogflow.files.record_io import JsonObject
-from cogflow.weights.tensor_source import TensorInfo, TensorSource
+from cogflow.weights.tensor_source import TensorInfo, TensorSource, contained_file
 from cogflow.weights.torch_file import TorchFile
-from cogflow.weights.zero import SHARDED_MODEL, ZeroCheckpoint, has_optimizer_states, read_state_file
+from cogflow.weights.zero import SHARDED_MODEL, ZeroCheckpoint, has_optimizer_states, missing_numbers, read_state_file
 
 PART_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -164,8 +164,8 @@ def tensor_names(folder: Path) -> list[str]:
     """Return the tensor names in a step folder, from the model states of its first part; no tensor is read."""
     names = sorted(path.name for path in folder.iterdir() if is_model_states(path.name))
     if PART_FILE.fullmatch(names[0]) and not has_optimizer_states(folder):
-        return list(TorchFile(folder / names[0]).tensors)
-    states = read_state_file(folder / names[0])
+        return list(TorchFile(contained_file(folder, names[0])).tensors)
+    states = read_state_file(contained_file(folder, names[0]))
     shapes = states.get("param_shapes")
     groups = shapes if isinstance(shapes, (list, tuple)) else []
     found = [str(name) for group in [*groups, states.get("module")] if isinstance(group, Mapping) for name in group]
@@ -268,8 +268,10 @@ def _yamls(folder: Path) -> list[Path]:
     """Return the settings files of a training, in its folder and one level up."""
     found: list[Path] = []
     for place in (folder, folder.parent):
-        found += [path for path in (place / "training_config.yaml", place / SIZES) if path.is_file()]
-        found += sorted(path for path in (place / "configs").glob("*.y*ml") if path.is_file())
+        found += [contained_file(place, name) for name in ("training_config.yaml", SIZES) if (place / name).is_file()]
+        configs = place / "configs"
+        names = sorted(path.name for path in configs.glob("*.y*ml") if path.is_file())
+        found += [contained_file(contained_file(place, "configs"), name) for name in names]
     return found
 
 
@@ -307,13 +309,12 @@ def part_files(folder: Path) -> list[Path]:
     Raises :class:`CheckpointError` if a number is missing.
     """
     parts = {int(match[1]): path for path in folder.iterdir() if (match := PART_FILE.fullmatch(path.name))}
-    missing = sorted(set(range(max(parts, default=-1) + 1)) - parts.keys())
-    if missing:
-        names = ", ".join(f"mp_rank_{number:02d}_model_states.pt" for number in missing[:8])
+    if missing := missing_numbers(parts):
+        names = ", ".join(f"mp_rank_{number:02d}_model_states.pt" for number in missing)
         raise CheckpointError(
             f"{folder} lacks {names}; it holds parts up to {max(parts)}.", "Copy every part of the checkpoint."
         )
-    return [parts[number] for number in sorted(parts)]
+    return [contained_file(folder, parts[number].name) for number in sorted(parts)]
 
 
 def check_part_count(file: TorchFile, parts: int) -> None:

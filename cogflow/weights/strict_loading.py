@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from cogflow.errors import ConversionError, format_list
+from cogflow.files.bounded_parsing import large_values
 from cogflow.files.record_io import ForeignObject
 from cogflow.weights.tensor_source import STEM, WeightsFolder, read_json
 
@@ -31,6 +32,8 @@ def meta_model(config: ForeignObject, where: Path | str, component: str = "trans
 
     Raises :class:`ConversionError` if the config is not one of the component's class, or names code to run.
     """
+    if problems := large_values(config):
+        raise ConversionError(f"{where} describes no model that is built: {'; '.join(problems[:5])}.")
     if component == "text_encoder":
         return _meta_text_encoder(config, where)
     cls = CLASSES[component]

@@ -7,16 +7,18 @@ unpickled, and no file outside the folder is read.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from cogflow.errors import CheckpointError, DataError, format_list
+from cogflow.files.bounded_parsing import parse_json, read_json_file
+from cogflow.files.contained_files import open_regular
 from cogflow.files.paths import contained
 
 STEM = "diffusion_pytorch_model"
@@ -35,6 +37,9 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """The format's name of a dtype (github.com/huggingface/safetensors, README) to torch's dtype."""
+
+MOST_HEADER_BYTES = 100_000_000
+"""Bytes of a header, the limit of the format itself."""
 
 _SAVE_AGAIN = "Copy or save this folder again."
 
@@ -148,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises :class:`CheckpointError` if the file is missing or holds no JSON
     object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing.", _SAVE_AGAIN) from error
     except (OSError, ValueError) as error:
@@ -224,15 +229,51 @@ def _read_header(path: Path) -> list[tuple[TensorInfo, tuple[int, int]]]:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}", _SAVE_AGAIN) from error
-    with path.open("rb") as plain:
+    with open_regular(path) as plain:
         length = int.from_bytes(plain.read(8), "little")
-        entries = json.loads(plain.read(length))
-    found = []
-    for name in names:
-        entry = entries[name]
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise CheckpointError(f"{path}: {name} is of type {entry['dtype']}, which cogflow does not read.")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        found.append((TensorInfo(name, tuple(entry["shape"]), dtype, path), (start, end)))
+        entries = _parse_header(plain.read(length), path)
+    found = [_header_entry(name, entries.get(name), 8 + length, path) for name in names]
+    _check_ranges(found, path)
     return found
+
+
+def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        entries = parse_json(text, MOST_HEADER_BYTES)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a header that cannot be read: {error}", _SAVE_AGAIN) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path} has a header that is no JSON object.", _SAVE_AGAIN)
+    return entries
+
+
+def _header_entry(name: str, entry: Any, offset: int, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+    """Return the tensor that an ``entry`` of a header describes, and its byte range in the file."""
+    shape, offsets = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
+    if not (_whole_numbers(shape) and _whole_numbers(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"{path}: the header's entry of {name[:200]} has no shape and data_offsets.", _SAVE_AGAIN)
+    dtype = SAFETENSORS_DTYPES.get(entry.get("dtype"))
+    if dtype is None:
+        raise CheckpointError(f"{path}: {name} is of type {entry.get('dtype')}, which cogflow does not read.")
+    start, end = offsets
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: {name} of shape {shape} has {end - start} bytes; {math.prod(shape) * dtype.itemsize} are needed.",
+            _SAVE_AGAIN,
+        )
+    return TensorInfo(name, tuple(shape), dtype, path), (offset + start, offset + end)
+
+
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
+
+
+def _check_ranges(found: list[tuple[TensorInfo, tuple[int, int]]], path: Path) -> None:
+    """Raise :class:`CheckpointError` for tensors that share bytes or reach beyond the end of the file."""
+    size, last = path.stat().st_size, 0
+    for info, (start, end) in sorted(found, key=lambda one: one[1]):
+        if start < last or end > size:
+            raise CheckpointError(
+                f"{path}: {info.name} shares bytes with another tensor, or ends after the file.", _SAVE_AGAIN
+            )
+        last = end

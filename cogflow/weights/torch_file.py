@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from cogflow.errors import CheckpointError, format_list
+from cogflow.errors import CheckpointError, DataError, format_list
+from cogflow.files.contained_files import open_regular
 from cogflow.files.record_io import JsonObject, JsonValue
 from cogflow.weights.tensor_source import TensorInfo
 
@@ -45,6 +46,15 @@ _WEIGHT_DESCRIPTIONS = {
     "buffer_names",
 }
 """DeepSpeed's keys that repeat or describe the weights; they are not metadata."""
+
+MOST_PICKLE_BYTES = 1 << 26
+"""Bytes of the pickle in a file, which describes the tensors. DeepSpeed's have less than 10 MB."""
+MOST_VALUES = 10_000_000
+"""Values that the pickle may stand for when every reference is counted."""
+MOST_DEPTH = 100
+"""Nested containers in a pickle."""
+MOST_BITS = 256
+"""Bits of a whole number. numpy's random states have 128."""
 
 _MAX_METADATA_LENGTH = 4096
 """Largest length in JSON characters of a metadata value. Python's random state is longer."""
@@ -171,7 +181,10 @@ def json_values(values: Mapping[str, Any]) -> dict[str, JsonValue]:
 
 
 class InertObject:
-    """Placeholder for an object that is not built. ``args`` are the arguments its constructor would have received."""
+    """Placeholder for an object that is not built.
+
+    ``args``: the arguments its constructor would have received; absent where the pickle makes it without one.
+    """
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -191,7 +204,7 @@ def load_torch_file(path: Path, inert: Iterable[str] = RANDOM_STATES) -> Any:
     mapped = _is_zip_format(path)
     try:
         with torch.serialization.safe_globals([(InertObject, name) for name in inert]):
-            return torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+            content = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except UnpicklingError as error:
         raise _unpickling_refusal(path, str(error)) from error
     except MemoryError as error:
@@ -201,6 +214,57 @@ def load_torch_file(path: Path, inert: Iterable[str] = RANDOM_STATES) -> Any:
     except _DAMAGE_ERRORS as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path} is damaged: {first_line}", _SAVE_AGAIN) from error
+    if problem := _content_problem(content):
+        raise CheckpointError(f"{path} is no checkpoint that can be read safely: {problem}.", _SAVE_AGAIN)
+    return content
+
+
+def _content_problem(content: Any) -> str:
+    """Return why the objects of a file cannot be walked safely; empty when they can.
+
+    A pickle may name an object many times, so that a few bytes stand for billions of values, and may contain itself.
+    A tensor may have more values than its storage, by strides of 0.
+    """
+    sizes: dict[int, tuple[int, int]] = {}  # by object: values it stands for, nested levels
+    entered: set[int] = set()
+    pending: list[tuple[Any, bool]] = [(content, False)]
+    while pending:
+        value, inner_done = pending.pop()
+        children = _children(value)
+        if children is None or id(value) in sizes:
+            if problem := _leaf_problem(value):
+                return problem
+        elif inner_done:
+            inner = [sizes.get(id(child), (1, 0)) for child in children]
+            count, depth = 1 + sum(size for size, _ in inner), 1 + max((levels for _, levels in inner), default=0)
+            if count > MOST_VALUES or depth > MOST_DEPTH:
+                return f"it stands for more than {MOST_VALUES} values, or has more than {MOST_DEPTH} nested levels"
+            sizes[id(value)] = count, depth
+        elif id(value) in entered:
+            return "an object contains itself"
+        else:
+            entered.add(id(value))
+            pending.append((value, True))
+            pending += [(child, False) for child in children]
+    return ""
+
+
+def _children(value: Any) -> list[Any] | None:
+    """Return the objects in a container, ``None`` for other objects."""
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    return list(getattr(value, "args", ())) if isinstance(value, InertObject) else None
+
+
+def _leaf_problem(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        return f"it holds a number of {value.bit_length()} bits"
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return ""
+    needed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    return f"a tensor of {needed} bytes has {held} bytes in the file" if needed > held else ""
 
 
 def _unpickling_refusal(path: Path, message: str) -> CheckpointError:
@@ -223,10 +287,12 @@ def _is_zip_format(path: Path) -> bool:
         size = path.stat().st_size
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder, not a file.")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", "Check the path.") from error
+    except DataError as error:
+        raise CheckpointError(error.message, error.hint) from error
     if size == 0:
         raise CheckpointError(f"{path} is empty.", _SAVE_AGAIN)
     if start.startswith(b"PK\x03\x04"):
@@ -261,13 +327,15 @@ def _check_archive(path: Path, size: int) -> None:
         raise CheckpointError(
             f"{path} was unpacked and packed again with compression; torch's files are not compressed.", _SAVE_AGAIN
         )
+    if any(entry.filename.endswith(".pkl") and entry.file_size > MOST_PICKLE_BYTES for entry in entries):
+        raise CheckpointError(f"{path} describes its tensors in more than {MOST_PICKLE_BYTES} bytes.", _SAVE_AGAIN)
     if any(entry.header_offset + entry.file_size > size for entry in entries):
         raise CheckpointError(f"{path} is truncated.", _SAVE_AGAIN)
 
 
 def is_torch_file(path: Path) -> bool:
     """Return whether a file begins as ``torch.save`` writes it: as a zip archive, or in the format before torch 1.6."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(64)
     return start.startswith((b"PK\x03\x04", LEGACY_START))
 

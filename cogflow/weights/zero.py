@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from cogflow.errors import CheckpointError, ConfigError, format_list
+from cogflow.errors import CheckpointError, ConfigError, DataError, format_list
+from cogflow.files.contained_files import read_regular
 from cogflow.files.record_io import JsonObject
-from cogflow.weights.tensor_source import TensorInfo
+from cogflow.weights.tensor_source import TensorInfo, contained_file
 from cogflow.weights.torch_file import RANDOM_STATES, InertObject, json_values, load_torch_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's running means of the gradient and of its square."""
+
+MOST_MISSING = 8
+"""Missing numbers that a message names."""
 
 _AS_STORED = "Use the weights as stored (masters=bf16)."
 
@@ -86,7 +91,7 @@ class ZeroCheckpoint:
         self.notes: list[str] = []
         optimizer = rank_files(self.folder, OPTIMIZER, self.part)
         sharded = rank_files(self.folder, SHARDED_MODEL, self.part)
-        model_files = sharded or [self.folder / f"mp_rank_{self.part:02d}_model_states.pt"]
+        model_files = sharded or [contained_file(self.folder, f"mp_rank_{self.part:02d}_model_states.pt")]
         self.files = model_files + (optimizer if weights == "fp32" else [])
         self._models = [read_state_file(path) for path in model_files]
         module: Mapping[str, Any] = self._models[0].get("module") or {}
@@ -333,8 +338,8 @@ def latest_step_folder(folder: Path) -> Path:
     if not latest.is_file():
         return folder
     try:
-        tag = latest.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        tag = read_regular(latest, 4096).decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError, DataError) as error:
         raise CheckpointError(
             f"{latest} cannot be read: {error}", "It must hold one word, the name of a folder beside it."
         ) from error
@@ -349,7 +354,7 @@ def latest_step_folder(folder: Path) -> Path:
             f"{latest} names {tag}, and {folder / tag} does not exist.",
             f"Folders beside it: {', '.join(beside[:8]) or 'none'}. Give one of them, or copy {tag}.",
         )
-    return folder / tag
+    return contained_file(folder, tag)
 
 
 def has_optimizer_states(folder: Path) -> bool:
@@ -383,6 +388,15 @@ def check_part(folder: Path, part: int | None) -> int:
     return part or 0
 
 
+def missing_numbers(found: Collection[int]) -> list[int]:
+    """Return the first numbers, at most eight, that a sequence from 0 to the largest of ``found`` lacks.
+
+    The work is bounded by the length of ``found``: the numbers are parts of names, which anybody may have chosen.
+    """
+    lacking = (number for number in range(max(found, default=-1)) if number not in found)
+    return list(islice(lacking, MOST_MISSING))
+
+
 def rank_files(folder: Path, pattern: re.Pattern[str], part: int) -> list[Path]:
     """Return one file per rank, ordered by rank. Raises :class:`CheckpointError` if a rank has no file or two files."""
     found: dict[int, Path] = {}
@@ -395,12 +409,11 @@ def rank_files(folder: Path, pattern: re.Pattern[str], part: int) -> list[Path]:
             raise CheckpointError(
                 f"{folder} holds two files of one rank: {found[rank].name} and {path.name}.", "Remove the older one."
             )
-        found[rank] = path
-    if found and set(found) != set(range(max(found) + 1)):
-        missing = sorted(set(range(max(found) + 1)) - found.keys())
+        found[rank] = contained_file(folder, path.name)
+    if missing := missing_numbers(found):
         example = found[max(found)].name
         raise CheckpointError(
-            f"{folder} lacks the files of ranks {', '.join(map(str, missing[:8]))}; the last rank's file is {example}.",
+            f"{folder} lacks the files of ranks {', '.join(map(str, missing))}; the last rank's file is {example}.",
             AGAIN,
         )
     return [found[rank] for rank in sorted(found)]

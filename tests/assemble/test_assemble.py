@@ -19,6 +19,7 @@ from cogflow.assemble import verification
 from cogflow.assemble.verification import sample_difference
 from cogflow.config.sampling_section import SamplingConfig
 from cogflow.errors import PipelineError, QualityGateError
+from cogflow.files import linking
 from cogflow.files.hashing import hash_file
 from cogflow.files.publish import check_manifest, write_manifest
 from cogflow.models import loading
@@ -98,17 +99,35 @@ def test_from_pretrained_loads_every_component(work: Work) -> None:
     assert str(work.folder) not in card
 
 
-def test_weights_are_linked_and_configs_copied(work: Work) -> None:
+def test_weights_are_linked_and_configs_copied(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linking, "SMALLEST_LINKED", 1)
+    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
     assemble.run(work.config())
+    components = json.loads((work.run / "pipeline" / "assembly.json").read_text())["components"]
     for name, file in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
-        assert (work.run / "pipeline" / name / file).samefile(work.base / name / file)
+        placed = work.run / "pipeline" / name / file
+        assert placed.samefile(work.base / name / file) and placed.stat().st_mode & 0o222 == 0
+        assert components[name]["shared"] == {file: str((work.base / name / file).resolve())}
     assert not (work.run / "pipeline" / "vae" / "config.json").samefile(work.base / "vae" / "config.json")
+
+
+def test_small_weights_and_those_of_the_package_share_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    assemble.run(work.config(link="hard"))
+    files = [path for path in (work.run / "pipeline").rglob("*") if path.is_file()]
+    assert files and all(path.stat().st_nlink == 1 for path in files)
+    monkeypatch.setattr(linking, "SMALLEST_LINKED", 1)
+    monkeypatch.setattr(linking, "PACKAGE", work.base.resolve())
+    assemble.run(work.config(link="hard"))
+    file = work.run / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_nlink == 1 and file.stat().st_mode & 0o200
 
 
 def test_weights_are_copied_where_hard_links_fail(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
 
+    monkeypatch.setattr(linking, "SMALLEST_LINKED", 1)
+    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
     monkeypatch.setattr(os, "link", refuse)
     assemble.run(work.config())
     file = work.run / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"

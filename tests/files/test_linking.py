@@ -25,6 +25,24 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("mode", ["auto", "hard"])
+def test_small_files_and_files_of_the_package_are_copied(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    small = tmp_path / "small.safetensors"
+    small.write_bytes(b"small")
+    assert place_file(small, tmp_path / "one", mode, hashlib.sha256(b"small").hexdigest()) == "copy"
+    monkeypatch.setattr(linking, "PACKAGE", tmp_path.resolve())
+    assert place_file(source, tmp_path / "two", mode, SHA256) == "copy"
+    assert source.stat().st_nlink == small.stat().st_nlink == 1 and linking.is_copied(source, mode)
+
+
+def test_a_hard_linked_file_is_read_only(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
+    assert place_file(source, tmp_path / "target", "auto", SHA256) == "hard"
+    assert source.stat().st_mode & 0o222 == 0
+
+
 @pytest.fixture
 def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*paths: Any) -> None:

@@ -105,7 +105,7 @@ def test_unknown_keys_are_ignored() -> None:
         ('{"version": true}', "version is True, which is no version number"),
         ('{"version": -1}', "version is -1, which is no version number"),
         ("{", "x.json holds no valid JSON"),
-        ("[" * 100_000, "x.json holds no valid JSON: recursion limit"),
+        ("[" * 300, "x.json holds no valid JSON: recursion limit"),
         ("[]", "x.json holds no JSON object"),
         ('{"pieces": []}', "x.json is no valid record of version 0: KeyError"),
         ('{"version": 2, "pieces": []}', "step: field required"),

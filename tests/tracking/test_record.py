@@ -13,8 +13,8 @@ import pytest
 
 from cogflow.config.config import Config
 from cogflow.files.record_io import JsonObject, read_record
+from cogflow.files.secrets import scrub
 from cogflow.records.run_records import StageRecord
-from cogflow.tracking.secrets import scrub
 from cogflow.tracking.stage_record import write_stage_record
 
 

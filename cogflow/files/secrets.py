@@ -46,9 +46,32 @@ def is_secret_name(name: str) -> bool:
     return bool(_NAME.search(name))
 
 
+def environment_secrets_in(values: JsonValue, prefix: str = "") -> list[tuple[str, str]]:
+    """Return (dotted key, name of the variable) of each text in ``values`` that contains the value of a secret."""
+    if isinstance(values, Mapping):
+        return [
+            found
+            for key, value in values.items()
+            for found in environment_secrets_in(value, f"{prefix}.{key}" if prefix else key)
+        ]
+    if isinstance(values, list | tuple):
+        return [found for value in values for found in environment_secrets_in(value, prefix)]
+    if not isinstance(values, str):
+        return []
+    return [(prefix, name) for name, secret in _secret_variables().items() if secret in values]
+
+
+def _secret_variables() -> dict[str, str]:
+    """Return the environment variables that hold secrets. Paths are no secrets: ``..._TOKEN`` may name a file."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if is_secret_name(name) and len(value) >= _SHORTEST and not value.startswith(("/", "~", "./"))
+    }
+
+
 def _environment_secrets() -> list[str]:
-    values = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
-    return sorted(values, key=len, reverse=True)
+    return sorted(set(_secret_variables().values()), key=len, reverse=True)
 
 
 def _scrub_object(values: JsonObject, secrets: list[str]) -> dict[str, JsonValue]:

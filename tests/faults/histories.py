@@ -178,6 +178,8 @@ def _continue(state: State, command: Command) -> Start | str:
     saved = state.checkpoints[step]
     changed = (saved.command.rate, saved.command.steps) != (command.rate, command.steps)
     if changed and state.later(step):
+        if step > command.steps:
+            return "refused"
         line = Line(command, current.rollbacks, saved)
         return Start(state.begun(line, step, {}, {}), saved, current.rollbacks)
     return _after_finish(state, command, Start(state, saved, current.rollbacks))

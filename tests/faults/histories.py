@@ -30,11 +30,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint. ``line``: of the run's history that it was saved on. ``command``: that saved it."""
+    """A checkpoint. ``line``: of the run's history that it was saved on. ``command``: that saved it.
+
+    ``pending``: it was saved on a signal, and the save that is due at its step is left to the next command.
+    """
 
     lineage: Lineage
     line: int
     command: Command
+    pending: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,9 @@ def states(begun: Start, command: Command, stop: int | None = None) -> Iterator[
     lineage = begun.lineage
     state = replace(state, rows={step: rate for step, rate in state.rows.items() if step <= len(lineage)})
     yield state
+    if begun.saved is not None and begun.saved.pending and len(lineage) % command.save_every == 0:
+        state = replace(state, checkpoints={**state.checkpoints, len(lineage): Saved(lineage, line, command)})
+        yield state
     for step in range(len(lineage) + 1, command.steps + 1):
         rate = command.rate
         for to, ratio in begun.rollbacks:
@@ -215,7 +222,8 @@ def states(begun: Start, command: Command, stop: int | None = None) -> Iterator[
         state = replace(state, rows={**state.rows, step: rate})
         if step != stop and step % command.save_every and step != command.steps:
             continue
-        state = replace(state, checkpoints={**state.checkpoints, step: Saved(lineage, line, command)})
+        saved = Saved(lineage, line, command, pending=step == stop and step < command.steps)
+        state = replace(state, checkpoints={**state.checkpoints, step: saved})
         yield state
         for old in sorted(state.checkpoints)[: -command.keep_last]:
             state = replace(state, checkpoints={one: saved for one, saved in state.checkpoints.items() if one != old})

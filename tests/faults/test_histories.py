@@ -297,7 +297,7 @@ class Histories(RuleBasedStateMachine):
         assert code == 3, self.output
         if step > 1 and newest != step - 1:
             *_, self.state = states(expected, replace(command, steps=step - 1), stop=step - 1)
-            saved = replace(self.state.checkpoints[step - 1], command=command)
+            saved = replace(self.state.checkpoints[step - 1], command=command, pending=False)
             self.state = replace(self.state, checkpoints={**self.state.checkpoints, step - 1: saved})
 
     def choose(self, possible: list[State], command: Command, expected: Start) -> None:

@@ -25,6 +25,7 @@ from cogflow.artifacts.run_history import finish_line
 from cogflow.artifacts.run_layout import step_folders, step_of
 from cogflow.files.publish import check_manifest, read_manifest
 from cogflow.records.history_records import read_history
+from cogflow.runtime.run_lock import hold_run
 from tests.faults.conftest import World
 from tests.faults.histories import RATIO, Aside, Command, Line, Lineage, Saved, Start, State, start, states
 from tests.faults.server import Done
@@ -221,6 +222,17 @@ class Histories(RuleBasedStateMachine):
         assert record["step"] == self.state.newest
         self.compare()
 
+    @precondition(lambda self: self.state.lines and not self.transferred)
+    @rule(command=commands)
+    def second_writer(self, command: Command) -> None:
+        """Train while this process holds the lock of the run, as another training does."""
+        self.count("second writer")
+        with hold_run(self.folder, "another training"):
+            done = self.world.train(self.name, *words(command))
+        self.output = f"second writer: {done.codes}\n{done.text[-3000:]}"
+        assert done.code == 2 and "is in use" in done.text, self.output
+        self.compare()
+
     def named(self) -> dict[str, tuple[Saved, int | None]]:
         """Return the checkpoints that ``stage.resume`` may name by path, with the replaced line that they are in."""
         found: dict[str, tuple[Saved, int | None]] = {}
@@ -408,8 +420,8 @@ def draw(world: World, sequences: int, length: int, *, derandomize: bool) -> dic
 
 
 def test_drawn_commands_lose_nothing_and_mix_up_nothing(world: World) -> None:
-    counts = draw(world, 4, 5, derandomize=True)
-    assert counts["sequences"] >= 4
+    counts = draw(world, 6, 6, derandomize=True)
+    assert counts["sequences"] >= 6
 
 
 @pytest.mark.slow

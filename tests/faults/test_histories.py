@@ -23,16 +23,19 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from cogflow.artifacts.run_history import finish_line
 from cogflow.artifacts.run_layout import step_folders, step_of
+from cogflow.config.data_section import DataConfig
+from cogflow.data.shapes import draw_folder
 from cogflow.files.publish import check_manifest, read_manifest
 from cogflow.records.history_records import read_history
 from cogflow.runtime.run_lock import hold_run
 from tests.faults.conftest import World
 from tests.faults.histories import RATIO, Aside, Command, Line, Lineage, Saved, Start, State, start, states
-from tests.faults.server import Done
+from tests.faults.server import Done, Server
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 RATES = (1e-4, 3e-4)
 MOST_STEPS = 6
+FOLDER = ("data=folder", "debug=quick", "data.clips=5", "data.holdout=1")
 MICRO_STEPS = 2
 """Micro steps of a step in these runs."""
 KILLED_AT = (
@@ -69,6 +72,24 @@ faults = st.one_of(
 )
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of videos with captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    draw_folder(folder, DataConfig(clips=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(server: Server, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return a folder of runs on ``clips``."""
+    root = tmp_path_factory.mktemp("histories")
+    words = ["stage=prepare", *FOLDER, f"data.path={clips}", f"run.root={root}", "run.name=source"]
+    done = server.run(*words, "tracking.wandb=disabled")
+    assert done.code == 0, done.text
+    return World(root, server, root / "source")
+
+
 @dataclass(frozen=True)
 class Trained:
     """The undisturbed training of a lineage: hash of its weights, and its last loss and gradient norm."""
@@ -80,8 +101,8 @@ class Trained:
 class Oracle:
     """Trains lineages without disturbance, each once."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, clips: Path) -> None:
+        self.world, self.clips = world, clips
         self._known: dict[Lineage, Trained] = {}
         self._folders: dict[Lineage, str] = {}
 
@@ -96,16 +117,17 @@ class Oracle:
         while last and lineage[last - 1] == lineage[-1]:
             last -= 1
         before = lineage[:last]
+        if before:
+            _ = self[before]
         name = f"undisturbed-{len(self._folders)}"
         folder = self.world.root / name
         if before:
-            _ = self[before]
             self.world.words(name)
             shutil.copytree(self.world.root / self._folders[before] / "checkpoints", folder / "checkpoints")
             for path in step_folders(folder / "checkpoints"):
                 if step_of(path) > last:
                     shutil.rmtree(path)
-        done = self.world.train(name, *words(Command(lineage[-1], MOST_STEPS, 1, 99)))
+        done = self.world.train(name, *words(Command(lineage[-1], MOST_STEPS, 1, 99), self.clips))
         assert done.code == 0, done.text
         rows = self.world.losses(name)
         for step in range(last + 1, MOST_STEPS + 1):
@@ -114,9 +136,11 @@ class Oracle:
             self._folders[whole] = name
 
 
-def words(command: Command) -> list[str]:
-    """Return ``command`` as words of the command line."""
+def words(command: Command, clips: Path) -> list[str]:
+    """Return ``command`` on the prepared ``clips`` as words of the command line."""
     return [
+        *FOLDER,
+        f"data.path={clips}",
         f"stage.learning_rate={command.rate!r}",
         f"stage.steps={command.steps}",
         f"stage.save_every={command.save_every}",
@@ -137,6 +161,7 @@ class Histories(RuleBasedStateMachine):
     """Draws commands on one run and compares the folder with the model after each."""
 
     world: ClassVar[World]
+    clips: ClassVar[Path]
     oracle: ClassVar[Oracle]
     numbers: ClassVar[itertools.count[int]] = itertools.count()
     counts: ClassVar[dict[str, int]] = {}
@@ -222,13 +247,33 @@ class Histories(RuleBasedStateMachine):
         assert record["step"] == self.state.newest
         self.compare()
 
+    @precondition(lambda self: self.state.lines)
+    @rule(command=commands)
+    def train_after_a_caption_was_edited(self, command: Command) -> None:
+        self.count("edited caption")
+        metadata = self.clips / "metadata.jsonl"
+        before = metadata.read_text()
+        row = json.loads(before.splitlines()[0])
+        metadata.write_text(before.replace(row["text"], "another caption"))
+        try:
+            done = self.world.train(self.name, *words(command, self.clips))
+        finally:
+            metadata.write_text(before)
+        self.output = f"edited caption: {done.codes}\n{done.text[-3000:]}"
+        expected = start(self.state, command)
+        if expected == "finished":
+            self.state = replace(self.state, finished=self.state.finished or command)
+        else:
+            assert done.code == 2 and ("caption changed" in done.text or expected == "refused"), self.output
+        self.compare()
+
     @precondition(lambda self: self.state.lines and not self.transferred)
     @rule(command=commands)
     def second_writer(self, command: Command) -> None:
         """Train while this process holds the lock of the run, as another training does."""
         self.count("second writer")
         with hold_run(self.folder, "another training"):
-            done = self.world.train(self.name, *words(command))
+            done = self.world.train(self.name, *words(command, self.clips))
         self.output = f"second writer: {done.codes}\n{done.text[-3000:]}"
         assert done.code == 2 and "is in use" in done.text, self.output
         self.compare()
@@ -251,7 +296,7 @@ class Histories(RuleBasedStateMachine):
         self.last = command
         self.transferred = self.exported = False
         self.count(fault.partition("@")[0] or "train")
-        done = self.world.train(self.name, *words(command), fault=fault)
+        done = self.world.train(self.name, *words(command, self.clips), fault=fault)
         self.output = f"{command}\n{fault}\n{done.codes} {done.fired}\n{done.text[-3000:]}"
         assert not done.timed_out, self.output
         assert done.code in (0, 2, 3, 75, -9) and "Traceback" not in done.text, self.output
@@ -399,9 +444,10 @@ class Histories(RuleBasedStateMachine):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def draw(world: World, sequences: int, length: int, *, derandomize: bool) -> dict[str, int]:
+def draw(world: World, clips: Path, sequences: int, length: int, *, derandomize: bool) -> dict[str, int]:
     """Run ``sequences`` sequences of ``length`` commands; return how often each kind was drawn."""
-    Histories.world, Histories.oracle, Histories.counts = world, Oracle(world), {}
+    Histories.world, Histories.clips = world, clips
+    Histories.oracle, Histories.counts = Oracle(world, clips), {}
     run_state_machine_as_test(
         Histories,
         settings=settings(
@@ -419,13 +465,13 @@ def draw(world: World, sequences: int, length: int, *, derandomize: bool) -> dic
     return Histories.counts
 
 
-def test_drawn_commands_lose_nothing_and_mix_up_nothing(world: World) -> None:
-    counts = draw(world, 6, 6, derandomize=True)
+def test_drawn_commands_lose_nothing_and_mix_up_nothing(world: World, clips: Path) -> None:
+    counts = draw(world, clips, 6, 6, derandomize=True)
     assert counts["sequences"] >= 6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(36_000)
 @pytest.mark.skipif("COGFLOW_SEQUENCES" not in os.environ, reason="set COGFLOW_SEQUENCES=N; a sequence takes a minute")
-def test_many_drawn_commands_lose_nothing_and_mix_up_nothing(world: World) -> None:
-    draw(world, int(os.environ["COGFLOW_SEQUENCES"]), 12, derandomize=False)
+def test_many_drawn_commands_lose_nothing_and_mix_up_nothing(world: World, clips: Path) -> None:
+    draw(world, clips, int(os.environ["COGFLOW_SEQUENCES"]), 12, derandomize=False)

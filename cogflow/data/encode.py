@@ -29,7 +29,7 @@ from cogflow.data.buckets import assign_bucket, at_bucket_size
 from cogflow.data.clip_index import ClipEntry
 from cogflow.data.clips import Clip, read_clip
 from cogflow.data.latent_cache import CLIPS, FIRST_FRAME, TEXTS, ShardWriter, first_frame_names
-from cogflow.data.media import file_size
+from cogflow.data.media import require_regular
 from cogflow.data.media_bytes import ClipError
 from cogflow.data.quarantine import FileStamp, Quarantine, file_stamp, stamp_or_none
 from cogflow.errors import DataError, QualityGateError
@@ -71,7 +71,7 @@ class SourceClip:
 def read_source_clip(entry: ClipEntry, data: DataConfig) -> SourceClip:
     """Hash the file of ``entry`` and choose its bucket."""
     try:
-        file_size(entry.path)  # refuses pipes and devices, which hashing would read forever
+        require_regular(entry.path.stat())
         stamp = file_stamp(entry.path)
         bucket = assign_bucket(entry.path, data) if data.buckets else None
         return SourceClip(entry, hash_file(entry.path), stamp, None, bucket)

@@ -55,7 +55,7 @@ def file_size(path: Path) -> int:
     Raises :class:`ClipError` for a missing or empty file, and for folders, pipes, sockets and devices.
     """
     try:
-        return _regular_size(path.stat())
+        return _checked_size(path.stat())
     except FileNotFoundError:
         raise ClipError("the file is missing") from None
     except OSError as error:
@@ -127,17 +127,22 @@ def _opened(path: Path) -> Iterator[MediaBytes]:
     except OSError as error:
         raise ClipError(f"cannot be opened: {error.strerror}") from None
     try:
-        yield MediaBytes(handle, _regular_size(os.fstat(handle)))
+        yield MediaBytes(handle, _checked_size(os.fstat(handle)))
     finally:
         os.close(handle)
 
 
-def _regular_size(status: os.stat_result) -> int:
+def require_regular(status: os.stat_result) -> None:
+    """Raise :class:`ClipError` for folders, pipes, sockets and devices, which cannot be read to an end."""
     kind = next((name for test, name in _KINDS if test(status.st_mode)), None)
     if kind is not None:
         raise ClipError(f"{kind}, not a regular file")
     if not stat.S_ISREG(status.st_mode):
         raise ClipError("not a regular file")
+
+
+def _checked_size(status: os.stat_result) -> int:
+    require_regular(status)
     if status.st_size == 0:
         raise ClipError("0 bytes")
     return status.st_size

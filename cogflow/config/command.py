@@ -110,6 +110,13 @@ def repeated(settings: Mapping[str, SettingValue]) -> str:
     return shlex.join([*_launcher(), *kept, *(override(key, value) for key, value in settings.items())])
 
 
+def same_settings(stage: str) -> str:
+    """Return the command that runs ``stage`` in the run of the running command, with its settings of other sections."""
+    now = _running_command()
+    kept = [word for word in now.words if not re.match(r"\+?(stage[.=]|run\.)", word)]
+    return command_of([f"stage={stage}", *kept, *_run_words(now.run, named=False)])
+
+
 def typed_command(argv: Sequence[str]) -> str:
     """Return ``argv``, the arguments of this process, as a user would type them."""
     if argv and Path(argv[0]).parts[-2:] == ("cogflow", "__main__.py"):

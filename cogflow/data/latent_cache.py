@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cogflow.config.command import same_settings
 from cogflow.config.data_section import DataConfig
 from cogflow.data.buckets import longest_first
 from cogflow.data.clips import CLIP_SETTINGS
@@ -82,7 +83,10 @@ class LatentCache:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / CacheIndex.file_name).exists():
-            raise DataError(f"no prepared clips in {folder}", "run stage=prepare first, with the same settings")
+            raise DataError(
+                f"no prepared clips in {folder}",
+                f"prepare them first, with the same settings: {same_settings('prepare')}",
+            )
         self.folder = folder
         self._reader = ShardReader(folder)
         self._use(read_record(folder / CacheIndex.file_name, CacheIndex))

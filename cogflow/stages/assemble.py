@@ -72,7 +72,8 @@ def assemble(job: Job) -> None:
 
     transformer = components["transformer"]
     trained_by = training_run(transformer)
-    runs = dict.fromkeys([*([trained_by] if trained_by else []), job.run.absolute()])
+    # The job's run first: a copy of a run is completed itself, and not the run that it was copied from.
+    runs = dict.fromkeys([job.run.absolute(), *([trained_by] if trained_by else [])])
     reference, reason = find_reference(runs, transformer)
     plan = PipelinePlan(
         components=components,

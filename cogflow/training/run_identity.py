@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cogflow.config.command import options
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.latent_cache import LatentCache
@@ -58,10 +59,11 @@ def check_same(record: TrainerRecord, config: Config[TrainStage], cache: LatentC
     data_changes = trained_data_changes(record, config, cache)
     if different:
         different += [f"the prepared clips: {line}" for line in data_changes]
+        new_run = options({"run.name": f"{config.run.name}-2"})
         raise CheckpointError(
             "The checkpoint was trained with other settings:\n  " + "\n  ".join(different),
-            f"Give the same settings again, train in a new run such as run.name={config.run.name}-2, or begin this run "
-            "again with stage.resume=never, which keeps its results.",
+            f"Give the same settings again, train in a new run such as {new_run}, or begin this run again "
+            "with stage.resume=never, which keeps its results.",
         )
     if data_changes:
         raise changed_data_error(record, config, cache, data_changes)

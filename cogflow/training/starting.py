@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cogflow.artifacts.run_history import finish_line, has_results, restored_intervals
 from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name
+from cogflow.config.command import options
 from cogflow.config.config import Config
 from cogflow.config.train_settings import TrainStage
 from cogflow.data.latent_cache import LatentCache
@@ -58,10 +59,11 @@ def check_finished(config: Config[TrainStage], start: StartPoint, folder: Path) 
         return False
     different = ranks.run_on_main(lambda: _differences_to_finished(config, record, folder))
     if different:
+        new_run = options({"run.name": f"{config.run.name}-2"})
         raise ConfigError(
             f"The run {config.run.name} is finished at step {record.step}, and this command has other settings:\n  "
             + "\n  ".join(different),
-            f"Train with them in a new run: run.name={config.run.name}-2, after stage=prepare with the same name. "
+            f"Train with them in a new run: {new_run}, after stage=prepare with the same name. "
             f"stage.resume=never begins this run again and keeps its results in {folder / REPLACED}. "
             "A larger stage.steps continues it.",
         )

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from cogflow.config.command import SettingValue, command, command_again, options, repeated, running, typed_command
+from cogflow.config.command import (
+    SettingValue,
+    command,
+    command_again,
+    options,
+    repeated,
+    running,
+    same_settings,
+    typed_command,
+)
 from cogflow.config.compose import compose
 from cogflow.config.run_section import RunConfig, run_at
 from tests.shell_words import words_of
@@ -109,6 +118,13 @@ def test_the_running_command_is_repeated_with_other_settings(words: list[str]) -
     again = words_of(repeated({"stage.on_blur": "rollback", "stage.rollback.learning_rate_ratio": 0.3}))
     settings = ["stage.on_blur=rollback", "stage.rollback.learning_rate_ratio=0.3"]
     assert again == ["stage=train", "data.path='a b'", "run.name=mine", *settings]
+
+
+def test_another_stage_gets_the_settings_of_the_running_command(words: list[str]) -> None:
+    assert words_of(same_settings("prepare")) == ["stage=prepare", "data.path='a b'", "run.name=mine"]
+    with running(["stage=train", 'run.name="it\'s"', "model=tiny"], RunConfig("elsewhere", "it's")):
+        expected = ["stage=prepare", "model=tiny", "run.root=elsewhere", 'run.name="it\'s"']
+        assert words_of(same_settings("prepare")) == expected
 
 
 def test_settings_of_training_are_named_as_the_flow_names_them() -> None:

@@ -146,14 +146,19 @@ class _Plan:
 class _Existing:
     """Keys that are already in the folder, and its index when nothing has changed; else the changes.
 
-    ``trained_step``: the last step that the run was trained on the replaced clips.
+    ``fingerprint``: of the clips before the update; ``trained_step``: the last step that the run was trained on them.
     """
 
     clips: set[str]
     texts: set[str]
     index: CacheIndex | None = None
     changes: list[str] = field(default_factory=list)
+    fingerprint: str = ""
     trained_step: int | None = None
+
+    def replaced_step(self, index: CacheIndex) -> int | None:
+        """Return the last step that was trained on other clips than those of ``index``; None without such a step."""
+        return self.trained_step if index.fingerprint != self.fingerprint else None
 
 
 def prepare(
@@ -179,7 +184,8 @@ def prepare(
     if existing.index is not None:
         return _result(folder, clips_folder, existing.index, _Work(started))
 
-    _echo_changes(folder, existing)
+    if existing.changes:
+        echo(f"updating the prepared clips in {folder}:\n{format_list(existing.changes)}")
     work = plan.by_clip_key()
     quarantine = Quarantine(data, len(plan.items), folder / QUARANTINE)
     _add_unreadable(quarantine, plan, require_one=not existing.clips & work.clips.keys())
@@ -201,6 +207,12 @@ def prepare(
             quarantine.add(name, reason)
     index = ranks.run_on_main(lambda: _finish(folder, plan, data, inputs, quarantine))
     unreadable_keys = {key for key in new_clips if work.names[key][0] in quarantine.rows}
+    if (step := existing.replaced_step(index)) is not None:
+        echo(
+            f"warning: this run was trained up to step {step} on the clips before this update. They are kept: "
+            "stage=train goes on with them with stage.changed_data=use_prepared. Else it stops, and names the command "
+            "that starts a new run on the new clips from these weights"
+        )
     done = _Work(started, len(new_clips) - len(unreadable_keys), len(new_texts))
     return _result(folder, clips_folder, index, done, existing)
 
@@ -266,18 +278,18 @@ def _survey(folder: Path, plan: _Plan, inputs: EncoderInputs) -> _Existing:
             LatentCache(folder)
             return _Existing(clips, texts, _with_present_files(folder, index, plan))
         except DataError as error:
-            changes = [error.message]
-    else:
-        pairs = zip(plan.items, plan.clip_keys, strict=True)
-        present = ((item.entry.name, ClipState(item.entry.text, key)) for item, key in pairs if key is not None)
-        changes = compare_index(index, present, plan.settings, dict(inputs.hashes)).lines()
-        changes = changes or ["the order of the clips, the held-out clips or the version of PyAV"]
+            index_file.unlink()
+            return _Existing(clips, texts, changes=[error.message])
+    pairs = zip(plan.items, plan.clip_keys, strict=True)
+    present = ((item.entry.name, ClipState(item.entry.text, key)) for item, key in pairs if key is not None)
+    changes = compare_index(index, present, plan.settings, dict(inputs.hashes)).lines()
+    changes = changes or ["the order of the clips, the held-out clips or the version of PyAV"]
     trained = trained_step(folder.parent, index.fingerprint)
     if trained is None:
         index_file.unlink()
     else:
         keep_index(folder, index)
-    return _Existing(clips, texts, None, changes, trained)
+    return _Existing(clips, texts, None, changes, index.fingerprint, trained)
 
 
 def _with_present_files(folder: Path, index: CacheIndex, plan: _Plan) -> CacheIndex:
@@ -297,17 +309,6 @@ def _with_present_files(folder: Path, index: CacheIndex, plan: _Plan) -> CacheIn
     if present != index:
         write_record(folder / CacheIndex.file_name, present)
     return present
-
-
-def _echo_changes(folder: Path, existing: _Existing) -> None:
-    if existing.changes:
-        echo(f"updating the prepared clips in {folder}:\n{format_list(existing.changes)}")
-    if existing.trained_step is not None:
-        echo(
-            f"warning: this run was trained up to step {existing.trained_step} on the clips before this update. They "
-            "are kept: stage=train goes on with them with stage.changed_data=use_prepared. Else it stops, and names "
-            "the command that starts a new run on the new clips from these weights"
-        )
 
 
 def _add_unreadable(quarantine: Quarantine, plan: _Plan, *, require_one: bool) -> None:
@@ -404,5 +405,5 @@ def _result(
         notes=ranks.run_on_main(lambda: usage_notes(index, clips_folder, folder)),
         left_out={one.name: one.reason for one in islice(read_quarantine(folder), MOST_LEFT_OUT)},
         changes=existing.changes if existing is not None else [],
-        trained_step=existing.trained_step if existing is not None else None,
+        trained_step=existing.replaced_step(index) if existing is not None else None,
     )

@@ -66,7 +66,7 @@ def train(config: Config[TrainStage], folder: Path, started: float) -> None:
         if ranks.is_main() and not closing_settings(folder, stage.steps):
             finish(config, cache, folder, started=started, wandb="")
         return
-    check_data(config, cache)
+    changed_data = check_data(config, cache)
     with (
         open_tracker(config, "train", folder) as tracker,
         Watchdog(folder, 60 * stage.stall_minutes) as watchdog,
@@ -78,6 +78,8 @@ def train(config: Config[TrainStage], folder: Path, started: float) -> None:
                 echo(f"activations: {format_kept(keeps)}")
             services = setup.RunServices(folder, tracker, request.on_any_rank)
             trainer, checkpointer = setup.build(config, cache, services, keeps)
+            if changed_data:
+                tracker.alert("clips changed after stage=prepare", changed_data)
             if stage.text_dropout > MAX_TEXT_DROPOUT:
                 tracker.alert("few captions are trained on", text_dropout_message(stage.text_dropout))
             with progress(stage.steps, "training") as bar:

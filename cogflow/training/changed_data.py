@@ -33,10 +33,11 @@ USE_PREPARED = "use_prepared"
 """Value of ``stage.changed_data`` that goes on with the prepared clips."""
 
 
-def check_data(config: Config[TrainStage], cache: LatentCache) -> None:
+def check_data(config: Config[TrainStage], cache: LatentCache) -> str:
     """Compare ``data.path`` with the prepared clips, and report what was compared. Collective; rank 0 works.
 
-    Drawn clips are not compared; only their settings are. Raises :class:`DataError` when clips or captions changed and
+    Returns the changes that ``stage.changed_data`` allows, as text; an empty string without any. Drawn clips are not
+    compared; only their settings are. Raises :class:`DataError` when clips or captions changed and
     ``stage.changed_data`` does not allow it.
     """
     data = config.data
@@ -49,20 +50,19 @@ def check_data(config: Config[TrainStage], cache: LatentCache) -> None:
                 f"warning: the prepared clips were drawn with other settings: {'; '.join(different)}. Training uses "
                 "them as they are; stage=prepare draws new ones"
             )
-        return
+        return ""
     comparison: FolderComparison = ranks.run_on_main(
         lambda: compare_with_folder(cache.index, cache.folder, data, progress)
     )
     echo(comparison.summary)
     lines = comparison.changes.lines()
     if not lines:
-        return
+        return ""
     if config.stage.changed_data == USE_PREPARED:
-        echo(
-            f"warning: {data.path} is not as it was prepared; training uses the prepared clips "
+        return (
+            f"{data.path} is not as it was prepared; training uses the prepared clips "
             f"(stage.changed_data={USE_PREPARED}):\n{format_list(lines)}"
         )
-        return
     raise DataError(
         f"Clips or captions in {data.path} are not those that were prepared for this run:\n{format_list(lines)}",
         choices(config),
@@ -70,8 +70,8 @@ def check_data(config: Config[TrainStage], cache: LatentCache) -> None:
 
 
 def effect_notes(config: Config[TrainStage], cache: LatentCache) -> list[str]:
-    """Return a line for each setting of the data that this command changes without an effect on training, and for
-    batches that hold a clip more than once.
+    """Return a line for each setting that has no effect on training with these clips, and for batches that hold a clip
+    more than once.
     """
     notes = []
     asked, prepared = config.data.holdout, cache.settings.holdout
@@ -79,6 +79,11 @@ def effect_notes(config: Config[TrainStage], cache: LatentCache) -> list[str]:
         notes.append(
             f"data.holdout={asked} has no effect on training: {len(cache.holdout)} clips were held out when the clips "
             f"were prepared (data.holdout={prepared}); stage=prepare changes it"
+        )
+    if config.stage.evaluate_every and not cache.holdout:
+        notes.append(
+            f"no clip is held out: stage.evaluate_every={config.stage.evaluate_every} has no effect, and overfitting "
+            "is not noticed"
         )
     size = config.stage.batch_size
     for group in cache.groups or [cache.train]:

@@ -128,6 +128,21 @@ def test_prepare_names_what_it_updates(clips: Path, folder: Path, capsys: pytest
     assert changes == ["data.height: 32 then, 48 now", "the clips were encoded with another VAE"]
 
 
+def test_a_missing_shard_is_written_again_and_replaces_no_clips(
+    clips: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = folder.parent / "checkpoints" / "step-000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer.json").write_text("{}")  # it cannot be read, so that the clips may be its own
+    next(folder.glob("texts-*")).unlink()
+    result = run(clips, folder, Work(), holdout=1)
+    assert "are missing" in result.changes[0] and result.trained_step is None
+    edit_captions(clips, c0="another caption")
+    result = run(clips, folder, Work(), holdout=1)
+    assert result.trained_step == 3 and "trained up to step 3 on the clips before" in capsys.readouterr().out
+    assert len(list((folder / "former").iterdir())) == 1
+
+
 def test_indexes_that_differ_in_the_order_alone_say_so(clips: Path, folder: Path) -> None:
     former = read_record(folder / "index.json", CacheIndex)
     rows = (clips / "metadata.jsonl").read_text().splitlines()

@@ -58,7 +58,7 @@ def test_changed_clips_and_captions_are_never_trained_on_in_silence(tmp_path: Pa
     assert prepare[0] == "stage=prepare" and "run.name=a run-2" in prepare and f"data.path={clips}" in prepare
     assert {"run.name=a run-2", f"stage.start={run}/checkpoints/step-000002"} <= set(fresh)
     done = cogflow(*go_on)
-    assert "training uses the prepared clips (stage.changed_data=use_prepared)" in done.stdout
+    assert "training uses the prepared clips (stage.changed_data=use_prepared)" in done.stdout + done.stderr
     assert all(line in done.stdout for line in CHANGES)
 
     trained_on = json.loads((run / "cache" / "index.json").read_text())

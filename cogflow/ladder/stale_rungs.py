@@ -6,11 +6,12 @@ is compared with the rung of its own step, and a row of another step than the ne
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cogflow.artifacts.run_layout import SAMPLES_RECORD, RunLayout, step_name
-from cogflow.config.command import command, command_again
+from cogflow.config.command import PROGRAM, command, command_again, command_of
 from cogflow.config.run_section import run_at
 from cogflow.errors import UserError
 from cogflow.files.record_io import read_record
@@ -84,12 +85,20 @@ def renewal_command(rung: Rung, run: Path | None) -> str:
 
 
 def _recorded_command(run: Path, stage: str) -> str:
-    """Return the command that ran ``stage`` in ``run``, without a fixed source; empty where it is not known."""
+    """Return the command that ran ``stage`` in ``run``, without a fixed source; empty where it is not known.
+
+    A flow would train again with its own number of steps, so that its command is turned into that of the stage.
+    """
     try:
         recorded = read_record(run / f"{stage}.json", StageRecord).command
     except UserError:
         return ""
-    return command_again(recorded, run_at(run), without=["stage.source"])
+    words = shlex.split(command_again(recorded, run_at(run), without=["stage.source"]))[len(PROGRAM) :]
+    if "stage=flow" in words:
+        own = [word.replace(f"stage.{stage}.", "stage.", 1) for word in words if word.startswith(f"stage.{stage}.")]
+        common = [word for word in words if not word.startswith(("stage.", "stage="))]
+        words = [f"stage={stage}", *common, *own]
+    return command_of(words) if f"stage={stage}" in words else ""
 
 
 def _tuned_partner(ladder: LadderRecord, exported: ExportedRung, run: Path | None) -> Partner:

@@ -267,6 +267,17 @@ def test_a_renewal_repeats_the_recorded_commands_without_a_fixed_source(tmp_path
     assert rows[5].renewal.split(" && ")[1].startswith("python -m cogflow stage=assemble run.root=")
 
 
+def test_a_renewal_of_a_flow_exports_and_assembles_without_training(tmp_path: Path) -> None:
+    command = "python -m cogflow stage=flow debug=quick stage.train.steps=4 stage.assemble.link=copy run.name=run"
+    for stage in ("export", "assemble"):
+        write_stage_command(tmp_path, stage, command)
+    rows, _ = evaluate_ladder(ladder(exported=replace(EXPORTED, step=6)), tmp_path)
+    assert rows[5].renewal.split(" && ") == [
+        "python -m cogflow stage=export debug=quick run.name=run",
+        "python -m cogflow stage=assemble debug=quick run.name=run stage.link=copy",
+    ]
+
+
 def test_a_round_trip_of_other_clips_is_stale() -> None:
     assert evaluate_ladder(ladder(clip=replace(CLIP, cache="cache")))[0][2].stale == ""
     row = evaluate_ladder(ladder(clip=replace(CLIP, cache="another")))[0][2]

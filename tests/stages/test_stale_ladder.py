@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,3 +27,7 @@ def test_the_exported_rung_of_an_earlier_step_is_not_ok(flow: Path, cogflow: Com
     assert rows[5]["against"] == 4 and abs(rows[5]["changes"]["wavelet_ratio"]["size"]) < 0.01
     page = (run / "report.html").read_text()
     assert "of step 4, before the present step 6" in page and "export again" in page
+    for command in rows[5]["renewal"].split(" && "):
+        renewed = cogflow(*shlex.split(command)[3:])
+    row = json.loads((run / "ladder.json").read_text())["table"][5]
+    assert (row["step"], row["verdict"]) == (6, "ok") and "of step 4" not in renewed.stdout

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cogflow.config.command import PROGRAM, command, override
+from cogflow.config.command import PROGRAM, command, command_of, override
 from cogflow.config.run_section import run_at
 from cogflow.files.record_io import write_record
 from cogflow.ladder.ladder_report import logged_values, table_cells
@@ -268,13 +268,14 @@ def test_a_renewal_repeats_the_recorded_commands_without_a_fixed_source(tmp_path
 
 
 def test_a_renewal_of_a_flow_exports_and_assembles_without_training(tmp_path: Path) -> None:
-    command = "python -m cogflow stage=flow debug=quick stage.train.steps=4 stage.assemble.link=copy run.name=run"
+    recorded = "python -m cogflow stage=flow debug=quick stage.train.steps=4 stage.assemble.link=copy run.name=run"
     for stage in ("export", "assemble"):
-        write_stage_command(tmp_path, stage, command)
+        write_stage_command(tmp_path, stage, recorded)
     rows, _ = evaluate_ladder(ladder(exported=replace(EXPORTED, step=6)), tmp_path)
+    run = ["debug=quick", override("run.root", tmp_path.parent), override("run.name", tmp_path.name)]
     assert rows[5].renewal.split(" && ") == [
-        "python -m cogflow stage=export debug=quick run.name=run",
-        "python -m cogflow stage=assemble debug=quick run.name=run stage.link=copy",
+        command_of(["stage=export", *run]),
+        command_of(["stage=assemble", *run, "stage.link=copy"]),
     ]
 
 

@@ -31,7 +31,7 @@ from cogflow.data.clips import Clip, read_clip
 from cogflow.data.latent_cache import CLIPS, FIRST_FRAME, TEXTS, ShardWriter, first_frame_names
 from cogflow.data.media import require_regular
 from cogflow.data.media_bytes import ClipError
-from cogflow.data.quarantine import FileStamp, Quarantine, file_stamp, stamp_or_none
+from cogflow.data.quarantine import MISSING, FileStamp, Quarantine, file_stamp, stamp_or_none
 from cogflow.errors import DataError, QualityGateError
 from cogflow.files.hashing import hash_file
 from cogflow.models.transformer_inputs import SIGMA_MEAN, SIGMA_STD
@@ -76,9 +76,9 @@ def read_source_clip(entry: ClipEntry, data: DataConfig) -> SourceClip:
         bucket = assign_bucket(entry.path, data) if data.buckets else None
         return SourceClip(entry, hash_file(entry.path), stamp, None, bucket)
     except ClipError as error:
-        return SourceClip(entry, None, None, error.reason)
+        return SourceClip(entry, None, stamp_or_none(entry.path), error.reason)
     except FileNotFoundError:
-        return SourceClip(entry, None, None, "the file is missing")
+        return SourceClip(entry, None, None, MISSING)
     except OSError as error:
         return SourceClip(entry, None, None, f"cannot be read: {error.strerror}")
 

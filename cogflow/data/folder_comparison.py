@@ -16,7 +16,7 @@ from cogflow.data.buckets import at_bucket_size
 from cogflow.data.clip_index import find_layout, iterate_index
 from cogflow.data.data_changes import DataChanges, pair_by_name
 from cogflow.data.encode import clip_key
-from cogflow.data.quarantine import FileStamp, file_stamp, read_quarantine
+from cogflow.data.quarantine import MISSING, FileStamp, LeftOutClip, file_stamp, read_quarantine, stamp_or_none
 from cogflow.errors import DataError
 from cogflow.files.hashing import hash_file
 from cogflow.records.cache_records import CacheEntry, CacheIndex
@@ -93,7 +93,7 @@ def _compare_captions(
     """Add the differences between the list of clips and the index to ``found``; return the positions of the entries
     that are in both.
     """
-    left_out = {one.name: one.size for one in read_quarantine(cache_folder)}
+    left_out = {one.name: one for one in read_quarantine(cache_folder)}
     listing = _Listing(folder, clock)
     matched: list[int] = []
     prepared = ((entry.name, position) for position, entry in enumerate(index.entries))
@@ -134,15 +134,14 @@ class _Listing:
             self.problem = str(error).splitlines()[0]
 
 
-def _is_left_out(folder: Path, name: str, left_out: dict[str, int | None]) -> bool:
-    """Return whether a listed clip is one that could not be prepared and has the same size as then."""
+def _is_left_out(folder: Path, name: str, left_out: dict[str, LeftOutClip]) -> bool:
+    """Return whether a listed clip is one that could not be prepared and is as it was then, by its size."""
     if name not in left_out:
         return False
-    try:
-        size: int | None = (folder / name).stat().st_size
-    except OSError:
-        size = None
-    return left_out[name] in (None, size)
+    stamp, former = stamp_or_none(folder / name), left_out[name]
+    if stamp is None:
+        return True
+    return former.reason != MISSING if former.size is None else stamp[0] == former.size
 
 
 def _spread(positions: Sequence[int]) -> list[int]:

@@ -16,6 +16,8 @@ from cogflow.files.printable import one_line
 
 QUARANTINE = "quarantine.jsonl"
 MOST_LINE_BYTES = 1 << 20
+MISSING = "the file is missing"
+"""Reason of a clip without a file."""
 
 FileStamp = tuple[int, int]
 """Size of a file in bytes and time of its last modification in ns."""

@@ -102,10 +102,12 @@ def test_the_comparison_stops_when_time_is_up_and_says_so(clips: Path, folder: P
 
 def test_clips_that_were_left_out_are_not_added(tmp_path: Path, clips: Path) -> None:
     (clips / "1.mp4").write_bytes(b"")
+    (clips / "2.mp4").unlink()
     run(clips, tmp_path / "cache", Work(), holdout=1)
     assert compared(clips, tmp_path / "cache").changes.lines() == []
-    shutil.copy(clips / "0.mp4", clips / "1.mp4")
-    assert compared(clips, tmp_path / "cache").changes.lines() == ["1 clip added: 1.mp4"]
+    for name in ("1.mp4", "2.mp4"):
+        shutil.copy(clips / "0.mp4", clips / name)
+    assert compared(clips, tmp_path / "cache").changes.lines() == ["2 clips added: 1.mp4, 2.mp4"]
 
 
 def test_a_cache_without_sizes_is_compared_by_content(clips: Path, folder: Path) -> None:

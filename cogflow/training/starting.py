@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cogflow.artifacts.run_history import finish_line, has_results, restored_intervals
+from cogflow.artifacts.run_history import finish_line, has_results, point_at, restored_intervals
 from cogflow.artifacts.run_layout import RunLayout, step_folders, step_name
 from cogflow.config.command import options
 from cogflow.config.config import Config
@@ -101,6 +101,7 @@ def _newest(config: Config[TrainStage], folder: Path, history: HistoryRecord) ->
                 "Restore one from a copy, or begin again with stage.resume=never; the damaged ones are kept.",
             )
         return _line_start(config, folder, history)
+    ranks.run_on_main(lambda: point_at(found))  # a kill may have come between the checkpoint and the pointer
     record = checkpoint.read_trainer(found)
     try:
         _check_alarm(config, found, record, folder)

@@ -49,7 +49,7 @@ ONE: dict[str, list[str]] = {
     "stage=train stage.betas=[0.9]": ["stage.betas=[0.9]", "two numbers"],
     "stage=train stage.schedule=cosin": ["stage.schedule=cosin", "Did you mean cosine?"],
     "stage=train stage.resume=atuo": ["stage.resume=atuo", "Did you mean auto?"],
-    "stage=flow stage.train.resume=/not/there": ["stage.train.resume=/not/there", "no such folder"],
+    "stage=flow stage.train.resume=newest": ["stage.train.resume=newest", "no such folder"],
     "stage=train stage.ema_decay=1": ["stage.ema_decay=1", "less than 1"],
     "stage=train stage.on_blur=stopp": ["stage.on_blur=stopp", "Did you mean stop?"],
     "stage=train stage.on_blur=stop stage.sample_every=0": ["stage.on_blur=stop", "stage.sample_every"],

@@ -173,6 +173,7 @@ class Histories(RuleBasedStateMachine):
         self.state = State()
         self.others: list[tuple[Path, State]] = []
         self.last: Command | None = None
+        self.fault = ""
         self.transferred = False
         self.exported = False
         self.counts["sequences"] = self.counts.get("sequences", 0) + 1
@@ -293,7 +294,7 @@ class Histories(RuleBasedStateMachine):
 
     def run(self, command: Command, expected: Start | str, fault: str = "") -> None:
         """Run ``command``, and compare exit code and folder with what is expected."""
-        self.last = command
+        self.last, self.fault = command, fault
         self.transferred = self.exported = False
         self.count(fault.partition("@")[0] or "train")
         done = self.world.train(self.name, *words(command, self.clips), fault=fault)
@@ -395,6 +396,10 @@ class Histories(RuleBasedStateMachine):
     def compare(self) -> None:
         """Compare the folder with the state."""
         self.check_pointer()
+        if "kill" not in self.fault:
+            path = self.folder / "checkpoints/latest.json"
+            named = json.loads(path.read_text())["step"] if path.is_file() else 0
+            assert named == self.state.newest, self.output
         self.compare_checkpoints(self.folder, self.state.checkpoints)
         rows = self.rows(self.folder)
         assert {step: row["train/lr"] for step, row in rows.items()} == self.state.rows, self.output

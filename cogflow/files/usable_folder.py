@@ -14,7 +14,7 @@ from cogflow import rank_identity
 from cogflow.errors import CogflowError, StorageError
 from cogflow.files.atomic_write import DISK_TEXT, FULL, REFUSED
 
-MIN_FREE = 1 << 16
+MIN_FREE = 1 << 15
 """Bytes that a stage writes at the least: its record, the report and the logs."""
 MARGIN = 40
 """Bytes that the hidden name of a folder that is being written is longer than its final name."""

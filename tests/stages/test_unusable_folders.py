@@ -70,7 +70,7 @@ def read_only(place: Path) -> tuple[Path, str]:
 
 def full(place: Path) -> tuple[Path, str]:
     disk = mount(place, "size=2M")
-    (disk / "file").write_bytes(bytes(1500 << 10))
+    (disk / "file").write_bytes(bytes((2 << 20) - (16 << 10)))
     return disk / "run", "MB are free in"
 
 

@@ -38,7 +38,7 @@ class _Element:
 
 
 @dataclass
-class _Walk:
+class _ElementWalk:
     data: MediaBytes
     layout: MediaLayout = field(default_factory=MediaLayout)
     elements: int = 0
@@ -53,7 +53,7 @@ class _Walk:
 
 def read_layout(data: MediaBytes) -> MediaLayout:
     """Return which elements are hidden from libav. Raises :class:`ClipError` for a file beyond the limits."""
-    walk = _Walk(data)
+    walk = _ElementWalk(data)
     header = _element(walk, 0, data.size)
     place = _known_end(header, data.size)
     segment = _element(walk, place, data.size)
@@ -71,7 +71,7 @@ def read_layout(data: MediaBytes) -> MediaLayout:
     return walk.layout
 
 
-def _walk_segment(walk: _Walk, place: int, end: int) -> None:
+def _walk_segment(walk: _ElementWalk, place: int, end: int) -> None:
     while place < end:
         element = _element(walk, place, end)
         if element.id == _CLUSTER:
@@ -82,7 +82,7 @@ def _walk_segment(walk: _Walk, place: int, end: int) -> None:
             _check_level_1(walk, element, place)
 
 
-def _check_level_1(walk: _Walk, element: _Element, end: int) -> None:
+def _check_level_1(walk: _ElementWalk, element: _Element, end: int) -> None:
     walk.places.add((element.id, element.start))
     total = walk.size_by_id[element.id] = walk.size_by_id.get(element.id, 0) + end - element.body
     most = _MAX_BYTES.get(element.id)
@@ -98,7 +98,7 @@ def _check_level_1(walk: _Walk, element: _Element, end: int) -> None:
                 raise ClipError(f"its header names more than {MAX_TRACKS} tracks")
 
 
-def _walk_cluster(walk: _Walk, cluster: _Element, end: int) -> int:
+def _walk_cluster(walk: _ElementWalk, cluster: _Element, end: int) -> int:
     """Return the end of a cluster. One of unknown size ends at the next element of the segment."""
     if cluster.end != _UNKNOWN:
         inner_end = _known_end(cluster, end)
@@ -114,20 +114,20 @@ def _walk_cluster(walk: _Walk, cluster: _Element, end: int) -> int:
     return place
 
 
-def _children(walk: _Walk, place: int, end: int) -> Iterator[_Element]:
+def _children(walk: _ElementWalk, place: int, end: int) -> Iterator[_Element]:
     while place < end:
         child = _element(walk, place, end)
         place = _known_end(child, end)
         yield child
 
 
-def _refuse_more_segments(walk: _Walk, place: int) -> None:
+def _refuse_more_segments(walk: _ElementWalk, place: int) -> None:
     for element in _children(walk, place, walk.data.size):
         if element.id not in _FILLING:
             raise ClipError("truncated or damaged: more follows its Matroska segment")
 
 
-def _leads_to_known_elements(walk: _Walk, seek_head: _Element, origin: int) -> bool:
+def _leads_to_known_elements(walk: _ElementWalk, seek_head: _Element, origin: int) -> bool:
     """Return whether every entry of a seek head names an element that the walk met, or a place behind the file."""
     for entry in _children(walk, seek_head.body, seek_head.end):
         if entry.id != _SEEK:
@@ -150,7 +150,7 @@ def _known_end(element: _Element, limit: int) -> int:
     return element.end
 
 
-def _element(walk: _Walk, place: int, end: int) -> _Element:
+def _element(walk: _ElementWalk, place: int, end: int) -> _Element:
     """Return the element at ``place``: its ID with the length marker, and where its content is."""
     walk.elements += 1
     if walk.elements > MAX_ELEMENTS:

@@ -55,7 +55,7 @@ class _Box:
 
 
 @dataclass
-class _Walk:
+class _BoxWalk:
     """State of one walk. ``track``: number of the shown video track; ``frames``: samples that libav would index."""
 
     data: MediaBytes
@@ -80,14 +80,14 @@ class _Walk:
 
 def read_layout(data: MediaBytes) -> MediaLayout:
     """Return which boxes are hidden from libav. Raises :class:`ClipError` for a file beyond the limits."""
-    walk = _Walk(data)
+    walk = _BoxWalk(data)
     _walk_children(walk, _Box(b"", 0, 0, data.size))
     if walk.track is None:
         raise ClipError("truncated, or holds no video stream (or its header is damaged)")
     return walk.layout
 
 
-def _walk_children(walk: _Walk, parent: _Box) -> None:
+def _walk_children(walk: _BoxWalk, parent: _Box) -> None:
     shown = _CHILDREN[parent.type]
     seen: set[bytes] = set()
     for box in _boxes(walk, parent):
@@ -101,7 +101,7 @@ def _walk_children(walk: _Walk, parent: _Box) -> None:
             _walk_children(walk, box)
 
 
-def _boxes(walk: _Walk, parent: _Box) -> Iterator[_Box]:
+def _boxes(walk: _BoxWalk, parent: _Box) -> Iterator[_Box]:
     """Yield the boxes in ``parent``. Raises :class:`ClipError` for a box that is longer than its parent."""
     place = parent.body
     while place + 8 <= parent.end:
@@ -129,7 +129,7 @@ def _boxes(walk: _Walk, parent: _Box) -> Iterator[_Box]:
         place = box.end
 
 
-def _check_track(walk: _Walk, box: _Box) -> None:
+def _check_track(walk: _BoxWalk, box: _Box) -> None:
     """Walk the first video track; hide every other track."""
     if walk.track is not None or _handler(walk, box) != b"vide":
         walk.hide(box)
@@ -144,7 +144,7 @@ def _check_track(walk: _Walk, box: _Box) -> None:
         raise ClipError(f"its edit list shows {walk.frames:,} frames up to {walk.edits:,} times")
 
 
-def _handler(walk: _Walk, track: _Box) -> bytes:
+def _handler(walk: _BoxWalk, track: _Box) -> bytes:
     for media in _boxes(walk, track):
         if media.type == b"mdia":
             for box in _boxes(walk, media):
@@ -154,7 +154,7 @@ def _handler(walk: _Walk, track: _Box) -> bytes:
     return b""
 
 
-def _check_data_reference(walk: _Walk, box: _Box) -> None:
+def _check_data_reference(walk: _BoxWalk, box: _Box) -> None:
     """Check that the frames are in this file, and hide the box."""
     for references in _boxes(walk, box):
         if references.type != b"dref":
@@ -166,7 +166,7 @@ def _check_data_reference(walk: _Walk, box: _Box) -> None:
     walk.hide(box)
 
 
-def _check_sample_entries(walk: _Walk, box: _Box) -> None:
+def _check_sample_entries(walk: _BoxWalk, box: _Box) -> None:
     count = int.from_bytes(walk.content(box, 8)[4:], "big")
     entries = list(_boxes(walk, _Box(b"stsd", box.start, box.body + 8, box.end)))
     if not count or count > MAX_SAMPLE_ENTRIES or count != len(entries):
@@ -183,14 +183,14 @@ def _check_sample_entries(walk: _Walk, box: _Box) -> None:
                 walk.hide(child)
 
 
-def _check_table(walk: _Walk, box: _Box) -> None:
+def _check_table(walk: _BoxWalk, box: _Box) -> None:
     """Check that a table holds the entries that it claims: libav allocates them before it reads them."""
     count = int.from_bytes(walk.content(box, 8)[4:], "big")
     if count * _ENTRY_BYTES[box.type] > box.end - box.body - 8:
         raise ClipError(f"truncated or damaged: the table {_name(box)} claims {count:,} entries")
 
 
-def _check_group(walk: _Walk, box: _Box) -> None:
+def _check_group(walk: _BoxWalk, box: _Box) -> None:
     """Check the count of a sample group: the third or fourth number of the box, by its version."""
     version = walk.content(box, 1)[0]
     count = int.from_bytes(walk.content(box, 4, at=12 if version else 8), "big")
@@ -198,7 +198,7 @@ def _check_group(walk: _Walk, box: _Box) -> None:
         raise ClipError(f"truncated or damaged: the table {_name(box)} claims {count:,} entries")
 
 
-def _check_sample_sizes(walk: _Walk, box: _Box) -> None:
+def _check_sample_sizes(walk: _BoxWalk, box: _Box) -> None:
     fields = walk.content(box, 12)
     count = int.from_bytes(fields[8:], "big")
     _add_frames(walk, count)
@@ -208,7 +208,7 @@ def _check_sample_sizes(walk: _Walk, box: _Box) -> None:
         raise ClipError(f"truncated or damaged: the table {_name(box)} claims {count:,} entries")
 
 
-def _check_edits(walk: _Walk, box: _Box) -> None:
+def _check_edits(walk: _BoxWalk, box: _Box) -> None:
     fields = walk.content(box, 8)
     count = int.from_bytes(fields[4:], "big")
     if count > MAX_EDITS or count * (20 if fields[0] == 1 else 12) > box.end - box.body - 8:
@@ -216,14 +216,14 @@ def _check_edits(walk: _Walk, box: _Box) -> None:
     walk.edits = max(1, count)
 
 
-def _check_fragment(walk: _Walk, box: _Box) -> None:
+def _check_fragment(walk: _BoxWalk, box: _Box) -> None:
     walk.fragments += 1
     if walk.fragments > MAX_FRAGMENTS:
         raise ClipError(f"holds more than {MAX_FRAGMENTS:,} fragments")
     _walk_children(walk, box)
 
 
-def _check_track_fragment(walk: _Walk, box: _Box) -> None:
+def _check_track_fragment(walk: _BoxWalk, box: _Box) -> None:
     header = next((child for child in _boxes(walk, box) if child.type == b"tfhd"), None)
     if header is None or walk.content(header, 4, at=4) != walk.track:
         walk.hide(box)
@@ -231,7 +231,7 @@ def _check_track_fragment(walk: _Walk, box: _Box) -> None:
         _walk_children(walk, box)
 
 
-def _check_run(walk: _Walk, box: _Box) -> None:
+def _check_run(walk: _BoxWalk, box: _Box) -> None:
     """Check a list of samples of a fragment. Each of four flags adds a number to every sample."""
     fields = walk.content(box, 8)
     flags, count = int.from_bytes(fields[1:4], "big"), int.from_bytes(fields[4:], "big")
@@ -241,14 +241,14 @@ def _check_run(walk: _Walk, box: _Box) -> None:
         raise ClipError(f"truncated or damaged: a fragment claims {count:,} frames")
 
 
-def _check_segment_index(walk: _Walk, box: _Box) -> None:
+def _check_segment_index(walk: _BoxWalk, box: _Box) -> None:
     version = walk.content(box, 1)[0]
     walk.references += int.from_bytes(walk.content(box, 2, at=30 if version else 22), "big")
     if walk.references > MAX_SEGMENT_REFERENCES:
         raise ClipError(f"its index names more than {MAX_SEGMENT_REFERENCES:,} segments")
 
 
-def _add_frames(walk: _Walk, count: int) -> None:
+def _add_frames(walk: _BoxWalk, count: int) -> None:
     walk.frames += count
     if walk.frames > MAX_FRAMES:
         raise ClipError(f"its tables name {walk.frames:,} frames; at most {MAX_FRAMES:,} are read")

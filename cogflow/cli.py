@@ -37,6 +37,8 @@ RUN_FOLDERS = (
 """Folders that the stages make inside a run."""
 SHARED = (RunLayout(Path()).cache.name,)
 """Folders that a run may share with the run beside it: launch/slurm_array.sh links the prepared clips."""
+LOGS = ("wandb",)
+"""Folders of a run in which W&B links its log files, which are outside of the run."""
 FLAGS = ("--help", "-h", "--cfg", "--version")
 
 
@@ -94,7 +96,7 @@ def _choose_usable_run(command: ComposedCommand) -> WorkingRun:
     stage = command.config.stage
     if not (getattr(stage, "plan", False) or getattr(stage, "dry_run", False)):  # they write nothing
         require_usable(chosen.folder, RUN_FOLDERS)
-    refuse_links_out(chosen.folder, shared=SHARED)
+    refuse_links_out(chosen.folder, shared=SHARED, logs=LOGS)
     return chosen
 
 

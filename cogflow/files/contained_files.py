@@ -156,11 +156,17 @@ def open_to_append(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "ab", buffering=0)
 
 
-def refuse_links_out(folder: Path, shared: Collection[str] = (), error: type[UserError] = DataError) -> None:
+def refuse_links_out(
+    folder: Path,
+    shared: Collection[str] = (),
+    logs: Collection[str] = (),
+    error: type[UserError] = DataError,
+) -> None:
     """Raise ``error`` when ``folder`` holds a link that leads out of it, a fifo, a device or a socket.
 
     Links inside of ``folder`` are allowed. An entry of ``folder`` whose name is in ``shared`` may also be a link to the
-    entry of this name of a folder beside ``folder``. A missing folder is no error. Entries are listed, not opened.
+    entry of this name of a folder beside ``folder``. Links named ``*.log`` in the folders ``logs`` of ``folder`` are
+    allowed, because nothing reads them. A missing folder is no error. Entries are listed, not opened.
     """
     root = Path(folder).resolve()
     problems: list[str] = []
@@ -174,7 +180,9 @@ def refuse_links_out(folder: Path, shared: Collection[str] = (), error: type[Use
             if entry.is_symlink():
                 target = Path(os.path.realpath(entry.path))
                 is_shared = entry.name in shared and target.name == entry.name and target.parent.parent == root.parent
-                if not target.is_relative_to(root) and not (is_shared and Path(entry.path).parent == root):
+                top = Path(entry.path).relative_to(root).parts[0]
+                is_log = top in logs and entry.name.endswith(".log")
+                if not (target.is_relative_to(root) or is_log or (is_shared and Path(entry.path).parent == root)):
                     problems.append(f"{entry.path} is a link to {target}")
             elif entry.is_dir(follow_symlinks=False):
                 pending.append(entry.path)

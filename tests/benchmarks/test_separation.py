@@ -15,8 +15,10 @@ from cogflow.data.shapes import draw, scenes
 from cogflow.data.video import write_video
 from cogflow.errors import DataError
 
-SIZES = {"64x96": (9, 64, 96, 2), "256x384": (5, 256, 384, 4)}
-"""Frames, height, width, and the stride through the 29 contents; ``python -m benchmarks.separation`` takes all."""
+SIZES = {"64x96": (9, 64, 96), "256x384": (5, 256, 384)}
+"""Frames, height, width."""
+STRIDES = {"64x96": 2, "256x384": 4}
+"""Strides through the 29 contents; ``python -m benchmarks.separation`` takes all."""
 SOFT_ITSELF = ("cell",)
 """A micrograph out of focus: at 256x384 a sigma of 0.8 lowers its blur value by 0.007, that of others by 0.1."""
 CONFOUNDS_AT_MOST = 0.02
@@ -37,8 +39,8 @@ def test_real_clips_are_installed() -> None:
     assert {"astronaut", "china", "grace_hopper", "bigbuckbunny-0", "bikes-60"} <= names and len(names) == 29
 
 
-def separate(contents: list[Content], size: str) -> Separation:
-    frames, height, width, stride = SIZES[size]
+def separate(contents: list[Content], size: str, stride: int) -> Separation:
+    frames, height, width = SIZES[size]
     if height > 128:
         contents = [content for content in contents if content.name not in SOFT_ITSELF]
     return separation_of(measure_contents(contents[::stride], 2, (frames, height, width)))
@@ -46,7 +48,7 @@ def separate(contents: list[Content], size: str) -> Separation:
 
 def test_blur_is_separated_on_three_real_clips() -> None:
     names = ("astronaut", "china", "bikes-60")
-    result = separate([content for content in find_contents(None) if content.name in names], "64x96")
+    result = separate([content for content in find_contents(None) if content.name in names], "64x96", 1)
     assert result.contents == 3 and result.pairs == 6 and result.monotone == 1
     for name, least in AT_LEAST.items():
         assert result.auc[name]["blur"] >= least, name
@@ -58,7 +60,7 @@ def test_blur_is_separated_on_three_real_clips() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_the_targets_on_real_clips(size: str) -> None:
-    result = separate(find_contents(None), size)
+    result = separate(find_contents(None), size, STRIDES[size])
     for name, least in AT_LEAST.items():
         assert result.auc[name]["blur"] >= least, name
     for name in ("blend 2", "blend 3"):

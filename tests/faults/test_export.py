@@ -109,13 +109,13 @@ def test_a_disk_without_room_names_path_needed_and_free(trained: World, tmp_path
 
 def test_a_full_disk_under_the_metrics_log_keeps_whole_lines(world: World) -> None:
     """Every line of the log is whole after the disk was full, and training resumes from the last checkpoint."""
-    words = ["stage.steps=12", "stage.save_every=0"]
+    words = ["stage.steps=40", "stage.save_every=0"]
     log = world.root / "log-full" / "metrics.jsonl"
-    done = world.train("log-full", *words, largest_file=2500)
+    done = world.train("log-full", *words, largest_file=8000)
     server_says(done, 2, "StorageError", f"{log} cannot be written", "free")
     lines = log.read_bytes()
-    assert 1000 < len(lines) <= 2500 and lines.endswith(b"\n")
-    assert [json.loads(line)["step"] for line in lines.splitlines()][-1] < 12
+    assert 4000 < len(lines) <= 8000 and lines.endswith(b"\n")
+    assert [json.loads(line)["step"] for line in lines.splitlines()][-1] < 40
     server_says(world.train("log-full", *words), 0)
     server_says(world.train("log-whole", *words), 0)
-    assert world.losses("log-full") == world.losses("log-whole") and len(world.losses("log-full")) == 12
+    assert world.losses("log-full") == world.losses("log-whole") and len(world.losses("log-full")) == 40

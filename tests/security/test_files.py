@@ -284,6 +284,15 @@ def test_a_run_with_links_that_lead_out_or_special_files_is_refused(tmp_path: Pa
     run = tmp_path / "run"
     (run / "wandb" / "run-1").mkdir(parents=True)
     (run / "wandb" / "latest-run").symlink_to("run-1")
+    (run / "wandb" / "run-1" / "debug-core.log").symlink_to(tmp_path / "wandb.log")
+    (run / "wandb" / "run-1" / "data.wandb").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match="data.wandb is a link"):
+        refuse_links_out(run, logs=("wandb",))
+    (run / "wandb" / "run-1" / "data.wandb").unlink()
+    refuse_links_out(run, logs=("wandb",))
+    with pytest.raises(DataError, match="debug-core.log is a link"):
+        refuse_links_out(run)
+    (run / "wandb" / "run-1" / "debug-core.log").unlink()
     refuse_links_out(run)
     refuse_links_out(tmp_path / "missing")
     (tmp_path / "other" / "cache").mkdir(parents=True)

@@ -221,7 +221,7 @@ def test_clips_that_are_gone_or_changed_are_skipped_with_a_note(
     shutil.copy(videos[2], videos[1])
     measured = measure_roundtrip(folder, world.config, world.cache, world.sampler(), 0.7)
     output = capsys.readouterr().out
-    assert set(measured) == {f"videos/{path.name}" for path in videos[2:]} and "its file is gone" in output
+    assert set(measured) == {f"videos/{path.name}" for path in videos[2:]} and "the file is missing" in output
     shutil.rmtree(folder / "data")
     assert measure_roundtrip(tmp_path / "other", world.config, world.cache, world.sampler(), 0.7) == {}
 

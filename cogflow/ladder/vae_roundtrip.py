@@ -168,7 +168,7 @@ def _read_clips(folder: Path, config: AnyConfig, cache: LatentCache) -> Iterator
             clip = _read_clip(config, cache, index, paths)
         except (KeyError, OSError, ClipError) as error:
             missed += 1
-            reason = error.reason if isinstance(error, ClipError) else "its file is gone"
+            reason = error.reason if isinstance(error, ClipError) else "the file is missing"
             echo(f"note: {cache.entry(index).name} has no round trip: {reason}")
             continue
         done += 1

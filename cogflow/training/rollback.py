@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cogflow.artifacts.run_history import begin_line
+from cogflow.artifacts.run_layout import step_folders
 from cogflow.config.config import Config
 from cogflow.config.train_settings import RollbackConfig, TrainStage
 from cogflow.files.record_io import JsonObject, write_record
@@ -100,7 +101,7 @@ def begin(folder: Path, line: RunLine) -> RunLine:
         aside = folder / begun.replaced
         later = f"after step {begun.kept}" if begun.kept >= 0 else "before"
         echo(f"the results that the run had {later} are kept in {aside}")
-        checkpoints = sorted((aside / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
+        checkpoints = step_folders(aside / "checkpoints")
         if checkpoints:
             echo(f"to continue them instead, run the command with stage.resume={checkpoints[-1]}")
     return begun

@@ -35,6 +35,8 @@ LAYER_KEYS = ("num_layers", "num_decoder_layers", "layers_per_block", "num_hidde
 MOST_LAYERS = 1024
 MOST_NUMBER = 1 << 24
 """Largest number in a model's config. T5's vocabulary has 32,128 entries."""
+NOT_ALLOCATED = ("model_max_length",)
+"""Numbers of any size: transformers writes int(1e30) for a tokenizer without a limit."""
 TABLE_KEYS = {
     "sample_width": 90,
     "sample_height": 60,
@@ -190,7 +192,9 @@ def large_values(config: Mapping[str, Any]) -> list[str]:
     problems = [
         f"{key} is {value}; at most {MOST_LAYERS if key in LAYER_KEYS else MOST_NUMBER} is read"
         for key, value in config.items()
-        if isinstance(value, int | float) and value > (MOST_LAYERS if key in LAYER_KEYS else MOST_NUMBER)
+        if isinstance(value, int | float)
+        and value > (MOST_LAYERS if key in LAYER_KEYS else MOST_NUMBER)
+        and key not in NOT_ALLOCATED
     ]
     problems += [
         f"{key} has {len(value)} entries; at most {MOST_LAYERS} are read"

@@ -352,3 +352,4 @@ def test_a_config_of_a_giant_model_builds_nothing(tmp_path: Path, config: dict[s
 def test_configs_of_all_models_are_within_the_limits() -> None:
     for name in MODEL_SPECS:
         assert large_values(transformer_config(published_facts(name))) == []
+    assert large_values({"model_max_length": int(1e30)}) == []  # a tokenizer without a limit

@@ -83,8 +83,8 @@ def test_the_card_has_the_training_the_samples_the_ladder_and_the_command(traine
         "| result | 4 steps of 2 clips |",
         "- [a red circle moves left over a light background](samples/circle-seed0.mp4)",
         "![one frame of each sample](samples/contact.png)",
-        "| 4 tuned | 1 | 3 base | 1 |",
-        "| 5 exported | 1 | 4 tuned | 1 |",
+        "| 4 tuned | 4 | 1 | 3 base | 1 |",
+        "| 5 exported | 4 | 1 | 4 tuned | 1 |",
         "Assembled by",
     ):
         assert line in card, line

@@ -147,10 +147,10 @@ def two_groups(detail: Mapping[str, float]) -> Groups | None:
 
 
 LEAST_EVIDENCE, LEAST_DISTANCE, LEAST_GAP = 15.0, 3.0, 4.0
-"""Of 60 sets each of 96 values from one normal, gamma (shape 2) or Student t (4 degrees) distribution none is taken for
-two; from a uniform one, which has no tails at all, 4. Drawn clips, half of them under a Gaussian of 1.2 pixels, are 22
-dB and 9 deviations apart; photographs, half under one pixel, 15 dB and 2.8: contents differ too much for this test to
-be sure."""
+"""The test takes none of 60 sets of 96 values from a normal, a gamma (shape 2) or a Student t (4 degrees) distribution
+for two groups, and 4 of 60 sets from a uniform distribution, which has no tails. Drawn clips, half of them under a
+Gaussian of 1.2 pixels, are 22 dB and 9 deviations apart; photographs, half under one pixel, 15 dB and 2.8: contents
+differ too much for this test to be sure."""
 
 
 def _luma(frames: torch.Tensor | np.ndarray) -> np.ndarray:

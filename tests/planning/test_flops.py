@@ -25,7 +25,7 @@ PARAMETERS = {
 }
 """Parameters of the published checkpoints."""
 OVER_TIME: dict[str, Any] = {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 64}
-"""What CogVideoX1.5 for image to video changes."""
+"""Settings in which CogVideoX1.5 for image to video differs."""
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
